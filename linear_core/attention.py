@@ -1,0 +1,23 @@
+"""The one door to attention. Shapes: B batch, H heads, T queries, S slots, D numbers a head, L layers, C line length."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Queries B H T D over slots B H S D; `bias` B H S is ln(weight) of each slot, -inf where there is nothing."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None])
+
+
+def line_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int) -> Tensor:
+    """Full softmax of a line's queries over everything held, causal within the line, for one layer.
+
+    queries B H C D (the token at `first`, `first` + 1, …), keys B H S D, bias and index B H S -> float32 B H C S.
+    """
+    scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
+    own = torch.arange(first, first + queries.shape[2], device=index.device, dtype=index.dtype)
+    later = index[:, :, None] > own[:, None]
+    return scores.masked_fill(later, float("-inf")).softmax(-1)

@@ -1,0 +1,145 @@
+"""LineCache: slots that are written, read, viewed and released.
+
+Softmax does not care about the order of slots, so there is no compaction: the slots of a line's victims are the next
+line's write slots. Every buffer is allocated before the first token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import line_probabilities
+from .grid import Grid
+from .plan import CachePlan, CacheShape
+from .view import View
+
+
+class LineCache:
+    """Keys and values of `rows` sequences: the prompt's slots, then room for the plan's lines.
+
+    Within a line `advance` opens one slot per layer, row and head for the token that comes; `write` fills it and
+    `read` returns what a query may see. At a line's end either `extend` (there are unused lines) or `release` (the
+    chosen slots are written over) says where the next line goes.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        rows: int,
+        grid: Grid,
+        plan: CachePlan,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        reads: frozenset[str] = frozenset(),
+    ):
+        self.shape, self.rows, self.grid, self.plan = shape, rows, grid, plan
+        layers, heads, dim, stride = shape.layers, shape.heads, shape.dim, grid.stride
+        self.slots = shape.prompt + plan.lines(grid) * stride
+        held = (layers, rows, heads, self.slots)
+        self.keys = torch.zeros(*held, dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*held, dim, dtype=dtype, device=device)
+        self.bias = torch.full(held, float("-inf"), dtype=dtype, device=device)
+        self.index = torch.full(held, -1, dtype=torch.int32, device=device)
+        self.queries = self.mass = None
+        if "queries" in reads or "mass" in reads:
+            self.queries = torch.zeros(layers, rows, heads, stride, dim, dtype=dtype, device=device)
+        if "mass" in reads:
+            self.mass = torch.zeros(held, dtype=torch.float32, device=device)
+        # Where the line's token at a column goes: one slot for every layer, row and head.
+        self.target = torch.zeros(layers, rows, heads, stride, dtype=torch.int64, device=device)
+        self.extent = shape.prompt  # slots from here on have never been used; a host number, constant within a line
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def full(self) -> bool:
+        """Whether the next line has to overwrite something."""
+        return self.extent == self.slots
+
+    # -- a prompt ----------------------------------------------------------------------------------------------------
+
+    def write_prompt(self, layer: int, k: Tensor, v: Tensor, weight: Tensor) -> None:
+        """k, v B H P D into the prompt's P slots; `weight` B P tokens each, 0 for padding."""
+        end = self.shape.prompt
+        self.keys[layer, :, :, :end] = k
+        self.values[layer, :, :, :end] = v
+        self.bias[layer, :, :, :end] = weight.log().to(self.bias.dtype)[:, None]
+        places = torch.arange(end, dtype=torch.int32, device=self.index.device)
+        self.index[layer, :, :, :end] = torch.where(weight > 0, places, -1)[:, None]
+
+    # -- a token -----------------------------------------------------------------------------------------------------
+
+    def advance(self, index: Tensor, column: Tensor) -> None:
+        """Make the slots of the token at `index` (int64, one element) and `column` (likewise) visible, in all layers."""
+        slot = self.target.index_select(3, column)
+        self.bias.scatter_(3, slot, 0.0)
+        self.index.scatter_(3, slot, index.to(torch.int32).expand_as(slot))
+
+    def write(self, layer: int, column: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
+        """k, v, q B H 1 D of the token that `advance` announced."""
+        slot = self.target[layer].index_select(2, column)[..., None].expand_as(k)
+        self.keys[layer].scatter_(2, slot, k)
+        self.values[layer].scatter_(2, slot, v)
+        if self.queries is not None:
+            self.queries[layer].index_copy_(2, column, q)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys B H S D, values B H S D and bias B H S of everything written so far."""
+        end = self.extent
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], self.bias[layer, :, :, :end]
+
+    # -- a line ------------------------------------------------------------------------------------------------------
+
+    def extend(self) -> None:
+        """The next line goes to slots never used before."""
+        stride = self.grid.stride
+        self.target.copy_(torch.arange(self.extent, self.extent + stride, device=self.target.device))
+        self.extent += stride
+
+    def view(self, row: int) -> View:
+        """What is held now that line `row` is complete. Attention mass is brought up to date, so call it once a line."""
+        end = self.extent
+        keys, bias, index = self.keys[..., :end, :], self.bias[..., :end], self.index[..., :end]
+        if self.mass is not None:
+            first = self.grid.index(row)
+            for layer, queries in enumerate(self.queries):
+                seen = line_probabilities(queries, keys[layer], bias[layer], index[layer], first)
+                self.mass[layer, ..., :end] += seen.sum(2)
+        mass = None if self.mass is None else self.mass[..., :end]
+        return View(keys, self.values[..., :end, :], bias, index, self.queries, mass, self.grid, row)
+
+    def release(self, victims: Tensor) -> None:
+        """`victims` int64 L B H C, least useful first, are the slots of the next line.
+
+        Strict: they are invisible from now on. Lazy: each stays visible until it is overwritten.
+        """
+        self.target.copy_(victims)
+        if self.mass is not None:
+            self.mass.scatter_(3, victims, 0.0)
+        if self.plan.release == "strict":
+            self.bias.scatter_(3, victims, float("-inf"))
+            self.index.scatter_(3, victims, -1)
+
+    # -- the batch ---------------------------------------------------------------------------------------------------
+
+    def keep_rows(self, rows: int) -> None:
+        """Go on with the first `rows` sequences only: guidance has ended."""
+        self.rows = rows
+        for name in ("keys", "values", "bias", "index", "queries", "mass", "target"):
+            if (buffer := getattr(self, name)) is not None:
+                setattr(self, name, buffer[:, :rows])
+
+    def share_held(self, images: int) -> Tensor:
+        """Share of layers and heads in which each image token is visible, for the first `images` rows: B rows cols."""
+        grid, index = self.grid, self.index[:, :images].long()
+        place = (index - grid.prompt).clamp(min=-1) + 1  # 0 collects the prompt and empty slots
+        counts = torch.zeros(images, grid.tokens + 1, device=index.device)
+        place = place.transpose(0, 1).reshape(images, -1)
+        counts.scatter_add_(1, place, torch.ones(1, 1, device=index.device).expand_as(place))
+        share = counts[:, 1:] / (self.shape.layers * self.shape.heads)
+        return share.view(images, grid.rows, grid.stride)[..., : grid.cols]

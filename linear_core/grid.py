@@ -1,0 +1,46 @@
+"""Grid: where a token stands. Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`rows` lines of `cols` codes. The image follows `prompt` tokens of condition, in raster order.
+
+    Models that end each row with a token of its own (Lumina-mGPT) name it in `eol`; it is part of the line.
+    """
+
+    rows: int
+    cols: int
+    eol: int | None = None
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise UserError(f"grid: {self.rows} x {self.cols} tokens is no picture; both sides must be 1 or more.")
+
+    @property
+    def stride(self) -> int:
+        """Tokens a line."""
+        return self.cols + (self.eol is not None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the image takes, end-of-line tokens included."""
+        return self.rows * self.stride
+
+    def after(self, prompt: int) -> Grid:
+        """The same grid behind `prompt` tokens of condition."""
+        return replace(self, prompt=prompt)
+
+    def index(self, row: int, column: int = 0) -> int:
+        """Index in the sequence of the token at `row`, `column`."""
+        return self.prompt + row * self.stride + column
+
+    def forced(self, column: int) -> int | None:
+        """The token that needs no sampling at this column of a line, if there is one."""
+        return self.eol if column >= self.cols else None

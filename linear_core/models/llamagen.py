@@ -1,0 +1,190 @@
+"""LlamaGen: a Llama over image codes with 2-D RoPE (github.com/FoundationVision/LlamaGen, MIT).
+
+The module's key names are the published files'. Every size is read off a state dict's shapes, except the number of
+heads and the grid, which a file does not tell: see `read_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import attend
+from ..blocks import Block, Ops, rope_2d, turn_pairs
+from ..cache import LineCache
+from ..errors import UserError
+from ..grid import Grid
+from ..plan import CacheShape
+from ..prompts import Prompt
+
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # published widths
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    codes: int
+    classes: int = 0  # class-conditional; the unconditional class comes on top
+    caption_dim: int = 0  # text-conditional
+    caption_slots: int = 0
+    eps: float = 1e-5
+
+
+class ClassEmbedding(nn.Module):
+    def __init__(self, classes: int, width: int, ops: Ops):
+        super().__init__()
+        self.embedding_table = ops.Embedding(classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class CaptionEmbedding(nn.Module):
+    def __init__(self, config: LlamaGenConfig, ops: Ops):
+        super().__init__()
+        self.cap_proj = nn.Module()
+        self.cap_proj.fc1 = ops.Linear(config.caption_dim, config.width, bias=False)
+        self.cap_proj.fc2 = ops.Linear(config.width, config.width, bias=False)
+        self.register_buffer("uncond_embedding", torch.zeros(config.caption_slots, config.caption_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))
+
+
+class LlamaGen(nn.Module):
+    """Decoder for class- and text-conditional LlamaGen of every size.
+
+    The published RoPE table is zero, not the identity, for the prompt: its rotated queries and keys are exactly zero.
+    So every image query scores each visible prompt token 0, and n of them are exactly one slot with a zero key, the mean
+    value and weight n. That one slot is all the prompt takes in the cache.
+    """
+
+    prompt_slots = 1
+
+    def __init__(self, config: LlamaGenConfig, grid: Grid, ops: Ops = nn):
+        super().__init__()
+        self.config, self.grid = config, grid
+        self.cls_embedding = (
+            ClassEmbedding(config.classes, config.width, ops) if config.classes else CaptionEmbedding(config, ops)
+        )
+        self.tok_embeddings = ops.Embedding(config.codes, config.width)
+        self.layers = nn.ModuleList(
+            Block(config.width, config.heads, config.hidden, config.eps, ops) for _ in range(config.layers)
+        )
+        self.norm = ops.RMSNorm(config.width, eps=config.eps)
+        self.output = ops.Linear(config.width, config.codes, bias=False)
+        self.compute_dtype: torch.dtype | None = None  # a host with casting layers says; else that of the weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.tok_embeddings.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
+    @property
+    def codes(self) -> int:
+        return self.config.codes
+
+    def cache_shape(self, dtype: torch.dtype | None = None) -> CacheShape:
+        c = self.config
+        return CacheShape(c.layers, c.heads, c.width // c.heads, self.prompt_slots, (dtype or self.dtype).itemsize)
+
+    def with_unconditional(self, prompt: Prompt) -> Prompt:
+        """The rows of `prompt`, then as many unconditional ones with the same places empty, as published."""
+        if self.config.classes:
+            nothing = torch.full_like(prompt.tokens, self.config.classes)
+        else:
+            nothing = self.cls_embedding.uncond_embedding.to(prompt.tokens)[-prompt.length :].expand_as(prompt.tokens)
+        return prompt.stack(Prompt(nothing, prompt.pad))
+
+    def prefill(self, prompt: Prompt, cache: LineCache) -> Tensor:
+        """Logits B V of the first image token; the prompt's one slot is written."""
+        x = self.cls_embedding(prompt.tokens).to(self.dtype)
+        visible = _visible(prompt)
+        seen = visible[:, -1:]  # by image tokens: everything but padding
+        count = seen.sum((1, 2))
+        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, float("-inf"))
+        for layer, block in enumerate(self.layers):
+
+            def attend_prompt(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                share = (seen.float() / count[:, None, None]).to(v.dtype)[:, None]  # B 1 1 T
+                cache.write_prompt(layer, torch.zeros_like(k[:, :, :1]), share @ v, count[:, None].float())
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None])
+
+            x = block(x, torch.zeros_like, attend_prompt)
+        return self.output(self.norm(x[:, -1])).float()
+
+    def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
+        """Feed the token at `index` of each row and return the logits of the next.
+
+        token int64 B; index, column int64 with one element; pad is not used: LlamaGen turns by the grid alone.
+        """
+        grid = cache.grid
+        table = rope_2d(grid.rows, grid.cols, cache.shape.dim, ROPE_BASE, token.device)
+        table = table.index_select(0, index - grid.prompt)
+        x = self.tok_embeddings(token[:, None]).to(self.dtype)
+        cache.advance(index, column)
+        for layer, block in enumerate(self.layers):
+
+            def attend_cache(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                cache.write(layer, column, k, v, q)
+                return attend(q, *cache.read(layer))
+
+            x = block(x, lambda t: turn_pairs(t, table), attend_cache)
+        return self.output(self.norm(x[:, -1])).float()
+
+    def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Logits of every image token in one uncached pass: training, and the oracle of the tests.
+
+        tokens   int64 B N-1 or B N; the logits of token n depend on tokens before n
+        visible  bool L B H T+N T+N, which key each query sees; None: causal, padding hidden
+        Returns B T+N V; the logits of image token n are at T + n - 1.
+        """
+        length, count = prompt.length, prompt.length + tokens.shape[1]
+        table = rope_2d(self.grid.rows, self.grid.cols, self.config.width // self.config.heads, ROPE_BASE, tokens.device)
+        table = torch.cat([table.new_zeros(length, *table.shape[1:]), table[: tokens.shape[1]]])
+        x = torch.cat([self.cls_embedding(prompt.tokens), self.tok_embeddings(tokens)], 1).to(self.dtype)
+        if visible is None and not bool(prompt.pad.any()):
+            masks: list[Tensor | None] = [None] * len(self.layers)
+        elif visible is None:
+            masks = [_visible(prompt, count)[:, None]] * len(self.layers)
+        else:
+            masks = list(visible)
+        for block, mask in zip(self.layers, masks, strict=True):
+
+            def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = mask) -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+            x = block(x, lambda t: turn_pairs(t, table), attend_all)
+        return self.output(self.norm(x))
+
+
+def _visible(prompt: Prompt, count: int | None = None) -> Tensor:
+    """Bool B N N: causal, padding hidden, every token sees itself. N is the prompt's length unless `count` says."""
+    place = torch.arange(count or prompt.length, device=prompt.tokens.device)
+    causal = place[None, :] <= place[:, None]
+    return causal & (place[None, None, :] >= prompt.pad[:, None, None]) | (place[None, :] == place[:, None])
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> LlamaGenConfig:
+    """Every size of a LlamaGen file from its keys and shapes; `heads` where the width is not a published one."""
+    codes, width = shapes["tok_embeddings.weight"]
+    layers = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("layers."))
+    heads = heads or HEADS.get(width)
+    if heads is None:
+        raise UserError(f"a LlamaGen of width {width} was never published, and the file does not say how many heads it has.")
+    hidden = shapes["layers.0.feed_forward.w1.weight"][0]
+    if (table := shapes.get("cls_embedding.embedding_table.weight")) is not None:
+        return LlamaGenConfig(layers, width, heads, hidden, codes, classes=table[0] - 1)
+    slots, dim = shapes["cls_embedding.uncond_embedding"]
+    return LlamaGenConfig(layers, width, heads, hidden, codes, caption_dim=dim, caption_slots=slots)

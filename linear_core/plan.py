@@ -1,0 +1,120 @@
+"""Plans: frozen settings, checked when they are made, in the user's words. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import UserError
+from .grid import Grid
+
+RELEASES = ("strict", "lazy")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What the line cache keeps.
+
+    policy   name of a policy in `linear_core.policies`
+    budget   lines of image tokens that survive a line's end
+    anchors  first image tokens that are never evicted
+    recent   newest whole lines that are never evicted
+    release  "strict": victims are invisible at once, as published; "lazy": a victim stays visible until the next line
+             overwrites it, least useful first. Both take the same memory.
+    """
+
+    policy: str = "line"
+    budget: int = 4
+    anchors: int = 4
+    recent: int = 2
+    release: str = "strict"
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise UserError(f"budget: {self.budget} lines leave nothing to attend to; choose 1 or more.")
+        if self.anchors < 0:
+            raise UserError(f"anchors: {self.anchors} is negative; choose 0 or more.")
+        if self.recent < 0:
+            raise UserError(f"recent: {self.recent} lines is negative; choose 0 or more.")
+        if self.release not in RELEASES:
+            raise UserError(f"release: '{self.release}' is unknown; choose one of {', '.join(RELEASES)}.")
+
+    def lines(self, grid: Grid) -> int:
+        """Lines of image tokens that the cache has room for: the budget and the line being written."""
+        return grid.rows if self.policy == "full" else min(self.budget + 1, grid.rows)
+
+    def evicts(self, grid: Grid) -> bool:
+        return self.lines(grid) < grid.rows
+
+    def check(self, grid: Grid) -> None:
+        """Raise UserError where the protected tokens alone exceed the budget on this grid."""
+        protected = self.anchors + self.recent * grid.stride
+        if self.evicts(grid) and protected > self.budget * grid.stride:
+            raise UserError(
+                f"budget: {self.budget} lines hold {self.budget * grid.stride} tokens, but {self.anchors} anchors and "
+                f"{self.recent} recent lines protect {protected}; raise the budget or lower anchors or recent."
+            )
+
+    def share(self, grid: Grid) -> float:
+        """The budget as a share of the image's tokens, as papers give it: 4 of 24 lines is 1/6."""
+        return 1.0 if self.policy == "full" else min(self.budget / grid.rows, 1.0)
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """How tokens are drawn.
+
+    seed               image i of a batch draws from seed + i, whatever the batch
+    guidance           classifier-free guidance scale; 1 or less means none (and half the work)
+    guidance_interval  image tokens after which guidance ends and its half of the batch is dropped; -1: never.
+                       The same number as LlamaGen's cfg_interval.
+    temperature        0 is greedy
+    top_k              codes that may be drawn; 0: all
+    top_p              probability mass that may be drawn; 1: all
+    """
+
+    seed: int = 0
+    guidance: float = 4.0
+    guidance_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.guidance >= 0 or self.guidance > 1000:
+            raise UserError(f"guidance: {self.guidance} is out of range; choose 0 to 1000 (1 means none).")
+        if not 0 <= self.temperature <= 100:
+            raise UserError(f"temperature: {self.temperature} is out of range; choose 0 (greedy) to 100.")
+        if self.top_k < 0:
+            raise UserError(f"top-k: {self.top_k} is negative; choose 0 for all codes, or 1 and more.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p: {self.top_p} is out of range; choose more than 0, up to 1 for all codes.")
+        if self.guidance_interval < -1:
+            raise UserError(f"guidance interval: {self.guidance_interval} is out of range; choose -1 for the whole image.")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1
+
+    def guides(self, token: int) -> bool:
+        """Whether image token number `token` is drawn with guidance. LlamaGen counts from the second token."""
+        return self.guided and (self.guidance_interval < 0 or token - 1 <= self.guidance_interval)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The sizes that decide a cache's memory; a model states its own."""
+
+    layers: int
+    heads: int  # key heads
+    dim: int  # numbers a head
+    prompt: int  # slots the prompt takes
+    bytes_per_number: int
+
+    def line_bytes(self, grid: Grid, rows: int) -> int:
+        """Keys and values of one line for `rows` sequences (images, twice with guidance)."""
+        return 2 * self.layers * rows * self.heads * self.dim * grid.stride * self.bytes_per_number
+
+    def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
+        """Keys and values of the whole cache, as allocated before the first token."""
+        slots = self.prompt + plan.lines(grid) * grid.stride
+        return 2 * self.layers * rows * self.heads * self.dim * slots * self.bytes_per_number

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..view import View
+
+
+def line(view: View) -> Tensor:
+    """LineAR: keep what the line just finished looked at, for the next line will look alike.
+
+    Paper: "Autoregressive Image Generation Needs Only a Few Lines of Cached Tokens", arXiv 2512.04857.
+    Score: mean over the finished line's queries of the full softmax over all that is held, prompt included, per layer
+    and head. The paper publishes no code; which queries, which normalisation and which mean are our reading.
+    Reads: queries. Defaults: 4 anchors, 2 recent lines.
+    """
+    return view.attention(lambda p: p.mean(2))

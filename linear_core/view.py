@@ -1,0 +1,60 @@
+"""View: what a policy may look at when a line has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import line_probabilities
+from .grid import Grid
+
+
+@dataclass(frozen=True)
+class View:
+    """The cache at a line's end, read only. L layers, B rows of the batch, H key heads, S slots, C tokens a line.
+
+    keys, values  L B H S D, keys rotated to their true positions
+    bias          L B H S, ln of how many tokens a slot stands for; -inf: nothing there
+    index         int32 L B H S, which token of the sequence; -1: nothing there
+    queries       L B H C D of the finished line, rotated; None unless the policy reads "queries"
+    mass          L B H S, attention received so far, summed over all queries; None unless the policy reads "mass"
+    row           the line that has just finished
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    index: Tensor
+    queries: Tensor | None
+    mass: Tensor | None
+    grid: Grid
+    row: int
+
+    @property
+    def newest(self) -> int:
+        """Index of the newest token held."""
+        return self.grid.index(self.row + 1) - 1
+
+    def attention(self, reduce: Callable[[Tensor], Tensor], last: int | None = None) -> Tensor:
+        """Attention of the finished line's queries, or of its `last` few, over all that is held: full softmax, causal.
+
+        `reduce` turns one layer's float32 B H C S into B H S; layers are taken one at a time to bound memory.
+        Returns L B H S.
+        """
+        assert self.queries is not None, "the policy does not declare that it reads queries"
+        count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
+        layers = zip(self.queries[:, :, :, -count:], self.keys, self.bias, self.index, strict=True)
+        return torch.stack([reduce(line_probabilities(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
+
+    def candidates(self) -> Tensor:
+        """Bool L B H S: image tokens, the only ones that can be evicted."""
+        return self.index >= self.grid.prompt
+
+    def by_index(self, scores: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `smooth` along the sequence: slots are in no order, neighbours in the image are neighbours by index."""
+        order = self.index.argsort(dim=-1, stable=True)
+        smoothed = smooth(scores.gather(-1, order))
+        return torch.empty_like(scores).scatter_(-1, order, smoothed)

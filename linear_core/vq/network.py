@@ -1,0 +1,146 @@
+"""The convolutional halves of a VQ-GAN, in LlamaGen's layout and key names.
+
+Widths, depth and where attention sits are read off a state dict, so one pair of classes serves every size. Level 0 of
+`conv_blocks` is the full resolution in the encoder and the *lowest* resolution in the decoder, as in the published
+files (github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py).
+
+Every class takes `ops`, the namespace its layers come from: `torch.nn`, or a host's casting layers.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Ops = ModuleType | type[Any]
+
+
+def group_norm(channels: int, ops: Ops) -> nn.Module:
+    """32 groups, as published; narrower networks than the published ones keep its four channels a group."""
+    return ops.GroupNorm(min(32, channels // 4), channels, eps=1e-6, affine=True)
+
+
+class ResBlock(nn.Module):
+    """B I H W -> B O H W."""
+
+    def __init__(self, inner: int, outer: int, ops: Ops = nn):
+        super().__init__()
+        self.norm1 = group_norm(inner, ops)
+        self.conv1 = ops.Conv2d(inner, outer, 3, padding=1)
+        self.norm2 = group_norm(outer, ops)
+        self.conv2 = ops.Conv2d(outer, outer, 3, padding=1)
+        self.nin_shortcut = ops.Conv2d(inner, outer, 1) if inner != outer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """One head over all H x W places."""
+
+    def __init__(self, channels: int, ops: Ops = nn):
+        super().__init__()
+        self.norm = group_norm(channels, ops)
+        self.q, self.k, self.v, self.proj_out = (ops.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape_as(x)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, ops: Ops = nn):
+        super().__init__()
+        self.conv = ops.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only, as published
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int, ops: Ops = nn):
+        super().__init__()
+        self.conv = ops.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention where the layout has it, then a resampling."""
+
+    def __init__(self, inner: int, outer: int, blocks: int, attention: bool, ops: Ops, resample: str = ""):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(inner if i == 0 else outer, outer, ops) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(outer, ops) for _ in range(blocks if attention else 0))
+        self.resample = resample
+        if resample:
+            self.add_module(resample, (Upsample if resample == "upsample" else Downsample)(outer, ops))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.get_submodule(self.resample)(x) if self.resample else x
+
+
+def _middle(channels: int, ops: Ops) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResBlock(channels, channels, ops), AttentionBlock(channels, ops), ResBlock(channels, channels, ops)]
+    )
+
+
+class Encoder(nn.Module):
+    """Picture B 3 H W in -1..1 -> features B Z H/f W/f, f = 2 ** (levels - 1).
+
+    `widths` are the channels of each level from full resolution down.
+    """
+
+    def __init__(self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn):
+        super().__init__()
+        self.conv_in = ops.Conv2d(3, widths[0], 3, padding=1)
+        last = len(widths) - 1
+        self.conv_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], w, blocks, attention and i == last, ops, "downsample" if i < last else "")
+            for i, w in enumerate(widths)
+        )
+        self.mid = _middle(widths[-1], ops)
+        self.norm_out = group_norm(widths[-1], ops)
+        self.conv_out = ops.Conv2d(widths[-1], z, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Features B Z h w -> picture B 3 h*f w*f in about -1..1. `widths` run from the lowest resolution up."""
+
+    def __init__(self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn):
+        super().__init__()
+        self.conv_in = ops.Conv2d(z, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], ops)
+        last = len(widths) - 1
+        self.conv_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], w, blocks, attention and i == 0, ops, "upsample" if i < last else "")
+            for i, w in enumerate(widths)
+        )
+        self.norm_out = group_norm(widths[-1], ops)
+        self.conv_out = ops.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.mid, *self.conv_blocks):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

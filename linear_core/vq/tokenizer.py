@@ -1,0 +1,78 @@
+"""VQTokenizer: pictures to codes and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .network import Decoder, Encoder, Ops
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Everything the layout leaves open, readable off a state dict (`read_config`)."""
+
+    codes: int  # codebook entries
+    code_dim: int  # numbers per entry
+    z: int  # channels between codebook and network
+    decoder_widths: tuple[int, ...]  # lowest resolution first
+    decoder_blocks: int
+    attention: bool = True  # in the lowest-resolution level
+    encoder_widths: tuple[int, ...] = ()  # full resolution first; empty: a file without its encoder
+    encoder_blocks: int = 0
+    normalized: bool = True  # entries are looked up on the unit sphere (LlamaGen, Janus)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token along each side."""
+        return 2 ** (len(self.decoder_widths) - 1)
+
+
+class VQTokenizer(nn.Module):
+    """A VQ-GAN without its losses. Key names are LlamaGen's."""
+
+    def __init__(self, config: VQConfig, ops: Ops = nn):
+        super().__init__()
+        self.config = config
+        self.quantize = nn.Module()
+        self.quantize.embedding = ops.Embedding(config.codes, config.code_dim)
+        self.post_quant_conv = ops.Conv2d(config.code_dim, config.z, 1)
+        self.decoder = Decoder(list(config.decoder_widths), config.decoder_blocks, config.z, config.attention, ops)
+        if config.encoder_widths:
+            self.encoder = Encoder(list(config.encoder_widths), config.encoder_blocks, config.z, config.attention, ops)
+            self.quant_conv = ops.Conv2d(config.z, config.code_dim, 1)
+
+    def codebook(self) -> Tensor:
+        """Entries as they are looked up: K E."""
+        table = self.quantize.embedding.weight
+        return F.normalize(table, dim=-1) if self.config.normalized else table
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures B 3 H W in -1..1 -> what the codebook is compared with: B h w E."""
+        z = self.quant_conv(self.encoder(pictures)).permute(0, 2, 3, 1)
+        return F.normalize(z, dim=-1) if self.config.normalized else z
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """B h w E -> the nearest entry of each: int64 B h w."""
+        table = self.codebook()
+        return (features @ table.T * 2 - (table * table).sum(-1)).argmax(-1)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures B 3 H W in -1..1 -> codes int64 B h w. H and W are multiples of `config.factor`."""
+        return self.nearest(self.features(pictures))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 B h w -> pictures B 3 H W, about -1..1. Any h and w."""
+        return self.decode_features(F.embedding(codes, self.codebook()))
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """B h w E -> pictures B 3 H W."""
+        return self.decoder(self.post_quant_conv(features.permute(0, 3, 1, 2)))
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """Decoder output B 3 H W -> what ComfyUI calls IMAGE: float32 B H W 3 in 0..1."""
+    return ((pictures.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
