@@ -1,4 +1,4 @@
-"""The one door to attention. Shapes: B batch, H heads, T queries, S slots, D numbers a head, L layers, C line length."""
+"""The one door to attention. B batch, H heads, T queries, S slots, D numbers a head, L layers, C tokens a line."""
 
 from __future__ import annotations
 

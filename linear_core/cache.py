@@ -75,7 +75,7 @@ class LineCache:
     # -- a token -----------------------------------------------------------------------------------------------------
 
     def advance(self, index: Tensor, column: Tensor) -> None:
-        """Make the slots of the token at `index` (int64, one element) and `column` (likewise) visible, in all layers."""
+        """Make the slots of the token at `index` and `column` (int64, one element each) visible, in all layers."""
         slot = self.target.index_select(3, column)
         self.bias.scatter_(3, slot, 0.0)
         self.index.scatter_(3, slot, index.to(torch.int32).expand_as(slot))
@@ -102,7 +102,7 @@ class LineCache:
         self.extent += stride
 
     def view(self, row: int) -> View:
-        """What is held now that line `row` is complete. Attention mass is brought up to date, so call it once a line."""
+        """What is held now that line `row` is complete. Brings attention mass up to date, so call it once a line."""
         end = self.extent
         keys, bias, index = self.keys[..., :end, :], self.bias[..., :end], self.index[..., :end]
         if self.mass is not None:

@@ -112,3 +112,37 @@ def _end_line(cache: LineCache, policy: Policy, row: int) -> None:
     cache.release(
         choose(scores, view, stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt)
     )
+
+
+class Run:
+    """The lines of one run as they come, and what can be said of them together."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+
+    def add(self, line: Line) -> None:
+        self.lines.append(line)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Codes so far: int64 B rows cols, on the CPU."""
+        return torch.stack([line.tokens for line in self.lines], 1)
+
+    @property
+    def shares(self) -> Tensor:
+        """What was held after each line: float32 B lines rows cols, share of layers and heads."""
+        return torch.stack([line.share for line in self.lines], 1)
+
+    @property
+    def seconds(self) -> float:
+        return sum(line.seconds for line in self.lines)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all images together."""
+        return self.tokens.numel() / max(self.seconds, 1e-9)
+
+    @property
+    def held(self) -> float:
+        """Image tokens held per head when a line has ended and the next begins, at most."""
+        return max((line.held for line in self.lines if line.row + 1 < line.rows), default=0.0)

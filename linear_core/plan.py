@@ -59,6 +59,14 @@ class CachePlan:
         return 1.0 if self.policy == "full" else min(self.budget / grid.rows, 1.0)
 
 
+PRESETS = {
+    "Balanced": CachePlan(budget=4),
+    "Small": CachePlan(budget=3),
+    "Smallest": CachePlan(budget=2, recent=1),
+    "Full": CachePlan(policy="full"),
+}
+
+
 @dataclass(frozen=True)
 class SamplePlan:
     """How tokens are drawn.
@@ -89,7 +97,9 @@ class SamplePlan:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p: {self.top_p} is out of range; choose more than 0, up to 1 for all codes.")
         if self.guidance_interval < -1:
-            raise UserError(f"guidance interval: {self.guidance_interval} is out of range; choose -1 for the whole image.")
+            raise UserError(
+                f"guidance interval: {self.guidance_interval} is out of range; choose -1 for the whole image."
+            )
 
     @property
     def guided(self) -> bool:

@@ -102,8 +102,16 @@ class Painter:
         line = (line - line.min()) / max(float(np.ptp(line)), 1e-3)
         return (base - height * line).astype(np.float32)
 
-    def ridge(self, line: np.ndarray, colour: np.ndarray, shade: np.ndarray, snow: float = 0.0, fade: float = 0.0,
-              haze: np.ndarray | None = None, facets: bool = True) -> None:
+    def ridge(
+        self,
+        line: np.ndarray,
+        colour: np.ndarray,
+        shade: np.ndarray,
+        snow: float = 0.0,
+        fade: float = 0.0,
+        haze: np.ndarray | None = None,
+        facets: bool = True,
+    ) -> None:
         """A filled ridge: lit on the side of the light, `snow` pixels of cap, fading to `haze` towards its foot."""
         cover = np.clip(_Y - line[None] + 0.5, 0, 1)
         depth = _Y - line[None]
@@ -125,8 +133,19 @@ class Painter:
             body = _mix(body, haze, (np.clip(depth / 40, 0, 1) * fade)[..., None])
         self.blend(body, cover)
 
-    def range(self, count: int, horizon: float, height: float, rough: float, far: np.ndarray, near: np.ndarray,
-              haze: np.ndarray, snow: float = 0.0, waves: float = 1.2, spread: float = 7.0) -> np.ndarray:
+    def range(
+        self,
+        count: int,
+        horizon: float,
+        height: float,
+        rough: float,
+        far: np.ndarray,
+        near: np.ndarray,
+        haze: np.ndarray,
+        snow: float = 0.0,
+        waves: float = 1.2,
+        spread: float = 7.0,
+    ) -> np.ndarray:
         """Several ridges, the far ones paler; returns the nearest one's line."""
         line = np.full(SIZE, horizon, np.float32)
         for i in range(count):
@@ -142,8 +161,9 @@ class Painter:
         depth = np.clip((_Y - line[None]) / np.maximum(SIZE - line[None], 1), 0, 1)
         self.blend(_mix(top, bottom, depth[..., None]), np.clip(_Y - line[None] + 0.5, 0, 1))
 
-    def conifers(self, line: np.ndarray, count: int, low: float, high: float, colour: np.ndarray,
-                 snow: bool = False) -> None:
+    def conifers(
+        self, line: np.ndarray, count: int, low: float, high: float, colour: np.ndarray, snow: bool = False
+    ) -> None:
         """Fir trees standing on `line`."""
         for x in np.sort(self.rng.uniform(0, SIZE, count)):
             height = self.uniform(low, high)
@@ -168,12 +188,15 @@ class Painter:
             self.blend(_rgb("#4a3426"), trunk)
             distance = np.hypot(_X - x, (_Y - y) * 0.9)
             lit = np.clip(0.5 + ((_X - x) * self.light - (_Y - y)) / (2.4 * radius), 0, 1)
-            self.blend(_mix(colour * 0.62, np.clip(colour * 1.15, 0, 1), lit[..., None]), np.clip(radius - distance + 0.5, 0, 1))
+            self.blend(
+                _mix(colour * 0.62, np.clip(colour * 1.15, 0, 1), lit[..., None]),
+                np.clip(radius - distance + 0.5, 0, 1),
+            )
 
     # -- the water -----------------------------------------------------------------------------------------------
 
     def water(self, level: float, near: np.ndarray, clarity: float, glint: tuple[float, str] | None = None) -> None:
-        """Everything below `level` mirrors what is above it, broken into ripples; `glint` is (x, colour) of the light's path."""
+        """Everything below `level` mirrors what is above it, in ripples; `glint` is (x, colour) of the light's path."""
         top = int(level)
         rows = np.arange(top, SIZE)
         depth = (rows - top) / max(SIZE - top, 1)
@@ -188,7 +211,9 @@ class Painter:
             x, colour = glint
             width = 1.5 + 9 * depth + 2 * np.sin(rows * 1.7)
             path = np.clip(width[:, None] - np.abs(_X - x) + 0.5, 0, 1) * (np.sin(rows * 2.1) > -0.35)[:, None]
-            self.canvas[top:] = _mix(self.canvas[top:], _rgb(colour), (path * (0.75 - 0.35 * depth[:, None]))[..., None])
+            self.canvas[top:] = _mix(
+                self.canvas[top:], _rgb(colour), (path * (0.75 - 0.35 * depth[:, None]))[..., None]
+            )
         self.canvas[top] = _mix(self.canvas[top], np.ones(3, np.float32), 0.18)
 
     def mist(self, level: float, thickness: float, colour: np.ndarray, amount: float) -> None:
@@ -231,7 +256,9 @@ def _starry_night(p: Painter) -> None:
     x = p.uniform(14, 82)
     p.light = 1.0 if x > 48 else -1.0
     p.disc(x, p.uniform(12, 30), p.uniform(4.5, 7), "#f7f3d6", "#8ea6dc", p.uniform(9, 14), 0.5)
-    line = p.range(2, horizon + 6, p.uniform(16, 30), 0.7, p.tint("#25386f", 0.02), p.tint("#101a3c", 0.02), _rgb("#32508f"))
+    line = p.range(
+        2, horizon + 6, p.uniform(16, 30), 0.7, p.tint("#25386f", 0.02), p.tint("#101a3c", 0.02), _rgb("#32508f")
+    )
     if p.rng.random() < 0.5:
         p.water(p.uniform(76, 82), _rgb("#0b1434"), 0.85, (x, "#e6e4c8"))
     else:
@@ -239,7 +266,9 @@ def _starry_night(p: Painter) -> None:
         p.conifers(line + 12, int(p.rng.integers(6, 14)), 8, 20, _rgb("#081022"))
 
 
-def _desert(p: Painter, sky: tuple[str, str, str], sand: str, rock: str, sun: str, glow: str, sun_y: tuple[float, float]) -> None:
+def _desert(
+    p: Painter, sky: tuple[str, str, str], sand: str, rock: str, sun: str, glow: str, sun_y: tuple[float, float]
+) -> None:
     horizon = p.uniform(50, 60)
     p.sky(*sky, horizon)
     x = p.uniform(12, 84)
@@ -277,8 +306,16 @@ def _desert_dusk(p: Painter) -> None:
     _desert(p, ("#3b2a63", "#c4506a", "#ffae5c"), "#b0623f", "#6a3247", "#fff0b0", "#ff9a4c", (34, 48))
 
 
-def _ocean(p: Painter, sky: tuple[str, str, str], sea: str, sun: str, glow: str, sun_y: tuple[float, float], cloud: tuple[str, str],
-           island: str) -> None:
+def _ocean(
+    p: Painter,
+    sky: tuple[str, str, str],
+    sea: str,
+    sun: str,
+    glow: str,
+    sun_y: tuple[float, float],
+    cloud: tuple[str, str],
+    island: str,
+) -> None:
     level = p.uniform(50, 60)
     p.sky(*sky, level)
     x = p.uniform(14, 82)
@@ -295,8 +332,13 @@ def _ocean(p: Painter, sky: tuple[str, str, str], sea: str, sun: str, glow: str,
     if p.rng.random() < 0.5:  # a sailing boat
         at, foot = p.uniform(12, 84), p.uniform(level + 6, level + 18)
         sail = np.clip((_Y - (foot - 11)) * 0.5, 0, 5)
-        p.blend(_rgb("#f7f3ea") * (1.0 if sun_y[1] < 0.7 else 0.75), ((_X > at) * (_X - at < sail) * (_Y < foot - 1.5) * (_Y > foot - 11)).astype(np.float32))
-        p.blend(_rgb("#5a2d25"), ((np.abs(_X - at - 1) < 5 - (_Y - foot)) * (np.abs(_Y - foot) < 1.5)).astype(np.float32))
+        p.blend(
+            _rgb("#f7f3ea") * (1.0 if sun_y[1] < 0.7 else 0.75),
+            ((_X > at) * (_X - at < sail) * (_Y < foot - 1.5) * (_Y > foot - 11)).astype(np.float32),
+        )
+        p.blend(
+            _rgb("#5a2d25"), ((np.abs(_X - at - 1) < 5 - (_Y - foot)) * (np.abs(_Y - foot) < 1.5)).astype(np.float32)
+        )
     if p.rng.random() < 0.45:  # a beach
         shore = p.ridge_line(p.uniform(88, 93), 5, 0.0, 0.5)
         sand = p.tint("#ead2a0") * (1.0 if sun_y[1] < 0.7 else 0.55)
@@ -305,11 +347,29 @@ def _ocean(p: Painter, sky: tuple[str, str, str], sea: str, sun: str, glow: str,
 
 
 def _ocean_day(p: Painter) -> None:
-    _ocean(p, ("#2f83d6", "#7dbdec", "#d9eef5"), "#1f6fae", "#fffdf0", "#fff6cf", (0.15, 0.45), ("#ffffff", "#c9dcec"), "#4d7f5c")
+    _ocean(
+        p,
+        ("#2f83d6", "#7dbdec", "#d9eef5"),
+        "#1f6fae",
+        "#fffdf0",
+        "#fff6cf",
+        (0.15, 0.45),
+        ("#ffffff", "#c9dcec"),
+        "#4d7f5c",
+    )
 
 
 def _ocean_dusk(p: Painter) -> None:
-    _ocean(p, ("#33306e", "#b5547e", "#ffb163"), "#3a2c5e", "#fff1b8", "#ff8e45", (0.72, 0.98), ("#f59a7a", "#8d4a78"), "#3b2747")
+    _ocean(
+        p,
+        ("#33306e", "#b5547e", "#ffb163"),
+        "#3a2c5e",
+        "#fff1b8",
+        "#ff8e45",
+        (0.72, 0.98),
+        ("#f59a7a", "#8d4a78"),
+        "#3b2747",
+    )
 
 
 def _foggy_forest(p: Painter) -> None:
@@ -344,7 +404,16 @@ def _winter_snow(p: Painter) -> None:
     horizon = p.uniform(48, 58)
     p.sky("#8fb0d3", "#c3d6e6", "#eef2f3", horizon)
     p.clouds(int(p.rng.integers(0, 4)), 8, 28, "#f7fafc", "#c8d3e0")
-    p.range(2, horizon + 2, p.uniform(18, 30), 0.8, p.tint("#a3b5cc", 0.02), p.tint("#7d93b0", 0.02), _rgb("#e3ebf3"), snow=p.uniform(10, 16))
+    p.range(
+        2,
+        horizon + 2,
+        p.uniform(18, 30),
+        0.8,
+        p.tint("#a3b5cc", 0.02),
+        p.tint("#7d93b0", 0.02),
+        _rgb("#e3ebf3"),
+        snow=p.uniform(10, 16),
+    )
     for i in range(3):
         line = p.ridge_line(horizon + 12 + 12 * i, p.uniform(4, 9), 0.1, p.uniform(0.6, 1.2))
         snow = p.tint("#eef3f9", 0.012)
@@ -362,7 +431,16 @@ def _green_valley(p: Painter) -> None:
     p.sky("#3d8fdc", "#8cc4ee", "#dff0f4", horizon)
     p.disc(p.uniform(12, 84), p.uniform(8, 24), p.uniform(4, 6), "#fffdf0", "#fff6cf", 9, 0.5)
     p.clouds(int(p.rng.integers(2, 6)), 8, 32, "#ffffff", "#cddcea")
-    p.range(2, horizon + 4, p.uniform(20, 32), 0.7, p.tint("#8fb0c4"), p.tint("#5f8a7a"), p.tint("#cfe3e4"), snow=p.uniform(0, 8))
+    p.range(
+        2,
+        horizon + 4,
+        p.uniform(20, 32),
+        0.7,
+        p.tint("#8fb0c4"),
+        p.tint("#5f8a7a"),
+        p.tint("#cfe3e4"),
+        snow=p.uniform(0, 8),
+    )
     for i in range(3):
         line = p.ridge_line(horizon + 14 + 12 * i, p.uniform(5, 11), 0.05, p.uniform(0.6, 1.2))
         grass = p.tint("#6fae4a") * (1 - 0.1 * i)
@@ -380,7 +458,17 @@ def _tropical_lagoon(p: Painter) -> None:
     p.sky("#2f9be0", "#86d0ef", "#e3f5f0", level)
     x = p.uniform(16, 80)
     p.clouds(int(p.rng.integers(1, 5)), 8, level - 14, "#ffffff", "#c8e0ea")
-    p.range(2, level + 1, p.uniform(12, 24), 0.5, p.tint("#6fae9a"), p.tint("#2f7d54"), p.tint("#c8e8df"), waves=1.0, spread=1)
+    p.range(
+        2,
+        level + 1,
+        p.uniform(12, 24),
+        0.5,
+        p.tint("#6fae9a"),
+        p.tint("#2f7d54"),
+        p.tint("#c8e8df"),
+        waves=1.0,
+        spread=1,
+    )
     p.water(level, p.tint("#22b3b0"), 0.4)
     shore = p.ridge_line(p.uniform(84, 90), 7, 0.0, 0.5)
     p.ground(shore - 2, np.array([0.9, 0.98, 0.97], np.float32), _rgb("#f0dcae"))
@@ -389,7 +477,9 @@ def _tropical_lagoon(p: Painter) -> None:
         foot_x, tall, lean = x + p.uniform(-30, 30), p.uniform(22, 36), p.uniform(-7, 7)
         foot = float(shore[int(np.clip(foot_x, 0, 95))]) + 4
         t = np.clip((foot - _Y) / tall, 0, 1)
-        p.blend(_rgb("#7a5636"), np.clip(1.5 - np.abs(_X - foot_x - lean * t**2), 0, 1) * (_Y < foot) * (_Y > foot - tall))
+        p.blend(
+            _rgb("#7a5636"), np.clip(1.5 - np.abs(_X - foot_x - lean * t**2), 0, 1) * (_Y < foot) * (_Y > foot - tall)
+        )
         top_x, top_y = foot_x + lean, foot - tall
         leaf = p.tint("#2f7a3a")
         for way in (-1, 1):

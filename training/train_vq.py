@@ -22,8 +22,15 @@ from torch import Tensor
 
 from linear_core.vq.tokenizer import VQConfig, VQTokenizer
 
-CONFIG = VQConfig(codes=1024, code_dim=8, z=64, decoder_widths=(128, 64, 32), decoder_blocks=2,
-                  encoder_widths=(32, 64, 128), encoder_blocks=1)
+CONFIG = VQConfig(
+    codes=1024,
+    code_dim=8,
+    z=64,
+    decoder_widths=(128, 64, 32),
+    decoder_blocks=2,
+    encoder_widths=(32, 64, 128),
+    encoder_blocks=1,
+)
 
 
 def pictures(images: np.ndarray, device: str) -> Tensor:
@@ -81,7 +88,9 @@ def main() -> None:
     table.copy_(F.normalize(torch.randn_like(table), dim=-1))
     codebook = Codebook(table)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=1e-4
+    )
     start = 0
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
@@ -123,11 +132,20 @@ def main() -> None:
         for key, value in model.state_dict().items():
             average[key].lerp_(value.detach(), 1 - decay)
         if (step + 1) % 50 == 0 or step + 1 == args.steps:
-            print(f"step {step + 1}  loss {loss.item():.4f}  used {int((codebook.count > 0.05).sum())}  "
-                  f"{(time.time() - clock) / (step + 1 - start):.2f} s/step", flush=True)
+            print(
+                f"step {step + 1}  loss {loss.item():.4f}  used {int((codebook.count > 0.05).sum())}  "
+                f"{(time.time() - clock) / (step + 1 - start):.2f} s/step",
+                flush=True,
+            )
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            state = {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
-                     "count": codebook.count, "total": codebook.total, "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "average": average,
+                "optimizer": optimizer.state_dict(),
+                "count": codebook.count,
+                "total": codebook.total,
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
             smooth = VQTokenizer(CONFIG).to(args.device)

@@ -63,8 +63,8 @@ class LlamaGen(nn.Module):
     """Decoder for class- and text-conditional LlamaGen of every size.
 
     The published RoPE table is zero, not the identity, for the prompt: its rotated queries and keys are exactly zero.
-    So every image query scores each visible prompt token 0, and n of them are exactly one slot with a zero key, the mean
-    value and weight n. That one slot is all the prompt takes in the cache.
+    So every image query scores each visible prompt token 0, and n of them are exactly one slot with a zero key, the
+    mean value and weight n. That one slot is all the prompt takes in the cache.
     """
 
     prompt_slots = 1
@@ -151,7 +151,9 @@ class LlamaGen(nn.Module):
         Returns B T+N V; the logits of image token n are at T + n - 1.
         """
         length, count = prompt.length, prompt.length + tokens.shape[1]
-        table = rope_2d(self.grid.rows, self.grid.cols, self.config.width // self.config.heads, ROPE_BASE, tokens.device)
+        table = rope_2d(
+            self.grid.rows, self.grid.cols, self.config.width // self.config.heads, ROPE_BASE, tokens.device
+        )
         table = torch.cat([table.new_zeros(length, *table.shape[1:]), table[: tokens.shape[1]]])
         x = torch.cat([self.cls_embedding(prompt.tokens), self.tok_embeddings(tokens)], 1).to(self.dtype)
         if visible is None and not bool(prompt.pad.any()):
@@ -182,7 +184,9 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
     layers = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("layers."))
     heads = heads or HEADS.get(width)
     if heads is None:
-        raise UserError(f"a LlamaGen of width {width} was never published, and the file does not say how many heads it has.")
+        raise UserError(
+            f"a LlamaGen of width {width} was never published, and the file does not say how many heads it has."
+        )
     hidden = shapes["layers.0.feed_forward.w1.weight"][0]
     if (table := shapes.get("cls_embedding.embedding_table.weight")) is not None:
         return LlamaGenConfig(layers, width, heads, hidden, codes, classes=table[0] - 1)

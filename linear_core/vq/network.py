@@ -12,7 +12,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

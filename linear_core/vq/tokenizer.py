@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,3 +76,31 @@ class VQTokenizer(nn.Module):
 def to_pixels(pictures: Tensor) -> Tensor:
     """Decoder output B 3 H W -> what ComfyUI calls IMAGE: float32 B H W 3 in 0..1."""
     return ((pictures.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) -> VQConfig:
+    """Every size of a tokenizer file in LlamaGen's layout from its keys and shapes."""
+
+    def levels(part: str) -> tuple[tuple[int, ...], int]:
+        widths: list[int] = []
+        while (shape := shapes.get(f"{part}.conv_blocks.{len(widths)}.res.0.conv1.weight")) is not None:
+            widths.append(shape[0])
+        blocks = sum(k.startswith(f"{part}.conv_blocks.0.res.") and k.endswith(".conv1.weight") for k in shapes)
+        return tuple(widths), blocks
+
+    codes, code_dim = shapes["quantize.embedding.weight"]
+    decoder, decoder_blocks = levels("decoder")
+    encoder, encoder_blocks = levels("encoder") if "encoder.conv_in.weight" in shapes else ((), 0)
+    if not decoder:
+        raise KeyError("decoder.conv_blocks.0")
+    return VQConfig(
+        codes=codes,
+        code_dim=code_dim,
+        z=shapes["post_quant_conv.weight"][0],
+        decoder_widths=decoder,
+        decoder_blocks=decoder_blocks,
+        attention="decoder.conv_blocks.0.attn.0.q.weight" in shapes,
+        encoder_widths=encoder,
+        encoder_blocks=encoder_blocks,
+        normalized=normalized,
+    )

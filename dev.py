@@ -1,0 +1,301 @@
+"""LineAR without ComfyUI, and beside it: set up, draw the demo, run the tests, link the pack.
+
+    python3 dev.py demo     draws pictures with the bundled model
+    python3 dev.py test     runs linters and tests
+    python3 dev.py comfy    links this folder into a ComfyUI and starts it
+
+Only the standard library, and only syntax that an older Python can read: this starts before anything is installed,
+and says which Python is needed where that one is missing.
+"""
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - this file is what tells people so
+    sys.exit(f"LineAR needs Python 3.10 or newer, and this is {sys.version.split()[0]} ({sys.executable}).")
+
+import argparse
+import ast
+import hashlib
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PACK = "ar-line-cache"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+WINDOWS = os.name == "nt"
+
+
+def say(text: str) -> None:
+    """Print at once, as the programs we start write to the same screen."""
+    print(text, flush=True)
+
+
+def run(command: list, cwd: Path | None = None, **env: str) -> int:
+    """Run a program to its end and return its exit status; on Ctrl-C it may close its files first."""
+    process = subprocess.Popen([str(part) for part in command], cwd=cwd, env={**os.environ, "PYTHONUTF8": "1", **env})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the program got the same Ctrl-C; a second one ends it the hard way
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.kill()
+        raise
+
+
+# Setting up ----------------------------------------------------------------------------------------------------------
+
+
+def dependency_groups(text: str) -> dict[str, list[str]]:
+    """The groups of [project.optional-dependencies]. Python 3.10 has no tomllib, but their arrays are Python lists."""
+    section = re.split(r"^\[", text.split("[project.optional-dependencies]\n")[1], maxsplit=1, flags=re.M)[0]
+    arrays = re.findall(r"^([\w-]+) = (\[.*?\])$", section, flags=re.M | re.S)
+    return {name: ast.literal_eval(array) for name, array in arrays}
+
+
+def fingerprint(requirements: list[str]) -> str:
+    """A short text that changes when the requirements change."""
+    return hashlib.sha256("\n".join(requirements).encode()).hexdigest()
+
+
+def is_installed(stamp: Path, requirements: list[str]) -> bool:
+    """Whether `stamp` says that exactly these requirements have been installed."""
+    return stamp.is_file() and stamp.read_text() == fingerprint(requirements)
+
+
+def venv_python(venv: Path, windows: bool = WINDOWS) -> Path:
+    """The interpreter inside a virtual environment."""
+    return venv / ("Scripts/python.exe" if windows else "bin/python")
+
+
+def answers(host: str, seconds: float = 3.0) -> bool:
+    """Whether `host` takes an HTTPS connection. In a thread, as looking up its name has no time limit of its own."""
+    opened = threading.Event()
+
+    def knock() -> None:
+        try:
+            socket.create_connection((host, 443), timeout=seconds).close()
+        except OSError:
+            return
+        opened.set()
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return opened.is_set()
+
+
+def torch_index(asked: str | None, system: str, nvidia: bool, reachable: Callable[[], bool]) -> str | None:
+    """The package index to add for torch, or None for those that pip knows already.
+
+    On Linux PyPI's torch brings several GB of CUDA libraries, so a machine without an NVIDIA GPU gets the CPU build,
+    if PyTorch's own index can be reached. On Windows and macOS PyPI has the small build.
+    """
+    if asked:
+        return asked
+    return CPU_INDEX if system == "Linux" and not nvidia and reachable() else None
+
+
+def installed_torch(python: Path) -> str:
+    """The version of torch that `python` has, or an empty text."""
+    ask = "import importlib.metadata as m; print(*[d.version for d in m.distributions(name='torch')][:1])"
+    return subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def pip_install(python: Path, requirements: list[str], *options: str) -> None:
+    """Install with the pip of `python`, or stop: pip has said why."""
+    if run([python, "-m", "pip", "install", "--disable-pip-version-check", *options, *requirements]):
+        raise SystemExit("Installing stopped; pip says why above. The same command goes on from there.")
+
+
+def install_torch(python: Path, requirement: str, asked: str | None) -> None:
+    """Install torch from the index that suits this machine; one that is there already stays."""
+    present = installed_torch(python)
+    if present:
+        say(f"Keeping the torch {present} of .venv ({requirement} is what is tested).")
+        return
+    system, nvidia = platform.system(), bool(shutil.which("nvidia-smi"))
+    index = torch_index(asked, system, nvidia, lambda: answers("download.pytorch.org"))
+    if index:
+        say(f"Installing {requirement} with {index} (the CPU build is about 200 MB).")
+    elif system == "Linux" and nvidia:
+        say(f"Installing {requirement} with CUDA, a download of several GB. For the CPU build, about 200 MB,")
+        say(f"stop here (Ctrl-C) and add --torch-index {CPU_INDEX}")
+    elif system == "Linux":
+        say(f"Installing {requirement} from pip's own index, as download.pytorch.org does not answer. If pip chooses")
+        say("the build with CUDA, that is a download of several GB; --torch-index URL names another index.")
+    else:
+        say(f"Installing {requirement} (about 200 MB).")
+    # Added, not instead: the user's pip settings stay in force, and to pip 2.13.0+cpu is newer than 2.13.0.
+    pip_install(python, [requirement], *(["--extra-index-url", index] if index else []))
+
+
+def set_up(groups: list[str], index: str | None = None) -> Path:
+    """Make .venv, install what is missing of these dependency groups, and return its interpreter."""
+    python, known = venv_python(VENV), dependency_groups((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    if not python.exists():
+        say(f"Making {VENV} (about 1 GB once everything is in it; delete the folder to undo this).")
+        if run([sys.executable, "-m", "venv", "--clear", VENV]):
+            shutil.rmtree(VENV, ignore_errors=True)
+            raise SystemExit("No virtual environment. On Debian and Ubuntu: sudo apt install python3-venv")
+    for group in groups:
+        stamp, requirements = VENV / f"installed-{group}.txt", known[group]
+        if is_installed(stamp, requirements):
+            continue
+        others = [line for line in requirements if not line.startswith("torch==")]
+        for line in requirements:
+            if line not in others:
+                install_torch(python, line, index)
+        say(f"Installing {', '.join(others)}.")
+        pip_install(python, others, "--quiet")
+        stamp.write_text(fingerprint(requirements))
+    return python
+
+
+# The commands --------------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace, extra: list[str]) -> int:
+    """Draw the demo picture."""
+    python = set_up(["standalone"], args.torch_index)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return run([python, "-m", "linear_core", "demo", *extra], PYTHONPATH=path)
+
+
+def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]) -> list[tuple[str, list, str]]:
+    """What `test` does: a name, the command, and why it cannot run (empty when it can)."""
+    if not scripts:
+        missing = "there are no tests/*.test.mjs"
+    else:
+        missing = "" if node else "node was not found; Node.js 20 or newer runs tests/*.test.mjs"
+    return [
+        ("ruff check", [python, "-m", "ruff", "check", "."], ""),
+        ("ruff format", [python, "-m", "ruff", "format", "--check", "."], ""),
+        ("node --test", [node, "--test", *scripts], missing),
+        ("pytest", [python, "-m", "pytest", *extra], ""),
+    ]
+
+
+def test(args: argparse.Namespace, extra: list[str]) -> int:
+    """Run every check to its end, then say how each went."""
+    python = set_up(["standalone", "dev"] + ["registry"] * args.registry, args.torch_index)
+    summary, failed = [], False
+    for name, command, missing in checks(python, extra, shutil.which("node"), sorted(ROOT.glob("tests/*.test.mjs"))):
+        if missing:
+            summary.append(f"{name:12} not run: {missing}")
+            continue
+        say(f"\n== {name}")
+        status = run(command, cwd=ROOT)
+        summary.append(f"{name:12} {'failed' if status else 'passed'}")
+        failed = failed or status != 0
+    say("\n".join(["\n== summary", *summary]))
+    return int(failed)
+
+
+def find_comfy(folder: str | None) -> Path | None:
+    """Where ComfyUI's main.py is: in `folder`, or in its ComfyUI subfolder (the portable build), or None."""
+    if not folder:
+        return None
+    path = Path(folder).expanduser().resolve()
+    return next((place for place in (path, path / "ComfyUI") if (place / "main.py").is_file()), None)
+
+
+def comfy_python(comfy: Path, windows: bool = WINDOWS) -> Path:
+    """The interpreter that ComfyUI was installed with, as far as its folders tell, else this one."""
+    known = [venv_python(comfy / ".venv", windows), venv_python(comfy / "venv", windows)]
+    if windows:
+        known.append(comfy.parent / "python_embeded" / "python.exe")  # the portable build spells it like this
+    return next((path for path in known if path.is_file()), Path(sys.executable))
+
+
+def make_link(link: Path, target: Path) -> None:
+    """A symbolic link to a folder, or a junction where Windows does not allow one."""
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        if not WINDOWS or run(["cmd", "/c", "mklink", "/J", link, target]):
+            raise SystemExit(f"Could not link {link} ({error}); copy {target} there instead.") from None
+
+
+def link_pack(comfy: Path, root: Path = ROOT) -> Path:
+    """The place in custom_nodes that leads to `root`, made if need be; what someone else put there stays."""
+    folder = comfy / "custom_nodes"
+    folder.mkdir(exist_ok=True)
+    # Under any name: a second entry for the same pack would register every node twice.
+    present = next((entry for entry in sorted(folder.iterdir()) if entry.resolve() == root), None)
+    if present:
+        return present
+    link = folder / PACK
+    if os.path.lexists(link):
+        raise SystemExit(f"{link} is there already and does not lead to {root}; please move it away first.")
+    make_link(link, root)
+    return link
+
+
+def comfy(args: argparse.Namespace, extra: list[str]) -> int:
+    """Link the pack into a ComfyUI and start it."""
+    found = find_comfy(args.dir)
+    if found is None:
+        problem = f"There is no main.py in {args.dir}." if args.dir else "Which ComfyUI? --dir PATH says so."
+        say(f"{problem} To get a ComfyUI (several GB), in a virtual environment:")
+        say("    pip install comfy-cli && comfy install && comfy which")
+        say("and then, with the folder that the last of these prints:  python3 dev.py comfy --dir FOLDER")
+        return 1
+    say(f"The pack is in {link_pack(found)}")
+    python = comfy_python(found)
+    say(f"Starting ComfyUI with {python}; open http://127.0.0.1:{args.port} when it says so.")
+    return run([python, "main.py", "--port", args.port, *extra], cwd=found)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what it does not know is passed on."""
+    top = argparse.ArgumentParser(prog="python3 dev.py", description="Try, test and link LineAR.")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(function: Callable, text: str, passed_on: str) -> argparse.ArgumentParser:
+        end = f"Anything else is passed on: {passed_on}."
+        command = commands.add_parser(
+            function.__name__, help=text, description=f"{text}.", epilog=end, allow_abbrev=False
+        )
+        command.set_defaults(function=function)
+        return command
+
+    def add_index(command: argparse.ArgumentParser) -> None:
+        text = "package index to add for torch (or set LINEAR_TORCH_INDEX); by default the CPU build where it suits"
+        command.add_argument("--torch-index", metavar="URL", default=os.environ.get("LINEAR_TORCH_INDEX"), help=text)
+
+    add_index(add(demo, "draw pictures with the bundled model, full cache and small cache", "options of the demo"))
+    check = add(test, "run ruff, the JavaScript tests and pytest", "arguments of pytest, such as -k WORD or a file")
+    add_index(check)
+    check.add_argument("--registry", action="store_true", help="also the gates of the registry; installs about 300 MB")
+    start = add(comfy, "link this folder into a ComfyUI and start it", "arguments of ComfyUI, such as --cpu")
+    start.add_argument("--dir", metavar="PATH", help="the ComfyUI folder, the one with main.py")
+    start.add_argument("--port", metavar="N", type=int, default=8188, help="default: 8188")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    top = parser()
+    args, extra = top.parse_known_args(argv)
+    if not hasattr(args, "function"):
+        if extra:
+            top.error(f"first a command, then {' '.join(extra)}")
+        top.print_help()
+        return 0
+    try:
+        return args.function(args, extra)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The command line: python -m linear_core {demo, generate, compare, plan, models}."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import library
+from .errors import UserError
+from .generate import Run, generate
+from .heatmap import heatmap, lifetime
+from .library import ImageModel, ModelFiles, ModelInfo
+from .plan import PRESETS, RELEASES, CachePlan, SamplePlan
+from .policies import POLICIES
+from .preview import decode
+from .prompts import class_prompt
+from .sheet import contact_sheet, save, to_image
+
+MIB = 2**20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: not enough memory; lower --images or --budget (`plan` shows what they take).", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Draw images and write each as a PNG."""
+    model, plan = _load(args), _cache_plan(args)
+    sample = _sample_plan(args, model.info)
+    names, labels = _classes(args, model.info)
+    out = _out(args.out, model.info.name + ".png")
+    (run,) = _draw(model, labels, [plan], sample)
+    pictures = decode(model.tokenizer, run.tokens)
+    if args.heatmap:
+        pictures = heatmap(lifetime(run.shares), *_enlarged(pictures, args.size), pictures)
+    for i, picture in enumerate(pictures):
+        path = out if len(pictures) == 1 else out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}")
+        notes = {
+            "model": model.info.name,
+            "class": names[i],
+            **asdict(plan),
+            **asdict(replace(sample, seed=sample.seed + i)),
+        }
+        save(to_image(picture, args.size), path, notes)
+        print(path)
+    print(_summary(run))
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """The full cache against a few lines: same seeds, one picture, one line of numbers each."""
+    model, few = _load(args), _cache_plan(args)
+    sample = _sample_plan(args, model.info)
+    names, labels = _classes(args, model.info)
+    out = _out(args.out, "compare.png")
+    full, run = _draw(model, labels, [CachePlan(policy="full"), few], sample)
+    pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
+    kept = heatmap(lifetime(run.shares), *_enlarged(pictures[1], args.size), pictures[1])
+    rows = [
+        ("full cache", _remark(full), pictures[0]),
+        (_describe(few, model.info), _remark(run), pictures[1]),
+        ("what the few lines kept", "bright: held by most layers and heads for long; dark: evicted soon", kept),
+    ]
+    notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
+    save(contact_sheet(rows, names, args.size), out, notes)
+    same = float((full.tokens == run.tokens).float().mean())
+    print(f"{'':24}{'cache MiB':>12}{'tokens/s':>12}{'held after a line':>22}")
+    for name, r in (("full cache", full), (_describe(few, model.info), run)):
+        print(f"{name:24}{_cache_mib(r):>12.2f}{r.tokens_per_second:>12.0f}{r.held:>22.0f}")
+    saved = 1 - _cache_mib(run) / _cache_mib(full)
+    print(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
+    print(f"picture: {out}")
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Memory of the cache before anything is loaded."""
+    files = _files(args)
+    info = library.read_info(files.decoder, _grid(args))
+    dtype = _dtype(args, _device(args))
+    few = _cache_plan(args)
+    few.check(info.grid)
+    sample = _sample_plan(args, info)
+    images = max(args.images, 1) * max(len(args.classes or ["one"]), 1)
+    rows = images * (2 if sample.guided else 1)
+    shape = info.cache_shape(dtype)
+    print(f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
+          f"{info.config.heads} heads of {shape.dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk")  # fmt: skip
+    print(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
+    print(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
+    full = CachePlan(policy="full")
+    for plan in (full, few):
+        size = shape.bytes(info.grid, plan, rows) / MIB
+        print(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
+    saved = 1 - shape.bytes(info.grid, few, rows) / shape.bytes(info.grid, full, rows)
+    print(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
+
+
+def run_models(args: argparse.Namespace) -> None:
+    """What is there to draw with."""
+    paths = [library.bundled_files().decoder, *library.find_checkpoints([Path(f) for f in args.folder])]
+    for path in paths:
+        try:
+            info = library.read_info(path)
+        except UserError as error:
+            print(f"{path.name}: left out, {str(error).removeprefix(path.name + ': ')}")
+            continue
+        kind = f"{info.config.classes} classes" if info.config.classes else "text"
+        print(
+            f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens, {kind}, "
+            f"{info.weight_bytes / MIB:.1f} MiB, {path}"
+        )
+        if info.classes:
+            print("  " + ", ".join(info.classes))
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _draw(model: ImageModel, labels: list[int], plans: list[CachePlan], sample: SamplePlan) -> list[Run]:
+    """The same images once for each plan. The runs take turns line by line, so that their times compare."""
+    runs = [Run() for _ in plans]
+    total = len(plans) * model.info.grid.rows * model.info.grid.cols * len(labels)
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
+        for lines in zip(*(generate(model.decoder, class_prompt(labels), p, sample) for p in plans), strict=True):
+            for run, line in zip(runs, lines, strict=True):
+                run.add(line)
+                bar.update(line.tokens.numel())
+    return runs
+
+
+def _load(args: argparse.Namespace) -> ImageModel:
+    device = _device(args)
+    return library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+
+
+def _files(args: argparse.Namespace) -> ModelFiles:
+    if args.model == library.BUNDLED:
+        return library.bundled_files()
+    if not args.tokenizer:
+        raise UserError(
+            f"tokenizer: {Path(args.model).name} needs one; add --tokenizer FILE (for LlamaGen: vq_ds16_c2i.pt)."
+        )
+    return ModelFiles(Path(args.model), Path(args.tokenizer))
+
+
+def _device(args: argparse.Namespace) -> str:
+    if args.device != "auto":
+        return args.device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
+    return DTYPES[args.dtype] if args.dtype != "auto" else DTYPES["float32" if device == "cpu" else "bfloat16"]
+
+
+def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
+    if args.grid is None:
+        return None
+    rows, _, cols = args.grid.partition("x")
+    if not (rows.isdigit() and cols.isdigit()):
+        raise UserError(f"grid: '{args.grid}' is not a size; write rows x columns, for example 24x24.")
+    return int(rows), int(cols)
+
+
+def _cache_plan(args: argparse.Namespace) -> CachePlan:
+    given = {
+        k: getattr(args, k)
+        for k in ("policy", "budget", "anchors", "recent", "release")
+        if getattr(args, k) is not None
+    }
+    return replace(PRESETS[args.preset], **given)
+
+
+def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
+    names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p")
+    return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
+
+
+def _classes(args: argparse.Namespace, info: ModelInfo) -> tuple[list[str], list[int]]:
+    if args.images < 1:
+        raise UserError(f"images: {args.images} is none; choose 1 or more.")
+    asked = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
+    names = [name for name in asked for _ in range(args.images)]
+    return names, [library.class_label(info, name) for name in names]
+
+
+def _out(given: Path | None, name: str) -> Path:
+    path = given or Path("out") / name
+    if path.is_dir():
+        path = path / name
+    if path.suffix.lower() != ".png":
+        raise UserError(f"out: {path} is not a PNG file; end its name in .png.")
+    return path
+
+
+def _enlarged(pictures: Tensor, size: int) -> tuple[int, int]:
+    """Height and width that `to_image` gives a picture, so that a map drawn over it has crisp cells."""
+    height, width = pictures.shape[1:3]
+    factor = max(1, size // max(height, width))
+    return height * factor, width * factor
+
+
+def _describe(plan: CachePlan, info: ModelInfo) -> str:
+    if not plan.evicts(info.grid):
+        return "full cache"
+    return f"{plan.budget} of {info.grid.rows} lines, {plan.policy}" + (", lazy" if plan.release == "lazy" else "")
+
+
+def _ratio(plan: CachePlan, info: ModelInfo) -> str:
+    share = plan.share(info.grid)
+    return "all" if share == 1 else f"1/{1 / share:.3g}"
+
+
+def _cache_mib(run: Run) -> float:
+    return run.lines[0].cache_bytes / MIB
+
+
+def _remark(run: Run) -> str:
+    return f"{_cache_mib(run):.1f} MiB of keys and values, {run.tokens_per_second:.0f} tokens/s"
+
+
+def _summary(run: Run) -> str:
+    return f"{_remark(run)}, at most {run.held:.0f} image tokens held after a line, {run.seconds:.1f} s"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m linear_core",
+        description="Autoregressive image generation that keeps only a few lines of the key-value cache.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    model = argparse.ArgumentParser(add_help=False)
+    group = model.add_argument_group("model")
+    group.add_argument(
+        "--model", default=library.BUNDLED, metavar="FILE", help="decoder checkpoint; default: the bundled model"
+    )
+    group.add_argument("--tokenizer", metavar="FILE", help="VQ tokenizer checkpoint that belongs to it")
+    group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, where neither the file nor its name tells")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="numbers of decoder and cache (default: auto)"
+    )
+
+    cache = argparse.ArgumentParser(add_help=False)
+    group = cache.add_argument_group("cache", "the preset's values, unless given")
+    group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
+    group.add_argument("--policy", choices=list(POLICIES), help="what decides which tokens stay")
+    group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that survive a line's end")
+    group.add_argument("--anchors", type=int, metavar="TOKENS", help="first image tokens that always stay")
+    group.add_argument("--recent", type=int, metavar="LINES", help="newest whole lines that always stay")
+    group.add_argument("--release", choices=RELEASES, help="victims vanish at once (strict) or when overwritten (lazy)")
+
+    sample = argparse.ArgumentParser(add_help=False)
+    group = sample.add_argument_group("sampling", "the model's own defaults, unless given")
+    group.add_argument(
+        "--class", dest="classes", action="append", metavar="NAME", help="class name or number; repeat for more"
+    )
+    group.add_argument("--images", type=int, default=1, metavar="N", help="images of each class (default: 1)")
+    group.add_argument("--seed", type=int, metavar="N", help="image i draws from seed N + i (default: 0)")
+    group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical 2 to 5")
+    group.add_argument(
+        "--guidance-interval", type=int, metavar="TOKENS", help="image tokens after which guidance ends; -1: never"
+    )
+    group.add_argument("--temperature", type=float, help="0: greedy; typical 1")
+    group.add_argument("--top-k", type=int, metavar="CODES", help="draw from the likeliest codes only; 0: all")
+    group.add_argument("--top-p", type=float, metavar="MASS", help="draw from this much probability only; 1: all")
+
+    output = argparse.ArgumentParser(add_help=False)
+    group = output.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="FILE.png", help="where to write (default: in ./out)")
+    group.add_argument(
+        "--size", type=int, default=288, metavar="PIXELS", help="enlarge pictures up to this (default: 288)"
+    )
+
+    def add(name: str, command, parents: list[argparse.ArgumentParser], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=parents, help=help, description=command.__doc__)
+        sub.set_defaults(command=command)
+        return sub
+
+    everything = [model, cache, sample, output]
+    demo = add("demo", run_compare, everything, "compare on the bundled model, with a picture")
+    demo.set_defaults(out=Path("out") / "demo.png")
+    add("generate", run_generate, everything, "draw images").add_argument(
+        "--heatmap", action="store_true", help="draw what the cache kept over the picture"
+    )
+    add("compare", run_compare, everything, "full cache against a few lines, same seeds")
+    add("plan", run_plan, [model, cache, sample], "memory before anything is loaded")
+    add("models", run_models, [], "list models").add_argument(
+        "folder", nargs="*", help="folders to search besides the bundled model"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

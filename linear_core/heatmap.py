@@ -1,0 +1,49 @@
+"""Retention heatmaps: which tokens the cache still holds, as colour."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Cividis (Nunez et al. 2018), nine points: reads the same with and without colour-vision deficiency, and in grey.
+_CIVIDIS = torch.tensor([
+    [0.000, 0.135, 0.304], [0.000, 0.213, 0.430], [0.207, 0.289, 0.420], [0.348, 0.367, 0.425], [0.476, 0.448, 0.445],
+    [0.607, 0.530, 0.438], [0.747, 0.620, 0.406], [0.889, 0.717, 0.338], [0.996, 0.909, 0.217],
+])  # fmt: skip
+
+
+def colour(values: Tensor) -> Tensor:
+    """Values in 0..1 of any shape -> the same shape with 3 channels last."""
+    place = values.clamp(0, 1) * (len(_CIVIDIS) - 1)
+    low = place.floor().long().clamp(max=len(_CIVIDIS) - 2)
+    t = (place - low)[..., None]
+    return _CIVIDIS[low] * (1 - t) + _CIVIDIS[low + 1] * t
+
+
+def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = None, strength: float = 0.7) -> Tensor:
+    """Draw what each cell of the grid kept.
+
+    share     B rows cols, share of layers and heads that hold the token
+    picture   B H W 3 in 0..1; None draws the map alone. What was evicted is darkened, what is held is lit.
+    Returns B height width 3 in 0..1, cells as crisp squares.
+    """
+    map_ = F.interpolate(share[:, None].float(), (height, width), mode="nearest")[:, 0]
+    colours = colour(map_)
+    if picture is None:
+        return colours
+    if picture.shape[1:3] != (height, width):
+        picture = F.interpolate(picture.permute(0, 3, 1, 2), (height, width), mode="nearest").permute(0, 2, 3, 1)
+    grey = picture.mean(-1, keepdim=True) * 0.35
+    faded = picture * (1 - strength) + grey * strength
+    return (faded + (picture * 0.35 + colours * 0.65 - faded) * (strength * map_.sqrt())[..., None]).clamp(0, 1)
+
+
+def lifetime(shares: Tensor) -> Tensor:
+    """How long each cell was kept: B lines rows cols -> B rows cols.
+
+    The mean share of layers and heads that held the token, over the line ends from its own on. 1: never evicted.
+    """
+    lines, rows = shares.shape[1:3]
+    after = torch.arange(lines)[:, None] >= torch.arange(rows)[None]  # line ends that a row of tokens lived through
+    return (shares * after[None, :, :, None]).sum(1) / after.sum(0).clamp(min=1)[None, :, None]

@@ -1,0 +1,57 @@
+"""Contact sheets: rows of pictures with a caption to each row and column."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (110, 114, 120)
+GAP = 8
+
+
+def to_image(picture: Tensor, size: int | None = None) -> Image.Image:
+    """H W 3 in 0..1 -> an image; `size` enlarges the longer side to at least that many pixels, whole pixels only."""
+    array = (picture.clamp(0, 1) * 255).round().byte().numpy()
+    image = Image.fromarray(np.ascontiguousarray(array))
+    factor = max(1, (size or 0) // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size: int = 288) -> Image.Image:
+    """Rows of (title, remark, pictures B H W 3), one column a picture, each captioned once at the top."""
+    pictures = [[to_image(p, size) for p in row[2]] for row in rows]
+    width, height = pictures[0][0].size
+    title, small = ImageFont.load_default(size=22), ImageFont.load_default(size=16)
+    head = 34 if columns else GAP
+    bar = 40
+    sheet = Image.new("RGB", (GAP + (width + GAP) * len(pictures[0]), head + (bar + height + GAP) * len(rows)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(columns):
+        draw.text((GAP + i * (width + GAP) + width / 2, 24), name, INK, font=small, anchor="ms")
+    for r, (name, remark, _) in enumerate(rows):
+        top = head + r * (bar + height + GAP)
+        draw.text((GAP, top + bar - 12), name, INK, font=title, anchor="ls")
+        draw.text(
+            (GAP + draw.textlength(name, font=title) + 14, top + bar - 12), remark, FAINT, font=small, anchor="ls"
+        )
+        for i, picture in enumerate(pictures[r]):
+            sheet.paste(picture, (GAP + i * (width + GAP), top + bar))
+    return sheet
+
+
+def save(image: Image.Image, path: Path, notes: dict[str, Any]) -> None:
+    """Write a PNG that carries `notes`; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("linear", json.dumps(notes))
+    part = path.with_name(path.name + ".part")
+    try:
+        image.save(part, "PNG", pnginfo=info, optimize=True)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
