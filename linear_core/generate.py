@@ -77,7 +77,7 @@ def generate(
             forced = grid.forced(column)
             if forced is None:
                 scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
-                scores = restrict(scores, sample.top_k, sample.top_p)
+                scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
                 token = pick(scores, noise.exponential(number), sample.temperature)
                 tokens[:, column] = token
             else:

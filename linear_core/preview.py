@@ -32,8 +32,8 @@ class Preview:
     @torch.inference_mode()
     def pictures(self, images: int = 1) -> Tensor:
         """The first `images` pictures so far, what is missing in grey: float32 B H W 3 in 0..1, on the CPU."""
-        device = self.tokenizer.quantize.embedding.weight.device
-        done = to_pixels(self.tokenizer.decode(self.tokens[:images].to(device))).cpu()
+        codes = self.tokens[:images].to(self.tokenizer.device)
+        done = to_pixels(self.tokenizer.decode(codes)).cpu()
         missing = (self.rows - len(self.lines)) * self.tokenizer.config.factor
         rest = torch.full((done.shape[0], missing, *done.shape[2:]), EMPTY)
         return torch.cat([done, rest], 1)
@@ -42,5 +42,5 @@ class Preview:
 @torch.inference_mode()
 def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
     """The pictures, each one full decode: codes int64 B rows cols -> float32 B H W 3 in 0..1, on the CPU."""
-    device = tokenizer.quantize.embedding.weight.device
+    device = tokenizer.device
     return torch.cat([to_pixels(tokenizer.decode(part.to(device))).cpu() for part in tokens.split(batch)])

@@ -14,14 +14,18 @@ def guide(logits: Tensor, images: int, scale: float) -> Tensor:
     return unconditional + (conditional - unconditional) * scale
 
 
-def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf for codes outside the `top_k` likeliest (0: all) and outside the smallest set of mass `top_p`."""
+def restrict(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.0) -> Tensor:
+    """-inf for codes outside the `top_k` likeliest (0: all) and outside the smallest set of mass `top_p`.
+
+    The mass is that of softmax(logits / temperature), of what `top_k` has left.
+    """
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if top_p < 1:
         ordered, place = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)  # mass in front of each code; the first always stays
+        shares = (ordered / (temperature or 1.0)).softmax(-1)
+        before = shares.cumsum(-1).roll(1, dims=-1)  # mass in front of each code; the first always stays
         before[..., 0] = 0
         outside = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, place, before > top_p)
         logits = logits.masked_fill(outside, float("-inf"))
@@ -51,8 +55,10 @@ class Noise:
     def exponential(self, token: int) -> Tensor:
         """Standard exponential noise for image token number `token`: float32 B V, all positive."""
         bits = _mix((self.start + (token + 1) * 0x9E3779B1 & _MASK) ^ self.high)
-        # u is finest near 0, where the winner of the race below is decided.
-        return -torch.log1p(-(bits.float() + 0.5) * 2.0**-32)
+        # u is finest near 0, where the winner of the race below is decided. It stays below 1: infinite noise would rule
+        # a code out, even the only one that is left.
+        u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+        return -torch.log1p(-u)
 
 
 def pick(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:

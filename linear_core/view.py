@@ -38,15 +38,19 @@ class View:
         """Index of the newest token held."""
         return self.grid.index(self.row + 1) - 1
 
-    def attention(self, reduce: Callable[[Tensor], Tensor], last: int | None = None) -> Tensor:
-        """Attention of the finished line's queries, or of its `last` few, over all that is held: full softmax, causal.
+    def attention(
+        self, reduce: Callable[[Tensor], Tensor], last: int | None = None, image_only: bool = False
+    ) -> Tensor:
+        """Attention of the finished line's queries, or of its `last` few, over all that is held: softmax, causal.
 
+        `image_only` leaves the prompt out of the softmax.
         `reduce` turns one layer's float32 B H C S into B H S; layers are taken one at a time to bound memory.
         Returns L B H S.
         """
         assert self.queries is not None, "the policy does not declare that it reads queries"
         count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
-        layers = zip(self.queries[:, :, :, -count:], self.keys, self.bias, self.index, strict=True)
+        bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
+        layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
         return torch.stack([reduce(line_probabilities(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
 
     def candidates(self) -> Tensor:

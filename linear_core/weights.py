@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 NESTS = ("model", "module", "state_dict")  # what published training scripts wrap a state dict in
+HARMLESS = [argparse.Namespace]  # what they save beside it; it holds attributes and runs nothing
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _read_safetensors(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor],
 
 def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # about storages of old files; nothing a user can act on
             content: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a foreign or broken file
@@ -101,8 +103,8 @@ def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, ignore: tuple[str, ...] = ()) -> None:
-    """Put `weights` into `module`, built on the meta device, as `dtype`. Keys starting as in `ignore` are left out.
+def matching(module: nn.Module, weights: Weights, ignore: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Those of `weights` that `module` takes. Keys starting with one of `ignore` are skipped.
 
     Every missing, unknown or mis-shaped key is an error: half a model draws noise.
     """
@@ -118,4 +120,19 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, ignore: tuple[
             raise weights.problem(f"'{name}' is {list(tensors[name].shape)} where {list(shape)} was expected.")
         if not tensors[name].is_floating_point():
             raise weights.problem(f"'{name}' holds {tensors[name].dtype} where numbers with a fraction were expected.")
-    module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
+    return {name: tensors[name] for name in expected}
+
+
+def fill(
+    module: nn.Module,
+    weights: Weights,
+    dtype: torch.dtype,
+    ignore: tuple[str, ...] = (),
+    stored: Callable[[str, Tensor], torch.dtype | None] = lambda name, tensor: None,
+) -> None:
+    """Put `weights` into `module`, built on the meta device, as `dtype`, or as what `stored` names for a tensor.
+
+    See `matching` for what is refused.
+    """
+    tensors = matching(module, weights, ignore)
+    module.load_state_dict({k: v.to(stored(k, v) or dtype) for k, v in tensors.items()}, assign=True)

@@ -81,7 +81,9 @@ class LlamaGen(nn.Module):
         )
         self.norm = ops.RMSNorm(config.width, eps=config.eps)
         self.output = ops.Linear(config.width, config.codes, bias=False)
-        self.compute_dtype: torch.dtype | None = None  # a host with casting layers says; else that of the weights
+        # A host whose layers cast, and move their weights as they are needed, says what and where it computes.
+        self.compute_dtype: torch.dtype | None = None
+        self.compute_device: torch.device | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +91,11 @@ class LlamaGen(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.tok_embeddings.weight.device
+        return self.compute_device or self.tok_embeddings.weight.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self.compute_device = device
 
     @property
     def codes(self) -> int:

@@ -16,7 +16,8 @@ def random(view: View) -> Tensor:
     layers, _, heads, _ = view.index.shape
     layer = torch.arange(layers, device=view.index.device)[:, None, None, None]
     head = torch.arange(heads, device=view.index.device)[None, None, :, None]
-    x = ((view.index.long() * 1024 + head) * 1024 + layer) * 1024 + view.row
+    place = view.index.long() - view.grid.prompt  # in the picture, so that a longer prompt draws the same
+    x = ((place * 1024 + head) * 1024 + layer) * 1024 + view.row
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x.double()

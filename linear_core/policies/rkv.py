@@ -23,8 +23,7 @@ def rkv(view: View) -> Tensor:
     batch; here each row and head has its own. Reads: queries.
     """
     outside = ~view.candidates()
-    importance = view.attention(lambda p: p.mean(2), last=WINDOW).masked_fill(outside, 0.0)
-    importance = importance / importance.sum(-1, keepdim=True).clamp(min=1e-20)
+    importance = view.attention(lambda p: p.mean(2), last=WINDOW, image_only=True)
 
     def pool(x: Tensor) -> Tensor:
         return F.max_pool1d(x.flatten(0, 2)[:, None], KERNEL, stride=1, padding=KERNEL // 2).view_as(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ class VQTokenizer(nn.Module):
     def __init__(self, config: VQConfig, ops: Ops = nn):
         super().__init__()
         self.config = config
+        self.compute_device: torch.device | None = None  # as LlamaGen's
         self.quantize = nn.Module()
         self.quantize.embedding = ops.Embedding(config.codes, config.code_dim)
         self.post_quant_conv = ops.Conv2d(config.code_dim, config.z, 1)
@@ -45,9 +47,17 @@ class VQTokenizer(nn.Module):
             self.encoder = Encoder(list(config.encoder_widths), config.encoder_blocks, config.z, config.attention, ops)
             self.quant_conv = ops.Conv2d(config.z, config.code_dim, 1)
 
+    @property
+    def device(self) -> torch.device:
+        return self.compute_device or self.quantize.embedding.weight.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self.compute_device = device
+
     def codebook(self) -> Tensor:
         """Entries as they are looked up: K E."""
-        table = self.quantize.embedding.weight
+        table = self.quantize.embedding.weight.to(self.device)
         return F.normalize(table, dim=-1) if self.config.normalized else table
 
     def features(self, pictures: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""What LlamaGen published: which files there are, what their names say, and where they can be had.
+
+Numbers and names only; nothing here reads a file or the network. Pages: github.com/FoundationVision/LlamaGen (MIT)
+and, for the text encoder, huggingface.co/google/flan-t5-xl (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+HUB = "https://huggingface.co"
+PIXELS = {"c2i": (256, 384), "t2i": (256, 512)}  # class- and text-conditional: sides of the pictures
+FACTOR = 16  # pixels along each side of a token, for every published decoder
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the hub, at one commit.
+
+    revision  the commit; None where nobody we can cite has written it down: then the newest is taken, and named in what
+              the download reports
+    """
+
+    name: str
+    revision: str | None
+    licence: str
+
+    def url(self, path: str, hub: str = HUB) -> str:
+        return f"{hub}/{self.name}/resolve/{self.revision or 'main'}/{path}"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One file of the hub.
+
+    gigabytes  roughly, for people; the hub says the exact number
+    sha256     of the content; None where it is not known here: then the hash that the hub itself states for the file at
+               this revision is what the content is held against
+    """
+
+    repository: Repository
+    path: str
+    gigabytes: float
+    sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        return self.repository.url(self.path)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a user chooses to have: files that belong together, and the model folder they go to.
+
+    folder  ComfyUI's name of the model folder
+    below   a folder of their own in it
+    needs   names of other releases without which this one draws nothing
+    """
+
+    name: str
+    folder: str
+    files: tuple[Remote, ...]
+    needs: tuple[str, ...] = ()
+    below: str = ""
+
+    @property
+    def gigabytes(self) -> float:
+        return sum(file.gigabytes for file in self.files)
+
+    @property
+    def licence(self) -> str:
+        return self.files[0].repository.licence
+
+    def local(self, file: Remote) -> str:
+        """Where a file belongs, below the model folder."""
+        return f"{self.below}/{file.path}" if self.below else file.path
+
+
+# The commits: LlamaGen's as linked from github.com/hustvl/ControlAR/issues/10 (2025-04-29), flan-t5-xl's as pinned by
+# FoundationVision/Infinity and many others. None is known to us for llamagen_t2i, and for no file a hash.
+C2I = Repository("FoundationVision/LlamaGen", "a86ad643a5bde5b5657a8aed7d5c9e2fc6f8c60f", "MIT")
+T2I = Repository("peizesun/llamagen_t2i", None, "MIT")
+T5 = Repository("google/flan-t5-xl", "7d6315df2c2fb742f0f5b556879d730926ca9001", "Apache-2.0")
+
+TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
+TEXT_ENCODER = "flan-t5-xl"
+
+
+def _one(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
+    return Release(path.removesuffix(".pt"), "ar_image", (Remote(repository, path, gigabytes),), needs)
+
+
+_T5_FILES = (
+    ("config.json", 0),
+    ("special_tokens_map.json", 0),
+    ("spiece.model", 0),
+    ("tokenizer.json", 0),
+    ("tokenizer_config.json", 0),
+    ("model.safetensors.index.json", 0),
+    ("model-00001-of-00002.safetensors", 9.45),
+    ("model-00002-of-00002.safetensors", 1.95),
+)
+
+RELEASES: dict[str, Release] = {
+    release.name: release
+    for release in (
+        *(
+            _one(C2I, f"c2i_{size}.pt", gigabytes, TOKENIZERS["c2i"])
+            for size, gigabytes in (
+                ("B_256", 0.44), ("B_384", 0.44), ("L_256", 1.4), ("L_384", 1.4), ("XL_384", 3.1), ("XXL_384", 5.6),
+                ("3B_384", 12.4),
+            )
+        ),
+        *(_one(T2I, f"t2i_XL_{stage}.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER) for stage in ("stage1_256", "stage2_512")),
+        _one(C2I, "vq_ds16_c2i.pt", 0.28),
+        _one(T2I, "vq_ds16_t2i.pt", 0.28),
+        _one(C2I, "vq_ds8_c2i.pt", 0.28),
+        Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), below=TEXT_ENCODER),
+    )
+}  # fmt: skip
+
+
+def where(name: str) -> str:
+    """Where the file called `name` can be had, as the end of a sentence; '' where we do not know."""
+    stem, _, _ = name.rpartition(".")
+    release = RELEASES.get(stem or name)
+    return f"get it with the node Download AR Model or from {release.files[0].url}" if release else ""
+
+
+def kind_in(name: str) -> str | None:
+    """'c2i' or 't2i' where a file's name says one of them."""
+    found = set(re.findall(r"(?<![a-z0-9])(c2i|t2i)(?![a-z0-9])", name.lower()))
+    return found.pop() if len(found) == 1 else None
+
+
+def pixels_in(name: str, kind: str) -> int | None:
+    """The side of the pictures that a decoder's file name promises, in pixels (c2i_XL_384: 384); None without one.
+
+    Only sizes published for this `kind` count, and a name with two of them says nothing.
+    """
+    found = {int(n) for n in re.findall(r"(?<!\d)(\d{3})(?!\d)", name)} & set(PIXELS[kind])
+    return found.pop() if len(found) == 1 else None

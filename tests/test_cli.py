@@ -1,0 +1,87 @@
+"""The command line, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from linear_core import library
+from linear_core.__main__ import main
+from linear_core.plan import PRESETS, CachePlan
+from linear_core.policies import POLICIES
+
+
+def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "hills.png"
+    assert main(["generate", "--class", "autumn hills", "--images", "2", "--seed", "5", "--out", str(out)]) == 0
+    written = sorted(p.name for p in tmp_path.iterdir())
+    assert written == ["hills_01.png", "hills_02.png"]
+    image = Image.open(tmp_path / "hills_02.png")
+    notes = json.loads(image.text["linear"])
+    assert notes["seed"] == 6 and notes["class"] == "autumn hills" and notes["policy"] == "line"
+    alone = tmp_path / "alone.png"
+    assert main(["generate", "--class", "autumn hills", "--seed", "6", "--out", str(alone)]) == 0
+    assert Image.open(alone).tobytes() == image.tobytes()  # image i of a batch is the image of seed + i
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_compare_measures_what_plan_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--class", "desert day", "--out", str(tmp_path / "c.png")]) == 0
+    measured = capsys.readouterr().out
+    assert main(["plan", "--class", "desert day"]) == 0
+    planned = capsys.readouterr().out
+    info = library.read_info(library.bundled_files().decoder)
+    for plan in (CachePlan(policy="full"), PRESETS["Balanced"]):
+        size = info.cache_shape(torch.float32).bytes(info.grid, plan, 2) / 2**20
+        assert f"{size:.2f}" in measured and f"{size:.2f}" in planned
+    assert "1/6" in planned
+    assert Image.open(tmp_path / "c.png").width > 288
+
+
+def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    assert main(["models", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "landscapes: 24 x 24 tokens, 12 classes" in out and "broken.safetensors: left out" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--class", "sea"], ["class", "sea", "alpine dawn"]),
+        (["--budget", "1"], ["budget", "1 lines", "anchors"]),
+        (["--budget", "0"], ["budget", "choose 1"]),
+        (["--grid", "3x3"], ["landscapes.safetensors", "24 x 24"]),
+        (["--grid", "three"], ["grid", "24x24"]),
+        (["--images", "0"], ["images"]),
+        (["--top-p", "0"], ["top-p"]),
+        (["--out", "picture.jpg"], ["picture.jpg", ".png"]),
+        (["--model", "gone.pt"], ["tokenizer", "gone.pt"]),
+        (["--model", "gone.pt", "--tokenizer", "gone_vq.pt"], ["gone.pt", "no such file"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    for word in words:
+        assert word in error, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_presets_fit_the_bundled_grid() -> None:
+    grid = library.read_info(library.bundled_files().decoder).grid
+    for plan in PRESETS.values():
+        plan.check(grid)
+        assert plan.policy in POLICIES

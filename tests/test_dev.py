@@ -1,0 +1,263 @@
+"""dev.py without a network: what it decides, the commands it builds, and what it refuses to touch."""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import dev
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
+
+needs_links = pytest.mark.skipif(dev.WINDOWS, reason="Windows lets not everybody make symbolic links")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that dev.py would have started; all of them succeed."""
+    commands = []
+
+    def record(command, cwd=None, **env):
+        commands.append([str(part) for part in command])
+        return 0
+
+    monkeypatch.setattr(dev, "run", record)
+    return commands
+
+
+@pytest.fixture
+def comfyui(tmp_path):
+    """A folder that looks like a ComfyUI, with a space in its path."""
+    folder = tmp_path / "my ComfyUI"
+    (folder / "custom_nodes").mkdir(parents=True)
+    (folder / "main.py").touch()
+    return folder
+
+
+def tree(*files: Path):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+# Setting up
+
+
+def test_dependency_groups_are_read_as_toml_reads_them():
+    text = (dev.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert dev.dependency_groups(text) == tomllib.loads(text)["project"]["optional-dependencies"]
+
+
+def test_the_stamp_is_for_exactly_these_requirements(tmp_path):
+    stamp = tmp_path / "stamp.txt"
+    assert not dev.is_installed(stamp, ["a>=1"])
+    stamp.write_text(dev.fingerprint(["a>=1"]))
+    assert dev.is_installed(stamp, ["a>=1"])
+    assert not dev.is_installed(stamp, ["a>=2"])
+    assert not dev.is_installed(stamp, ["a>=1", "b"])
+
+
+@pytest.mark.parametrize(
+    ("system", "nvidia", "reachable", "index"),
+    [
+        ("Linux", False, True, dev.CPU_INDEX),
+        ("Linux", False, False, None),
+        ("Linux", True, True, None),
+        ("Darwin", False, True, None),
+        ("Windows", False, True, None),
+    ],
+)
+def test_the_cpu_build_is_for_linux_without_a_gpu(system, nvidia, reachable, index):
+    assert dev.torch_index(None, system, nvidia, lambda: reachable) == index
+    assert (
+        dev.torch_index("https://example.org/simple", system, nvidia, lambda: reachable) == "https://example.org/simple"
+    )
+
+
+def test_set_up_installs_once(tmp_path, monkeypatch, started):
+    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(dev, "installed_torch", lambda python: "")
+    monkeypatch.setattr(dev, "answers", lambda host: False)
+    tree(dev.venv_python(dev.VENV))
+
+    python = dev.set_up(["standalone", "dev"])
+
+    assert python == dev.venv_python(dev.VENV)
+    assert all(command[:4] == [str(python), "-m", "pip", "install"] for command in started)
+    torch, standalone, tools = started
+    assert torch[-1].startswith("torch==")
+    assert not any(part.startswith("torch") for part in standalone + tools)
+    assert any(part.startswith("ruff==") for part in tools)
+
+    started.clear()
+    dev.set_up(["standalone", "dev"])
+    assert started == []
+
+
+def test_an_interrupted_set_up_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(dev, "installed_torch", lambda python: "2.13.0")
+    monkeypatch.setattr(dev, "run", lambda command, **rest: 1)
+    tree(dev.venv_python(dev.VENV))
+    with pytest.raises(SystemExit, match="Installing stopped"):
+        dev.set_up(["standalone"])
+    assert not list(dev.VENV.glob("installed-*"))
+
+
+def test_a_torch_that_is_there_stays(monkeypatch, started):
+    monkeypatch.setattr(dev, "installed_torch", lambda python: "2.14.0+rocm")
+    dev.install_torch(Path("python"), "torch==2.13.0", None)
+    assert started == []
+
+
+def test_installed_torch_asks_the_interpreter():
+    assert dev.installed_torch(Path(sys.executable)) == importlib.metadata.version("torch")
+
+
+# The commands
+
+
+def test_demo_forwards_what_it_does_not_know(monkeypatch, started):
+    monkeypatch.setattr(dev, "set_up", lambda groups, index: Path("python"))
+    assert dev.main(["demo", "--class", "alpine dawn", "--seed", "3"]) == 0
+    assert started == [["python", "-m", "linear_core", "demo", "--class", "alpine dawn", "--seed", "3"]]
+
+
+def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
+    ran = []
+
+    def fail_the_linter(command, cwd=None):
+        ran.append(command)
+        return int("check" in command)
+
+    monkeypatch.setattr(dev, "set_up", lambda groups, index: Path("python"))
+    monkeypatch.setattr(dev, "run", fail_the_linter)
+    monkeypatch.setattr(dev.shutil, "which", lambda name: None)
+    assert dev.main(["test", "-k", "one or two"]) == 1
+    assert ran[-1] == [Path("python"), "-m", "pytest", "-k", "one or two"]
+    summary = capsys.readouterr().out.split("== summary")[1]
+    assert "ruff check   failed" in summary
+    assert "ruff format  passed" in summary
+    assert "node --test  not run: " in summary
+    assert "pytest       passed" in summary
+
+
+def test_javascript_tests_say_why_they_do_not_run():
+    def reason(node, scripts):
+        return dev.checks(Path("python"), [], node, scripts)[2][2]
+
+    assert reason("node", [Path("state.test.mjs")]) == ""
+    assert "node was not found" in reason(None, [Path("state.test.mjs")])
+    assert "there are no" in reason("node", [])
+
+
+def test_the_registry_group_is_installed_only_when_asked_for(monkeypatch, started):
+    groups = []
+
+    def remember(wanted, index):
+        groups.append(wanted)
+        return Path("python")
+
+    monkeypatch.setattr(dev, "set_up", remember)
+    dev.main(["test"])
+    dev.main(["test", "--registry"])
+    assert groups == [["standalone", "dev"], ["standalone", "dev", "registry"]]
+
+
+def test_without_a_command_comes_the_help(capsys):
+    assert dev.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("demo", "test", "comfy"))
+
+
+def test_ctrl_c_ends_quietly(monkeypatch, capsys):
+    def interrupted(groups, index):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dev, "set_up", interrupted)
+    assert dev.main(["demo"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_programs_get_utf8_and_their_status_comes_back():
+    assert dev.run([sys.executable, "-c", "import sys; sys.exit(3 + sys.flags.utf8_mode)"]) == 4
+
+
+# ComfyUI
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dir", "nowhere"]])
+def test_comfy_explains_in_three_lines_how_to_get_one(arguments, capsys, started):
+    assert dev.main(["comfy", *arguments]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "comfy-cli" in lines[1]
+    assert "dev.py comfy --dir" in lines[2]
+    assert started == []
+
+
+@needs_links
+def test_comfy_links_the_pack_and_starts_the_host(comfyui, started):
+    python = dev.venv_python(comfyui / ".venv")
+    tree(python)
+    for _ in range(2):  # the second time the link is there
+        assert dev.main(["comfy", "--dir", str(comfyui), "--port", "8190", "--cpu"]) == 0
+    assert started == [[str(python), "main.py", "--port", "8190", "--cpu"]] * 2
+    assert [entry.name for entry in (comfyui / "custom_nodes").iterdir()] == [dev.PACK]
+    assert (comfyui / "custom_nodes" / dev.PACK).resolve() == dev.ROOT
+
+
+def test_comfy_takes_the_folder_of_the_portable_build(tmp_path):
+    tree(tmp_path / "ComfyUI" / "main.py", tmp_path / "python_embeded" / "python.exe")
+    comfy = dev.find_comfy(str(tmp_path))
+    assert comfy == tmp_path.resolve() / "ComfyUI"
+    assert dev.comfy_python(comfy, windows=True) == comfy.parent / "python_embeded" / "python.exe"
+    assert dev.comfy_python(comfy, windows=False) == Path(sys.executable)
+
+
+@needs_links
+@pytest.mark.parametrize("kind", ["folder", "link elsewhere", "broken link"])
+def test_comfy_leaves_alone_what_is_not_ours(kind, comfyui, tmp_path):
+    place = comfyui / "custom_nodes" / dev.PACK
+    if kind == "folder":
+        place.mkdir()
+    else:
+        target = tmp_path / "other"
+        if kind == "link elsewhere":
+            target.mkdir()
+        dev.make_link(place, target)
+    before = os.lstat(place)
+    with pytest.raises(SystemExit, match="move it away"):
+        dev.link_pack(comfyui)
+    assert os.lstat(place).st_ino == before.st_ino
+
+
+@needs_links
+def test_a_pack_that_is_there_under_another_name_is_not_linked_again(comfyui):
+    dev.make_link(comfyui / "custom_nodes" / "LineAR", dev.ROOT)
+    assert dev.link_pack(comfyui).name == "LineAR"
+    assert len(list((comfyui / "custom_nodes").iterdir())) == 1
+
+
+def test_where_links_are_not_allowed_windows_gets_a_junction(tmp_path, monkeypatch, started):
+    def refuse(self, target, target_is_directory=False):
+        raise OSError("a required privilege is not held")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    monkeypatch.setattr(dev, "WINDOWS", False)
+    with pytest.raises(SystemExit, match="copy"):
+        dev.make_link(tmp_path / "link", tmp_path)
+    monkeypatch.setattr(dev, "WINDOWS", True)
+    dev.make_link(tmp_path / "link", tmp_path)
+    assert started == [["cmd", "/c", "mklink", "/J", str(tmp_path / "link"), str(tmp_path)]]
+
+
+def test_options_that_start_alike_are_not_taken_for_ours():
+    args, extra = dev.parser().parse_known_args(["comfy", "--di", "x", "--dir", "y"])
+    assert (args.dir, extra) == ("y", ["--di", "x"])

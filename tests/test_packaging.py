@@ -1,0 +1,263 @@
+"""What leaves this folder: the registry's rules, and what a pack may never do inside somebody's ComfyUI.
+
+The gates that need comfy-cli and comfy-test run with `python3 dev.py test --registry`; the others always do.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MIB = 2**20
+
+
+def git(*arguments: str) -> list[str]:
+    """Paths that git prints, or a skip where this is not a checkout."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout, so there is no list of files")
+    command = ["git", "-c", f"safe.directory={ROOT.as_posix()}", "-C", str(ROOT), "ls-files", "-z", *arguments]
+    return [path for path in subprocess.check_output(command, text=True, encoding="utf-8").split("\0") if path]
+
+
+def ours() -> list[str]:
+    """Every file that is in the repository or would be after `git add .`."""
+    return sorted({path for path in git("-co", "--exclude-standard") if (ROOT / path).is_file()})
+
+
+def shipped() -> list[str]:
+    """The files of the registry archive: ours without those that .comfyignore names."""
+    return sorted(set(ours()) - set(git("-coi", "--exclude-from=.comfyignore")))
+
+
+# pyproject.toml and its neighbours
+
+
+def test_the_registry_finds_what_it_needs():
+    project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z][a-z0-9-]*", project["name"])
+    assert "comfy" not in project["name"], "the registry refuses it"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert (ROOT / project["license"]["file"]).is_file()
+    assert (ROOT / project["readme"]).is_file()
+    assert comfy["PublisherId"]
+    assert comfy["DisplayName"] == "LineAR"
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    assert "web" not in comfy, "WEB_DIRECTORY of __init__.py names the folder, and once is enough"
+
+
+def test_pyproject_and_requirements_agree():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    assert wanted == [d for d in PROJECT["project"]["dependencies"] if not d.startswith("comfyui-frontend-package")]
+
+
+def test_nothing_that_comfyui_brings_is_asked_for():
+    names = {re.split(r"[^\w.-]", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
+    assert not names & {"torch", "torchvision", "numpy", "pillow", "safetensors", "tqdm", "transformers", "aiohttp"}
+
+
+# The files
+
+
+def test_the_archive_has_the_pack_and_nothing_else():
+    files = shipped()
+    assert not [path for path in files if path.startswith(("tests/", "training/", "bench/", ".")) or path == "dev.py"]
+    for needed in ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
+        assert needed in files
+    for folder in ("linear_core/assets/", "nodes/", "web/", "workflows/"):
+        assert any(path.startswith(folder) for path in files), f"{folder} is missing"
+
+
+def test_no_large_files():
+    sizes = {path: (ROOT / path).stat().st_size for path in ours()}
+    models = {path: size for path, size in sizes.items() if re.fullmatch(r"linear_core/assets/.*\.safetensors", path)}
+    assert sum(models.values()) <= 20 * MIB, models
+    assert {path: size for path, size in sizes.items() if path not in models and size > 5 * MIB} == {}
+
+
+def test_no_paths_of_anybodys_machine():
+    pattern = re.compile(rb"(?<![\w.])(/root/|/work/|/home/[a-z]|/Users/[a-z]|[A-Z]:\\+Users\\)")
+    exempt = {Path(__file__).relative_to(ROOT).as_posix()}
+    found = {path: pattern.findall((ROOT / path).read_bytes()) for path in ours() if path not in exempt}
+    assert {path: hits for path, hits in found.items() if hits} == {}
+
+
+def test_shipped_python_can_be_printed_on_any_windows_console():
+    wrong = {}
+    for path in shipped():
+        if path.endswith(".py"):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            letters = {letter for letter in text if letter != letter.encode("cp1252", "ignore").decode("cp1252")}
+            if letters:
+                wrong[path] = sorted(letters)
+    assert wrong == {}, "these letters are not in cp1252; the registry's lint refuses them"
+
+
+# The code: read as a syntax tree, never imported
+
+MODULES = {"subprocess", "pickle", "marshal", "shelve", "requests", "httpx", "aiohttp", "huggingface_hub", "ctypes"}
+NETWORK = {"urllib.request", "http.client", "http.server", "ftplib", "socket", "smtplib"}
+NAMES = {"eval", "exec", "__import__", "urlopen", "input", "breakpoint"}
+CALLS = {"os.system", "os.popen", "torch.cuda.empty_cache", "torch.hub.load"}
+METHODS = {"cuda", "urlopen", "urlretrieve"}
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of names, or as much of its end as there is."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id] if isinstance(node, ast.Name) else parts))
+
+
+def offence_of_call(call: ast.Call, is_node: bool) -> str | None:
+    """Why this call may not stand in the pack, or None."""
+    name, keywords = dotted(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
+    if isinstance(call.func, ast.Name) and (name in NAMES or (name == "print" and is_node)):
+        return f"{name}()"
+    if name in CALLS or (isinstance(call.func, ast.Attribute) and call.func.attr in METHODS):
+        return f"{name}()"
+    if name.endswith("exec_module") or any(name.startswith(f"os.{verb}") for verb in ("exec", "spawn", "posix_spawn")):
+        return f"{name}()"
+    if name == "torch.load" and getattr(keywords.get("weights_only"), "value", None) is not True:
+        return "torch.load() without weights_only=True"
+    if "trust_remote_code" in keywords:
+        return "trust_remote_code"
+    texts = [value.value for value in [*call.args, *keywords.values()] if isinstance(value, ast.Constant)]
+    if name.split(".")[-1] == "to" and any(isinstance(text, str) and text.startswith("cuda") for text in texts):
+        return '.to("cuda")'
+    return None
+
+
+def offences(source: str, is_node: bool = False) -> list[str]:
+    """Everything in a module that a pack may not do, with its line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        reason = None
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            elif isinstance(node, ast.ImportFrom):
+                names = []
+            bad = [name for name in names if name.split(".")[0] in MODULES or name in NETWORK]
+            reason = f"import {bad[0]}" if bad else None
+        elif isinstance(node, ast.Call):
+            reason = offence_of_call(node, is_node)
+        if reason:
+            found.append(f"line {node.lineno}: {reason}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "exec('1')",
+        "import subprocess",
+        "from subprocess import run",
+        "from urllib import request",
+        "from urllib.request import urlopen",
+        "import requests",
+        "import pickle as p",
+        "os.system('ls')",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "x.cuda()",
+        "model.layers[0].cuda()",
+        "x.to('cuda:0')",
+        "x.to(device='cuda')",
+        "torch.cuda.empty_cache()",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "def run():\n    print('row')",
+    ],
+)
+def test_the_reader_of_syntax_trees_sees(source):
+    assert len(offences(source, is_node=True)) >= 1
+
+
+def test_the_reader_of_syntax_trees_accepts_ordinary_code():
+    source = (
+        "import torch\nfrom . import pickle\ntorch.load(path, weights_only=True)\nx.to(device)\nmodel.eval()\nprint(1)"
+    )
+    assert offences(source) == []
+
+
+def test_the_pack_does_nothing_a_pack_may_not_do():
+    files = [ROOT / "__init__.py", *ROOT.glob("nodes/**/*.py"), *ROOT.glob("linear_core/**/*.py")]
+    assert len(files) > 10
+    found = {}
+    for file in files:
+        name = file.relative_to(ROOT).as_posix()
+        found[name] = offences(file.read_text(encoding="utf-8"), is_node=not name.startswith("linear_core/"))
+    assert {name: reasons for name, reasons in found.items() if reasons} == {}
+
+
+# The registry's own tools
+
+
+@pytest.fixture
+def pack(tmp_path):
+    """A copy of the shipped files, as a user unpacks them."""
+    for path in shipped():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    return tmp_path
+
+
+def tool(module: str, folder: Path, *arguments: str) -> str:
+    """Run a registry tool on `folder`, without a home, telemetry or questions; return what it printed."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed; python3 dev.py test --registry installs it")
+    home = folder.parent / f"{folder.name}-home"
+    home.mkdir(exist_ok=True)
+    env = {**os.environ, "HOME": str(home), "USERPROFILE": str(home), "DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_comfy_node_validate_is_clean(pack):
+    said = tool("comfy_cli", pack, "--skip-prompt", "node", "validate")
+    assert "All validation checks passed" in said
+    assert "warning" not in said.lower()
+
+
+def test_comfy_node_pack_ships_what_we_think_it_does(tmp_path):
+    for path in ours():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    for arguments in (["init", "--quiet"], ["add", "--all"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    tool("comfy_cli", tmp_path, "--skip-prompt", "node", "pack")
+    with zipfile.ZipFile(tmp_path / "node.zip") as archive:
+        assert sorted(archive.namelist()) == shipped()
+
+
+def test_comfy_test_lint_is_clean(pack):
+    tool("comfy_test", pack, "lint", "--strict")
+
+
+def test_comfy_test_sees_no_hazards(pack):
+    if importlib.util.find_spec("comfy_test") is None:
+        pytest.skip("comfy_test is not installed; python3 dev.py test --registry installs it")
+    from comfy_test.orchestration.levels.hazards import CHECKS
+
+    found = {name: check(pack) for _band, name, _text, check in CHECKS}
+    assert {name: hits for name, hits in found.items() if hits} == {}

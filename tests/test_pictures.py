@@ -1,0 +1,84 @@
+"""Previews, heatmaps and contact sheets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from linear_core.events import Line
+from linear_core.heatmap import colour, heatmap, lifetime
+from linear_core.preview import EMPTY, Preview, decode
+from linear_core.sheet import contact_sheet, save, to_image
+from linear_core.vq.tokenizer import VQConfig, VQTokenizer
+
+
+@pytest.fixture
+def tokenizer() -> VQTokenizer:
+    torch.manual_seed(0)
+    return VQTokenizer(VQConfig(16, 4, 8, (16, 16), 1, encoder_widths=(16, 16), encoder_blocks=1)).eval()
+
+
+def test_preview_grows_and_the_last_one_is_the_picture(tokenizer: VQTokenizer) -> None:
+    codes = torch.randint(0, 16, (2, 4, 3))
+    preview = Preview(tokenizer, 4)
+    for row in range(4):
+        preview.add(Line(row, 4, codes[:, row], torch.zeros(2, 4, 3), 0.0, 0.0, 0))
+        picture = preview.pictures(2)
+        assert picture.shape == (2, 8, 6, 3)
+        assert (picture[:, 2 * (row + 1) :] == EMPTY).all()
+        assert not (picture[:, : 2 * (row + 1)] == EMPTY).all()
+    assert torch.equal(picture, decode(tokenizer, codes))
+
+
+def test_decode_in_parts(tokenizer: VQTokenizer) -> None:
+    codes = torch.randint(0, 16, (5, 3, 4))
+    assert torch.allclose(decode(tokenizer, codes, batch=2), decode(tokenizer, codes), atol=1e-6)
+
+
+def test_encode_finds_the_nearest_entry(tokenizer: VQTokenizer) -> None:
+    table = tokenizer.codebook()
+    assert torch.equal(tokenizer.nearest(table[None]), torch.arange(16)[None])
+    assert tokenizer.encode(torch.rand(2, 3, 8, 6) * 2 - 1).shape == (2, 4, 3)
+
+
+def test_colour_is_monotone_in_brightness() -> None:
+    """Legible in grey, so to every eye."""
+    brightness = colour(torch.linspace(0, 1, 200)) @ torch.tensor([0.2126, 0.7152, 0.0722])
+    assert (brightness.diff() > 0).all()
+
+
+def test_heatmap() -> None:
+    share = torch.tensor([[[0.0, 1.0], [0.5, 0.25]]])
+    alone = heatmap(share, 4, 6)
+    assert alone.shape == (1, 4, 6, 3)
+    assert torch.equal(alone[0, 0, 0], colour(torch.tensor(0.0))) and torch.equal(
+        alone[0, 3, 0], colour(torch.tensor(0.5))
+    )
+    picture = torch.full((1, 2, 3, 3), 0.8)
+    over = heatmap(share, 4, 6, picture)
+    assert over.shape == (1, 4, 6, 3)
+    assert over[0, 0, 0].mean() < 0.6 < picture.mean()  # what was evicted is dark
+    assert torch.allclose(heatmap(share, 2, 3, picture, strength=0.0), picture)
+
+
+def test_lifetime() -> None:
+    """Rows come one by one: a token counts from its own line's end on."""
+    shares = torch.zeros(1, 3, 3, 1)  # images, line ends, rows, cols
+    shares[0, :, 0, 0] = torch.tensor([1.0, 0.5, 0.0])
+    shares[0, 1:, 1, 0] = 1.0
+    shares[0, 2, 2, 0] = 0.25
+    assert lifetime(shares)[0, :, 0].tolist() == [0.5, 1.0, 0.25]
+
+
+def test_sheet_and_its_notes(tmp_path: Path) -> None:
+    pictures = torch.rand(3, 4, 4, 3)
+    sheet = contact_sheet([("one", "remark", pictures), ("two", "", pictures)], ["a", "b", "c"], 16)
+    assert sheet.width > 3 * 16 and sheet.height > 2 * 16
+    save(sheet, tmp_path / "deep" / "sheet.png", {"seed": 3})
+    assert json.loads(Image.open(tmp_path / "deep" / "sheet.png").text["linear"]) == {"seed": 3}
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["sheet.png"]
+    assert to_image(pictures[0], 17).size == (16, 16)  # whole pixels only

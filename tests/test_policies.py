@@ -1,0 +1,410 @@
+"""Each policy on a hand-made View whose answer is obvious, what all of them have in common, and `choose`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_core.grid import Grid
+from linear_core.policies import POLICIES, choose
+from linear_core.policies.snapkv import WINDOW
+from linear_core.view import View
+
+INF = float("inf")
+
+
+def make(
+    keys: Tensor,
+    *,
+    cols: int,
+    queries: Tensor | None = None,
+    mass: Tensor | None = None,
+    index: list[int] | None = None,
+    prompt: int = 1,
+    rows: int = 9,
+) -> View:
+    """A view of keys S D (or B S D) in one layer and one head. Slots hold 0, 1, 2, … unless `index` says otherwise.
+
+    queries C D (or B C D); the finished line is the one that the greatest index ends.
+    """
+    keys = keys.float().expand(1, 1, 1, *keys.shape) if keys.ndim == 2 else keys.float()[None, :, None]
+    named = torch.tensor(index if index is not None else range(keys.shape[3]), dtype=torch.int32)
+    named = named.expand(keys.shape[:-1]).clone()
+    bias = torch.zeros(named.shape).masked_fill(named < 0, -INF)
+    if queries is not None:
+        queries = queries.float()
+        queries = queries.expand(1, 1, 1, *queries.shape) if queries.ndim == 2 else queries[None, :, None]
+    row = (int(named.max()) - prompt) // cols
+    return View(keys, keys, bias, named, queries, mass, Grid(rows, cols, prompt=prompt), row)
+
+
+def score(name: str, view: View) -> list[float]:
+    """Scores of the first row, in slot order."""
+    return POLICIES[name].score(view)[0, 0, 0].tolist()
+
+
+def one_hot(*places: int, size: int = 8, length: float = 10.0) -> Tensor:
+    """One vector for each place, along that axis; place -1 is the zero vector."""
+    return torch.stack([length * (torch.arange(size) == place) for place in places])
+
+
+def random_view(batch: int = 3, heads: int = 3, layers: int = 2, prompt: int = 3, cols: int = 9) -> View:
+    """Everything at random: slots out of order, two of them empty, padding in the last prompt, old tokens gone."""
+    source = torch.Generator().manual_seed(5)
+    slots, row = prompt + 3 * cols, 4
+    lead = (layers, batch, heads)
+    keys, values = (torch.randn(*lead, slots, 6, generator=source) for _ in range(2))
+    index = torch.empty(*lead, slots, dtype=torch.int32)
+    first = prompt + row * cols
+    for head in index.flatten(0, 2):
+        old = prompt + torch.randperm(first - prompt, generator=source)[: 2 * cols]
+        old[:2] = -1
+        image = torch.cat([old, torch.arange(first, first + cols)])
+        head.copy_(torch.cat([torch.arange(prompt), image[torch.randperm(len(image), generator=source)]]))
+    index[:, -1, :, :2] = -1
+    bias = torch.zeros(index.shape).masked_fill(index < 0, -INF)
+    bias[:, :, :, prompt - 1] = math.log(4)
+    queries = torch.randn(*lead, cols, 6, generator=source)
+    mass = torch.rand(index.shape, generator=source) * 3
+    return View(keys, values, bias, index, queries, mass, Grid(9, cols, prompt=prompt), row)
+
+
+def slice_view(view: View, dim: int, place: int) -> View:
+    """The same view with one layer (0), row (1) or head (2) only."""
+    names = ("keys", "values", "bias", "index", "queries", "mass")
+    return replace(view, **{name: getattr(view, name).narrow(dim, place, 1) for name in names})
+
+
+def side_by_side(one: View, other: View, dim: int) -> View:
+    """Two views as layers (0), rows (1) or heads (2) of one."""
+    names = ("keys", "values", "bias", "index", "queries")
+    return replace(one, **{name: torch.cat([getattr(one, name), getattr(other, name)], dim) for name in names})
+
+
+every_policy = pytest.mark.parametrize("name", POLICIES)
+
+
+# -- what all have in common -------------------------------------------------------------------------------------------
+
+
+@every_policy
+def test_scores_have_the_shape_of_the_slots_and_no_nan(name):
+    """L B H S, and a finite number for every image token held, empty slots and padding or not."""
+    view = random_view()
+    scores = POLICIES[name].score(view)
+    assert scores.shape == view.index.shape
+    assert scores[view.candidates()].isfinite().all()
+
+
+@every_policy
+def test_a_batch_is_scored_as_its_singles(name):
+    """A row's scores do not depend on who else is in the batch."""
+    view = random_view()
+    scores = POLICIES[name].score(view)
+    for row in range(view.index.shape[1]):
+        torch.testing.assert_close(scores[:, row : row + 1], POLICIES[name].score(slice_view(view, 1, row)))
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("tova", "random")])
+def test_layers_and_heads_are_scored_apart(name):
+    """A head's scores are its own. (TOVA means its heads to agree; a random score is made from the head's number.)"""
+    view = random_view()
+    scores = POLICIES[name].score(view)
+    for dim in (0, 2):
+        for place in range(view.index.shape[dim]):
+            alone = POLICIES[name].score(slice_view(view, dim, place))
+            torch.testing.assert_close(scores.narrow(dim, place, 1), alone)
+
+
+@every_policy
+def test_slots_are_in_no_order(name):
+    """The same tokens in other slots get the same scores: neighbours are neighbours by index."""
+    view = random_view(prompt=1)
+    if name == "tova":  # its heads share one score per slot, so all heads have the same tokens in the same slots
+        view = replace(view, index=view.index[:, :1, :1].expand_as(view.index), bias=torch.zeros_like(view.bias))
+    slots = view.index.shape[-1]
+    order = torch.randperm(slots, generator=torch.Generator().manual_seed(1))
+    moved = {part: getattr(view, part)[..., order] for part in ("bias", "index", "mass")}
+    moved |= {part: getattr(view, part)[..., order, :] for part in ("keys", "values")}
+    there = view.index[..., order] >= 0
+    expected = POLICIES[name].score(view)[..., order]
+    torch.testing.assert_close(POLICIES[name].score(replace(view, **moved))[there], expected[there])
+
+
+@every_policy
+def test_a_longer_prompt_moves_nothing(name):
+    """What counts is where a token stands in the picture, not how long the prompt before it is."""
+    view = random_view(prompt=3)
+    further = view.index + 4 * (view.index >= 3)
+    longer = replace(view, index=further.int(), grid=view.grid.after(7))
+    before, after = (POLICIES[name].score(v).float().masked_fill(~v.candidates(), INF) for v in (view, longer))
+    assert torch.equal(before.argsort(dim=-1, stable=True), after.argsort(dim=-1, stable=True))
+
+
+@every_policy
+def test_a_policy_reads_only_what_it_declares(name):
+    """It answers the same without the buffers that it does not ask for."""
+    view = random_view()
+    reads = POLICIES[name].reads
+    bare = replace(
+        view, queries=view.queries if "queries" in reads else None, mass=view.mass if "mass" in reads else None
+    )
+    assert torch.equal(POLICIES[name].score(bare), POLICIES[name].score(view))
+
+
+@every_policy
+def test_a_view_is_only_looked_at(name):
+    """Scoring writes to nothing."""
+    view, same = random_view(), random_view()
+    POLICIES[name].score(view)
+    for part in ("keys", "values", "bias", "index", "queries", "mass"):
+        assert torch.equal(getattr(view, part), getattr(same, part)), part
+
+
+# -- one by one --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["line", "snapkv", "tova", "rkv"])
+def test_attention_keeps_what_the_line_looked_at(name):
+    """Every query is aligned with the key of token 9, far from any other that counts."""
+    keys = one_hot(-1, *([0] * 8), 5, *([1] * 11), size=8)  # prompt, tokens 1..8, 9, 10..20
+    view = make(keys, cols=4, queries=one_hot(5, 5, 5, 5))
+    scores = score(name, view)
+    candidates = scores[1:]
+    assert max(candidates) == scores[9]
+    if name != "snapkv" and name != "rkv":  # those pool over neighbours
+        assert candidates.count(scores[9]) == 1
+
+
+def test_line_is_the_mean_of_full_softmaxes():
+    """Numbers by hand: queries at 3 and 4 over a prompt and tokens 1 to 4, the later of which the first cannot see."""
+    keys = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
+    view = make(keys, cols=2, queries=torch.tensor([[1.0], [-1.0]]))
+    first = [math.exp(x) for x in (0, 1, 2, 3)]
+    second = [math.exp(-x) for x in (0, 1, 2, 3, 4)]
+    expected = [(a / sum(first) + b / sum(second)) / 2 for a, b in zip([*first, 0], second, strict=True)]
+    assert score("line", view) == pytest.approx(expected, rel=1e-5)
+
+
+def gaze() -> View:
+    """Two queries. The first looks at the prompt and, of the picture, at token 1 alone; the second at 2 more than at 1.
+
+    With the prompt in the softmax token 2 wins, over image tokens only token 1 does. Far apart, so that pooling is
+    without effect: the slots are named 1 and 20.
+    """
+    index = [0, 1, 20, *range(5, 16), 41, 42]
+    keys = torch.zeros(len(index), 2)
+    keys[0] = torch.tensor([30.0, 0.0])
+    keys[1] = torch.tensor([20.0, 10.0])
+    keys[2] = torch.tensor([0.0, 10.5])
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) * 2**0.5
+    return make(keys, cols=2, queries=queries, index=index, rows=30)
+
+
+def test_line_normalises_over_the_prompt_too():
+    """A query that looks at the prompt has little to say about the picture."""
+    scores = score("line", gaze())
+    assert scores[2] > scores[1] > max(scores[3:])
+
+
+def test_tova_asks_the_last_query_alone_and_all_heads_together():
+    """The line looks at token 1, its last query at token 3 in one head and at 5 in the other: both heads keep both."""
+    keys = one_hot(-1, 1, 2, 3, 4, 5, 6, 7)
+    one, other = (make(keys, cols=4, queries=one_hot(1, 1, 1, last), prompt=0) for last in (3, 5))
+    assert score("line", one).index(max(score("line", one))) == 1
+    assert score("tova", one).index(max(score("tova", one))) == 3
+    scores = POLICIES["tova"].score(side_by_side(one, other, dim=2))[0, 0]
+    assert torch.equal(scores[0], scores[1])
+    torch.testing.assert_close(scores[0], (torch.tensor(score("tova", one)) + torch.tensor(score("tova", other))) / 2)
+    assert sorted(scores[0].topk(2).indices.tolist()) == [3, 5]
+
+
+def test_h2o_divides_by_age():
+    """Token 1 drew 6 from twelve queries and token 9 drew 3 from four: the young one is looked at more."""
+    mass = torch.full((1, 1, 1, 13), 0.1)
+    mass[..., 1], mass[..., 9] = 6.0, 3.0
+    scores = score("h2o", make(torch.zeros(13, 2), cols=4, mass=mass))
+    assert scores[1] == pytest.approx(6 / 12) and scores[9] == pytest.approx(3 / 4)
+    assert scores[12] == pytest.approx(0.1), "the newest token has been seen once, by itself"
+
+
+def test_snapkv_pools_over_neighbours_by_index():
+    """All attention is on token 10, so 7 to 13 share its score and no others do, whatever slots they lie in."""
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(3))
+    axis = torch.where(order == 10, 5, 0)
+    view = make(one_hot(*axis.tolist()), cols=4, queries=one_hot(5, 5, 5, 5), index=order.tolist())
+    scores = torch.tensor(score("snapkv", view))
+    best = scores > 0.9
+    assert sorted(order[best].tolist()) == [7, 8, 9, 10, 11, 12, 13]
+    assert (scores[~best] < 0.1).all()
+
+
+def test_snapkv_asks_the_last_32_queries():
+    """A line of 40: its first 8 queries look at token 3, which is worth nothing, and the other 32 at token 30."""
+    keys = one_hot(*[1 if i == 3 else 2 if i == 30 else 0 for i in range(81)])
+    view = make(keys, cols=40, queries=one_hot(*[1] * 8, *[2] * 32))
+    scores = score("snapkv", view)
+    assert WINDOW == 32
+    assert scores[30] == pytest.approx(1) and scores[3] == pytest.approx(0, abs=1e-6)
+    assert score("line", view)[3] == pytest.approx(8 / 40)
+
+
+def test_rkv_asks_the_last_8_queries():
+    """A line of 12: what only its first 4 queries looked at (token 3) is no better than what nobody looked at."""
+    keys = one_hot(*[1 if i == 3 else 2 if i == 20 else 3 if i == 11 else 0 for i in range(37)])
+    scores = score("rkv", make(keys, cols=12, queries=one_hot(*[1] * 4, *[2] * 8)))
+    assert scores[3] == pytest.approx(scores[11])
+    assert scores[20] > scores[3]
+
+
+def test_rkv_lets_go_of_duplicates_in_each_sample_of_its_own():
+    """Three tokens share a key, all others are unlike each other, and the queries look everywhere alike.
+
+    The duplicates are 2, 4 and 6 in one row of the batch and 3, 5 and 7 in the other. In each the oldest is worth
+    least, then the next, and the newest as much as a token without duplicates.
+    """
+    count = 25
+    first, second = list(range(count)), list(range(count))
+    first[4] = first[6] = 2
+    second[5] = second[7] = 3
+    keys = torch.stack([one_hot(*places, size=count) for places in (first, second)])
+    view = make(keys, cols=8, queries=torch.zeros(2, 8, count))
+    for scores, (oldest, older, newest) in zip(
+        POLICIES["rkv"].score(view)[0, :, 0], [(2, 4, 6), (3, 5, 7)], strict=True
+    ):
+        old = scores[5 : 1 + 8]  # far enough from the prompt, whose neighbours pool nothing; older than the line
+        assert scores[oldest] < scores[older] < scores[newest]
+        assert scores[newest] == pytest.approx(float(old.max()), rel=1e-4)
+        unlike = [i for i in range(1, 9) if i not in (oldest, older)]
+        assert min(scores[unlike]) > scores[older]
+
+
+def test_rkv_does_not_count_the_prompt_or_empty_slots():
+    """Keys of the prompt and of empty slots that equal a token's key are no duplicates of it."""
+    keys = one_hot(2, 2, 2, *range(2, 18), 3, 3, 3, size=20)
+    index = [*range(3), *range(3, 19), -1, -1, -1]
+    view = make(keys, cols=8, queries=torch.zeros(8, 20), index=index, prompt=3)
+    scores = POLICIES["rkv"].score(view)[0, 0, 0]
+    torch.testing.assert_close(scores[3:11], scores[3:4].expand(8))
+
+
+def test_rkv_normalises_over_image_tokens():
+    """Importance is the softmax over image tokens only: a query that looks at the prompt counts as any other."""
+    scores = score("rkv", gaze())
+    assert scores[1] > scores[2]
+
+
+def test_keydiff_keeps_the_outlier():
+    """One key unlike all others wins, however long it is: the mean is of keys brought to unit length."""
+    keys = one_hot(0, 0, 0, 0, 1, 0, 0, 0, 0, length=1.0)
+    keys[4] *= 1000
+    scores = score("keydiff", make(keys, cols=4))
+    assert max(scores) == scores[4]
+    assert scores[1] == pytest.approx(scores[8])
+
+
+def test_keydiff_averages_image_keys_only():
+    """Three of five image keys are alike. Counting keys of prompt or empty slots would make the other two common."""
+    keys = one_hot(1, 1, 1, 0, 0, 0, 1, 1, 1, 1)
+    view = make(keys, cols=5, index=[0, 1, 2, 3, 4, 5, 6, 7, -1, -1], prompt=3)
+    scores = score("keydiff", view)
+    assert min(scores[6:8]) > max(scores[3:6])
+
+
+def test_streaming_lets_the_oldest_go():
+    """Scores rise with the index, in whatever slots the tokens lie."""
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(2)).tolist()
+    scores = score("streaming", make(torch.zeros(13, 2), cols=4, index=order))
+    assert [i for _, i in sorted(zip(scores, order, strict=True))] == list(range(13))
+
+
+def test_random_is_the_same_for_every_image_and_different_elsewhere():
+    """No two layers, heads or lines rank 400 tokens alike (|r| < 6 / sqrt 400: 2e-9 a pair); all rows of a batch do."""
+    tokens = 400
+    index = torch.arange(tokens, dtype=torch.int32).expand(3, 2, 4, -1)
+    empty = torch.zeros(*index.shape, 1)
+    views = [View(empty, empty, empty[..., 0], index, None, None, Grid(40, 20), row) for row in (19, 20, 21)]
+    scores = torch.stack([POLICIES["random"].score(view) for view in views])
+    assert torch.equal(scores[:, :, 0], scores[:, :, 1])
+    assert len(scores[0, 0, 0, 0].unique()) == tokens, "no ties"
+    ranks = scores[:, :, 0].flatten(0, 2).argsort(-1).argsort(-1).double()
+    r = torch.corrcoef(ranks) - torch.eye(len(ranks))
+    assert r.abs().max() < 6 / tokens**0.5
+
+
+# -- choose ------------------------------------------------------------------------------------------------------------
+
+
+def picked(
+    scores: list[float], index: list[int], count: int, *, cols: int = 2, prompt: int = 1, **settings: int
+) -> list[int]:
+    """Indices chosen, or -1 for an empty slot. The first slot is the prompt's."""
+    view = make(torch.zeros(len(index), 2), cols=cols, index=index, prompt=prompt)
+    settings = {"anchors": 0, "recent": 0, "prompt_slots": 1} | settings
+    slots = choose(torch.tensor(scores)[None, None, None], view, count, **settings)
+    assert slots.dtype == torch.int64 and slots.shape == (1, 1, 1, count)
+    chosen = slots.flatten().tolist()
+    assert len(set(chosen)) == count
+    return [index[slot] for slot in chosen]
+
+
+def test_the_least_useful_go_first():
+    """In order of their scores."""
+    assert picked([9, 5, 3, 4, 1, 2, 6], [0, 1, 2, 3, 4, 5, 6], 3) == [4, 5, 2]
+
+
+def test_the_prompt_is_never_chosen():
+    """However little it is worth, and were its slot empty."""
+    assert picked([-9, 5, 3, 4, 1], [0, 1, 2, 3, 4], 4) == [4, 2, 3, 1]
+    assert picked([-9, -9, 5, 3, 4, 1], [-1, 1, 2, 3, 4, 5], 2, prompt=2, prompt_slots=2) == [5, 3]
+
+
+def test_empty_slots_go_first():
+    """Before any token, be it worth minus infinity."""
+    assert picked([0, 3, -INF, 4, 99, 1, 2], [0, 1, 2, 3, -1, 5, 6], 3) == [-1, 2, 5]
+    assert picked([0, 3, 5, 4, 99, 99, 2], [0, 1, 2, 3, -1, -1, 4], 2, anchors=1, recent=1) == [-1, -1]
+
+
+def test_anchors_stay():
+    """The first image tokens, counted behind the prompt."""
+    scores = [0.0, 1, 2, 3, 4, 5, 6]
+    index = [0, 1, 2, 3, 4, 5, 6]
+    assert picked(scores, index, 2, anchors=1) == [2, 3]
+    assert picked(scores, index, 2, anchors=3) == [4, 5]
+    assert picked([0.0, *scores], [0, *range(5, 12)], 2, prompt=4, cols=4, anchors=3) == [7, 8]
+
+
+def test_recent_lines_stay():
+    """The newest whole lines, the finished one first."""
+    scores = [0.0, 6, 5, 4, 3, 2, 1]
+    index = [0, 1, 2, 3, 4, 5, 6]
+    assert picked(scores, index, 2, recent=0) == [6, 5]
+    assert picked(scores, index, 2, recent=1) == [4, 3]
+    assert picked(scores, index, 2, recent=2) == [2, 1]
+    assert picked(scores, index, 2, recent=1, anchors=2) == [4, 3]
+
+
+def test_among_equals_the_oldest_goes_first():
+    """Whatever slots the tokens lie in."""
+    assert picked([0, 1, 1, 1, 0, 1, 1], [0, 5, 2, 6, 4, 1, 3], 4) == [4, 1, 2, 3]
+    assert picked([0, -INF, -INF, 1, -INF, 1, -INF], [0, 5, 2, 6, -1, 1, 4], 4) == [-1, 2, 4, 5]
+
+
+def test_every_head_chooses_for_itself():
+    """Layers, rows and heads have victims of their own, by their own slots."""
+    view = random_view()
+    scores = torch.rand(view.index.shape, generator=torch.Generator().manual_seed(0))
+    slots = choose(scores, view, 9, anchors=2, recent=1, prompt_slots=3)
+    first, newest = view.grid.prompt, view.grid.index(view.row)
+    for layer in range(2):
+        for row in range(3):
+            for head in range(3):
+                index, worth = (t[layer, row, head].tolist() for t in (view.index, scores))
+                free = [s for s in range(3, len(index)) if index[s] < 0 or first + 2 <= index[s] < newest]
+                expected = sorted(free, key=lambda s: (index[s] >= 0, worth[s] if index[s] >= 0 else 0, index[s]))[:9]
+                got = slots[layer, row, head].tolist()
+                assert set(got[:2]) == set(expected[:2]) and got[2:] == expected[2:], "two empty slots, then by worth"

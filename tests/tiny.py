@@ -1,0 +1,205 @@
+"""Tiny seeded models, and a recorder that writes down what a decoder is asked and what it answers.
+
+Weights are large enough that attention is peaky: one token more or less in view moves the logits by tenths, not by
+millionths, so a test that compares logits sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_core.attention import attend
+from linear_core.cache import LineCache
+from linear_core.events import Line
+from linear_core.generate import generate
+from linear_core.grid import Grid
+from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.plan import CachePlan, CacheShape, SamplePlan
+from linear_core.policies import POLICIES, Policy
+from linear_core.prompts import Prompt
+from linear_core.view import View
+
+CLASSES, CODES = 5, 23
+CAPTION, CAPTION_DIM = 7, 6  # slots of a caption, numbers a slot
+
+
+def llamagen(
+    rows: int, cols: int, *, text: bool = False, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
+) -> LlamaGen:
+    """Three heads of 8 numbers; class-conditional, or text-conditional with CAPTION slots."""
+    width, heads, hidden = 24, 3, 32
+    kind = {"caption_dim": CAPTION_DIM, "caption_slots": CAPTION} if text else {"classes": CLASSES}
+    config = LlamaGenConfig(layers, width, heads, hidden, CODES, **kind)
+    model = LlamaGen(config, Grid(rows, cols)).requires_grad_(False).eval()
+    deviation = {"wqkv": 0.3, "w2": 0.1, "output": 0.4, "tok_embeddings": 1.0, "cls_embedding": 1.0}
+    source = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=source)
+        if "norm" in name:
+            tensor.copy_(1 + 0.1 * noise)
+        else:
+            tensor.copy_(noise * next((d for part, d in deviation.items() if part in name), 0.2))
+    return model.to(dtype)
+
+
+def caption_prompt(
+    lengths: list[int], places: int = CAPTION, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Prompt:
+    """One caption a row, left-padded with zeros to `places`. Row i depends on its number alone, not on `places`."""
+    features = torch.zeros(len(lengths), places, CAPTION_DIM, dtype=dtype)
+    for i, length in enumerate(lengths):
+        source = torch.Generator().manual_seed(seed + 100 * length)
+        features[i, places - length :] = torch.randn(length, CAPTION_DIM, generator=source).to(dtype)
+    return Prompt(features, torch.tensor([places - length for length in lengths]))
+
+
+class Toy:
+    """Attention and nothing else: a second model, unlike LlamaGen wherever the core leaves it a choice.
+
+    Its prompt takes a slot a token, padding is counted out of its positions, its unconditional rows are one token long
+    whatever the prompt, and its lines may end with a token of their own. Queries, keys and values are looked up.
+    """
+
+    def __init__(
+        self, rows: int, cols: int, *, length: int, eol: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+    ):
+        self.layers, self.heads, self.dim, self.codes, self.prompt_slots = 2, 2, 6, 11, length
+        self.nothing, newline = self.codes, self.codes + 1
+        self.grid = Grid(rows, cols, eol=newline if eol else None)
+        self.dtype, self.device = dtype, torch.device("cpu")
+        source = torch.Generator().manual_seed(seed)
+        table = (3, self.layers, self.heads)
+        self.by_token = torch.randn(*table, self.codes + 2, self.dim, generator=source).to(dtype)
+        self.by_place = torch.randn(*table, 64 + self.grid.tokens, self.dim, generator=source).to(dtype)
+        self.out = torch.randn(self.layers * self.heads * self.dim, self.codes, generator=source).to(dtype)
+
+    def prompt(self, lengths: list[int]) -> Prompt:
+        """Row i holds the ids length, length - 1, … behind its padding."""
+        tokens = torch.zeros(len(lengths), self.prompt_slots, dtype=torch.int64)
+        for row, length in zip(tokens, lengths, strict=True):
+            row[self.prompt_slots - length :] = torch.arange(length, 0, -1)
+        return Prompt(tokens, torch.tensor([self.prompt_slots - length for length in lengths]))
+
+    def cache_shape(self) -> CacheShape:
+        return CacheShape(self.layers, self.heads, self.dim, self.prompt_slots, self.dtype.itemsize)
+
+    def with_unconditional(self, prompt: Prompt) -> Prompt:
+        nothing = torch.full_like(prompt.tokens, self.nothing)
+        return prompt.stack(Prompt(nothing, torch.full_like(prompt.pad, prompt.length - 1)))
+
+    def look_up(self, tokens: Tensor, index: Tensor, pad: Tensor) -> Tensor:
+        """tokens B N at index N -> queries, keys and values: 3 L B H N D."""
+        place = (index[None] - pad[:, None]).clamp(min=0)
+        return (self.by_token[:, :, :, tokens] + self.by_place[:, :, :, place]).transpose(2, 3)
+
+    def say(self, seen: Tensor) -> Tensor:
+        """What attention returned, L B H N D, to logits B N V."""
+        return (seen.permute(1, 3, 0, 2, 4).flatten(2) @ self.out).float()
+
+    def prefill(self, prompt: Prompt, cache: LineCache) -> Tensor:
+        index = torch.arange(prompt.length)
+        weight = (index >= prompt.pad[:, None]).to(self.dtype)
+        q, k, v = self.look_up(prompt.tokens, index, prompt.pad)
+        bias = weight.log()[:, None].expand(-1, self.heads, -1)
+        for layer in range(self.layers):
+            cache.write_prompt(layer, k[layer], v[layer], weight)
+        return self.say(torch.stack([attend(q[n, :, :, -1:], k[n], v[n], bias) for n in range(self.layers)]))[:, 0]
+
+    def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
+        q, k, v = self.look_up(token[:, None], index, pad)
+        cache.advance(index, column)
+        seen = []
+        for layer in range(self.layers):
+            cache.write(layer, column, k[layer], v[layer], q[layer])
+            seen.append(attend(q[layer], *cache.read(layer)))
+        return self.say(torch.stack(seen))[:, 0]
+
+    def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
+        """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""
+        tokens = torch.cat([prompt.tokens, tokens], 1)
+        q, k, v = self.look_up(tokens, torch.arange(tokens.shape[1]), prompt.pad)
+        scores = (q @ k.transpose(-1, -2) / self.dim**0.5).masked_fill(~visible, float("-inf"))
+        return self.say(scores.softmax(-1) @ v)
+
+
+Decoder = LlamaGen | Toy
+
+
+@dataclass
+class Recorder:
+    """A decoder that behaves like `decoder` and keeps a copy of everything that passes.
+
+    `edit` may change the logits on their way out. `cache` is the cache of the run.
+    """
+
+    decoder: Decoder
+    edit: Callable[[int, Tensor], Tensor] = lambda number, logits: logits
+    logits: list[Tensor] = field(default_factory=list)  # B V of each image token
+    fed: list[Tensor] = field(default_factory=list)  # B, each token fed
+    index: list[Tensor] = field(default_factory=list)  # L B H S after each token fed
+    bias: list[Tensor] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # row -> scores and index, L B H S
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+    def prefill(self, prompt: Prompt, cache: LineCache) -> Tensor:
+        self.prompt, self.cache = prompt, cache
+        self.logits.append(self.edit(0, self.decoder.prefill(prompt, cache)))
+        return self.logits[-1]
+
+    def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
+        logits = self.decoder.step(token, index, pad, column, cache)
+        self.fed.append(token.clone())
+        self.index.append(cache.index.clone())
+        self.bias.append(cache.bias.clone())
+        self.logits.append(self.edit(len(self.fed), logits))
+        return self.logits[-1]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Codes drawn: B rows cols."""
+        return torch.stack([line.tokens for line in self.lines], 1)
+
+    def held(self, number: int) -> list[list[list[set[int]]]]:
+        """Indices held after image token `number` was fed, as sets, by layer, row and head."""
+        slots = self.index[number].tolist()
+        return [[[{i for i in head if i >= 0} for head in row] for row in layer] for layer in slots]
+
+
+@contextmanager
+def policy(name: str, value: Policy) -> Iterator[None]:
+    """Put a policy into the registry for a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(POLICIES, name, value)
+        yield
+
+
+def decode(
+    decoder: Decoder,
+    prompt: Prompt,
+    plan: CachePlan,
+    sample: SamplePlan,
+    edit: Callable[[int, Tensor], Tensor] | None = None,
+) -> Recorder:
+    """Run the whole loop and return everything that happened, with the scores that the policy gave."""
+    recorder = Recorder(decoder) if edit is None else Recorder(decoder, edit)
+    original = POLICIES[plan.policy]
+
+    def score(view: View) -> Tensor:
+        scores = original.score(view)
+        assert view.row not in recorder.scores, "a policy is asked once a line"
+        recorder.scores[view.row] = scores.float().clone(), view.index.clone()
+        return scores
+
+    with policy(plan.policy, replace(original, score=score)):
+        recorder.lines.extend(generate(recorder, prompt, plan, sample))
+    return recorder
