@@ -1,4 +1,4 @@
-"""The command line: python -m linear_core {demo, generate, compare, plan, models}."""
+"""The command line: python -m linear_core {demo, generate, compare, plan, models, convert}."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import library
+from . import library, text
+from .convert import convert
 from .errors import UserError
 from .generate import Run, generate
 from .heatmap import heatmap, lifetime
@@ -19,7 +20,7 @@ from .library import ImageModel, ModelFiles, ModelInfo
 from .plan import PRESETS, RELEASES, CachePlan, SamplePlan
 from .policies import POLICIES
 from .preview import decode
-from .prompts import class_prompt
+from .prompts import Prompt, class_prompt
 from .sheet import contact_sheet, save, to_image
 
 MIB = 2**20
@@ -51,9 +52,9 @@ def run_generate(args: argparse.Namespace) -> None:
     """Draw images and write each as a PNG."""
     model, plan = _load(args), _cache_plan(args)
     sample = _sample_plan(args, model.info)
-    names, labels = _classes(args, model.info)
+    prompt = _prompt(args, model.info)
     out = _out(args.out, model.info.name + ".png")
-    (run,) = _draw(model, labels, [plan], sample)
+    (run,) = _draw(model, prompt, [plan], sample)
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
         pictures = heatmap(lifetime(run.shares), *_enlarged(pictures, args.size), pictures)
@@ -61,7 +62,7 @@ def run_generate(args: argparse.Namespace) -> None:
         path = out if len(pictures) == 1 else out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}")
         notes = {
             "model": model.info.name,
-            "class": names[i],
+            "text" if model.info.text else "class": prompt.names[i],
             **asdict(plan),
             **asdict(replace(sample, seed=sample.seed + i)),
         }
@@ -74,9 +75,10 @@ def run_compare(args: argparse.Namespace) -> None:
     """The full cache against a few lines: same seeds, one picture, one line of numbers each."""
     model, few = _load(args), _cache_plan(args)
     sample = _sample_plan(args, model.info)
-    names, labels = _classes(args, model.info)
+    prompt = _prompt(args, model.info)
+    names = list(prompt.names)
     out = _out(args.out, "compare.png")
-    full, run = _draw(model, labels, [CachePlan(policy="full"), few], sample)
+    full, run = _draw(model, prompt, [CachePlan(policy="full"), few], sample)
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     kept = heatmap(lifetime(run.shares), *_enlarged(pictures[1], args.size), pictures[1])
     rows = [
@@ -103,7 +105,7 @@ def run_plan(args: argparse.Namespace) -> None:
     few = _cache_plan(args)
     few.check(info.grid)
     sample = _sample_plan(args, info)
-    images = max(args.images, 1) * max(len(args.classes or ["one"]), 1)
+    images = max(args.images, 1) * max(len(args.classes or args.texts or ["one"]), 1)
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
     print(f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
@@ -133,18 +135,35 @@ def run_models(args: argparse.Namespace) -> None:
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
         )
         if info.classes:
-            print("  " + ", ".join(info.classes))
+            print("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Write a published checkpoint (.pt) as safetensors that says what it is: family, grid, tokenizer, sampling."""
+    dtype = None if args.dtype == "same" else DTYPES[args.dtype]
+    with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        notes = convert(
+            args.source, args.target, grid=_grid(args), tokenizer=args.tokenizer, dtype=dtype, progress=progress
+        )
+    print(f"{args.target}: {Path(args.target).stat().st_size / MIB:.1f} MiB")
+    for key, value in notes.items():
+        print(f"  {key}: {value if len(value) < 100 else value[:99] + '…'}")
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _draw(model: ImageModel, labels: list[int], plans: list[CachePlan], sample: SamplePlan) -> list[Run]:
+def _draw(model: ImageModel, prompt: Prompt, plans: list[CachePlan], sample: SamplePlan) -> list[Run]:
     """The same images once for each plan. The runs take turns line by line, so that their times compare."""
     runs = [Run() for _ in plans]
-    total = len(plans) * model.info.grid.rows * model.info.grid.cols * len(labels)
+    total = len(plans) * model.info.grid.rows * model.info.grid.cols * prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
-        for lines in zip(*(generate(model.decoder, class_prompt(labels), p, sample) for p in plans), strict=True):
+        for lines in zip(*(generate(model.decoder, prompt, p, sample) for p in plans), strict=True):
             for run, line in zip(runs, lines, strict=True):
                 run.add(line)
                 bar.update(line.tokens.numel())
@@ -159,11 +178,8 @@ def _load(args: argparse.Namespace) -> ImageModel:
 def _files(args: argparse.Namespace) -> ModelFiles:
     if args.model == library.BUNDLED:
         return library.bundled_files()
-    if not args.tokenizer:
-        raise UserError(
-            f"tokenizer: {Path(args.model).name} needs one; add --tokenizer FILE (for LlamaGen: vq_ds16_c2i.pt)."
-        )
-    return ModelFiles(Path(args.model), Path(args.tokenizer))
+    tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
+    return ModelFiles(Path(args.model), tokenizer)
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -201,12 +217,21 @@ def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
     return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
 
 
-def _classes(args: argparse.Namespace, info: ModelInfo) -> tuple[list[str], list[int]]:
+def _prompt(args: argparse.Namespace, info: ModelInfo) -> Prompt:
+    """What --class or --text and --images ask for, one row an image."""
     if args.images < 1:
         raise UserError(f"images: {args.images} is none; choose 1 or more.")
-    asked = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
-    names = [name for name in asked for _ in range(args.images)]
-    return names, [library.class_label(info, name) for name in names]
+    if info.text:
+        if not args.texts or not args.text_encoder:
+            raise UserError(
+                f"text: {info.name} draws what a text says; add --text 'a red fox in the snow' and --text-encoder "
+                "PATH, the folder of google/flan-t5-xl."
+            )
+        prompt = text.prompt(args.texts, text.find_text_encoder(args.text_encoder))
+    else:
+        asked = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
+        prompt = class_prompt([library.class_label(info, name) for name in asked], tuple(asked))
+    return prompt.repeat(args.images)
 
 
 def _out(given: Path | None, name: str) -> Path:
@@ -260,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--model", default=library.BUNDLED, metavar="FILE", help="decoder checkpoint; default: the bundled model"
     )
-    group.add_argument("--tokenizer", metavar="FILE", help="VQ tokenizer checkpoint that belongs to it")
+    group.add_argument("--tokenizer", metavar="FILE", help="VQ tokenizer that belongs to it, where it is not beside it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, where neither the file nor its name tells")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument(
@@ -281,7 +306,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--class", dest="classes", action="append", metavar="NAME", help="class name or number; repeat for more"
     )
-    group.add_argument("--images", type=int, default=1, metavar="N", help="images of each class (default: 1)")
+    group.add_argument("--text", dest="texts", action="append", metavar="TEXT", help="what to draw; repeat for more")
+    group.add_argument("--text-encoder", metavar="PATH", help="FLAN-T5-XL's folder, or a text-encoder file")
+    group.add_argument("--images", type=int, default=1, metavar="N", help="images of each class or text (default: 1)")
     group.add_argument("--seed", type=int, metavar="N", help="image i draws from seed N + i (default: 0)")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical 2 to 5")
     group.add_argument(
@@ -314,6 +341,12 @@ def _parser() -> argparse.ArgumentParser:
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )
+    into = add("convert", run_convert, [], "published checkpoint (.pt) to safetensors with metadata")
+    into.add_argument("source", metavar="SRC", help="decoder or VQ tokenizer, as published (.pt) or safetensors")
+    into.add_argument("target", metavar="DST.safetensors", help="what to write; never overwritten")
+    into.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, where neither the file nor its name tells")
+    into.add_argument("--tokenizer", metavar="NAME", help="file of codes of a decoder (default: the published one)")
+    into.add_argument("--dtype", default="same", choices=["same", *DTYPES], help="number format (default: as it is)")
     return parser
 
 

@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Queries B H T D over slots B H S D; `bias` B H S is ln(weight) of each slot, -inf where there is nothing."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None])
+    """Queries B H T D over slots B H S D; `bias` is ln(weight) of each slot, -inf where there is nothing.
+
+    B H S: the same for all queries; B H T S: each its own.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
 
 
 def line_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int) -> Tensor:

@@ -75,13 +75,13 @@ class LineCache:
     # -- a token -----------------------------------------------------------------------------------------------------
 
     def advance(self, index: Tensor, column: Tensor) -> None:
-        """Make the slots of the token at `index` and `column` (int64, one element each) visible, in all layers."""
+        """Make the slots of the tokens at `index` and `column` (int64, as many of each) visible, in all layers."""
         slot = self.target.index_select(3, column)
         self.bias.scatter_(3, slot, 0.0)
         self.index.scatter_(3, slot, index.to(torch.int32).expand_as(slot))
 
     def write(self, layer: int, column: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
-        """k, v, q B H 1 D of the token that `advance` announced."""
+        """k, v, q B H T D of the tokens at `column`."""
         slot = self.target[layer].index_select(2, column)[..., None].expand_as(k)
         self.keys[layer].scatter_(2, slot, k)
         self.values[layer].scatter_(2, slot, v)
@@ -92,6 +92,25 @@ class LineCache:
         """Keys B H S D, values B H S D and bias B H S of everything written so far."""
         end = self.extent
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], self.bias[layer, :, :, :end]
+
+    def feed(self, layer: int, columns: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write k, v, q B H T D of a line's tokens at once and return what each of these queries sees.
+
+        As if they had come one by one: a query sees what was visible before, less what the line has overwritten up to
+        it, then the line up to itself. Keys and values B H S+T D, bias B H T S+T. `advance` comes after all layers.
+        """
+        end, count = self.extent, columns.shape[0]
+        keys = torch.cat([self.keys[layer, :, :, :end], k], 2)
+        values = torch.cat([self.values[layer, :, :, :end], v], 2)
+        old = self.bias[layer, :, :, :end]
+        order = torch.arange(count, device=old.device)
+        slot = self.target[layer].index_select(2, columns)
+        overwritten = torch.full(old.shape, count, device=old.device).scatter_(2, slot, order.expand_as(slot))
+        gone = overwritten[:, :, None] <= order[:, None]  # B H T S
+        before = old[:, :, None].expand(gone.shape).masked_fill(gone, float("-inf"))
+        own = old.new_zeros(count, count).masked_fill(order[None] > order[:, None], float("-inf"))
+        self.write(layer, columns, k, v, q)
+        return keys, values, torch.cat([before, own.expand(*slot.shape[:2], -1, -1)], -1)
 
     # -- a line ------------------------------------------------------------------------------------------------------
 
@@ -143,3 +162,9 @@ class LineCache:
         counts.scatter_add_(1, place, torch.ones(1, 1, device=index.device).expand_as(place))
         share = counts[:, 1:] / (self.shape.layers * self.shape.heads)
         return share.view(images, grid.rows, grid.stride)[..., : grid.cols]
+
+    def held_by_head(self, row: int) -> Tensor:
+        """Whether each layer and head of one row of the batch sees each image token: bool L H rows*stride."""
+        place = (self.index[:, row].long() - self.grid.prompt).clamp(min=-1) + 1
+        held = place.new_zeros(*place.shape[:2], self.grid.tokens + 1, dtype=torch.bool)
+        return held.scatter_(2, place, True)[..., 1:]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import LineCache
@@ -30,6 +32,7 @@ class Decoder(Protocol):
     def with_unconditional(self, prompt: Any) -> Any: ...
     def prefill(self, prompt: Any, cache: LineCache) -> Tensor: ...
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor: ...
+    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor: ...
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
@@ -43,8 +46,13 @@ def generate(
     sample: SamplePlan,
     *,
     step: Step | None = None,
+    above: Tensor | None = None,
 ) -> Iterator[Line]:
     """Draw one image for each row of `prompt`, yielding each row of tokens as it is finished.
+
+    `above`, codes B rows cols (or one image's, for all), are lines that are there already: they are fed a line at a
+    time, with the same eviction at every line's end, so that the cache then holds what drawing them would have left in
+    it, and drawing goes on below them.
 
     `plan` says what the cache keeps, `sample` how tokens are drawn. `step` replaces the decoder's own (compiled,
     captured). Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
@@ -56,6 +64,7 @@ def generate(
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it names no image; give at least one class or text.")
+    given = _check_above(above, images, grid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
     cache = LineCache(
@@ -72,7 +81,14 @@ def generate(
     cache.extend()
     for row in range(grid.rows):
         tokens = torch.empty(images, grid.cols, dtype=torch.int64, device=device)
-        for column in range(grid.stride):
+        replayed = row < given.shape[1]
+        if replayed:
+            tokens.copy_(given[:, row])
+            line = tokens if grid.eol is None else F.pad(tokens, (0, 1), value=grid.eol)
+            logits = decoder.feed(
+                line.repeat(cache.rows // images, 1), index[grid.stride * row :][: grid.stride], pad, columns, cache
+            )
+        for column in range(grid.stride if replayed else 0, grid.stride):
             number = row * grid.stride + column
             forced = grid.forced(column)
             if forced is None:
@@ -91,12 +107,29 @@ def generate(
             logits = step(fed, index[number : number + 1], pad, columns[column : column + 1], cache)
         if row + 1 < grid.rows:
             _end_line(cache, policy, row)
-        share = cache.share_held(images)
+        share, by_head = cache.share_held(images), cache.held_by_head(0)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
         now = time.perf_counter()
-        yield Line(row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes)
+        yield Line(row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed)
         started = time.perf_counter()
+
+
+def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> Tensor:
+    """The lines given, for every image: int64 B rows cols. Raises UserError where they do not fit."""
+    if above is None or above.shape[1] == 0:
+        return torch.empty(images, 0, grid.cols, dtype=torch.int64)
+    count, rows, cols = above.shape
+    if cols != grid.cols or rows >= grid.rows:
+        raise UserError(
+            f"tokens: {rows} lines of {cols} are given, but the model draws {grid.rows} lines of {grid.cols}; give "
+            f"lines of {grid.cols} tokens, at most {grid.rows - 1} of them."
+        )
+    if count not in (1, images):
+        raise UserError(f"tokens: {count} pictures are given and {images} are drawn; give one, or one for each.")
+    if int(above.min()) < 0 or int(above.max()) >= codes:
+        raise UserError(f"tokens: code {int(above.max())} is not one of the model's {codes}; give its own tokens.")
+    return above.expand(images, -1, -1)
 
 
 def _end_line(cache: LineCache, policy: Policy, row: int) -> None:
@@ -121,7 +154,7 @@ class Run:
         self.lines: list[Line] = []
 
     def add(self, line: Line) -> None:
-        self.lines.append(line)
+        self.lines.append(replace(line, by_head=None))  # large, and told to whoever follows the run line by line
 
     @property
     def tokens(self) -> Tensor:
@@ -139,8 +172,9 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all images together."""
-        return self.tokens.numel() / max(self.seconds, 1e-9)
+        """Of all images together, where they were drawn."""
+        drawn = [line for line in self.lines if not line.replayed]
+        return sum(line.tokens.numel() for line in drawn) / max(sum(line.seconds for line in drawn), 1e-9)
 
     @property
     def held(self) -> float:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from . import published
 from .blocks import Ops
 from .errors import UserError
 from .grid import Grid
 from .models.llamagen import LlamaGen, LlamaGenConfig, read_config
 from .plan import CacheShape, SamplePlan
-from .vq.tokenizer import VQTokenizer
+from .vq.tokenizer import VQConfig, VQTokenizer
 from .vq.tokenizer import read_config as read_vq_config
 from .weights import SUFFIXES, Weights, fill, read_weights
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = "landscapes"
-SIDES = {256: 16, 384: 24, 512: 32}  # LlamaGen's file names give pixels; its tokens are 16 pixels wide
+SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
+
+# What files carry besides the weights of a network: the rotary table, a counter and losses of training.
+NOT_WEIGHTS = ("freqs_cis",)
+VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,12 @@ class ModelInfo:
     classes: tuple[str, ...]
     defaults: SamplePlan
     weight_bytes: int  # on disk
+    tokenizer: str = ""  # name of the tokenizer that belongs to it, without a file's ending
+
+    @property
+    def text(self) -> bool:
+        """Whether a text says what to draw, not a class."""
+        return not self.config.classes
 
     def cache_shape(self, dtype: torch.dtype) -> CacheShape:
         c = self.config
@@ -68,8 +81,13 @@ def bundled_files() -> ModelFiles:
 
 
 def class_label(info: ModelInfo, name: str) -> int:
-    """The id of the class called `name`, or numbered so. Raises UserError listing what there is."""
+    """The id of the class called `name`, or numbered so. Raises UserError listing what there is.
+
+    As it is written first: ImageNet's 'Cardigan' is a dog and 'cardigan' is not.
+    """
     wanted = name.strip()
+    if wanted in info.classes:
+        return info.classes.index(wanted)
     lowered = [c.lower() for c in info.classes]
     if wanted.lower() in lowered:
         return lowered.index(wanted.lower())
@@ -90,10 +108,24 @@ def read_info(path: str | Path, grid: tuple[int, int] | None = None) -> ModelInf
     The grid is not among a published file's weights: it comes from our own files' metadata, else from the file's name
     (c2i_B_256, …), else from `grid` (rows, cols). Two that disagree are an error.
     """
-    return _info(read_weights(path, shapes_only=True), grid)
+    return describe(_read(path, shapes_only=True), grid)
 
 
-def _info(weights: Weights, grid: tuple[int, int] | None) -> ModelInfo:
+def _read(path: str | Path, *, shapes_only: bool = False) -> Weights:
+    path = Path(path)
+    if not path.is_file() and (source := published.where(path.name)):
+        raise UserError(f"{path}: there is no such file; {source}.")
+    return read_weights(path, shapes_only=shapes_only)
+
+
+@cache
+def imagenet_classes() -> tuple[str, ...]:
+    """The names of ImageNet's 1000 classes, by id: what published class-conditional files draw."""
+    return tuple(json.loads((ASSETS / "imagenet_classes.json").read_text(encoding="utf-8"))["names"])
+
+
+def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
+    """What `read_info` tells, of a checkpoint that was read."""
     shapes = weights.shapes
     if "tok_embeddings.weight" not in shapes or not any(k.startswith("cls_embedding.") for k in shapes):
         raise weights.problem(
@@ -102,13 +134,26 @@ def _info(weights: Weights, grid: tuple[int, int] | None) -> ModelInfo:
     notes = weights.metadata
     try:
         config = read_config(shapes, int(notes["heads"]) if "heads" in notes else None)
-        classes = tuple(json.loads(notes["classes"])) if "classes" in notes else ()
+        classes = tuple(json.loads(notes["classes"])) if "classes" in notes else _class_names(config)
         defaults = SamplePlan(**json.loads(notes["sampling"])) if "sampling" in notes else _defaults(config)
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise weights.problem(f"its header does not describe a LlamaGen ({error}).") from error
     except UserError as error:
         raise weights.problem(str(error)) from error
-    return ModelInfo(weights.path.stem, config, _grid(weights, grid), classes, defaults, weights.nbytes)
+    kind = _kind(config)
+    tokenizer = Path(notes.get("tokenizer", published.TOKENIZERS[kind])).stem
+    return ModelInfo(
+        weights.path.stem, config, _grid(weights, kind, grid), classes, defaults, weights.nbytes, tokenizer
+    )
+
+
+def _kind(config: LlamaGenConfig) -> str:
+    return "c2i" if config.classes else "t2i"
+
+
+def _class_names(config: LlamaGenConfig) -> tuple[str, ...]:
+    names = imagenet_classes()
+    return names if config.classes == len(names) else ()
 
 
 def _defaults(config: LlamaGenConfig) -> SamplePlan:
@@ -116,23 +161,30 @@ def _defaults(config: LlamaGenConfig) -> SamplePlan:
     return SamplePlan(guidance=4.0, top_k=2000) if config.classes else SamplePlan(guidance=7.5, top_k=1000)
 
 
-def _grid(weights: Weights, asked: tuple[int, int] | None) -> Grid:
-    found = None
-    if match := re.fullmatch(r"(\d+)x(\d+)", weights.metadata.get("grid", "")):
-        found = int(match[1]), int(match[2])
-    elif match := re.search(r"(?<!\d)(256|384|512)(?!\d)", weights.path.stem):
-        found = (SIDES[int(match[1])],) * 2
-    if found and asked and found != asked:
+def _grid(weights: Weights, kind: str, asked: tuple[int, int] | None) -> Grid:
+    """From our own metadata, else from the file's name, else as asked; two answers that differ are an error."""
+    noted, pixels = weights.metadata.get("grid"), published.pixels_in(weights.path.stem, kind)
+    if noted is not None:
+        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", noted)
+        if match is None:
+            raise weights.problem(f"its note of the grid, '{noted}', is not one such as 24x24; convert the file again.")
+        found, source = (int(match[1]), int(match[2])), "was made for"
+    elif pixels is not None:
+        found, source = (SIDES[pixels],) * 2, f"says {pixels} pixels in its name, which is"
+    elif asked is not None:
+        return Grid(*asked)
+    else:
+        sizes = " or ".join(str(side) for side in published.PIXELS[kind])
         raise weights.problem(
-            f"was made for a grid of {found[0]} x {found[1]} tokens, not {asked[0]} x {asked[1]}; "
-            "leave the grid to the file."
+            f"does not say which grid it was made for; name the file after its pixels ({sizes}, as in "
+            f"{kind}_XL_{published.PIXELS[kind][-1]}) or give the grid."
         )
-    rows_cols = found or asked
-    if rows_cols is None:
+    if asked and asked != found:
         raise weights.problem(
-            "does not say which grid it was made for; name the file after its pixels (…_384.pt) or give the grid."
+            f"{source} a grid of {found[0]} x {found[1]} tokens, not {asked[0]} x {asked[1]}; leave the grid "
+            "to the file" + ("." if noted else ", or rename it.")
         )
-    return Grid(*rows_cols)
+    return Grid(*found)
 
 
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
@@ -150,28 +202,85 @@ def load_model(
     grid: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
     ops: Ops = nn,
 ) -> ImageModel:
-    """Read both checkpoints and build the model, ready to draw. The tokenizer stays in float32, as published."""
-    weights = read_weights(files.decoder)
-    info = _info(weights, grid)
+    """Read both checkpoints and build the model, ready to draw. The tokenizer stays in float32, as published.
+
+    dtype         what the decoder computes in
+    weight_dtype  what its large matrices are kept in, where `ops` are layers that cast; None: the same
+    """
+    weights = _read(files.decoder)
+    info = describe(weights, grid)
     tokenizer = load_tokenizer(files.tokenizer, device=device, ops=ops)
+    _check_tokenizer(info, tokenizer, files)
+    with torch.device("meta"):
+        decoder = LlamaGen(info.config, info.grid, ops)
+    stored = (lambda name, tensor: weight_dtype if _is_large(name, tensor) else None) if weight_dtype else None
+    fill(decoder, weights, dtype, ignore=NOT_WEIGHTS, stored=stored)
+    decoder.compute_dtype = dtype if weight_dtype else None
+    return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
+
+
+def _is_large(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a weight is one of the matrices that make up nearly all of a decoder; the rest is worth its bytes."""
+    return name.startswith("layers.") and tensor.ndim == 2
+
+
+def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles) -> None:
+    """Refuse another model's tokenizer, even one with as many codes: its codes mean something else."""
     if tokenizer.config.codes != info.config.codes:
         raise UserError(
             f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
             f"{info.config.codes}; choose the tokenizer that belongs to the model."
         )
-    with torch.device("meta"):
-        decoder = LlamaGen(info.config, info.grid, ops)
-    fill(decoder, weights, dtype, ignore=("freqs_cis",))
-    return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
+    if files.tokenizer.stem == info.tokenizer or info.config.codes != published.CODES:
+        return
+    ours, theirs = published.kind_in(info.tokenizer), published.kind_in(files.tokenizer.stem)
+    if tokenizer.config.factor != published.FACTOR or (ours and theirs and ours != theirs):
+        raise UserError(
+            f"{files.tokenizer.name}: is another model's tokenizer; {files.decoder.name} draws the codes of "
+            f"{info.tokenizer}: choose that one"
+            + (f", or {source}." if (source := published.where(info.tokenizer)) else ".")
+        )
+
+
+def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, among: Iterable[Path] = ()) -> Path:
+    """The tokenizer that belongs to the checkpoint at `decoder`: beside it, or one of `among`.
+
+    Raises UserError that says where it was expected and where to get it.
+    """
+    decoder = Path(decoder)
+    stem = read_info(decoder, grid).tokenizer
+    beside = (decoder.with_name(stem + suffix) for suffix in SUFFIXES)
+    for path in (*beside, *among):
+        if path.stem == stem and path.is_file():
+            return path
+    source = published.where(stem)
+    raise UserError(
+        f"{decoder.with_name(stem + SUFFIXES[0])}: there is no such file, and {decoder.name} needs this tokenizer; "
+        + (f"{source}, or choose another." if source else "put it there or choose another.")
+    )
 
 
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:
     """A VQ tokenizer in LlamaGen's layout, with its encoder where the file has one."""
-    weights = read_weights(path)
+    weights = _read(path)
+    config, ignore = describe_tokenizer(weights)
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(config, ops)
+    fill(tokenizer, weights, torch.float32, ignore=ignore)
+    return tokenizer.eval().requires_grad_(False).to(device)
+
+
+def is_tokenizer(weights: Weights) -> bool:
+    return "quantize.embedding.weight" in weights.tensors
+
+
+def describe_tokenizer(weights: Weights) -> tuple[VQConfig, tuple[str, ...]]:
+    """Sizes of a VQ tokenizer's checkpoint, and what its keys begin with that are no weights of it."""
     shapes = weights.shapes
-    if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+    if not is_tokenizer(weights) or "decoder.conv_in.weight" not in shapes:
         raise weights.problem(
             f"is not a VQ tokenizer that LineAR knows ({len(shapes)} weights); "
             "choose the tokenizer that belongs to the model."
@@ -180,11 +289,7 @@ def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops:
         config = read_vq_config(shapes)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
-    with torch.device("meta"):
-        tokenizer = VQTokenizer(config, ops)
-    ignore = ("quantize.codebook_used", "loss.") + (() if config.encoder_widths else ("encoder.", "quant_conv."))
-    fill(tokenizer, weights, torch.float32, ignore=ignore)
-    return tokenizer.eval().requires_grad_(False).to(device)
+    return config, VQ_NOT_WEIGHTS + (() if config.encoder_widths else ("encoder.", "quant_conv."))
 
 
 def find_checkpoints(folders: list[Path]) -> list[Path]:

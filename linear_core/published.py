@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 HUB = "https://huggingface.co"
 PIXELS = {"c2i": (256, 384), "t2i": (256, 512)}  # class- and text-conditional: sides of the pictures
+CODES = 16384  # of every published tokenizer, so equally many codes do not say that two files belong together
 FACTOR = 16  # pixels along each side of a token, for every published decoder
 
 
@@ -112,7 +113,8 @@ RELEASES: dict[str, Release] = {
                 ("3B_384", 12.4),
             )
         ),
-        *(_one(T2I, f"t2i_XL_{stage}.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER) for stage in ("stage1_256", "stage2_512")),
+        _one(T2I, "t2i_XL_stage1_256.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER),
+        _one(T2I, "t2i_XL_stage2_512.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER),
         _one(C2I, "vq_ds16_c2i.pt", 0.28),
         _one(T2I, "vq_ds16_t2i.pt", 0.28),
         _one(C2I, "vq_ds8_c2i.pt", 0.28),

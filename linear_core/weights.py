@@ -128,11 +128,12 @@ def fill(
     weights: Weights,
     dtype: torch.dtype,
     ignore: tuple[str, ...] = (),
-    stored: Callable[[str, Tensor], torch.dtype | None] = lambda name, tensor: None,
+    stored: Callable[[str, Tensor], torch.dtype | None] | None = None,
 ) -> None:
     """Put `weights` into `module`, built on the meta device, as `dtype`, or as what `stored` names for a tensor.
 
     See `matching` for what is refused.
     """
     tensors = matching(module, weights, ignore)
-    module.load_state_dict({k: v.to(stored(k, v) or dtype) for k, v in tensors.items()}, assign=True)
+    kept = {k: (stored(k, v) if stored else None) or dtype for k, v in tensors.items()}
+    module.load_state_dict({k: v.to(kept[k]) for k, v in tensors.items()}, assign=True)

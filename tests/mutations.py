@@ -91,7 +91,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "smoothed scores in the wrong slots",
     ),
     ("view.py", "self.queries[:, :, :, -count:]", "self.queries[:, :, :, :count]", "the first queries for the last"),
-    ("view.py", "return self.index >= self.grid.prompt", "return self.index >= 0", "the prompt is up for choice"),
+    ("view.py", "return self.index >= self.grid.prompt", "return self.index >= 0", "the prompt is taken for picture"),
     # -- who goes
     ("policies/choose.py", "(token < anchors) | ", "", "anchors unprotected"),
     ("policies/choose.py", "(view.row + 1 - recent)", "(view.row + 2 - recent)", "one recent line too few"),

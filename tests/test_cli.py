@@ -60,7 +60,7 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--images", "0"], ["images"]),
         (["--top-p", "0"], ["top-p"]),
         (["--out", "picture.jpg"], ["picture.jpg", ".png"]),
-        (["--model", "gone.pt"], ["tokenizer", "gone.pt"]),
+        (["--model", "gone.pt"], ["gone.pt", "no such file"]),
         (["--model", "gone.pt", "--tokenizer", "gone_vq.pt"], ["gone.pt", "no such file"]),
     ],
 )

@@ -27,6 +27,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "grid": ({"errors"}, set()),
     "plan": ({"errors", "grid"}, set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
+    "published": ({"errors"}, set()),  # names of files, and where they are to be had
     # tensors
     "attention": (set(), TENSORS),
     "view": ({"attention", "grid"}, TENSORS),
@@ -46,7 +47,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "preview": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     "heatmap": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     # people
-    "library": ({"blocks", "errors", "grid", "models.*", "plan", "prompts", "vq.*", "weights"}, TENSORS),
+    "library": ({"blocks", "errors", "grid", "models.*", "plan", "prompts", "published", "vq.*", "weights"}, TENSORS),
+    "convert": ({"errors", "library", "models.*", "vq.*", "weights"}, TENSORS),
+    "text": ({"errors", "prompts", "prompts.*", "published", "weights"}, TENSORS),
+    "download": ({"errors", "published"}, {"requests"}),
     "sheet": (set(), TENSORS | {"numpy", "PIL"}),
     "__main__": ({"*"}, TENSORS | {"numpy", "PIL", "tqdm", "safetensors"}),
 }
@@ -138,8 +142,8 @@ def test_the_table_itself_lets_nothing_through(row):
     ours, theirs = TABLE[row]
     assert not theirs & COMFY
     if row != "__main__":
-        assert not fits("generate", ours) and not fits("library", ours)
-    if row in ("__init__", "errors", "grid", "plan", "events"):
+        assert not fits("generate", ours) and (row == "convert" or not fits("library", ours))
+    if row in ("__init__", "errors", "grid", "plan", "events", "published"):
         assert not theirs
 
 
@@ -181,7 +185,7 @@ def test_numbers_run_without_torch():
 # -- around the core ---------------------------------------------------------------------------------------------------
 
 
-SHARED = {"nodes.host", "nodes.files", "nodes.sockets"}  # what nodes may know of each other's room
+SHARED = {"nodes.host", "nodes.files", "nodes.live", "nodes.sockets"}  # what nodes may know of each other's room
 
 
 def node_complaints(path: Path, text: str | None = None) -> list[str]:

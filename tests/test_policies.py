@@ -284,8 +284,13 @@ def test_rkv_lets_go_of_duplicates_in_each_sample_of_its_own():
 
 
 def test_rkv_does_not_count_the_prompt_or_empty_slots():
-    """Keys of the prompt and of empty slots that equal a token's key are no duplicates of it."""
-    keys = one_hot(2, 2, 2, *range(2, 18), 3, 3, 3, size=20)
+    """A key of the prompt or of an empty slot that equals a token's key is no duplicate of it.
+
+    Two equal keys spare each other, so that a pair is worth what any token is. A third, were it counted, would cost the
+    older of the pair.
+    """
+    pairs = [2, 2, 3, 3]
+    keys = one_hot(2, 2, 2, *pairs, *range(4, 16), 3, 3, 3, size=20)
     index = [*range(3), *range(3, 19), -1, -1, -1]
     view = make(keys, cols=8, queries=torch.zeros(8, 20), index=index, prompt=3)
     scores = POLICIES["rkv"].score(view)[0, 0, 0]

@@ -62,10 +62,11 @@ def encode(folder: Path, shards: int, tokenizer: VQTokenizer, device: str) -> tu
         if not file.exists():
             data = np.load(folder / f"scenes_{i}.npz")
             x = pictures(data["images"], "cpu")
-            both = [
-                torch.cat([tokenizer.encode(p.to(device)).flatten(1).cpu() for p in side.split(64)])
-                for side in (x, x.flip(-1))
-            ]
+            with torch.autocast(device, torch.bfloat16):
+                both = [
+                    torch.cat([tokenizer.encode(p.to(device)).flatten(1).cpu() for p in side.split(16)])
+                    for side in (x, x.flip(-1))
+                ]
             np.savez(file, codes=torch.stack(both, 1).to(torch.int16).numpy(), labels=data["labels"])
             print(f"encoded {i + 1}/{shards}", flush=True)
         data = np.load(file)
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("training/runs/gpt"), help="folder for data, checkpoints and log"
     )
-    parser.add_argument("--shards", type=int, default=30, help="thousands of scenes")
+    parser.add_argument("--shards", type=int, default=12, help="thousands of scenes")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=0.02, help="peak learning rate of Muon; AdamW's is 0.15 of it")

@@ -107,15 +107,36 @@ class LlamaGen(nn.Module):
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
         """The rows of `prompt`, then as many unconditional ones with the same places empty, as published."""
+        self.check(prompt)
         if self.config.classes:
             nothing = torch.full_like(prompt.tokens, self.config.classes)
         else:
             nothing = self.cls_embedding.uncond_embedding.to(prompt.tokens)[-prompt.length :].expand_as(prompt.tokens)
         return prompt.stack(Prompt(nothing, prompt.pad))
 
+    def check(self, prompt: Prompt) -> None:
+        """Refuse what another model's prompt is: a class for a text, too many or too long ones."""
+        c, tokens = self.config, prompt.tokens
+        if c.classes and (tokens.ndim != 2 or prompt.length != 1 or int(tokens.max()) > c.classes):
+            raise UserError(
+                f"prompt: this model draws one of {c.classes} classes; connect a Class Prompt made with this model."
+            )
+        if c.caption_dim and (tokens.ndim != 3 or prompt.length > c.caption_slots):
+            raise UserError("prompt: this model draws what a text says; connect a Text Prompt.")
+        if c.caption_dim and tokens.shape[2] != c.caption_dim:
+            raise UserError(
+                f"prompt: the text encoder gives {tokens.shape[2]} numbers a token, this model takes {c.caption_dim}; "
+                "choose FLAN-T5-XL's encoder."
+            )
+
+    def _embed(self, prompt: Prompt) -> Tensor:
+        tokens = prompt.tokens if self.config.classes else prompt.tokens.to(self.dtype)
+        return self.cls_embedding(tokens).to(self.dtype)
+
     def prefill(self, prompt: Prompt, cache: LineCache) -> Tensor:
         """Logits B V of the first image token; the prompt's one slot is written."""
-        x = self.cls_embedding(prompt.tokens).to(self.dtype)
+        self.check(prompt)
+        x = self._embed(prompt)
         visible = _visible(prompt)
         seen = visible[:, -1:]  # by image tokens: everything but padding
         count = seen.sum((1, 2))
@@ -135,9 +156,7 @@ class LlamaGen(nn.Module):
 
         token int64 B; index, column int64 with one element; pad is not used: LlamaGen turns by the grid alone.
         """
-        grid = cache.grid
-        table = rope_2d(grid.rows, grid.cols, cache.shape.dim, ROPE_BASE, token.device)
-        table = table.index_select(0, index - grid.prompt)
+        table = self._table(index, cache)
         x = self.tok_embeddings(token[:, None]).to(self.dtype)
         cache.advance(index, column)
         for layer, block in enumerate(self.layers):
@@ -148,6 +167,25 @@ class LlamaGen(nn.Module):
 
             x = block(x, lambda t: turn_pairs(t, table), attend_cache)
         return self.output(self.norm(x[:, -1])).float()
+
+    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
+        """`step` for T tokens of one line at once: tokens B T, index and columns T -> the logits after the last."""
+        table = self._table(index, cache)
+        x = self.tok_embeddings(tokens).to(self.dtype)
+        for layer, block in enumerate(self.layers):
+
+            def attend_line(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                return attend(q, *cache.feed(layer, columns, k, v, q))
+
+            x = block(x, lambda t: turn_pairs(t, table), attend_line)
+        cache.advance(index, columns)
+        return self.output(self.norm(x[:, -1])).float()
+
+    def _table(self, index: Tensor, cache: LineCache) -> Tensor:
+        """The rotary table of the image tokens at `index`."""
+        grid = cache.grid
+        table = rope_2d(grid.rows, grid.cols, cache.shape.dim, ROPE_BASE, index.device)
+        return table.index_select(0, index - grid.prompt)
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """Logits of every image token in one uncached pass: training, and the oracle of the tests.
@@ -161,7 +199,7 @@ class LlamaGen(nn.Module):
             self.grid.rows, self.grid.cols, self.config.width // self.config.heads, ROPE_BASE, tokens.device
         )
         table = torch.cat([table.new_zeros(length, *table.shape[1:]), table[: tokens.shape[1]]])
-        x = torch.cat([self.cls_embedding(prompt.tokens), self.tok_embeddings(tokens)], 1).to(self.dtype)
+        x = torch.cat([self._embed(prompt), self.tok_embeddings(tokens).to(self.dtype)], 1)
         if visible is None and not bool(prompt.pad.any()):
             masks: list[Tensor | None] = [None] * len(self.layers)
         elif visible is None:

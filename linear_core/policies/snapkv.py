@@ -14,9 +14,11 @@ def snapkv(view: View) -> Tensor:
 
     Paper: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469.
     Window of 32 queries (at most one line is remembered), pooling kernel 7 over neighbours by index, mean over queries.
+    The prompt does not lend its attention to the first image tokens: how much that were would depend on how many slots
+    it takes.
     Reads: queries.
     """
-    scores = view.attention(lambda p: p.mean(2), last=WINDOW)
+    scores = view.attention(lambda p: p.mean(2), last=WINDOW).masked_fill(~view.candidates(), 0.0)
 
     def pool(x: Tensor) -> Tensor:
         return F.max_pool1d(x.flatten(0, 2)[:, None], KERNEL, stride=1, padding=KERNEL // 2).view_as(x)

@@ -1,0 +1,127 @@
+"""Texts to what a text-conditional LlamaGen was trained on: the last hidden states of FLAN-T5-XL's encoder in bfloat16.
+
+transformers, tokenizers and sentencepiece come with ComfyUI and are imported only when a text is to be encoded. Files
+are read elsewhere: nothing here touches the disk but a tokenizer's own, or the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import Prompt
+
+LENGTH = 120  # places for a caption, in every published model
+FORMAT = torch.bfloat16  # as published; in float16 T5 overflows
+END, PAD = 1, 0  # ids that every T5 shares
+SCALED = {"scale_weight", "weight_scale", "scaled_fp8", "comfy_quant"}  # ComfyUI's marks of scaled 8-bit weights
+PROBE = "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+
+class T5Tokenizer:
+    """Ids of a text, from a tokenizer.json, a spiece.model or the bytes of one."""
+
+    def __init__(self, source: Path | bytes):
+        if isinstance(source, Path) and source.suffix == ".json":
+            with _brought_by_comfyui():
+                from tokenizers import Tokenizer
+            tokenizer = Tokenizer.from_file(str(source))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            self._ids = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            with _brought_by_comfyui():
+                from sentencepiece import SentencePieceProcessor
+            model = source.read_bytes() if isinstance(source, Path) else source
+            self._ids = SentencePieceProcessor(model_proto=model).encode
+
+    def ids(self, text: str) -> list[int]:
+        """At most LENGTH ids, the last of them the end; what is longer loses its tail, as published."""
+        return [*self._ids(text)[: LENGTH - 1], END]
+
+
+def build(weights: Mapping[str, Tensor]) -> nn.Module:
+    """transformers' T5EncoderModel with `weights`: a T5's or its encoder's, under any prefix; other keys are ignored.
+
+    Every size is read off the shapes; the rest (gelu, epsilon, reach of the position bias) is T5 1.1's and FLAN's.
+    Raises ValueError saying what the weights lack.
+    """
+    prefix = next((k.removesuffix(PROBE) for k in weights if k.endswith(PROBE)), None)
+    if prefix is None:
+        raise ValueError("is not a T5 text encoder")
+    ours = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if any(k.rpartition(".")[2] in SCALED for k in weights):
+        raise ValueError("is scaled to 8 bits, which is not read here; take a bf16, fp16 or fp32 file")
+    table = ours.get("shared.weight", ours.get("encoder.embed_tokens.weight"))
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in ours
+    try:
+        buckets, heads = ours["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].shape
+        hidden = ours[f"encoder.block.0.layer.1.DenseReluDense.wi{'_0' if gated else ''}.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"lacks the weight {error}") from error
+    if table is None:
+        raise ValueError("lacks the weight 'shared.weight'")
+    with _brought_by_comfyui():
+        from transformers import T5Config, T5EncoderModel
+    config = T5Config(
+        vocab_size=table.shape[0],
+        d_model=table.shape[1],
+        d_kv=ours[PROBE].shape[0] // heads,
+        d_ff=hidden,
+        num_layers=1 + max(int(k.split(".")[2]) for k in ours if k.startswith("encoder.block.")),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        encoder = T5EncoderModel(config)
+    ours |= {"shared.weight": table, "encoder.embed_tokens.weight": table}
+    for name, place in encoder.state_dict().items():
+        if name not in ours:
+            raise ValueError(f"lacks the weight '{name}'")
+        if ours[name].shape != place.shape:
+            raise ValueError(f"has '{name}' of {list(ours[name].shape)} where {list(place.shape)} was expected")
+    encoder.load_state_dict({k: ours[k].to(FORMAT) for k in encoder.state_dict()}, assign=True)
+    encoder.set_input_embeddings(encoder.shared)  # one table, not two
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def encode(text: str, tokenizer: T5Tokenizer, encoder: nn.Module, device: torch.device | str) -> Tensor:
+    """Features of a cleaned text: bfloat16 N D on the CPU, N at most LENGTH.
+
+    Texts go through one by one, padded to LENGTH, so that a text's features depend on nothing but the text.
+    """
+    ids = tokenizer.ids(text)
+    if max(ids) >= encoder.config.vocab_size:
+        raise UserError("text encoder: the tokenizer beside it belongs to another model; put FLAN-T5's there.")
+    padded = torch.full((1, LENGTH), PAD, device=device)
+    padded[0, : len(ids)] = torch.tensor(ids)
+    mask = (torch.arange(LENGTH, device=device) < len(ids))[None].long()
+    states = encoder(input_ids=padded, attention_mask=mask).last_hidden_state
+    return states[0, : len(ids)].cpu()
+
+
+def text_prompt(features: Sequence[Tensor], names: tuple[str, ...] = ()) -> Prompt:
+    """One image for each text's features N D: left-padded with zeros to LENGTH places, as LlamaGen's sampler does."""
+    rows = torch.zeros(len(features), LENGTH, features[0].shape[-1])
+    for row, states in zip(rows, features, strict=True):
+        row[LENGTH - len(states) :] = states
+    return Prompt(rows, torch.tensor([LENGTH - len(states) for states in features]), names)
+
+
+@contextmanager
+def _brought_by_comfyui() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"text prompts need a Python package that ComfyUI brings ({error}); without ComfyUI, run "
+            "pip install transformers sentencepiece."
+        ) from error

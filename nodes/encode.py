@@ -1,0 +1,64 @@
+"""Encode Image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..linear_core.errors import UserError
+from ..linear_core.plan import CachePlan
+from . import host
+from .sockets import MODEL, TOKENS, Model, Tokens
+
+
+class EncodeImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LineAR_EncodeImage",
+            display_name="Encode Image",
+            category="LineAR",
+            description="Turns pictures into the tokens a model draws with, so that Generate can keep their upper rows "
+            "and draw the rest.",
+            search_aliases=["vq encode", "image to tokens", "tokenize", "outpaint", "continue", "linear"],
+            inputs=[
+                MODEL.Input("model", tooltip="The model that will go on with them; its tokenizer has to have its "
+                            "encoder (the bundled one and the published ones do)."),
+                io.Image.Input("image", tooltip="Pictures of any size: scaled and cropped around the middle to the "
+                               "shape that the model draws."),
+            ],
+            outputs=[TOKENS.Output(display_name="tokens", tooltip="For Generate (with keep_rows) and for Decode.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Model, image: Tensor) -> io.NodeOutput:
+        info, tokenizer = model.image.info, model.image.tokenizer
+        if not tokenizer.config.encoder_widths:
+            raise UserError(
+                f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."
+            )
+        grid, factor = info.grid, tokenizer.config.factor
+        pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
+        host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))
+        device = tokenizer.quantize.embedding.weight.device
+        codes = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pictures.split(4)])
+        nothing = torch.zeros(len(codes), 1, grid.rows, grid.cols)
+        return io.NodeOutput(
+            Tokens(
+                codes=codes, shares=nothing, names=("encoded picture",) * len(codes), model=info.name,
+                codebook=info.config.codes, plan=CachePlan("full"), cache_bytes=0, seconds=0.0,
+            )
+        )  # fmt: skip
+
+
+def fit(image: Tensor, height: int, width: int) -> Tensor:
+    """IMAGE B H W 3 -> B 3 height width: the middle of it, scaled without changing its proportions."""
+    pictures = image[..., :3].permute(0, 3, 1, 2).float()
+    tall, wide = pictures.shape[2:]
+    scale = max(height / tall, width / wide)
+    size = max(height, round(tall * scale)), max(width, round(wide * scale))
+    pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return pictures[:, :, top : top + height, left : left + width]

@@ -1,0 +1,97 @@
+"""Retention Heatmap."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..linear_core.errors import UserError
+from ..linear_core.heatmap import heatmap, lifetime
+from . import host
+from .sockets import TOKENS, Tokens
+
+LIFETIME, AFTER = "lifetime", "after a row"
+
+
+class RetentionHeatmap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LineAR_RetentionHeatmap",
+            display_name="Retention Heatmap",
+            category="LineAR",
+            description="Shows which tokens the cache kept: bright where many layers and heads held them, dark where "
+            "they were dropped. Alone, or over the picture.",
+            search_aliases=["attention map", "kept tokens", "cache heatmap", "linear"],
+            inputs=[
+                TOKENS.Input("tokens", tooltip="From Generate: it tells what the cache held after each line."),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The picture to draw over, of any size (enlarge it first for crisp squares). Without one "
+                    "the map is drawn alone.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much the map covers the picture. 0: the picture alone. Without a picture: no effect.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=384,
+                    min=16,
+                    max=4096,
+                    advanced=True,
+                    tooltip="Longer side of the map in pixels, at least, when there is no picture; tokens become "
+                    "squares of equal size.",
+                ),
+                io.DynamicCombo.Input(
+                    "show",
+                    options=[
+                        io.DynamicCombo.Option(LIFETIME, []),
+                        io.DynamicCombo.Option(
+                            AFTER,
+                            [
+                                io.Int.Input(
+                                    "row",
+                                    default=12,
+                                    min=1,
+                                    max=128,
+                                    tooltip="The line after which to look, 1 to the number of lines (24 for the "
+                                    "bundled model). More: the last line.",
+                                )
+                            ],
+                        ),
+                    ],
+                    tooltip="lifetime: how long each token was kept, as a share of the time it could have been. "
+                    "after a row: what was held at that moment.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The map, as large as the picture.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, tokens: Tokens, strength: float, size: int, show: dict[str, Any], image: Tensor | None = None
+    ) -> io.NodeOutput:
+        share = lifetime(tokens.shares)
+        if show["show"] == AFTER:
+            share = tokens.shares[:, min(show["row"], tokens.shares.shape[1]) - 1]
+        count, rows, cols = share.shape
+        if image is None:
+            cell = math.ceil(size / max(rows, cols))
+            height, width = rows * cell, cols * cell
+        elif len(image) in (1, count):
+            image = image[..., :3].cpu().expand(count, -1, -1, -1)
+            height, width = image.shape[1:3]
+        else:
+            raise UserError(
+                f"image: {len(image)} pictures do not go with {count} token grids; connect those of the same tokens."
+            )
+        return io.NodeOutput(host.to_intermediate(heatmap(share, height, width, image, strength)))

@@ -1,0 +1,187 @@
+"""ComfyUI's side of the fence: folders, devices, memory, progress. Nothing else here imports comfy or the server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api import feature_flags
+from PIL import Image
+from server import BinaryEventTypes, PromptServer
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+FOLDER = "ar_image"
+SUFFIXES = {".safetensors", ".pt"}
+# What a page says that shows text under a node and leaves it at that. Earlier ones write it among the widgets' values
+# into the workflow, where it would become the value of the next widget that the node gets.
+SHOWS_TEXT = "supports_progress_text_metadata"
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def register_folder() -> None:
+    """Make models/ar_image a model folder, beside those that extra_model_paths.yaml may have named before us."""
+    paths, suffixes = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+    ours = os.path.join(folder_paths.models_dir, FOLDER)
+    paths = paths if ours in paths else [*paths, ours]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, suffixes | SUFFIXES)
+
+
+def filenames(folder: str = FOLDER) -> list[str]:
+    """The files of the model folders, as the widgets list them."""
+    return folder_paths.get_filename_list(folder)
+
+
+def folders(folder: str = FOLDER) -> list[str]:
+    return folder_paths.get_folder_paths(folder)
+
+
+def full_path(name: str, folder: str = FOLDER) -> str | None:
+    """Where the file is that a widget named; None where there is none. Never outside the model folders."""
+    return folder_paths.get_full_path(folder, name)
+
+
+def t5_tokenizer() -> Path | None:
+    """The tokenizer that ComfyUI brings for T5 text encoders: FLAN-T5's too, all T5 of version 1.1 share it."""
+    path = Path(comfy.ops.__file__).parent / "text_encoders" / "t5_tokenizer" / "tokenizer.json"
+    return path if path.is_file() else None
+
+
+# -- devices and memory ----------------------------------------------------------------------------------------------
+
+
+class Layers:
+    """The layers a model is built from: ComfyUI's, which can compute on a device that their weights are not on.
+
+    ComfyUI may leave a Linear or an Embedding without weights until its own loader fills it. Ours is told the shapes
+    first, so these two are built the ordinary way.
+    """
+
+    class Linear(comfy.ops.disable_weight_init.Linear):
+        __init__ = nn.Linear.__init__
+        _load_from_state_dict = nn.Module._load_from_state_dict
+
+    class Embedding(comfy.ops.disable_weight_init.Embedding):
+        __init__ = nn.Embedding.__init__
+        _load_from_state_dict = nn.Module._load_from_state_dict
+
+    Conv2d = comfy.ops.disable_weight_init.Conv2d
+    GroupNorm = comfy.ops.disable_weight_init.GroupNorm
+    RMSNorm = comfy.ops.disable_weight_init.RMSNorm
+
+
+class CastingLayers(Layers):
+    """The same where the large matrices are kept in fewer bits than they are used in."""
+
+    class Linear(Layers.Linear):
+        comfy_cast_weights = True
+
+
+WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where ComfyUI finds it quick, float32 on a CPU; what the user forced on the command line goes first."""
+    wanted = management.unet_dtype(management.get_torch_device(), supported_dtypes=[torch.bfloat16, torch.float32])
+    return wanted if wanted in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def managed(module: nn.Module) -> ModelPatcher:
+    """`module` in ComfyUI's care, which moves it to the device for use and away when room is needed.
+
+    Not the patcher that fetches weights layer by layer: a picture calls every layer hundreds of times, for one token
+    each, and the fetching would take longer than the layers.
+    """
+    return ModelPatcher(module, management.get_torch_device(), management.unet_offload_device())
+
+
+def managed_text_encoder(module: nn.Module) -> ModelPatcher:
+    return ModelPatcher(module, management.text_encoder_device(), management.text_encoder_offload_device())
+
+
+def unload(model: ModelPatcher) -> None:
+    """Take `model` off the device, and nothing else."""
+    others = [m for m in management.current_loaded_models if m.model is not model]
+    management.free_memory(1e32, model.load_device, others)
+
+
+def load(*models: ModelPatcher, memory: int) -> None:
+    """Bring `models` to the device, with room for `memory` bytes beside them."""
+    management.load_models_gpu(list(models), memory_required=memory)
+
+
+def free_memory() -> int:
+    """Bytes that could be taken on the device."""
+    return int(management.get_free_memory(management.get_torch_device()))
+
+
+def to_intermediate(picture: Tensor) -> Tensor:
+    """An IMAGE where ComfyUI keeps what travels between nodes."""
+    return picture.to(management.intermediate_device())
+
+
+# -- progress --------------------------------------------------------------------------------------------------------
+
+
+def stop_if_asked() -> None:
+    """Raises ComfyUI's interrupt when the user pressed Stop."""
+    management.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """A node's progress bar, with a picture on the node and a line of text under it."""
+
+    def __init__(self, total: int, node_id: str):
+        self.total, self.node_id = total, node_id
+        self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
+
+    def update(self, done: int, text: str = "", picture: Image.Image | None = None) -> None:
+        """Raises ComfyUI's interrupt when the user pressed Stop."""
+        management.throw_exception_if_processing_interrupted()  # the bar asks too, but leaves out some updates
+        # No size is given with the picture: ComfyUI would blur it up to that.
+        self.bar.update_absolute(done, self.total, None if picture is None else ("JPEG", picture, None))
+        server = PromptServer.instance
+        if text and feature_flags.supports_feature(server.sockets_metadata, server.client_id, SHOWS_TEXT):
+            server.send_progress_text(text, self.node_id, server.client_id)
+
+
+def preview(node_id: str, picture: Image.Image) -> None:
+    """Send a picture to our widget on a node as ComfyUI sends its own previews, but for no node to draw by itself."""
+    server = PromptServer.instance
+    if feature_flags.supports_feature(server.sockets_metadata, server.client_id, "supports_preview_metadata"):
+        who = {
+            "node_id": node_id,
+            "real_node_id": node_id,
+            "display_node_id": "",
+            "parent_node_id": "",
+            "prompt_id": "",
+        }
+        kind = BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA
+        server.send_sync(kind, (("JPEG", picture, None), who), server.client_id)
+
+
+def tell(event: str, data: dict[str, Any]) -> None:
+    """Send an event to the page that queued the prompt; one queued without a page has nobody to tell."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_sync(event, data, server.client_id)
+
+
+def keep_for_the_page(picture: Image.Image) -> dict[str, str]:
+    """Put a picture where pages can fetch it until ComfyUI starts again; returns what they ask for."""
+    folder = folder_paths.get_temp_directory()
+    os.makedirs(folder, exist_ok=True)
+    name = f"linear_{uuid.uuid4().hex}.png"
+    picture.save(os.path.join(folder, name), compress_level=1)
+    return {"filename": name, "subfolder": "", "type": "temp"}

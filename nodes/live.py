@@ -1,0 +1,246 @@
+"""A run as the page shows it: progress bar, events, and the rows so far as the host's own preview pictures."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..linear_core.errors import UserError
+from ..linear_core.events import EVENT, IMAGES, Line, Started, Trace, detail, unpack_codes
+from ..linear_core.generate import Run
+from ..linear_core.plan import CachePlan, SamplePlan
+from ..linear_core.preview import Preview
+from ..linear_core.sheet import to_image
+from . import host
+from .sockets import Model
+
+MIB = 2**20
+SIZE = 384  # pixels of a preview's longer side, at most, unless it is larger by itself
+
+
+def _widget(name: str) -> Any:
+    """A type without a socket that web/line_cache.js draws."""
+
+    @io.comfytype(io_type=name)
+    class Widget(io.ComfyTypeI):
+        class Input(io.WidgetInput):
+            def __init__(self, id: str, **more: Any):
+                super().__init__(id, optional=True, socketless=True, **more)
+
+    return Widget
+
+
+VIEW, COMPARE, MEMORY = _widget("LINEAR_VIEW"), _widget("LINEAR_COMPARE"), _widget("LINEAR_MEMORY")
+
+
+def started(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> Started:
+    """What a run is, in the words of the events."""
+    decoder, grid = model.image.decoder, model.image.info.grid
+    shape, rows = decoder.cache_shape(), images * (2 if sample.guided else 1)
+    return Started(
+        run=uuid.uuid4().hex[:12],
+        rows=grid.rows,
+        cols=grid.cols,
+        stride=grid.stride,
+        images=images,
+        shown=min(images, IMAGES),
+        columns=_columns(min(images, IMAGES)),
+        layers=shape.layers,
+        heads=shape.heads,
+        detail=detail(shape.layers, shape.heads, grid.tokens),
+        seed=sample.seed,
+        policy=plan.policy,
+        release=plan.release,
+        lines=min(plan.budget, grid.rows) if plan.evicts(grid) else grid.rows,
+        anchors=plan.anchors,
+        recent=plan.recent,
+        cache_bytes=shape.bytes(grid, plan, rows),
+        full_bytes=shape.bytes(grid, CachePlan("full"), rows),
+    )
+
+
+def memory(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> int:
+    """Bytes a run takes beside the weights: the cache and its bookkeeping, logits and noise, and a preview."""
+    info, decoder = model.image.info, model.image.decoder
+    rows = images * (2 if sample.guided else 1)
+    shape, stride = decoder.cache_shape(), info.grid.stride
+    held = shape.bytes(info.grid, plan, rows)
+    # Beside keys and values a slot has a bias, an index, a score and its order; a line has its queries.
+    slots = held // (2 * shape.dim * shape.bytes_per_number)
+    beside = slots * (shape.bytes_per_number + 4 + 4 + 8) + shape.line_bytes(info.grid, rows) // 2
+    attention = rows * shape.heads * stride * (slots // (shape.layers * rows * shape.heads)) * 4 * 2  # at a line's end
+    logits = rows * info.config.codes * 4 * 8  # guided, sorted, softened: about eight copies
+    preview = min(images, IMAGES) * model.picture_bytes(info.grid.rows, info.grid.cols)
+    return held + beside + attention + logits + preview
+
+
+class Live:
+    """Tells the page of a run while it happens, and of the whole of it afterwards.
+
+    `beside` are the lines of another run, appended to as they come: the preview shows that one on the left.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: CachePlan,
+        sample: SamplePlan,
+        images: int,
+        node_id: str,
+        beside: list[Line] | None = None,
+    ):
+        self.node_id, self.rows, self.tokenizer = node_id, model.image.info.grid.rows, model.image.tokenizer
+        self.beside = beside
+        self.progress = host.Progress(self.rows, node_id)
+        self.trace = Trace(started(model, plan, sample, images))
+        self.lines: list[Line] = []
+        self.painter = Painter(self._paint)
+        self.pictured = 0
+        self._tell()
+
+    def add(self, line: Line) -> None:
+        """Tell of one more row. Raises ComfyUI's interrupt when the user pressed Stop."""
+        self.lines.append(line)
+        self.painter.offer(self._job(), len(self.lines))
+        self._show(self.painter.take())
+        self.trace.add(line, self.pictured)
+        self._tell()
+
+    def finish(self) -> dict[str, Any]:
+        """The last picture and the last event; returns what the node leaves on the page (its `ui`)."""
+        picture = self.painter.last(self._job())
+        self._show((picture, len(self.lines)))
+        self.trace.finish()
+        self._tell()
+        return {"linear_ar": self.trace.events, "linear_ar_picture": [host.keep_for_the_page(picture)]}
+
+    def close(self) -> None:
+        self.painter.close()
+
+    def _job(self) -> list[tuple[Line, ...]]:
+        return [tuple(lines) for lines in (self.beside, self.lines) if lines is not None]
+
+    def _paint(self, runs: list[tuple[Line, ...]]) -> Image.Image:
+        sheets = [sheet(_pictures(self.tokenizer, lines, self.rows)) for lines in runs]
+        return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
+
+    def _show(self, new: tuple[Image.Image, int] | None) -> None:
+        self.progress.update(len(self.lines))
+        if new:
+            picture, self.pictured = new
+            host.preview(self.node_id, picture)
+
+    def _tell(self) -> None:
+        host.tell(EVENT, {"node": self.node_id, **self.trace.latest})
+
+
+class Painter:
+    """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
+    or while a picture is being made, is dropped."""
+
+    pause = 0.1  # seconds between pictures, at least
+    share = 0.1  # of the time that pictures may take, at most
+
+    def __init__(self, paint: Callable[[Any], Image.Image]):
+        self.paint = paint
+        self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
+        self.done: tuple[Image.Image, int] | None = None
+        self.next = 0.0
+        self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
+        self.thread.start()
+
+    def offer(self, job: Any, lines: int) -> bool:
+        if time.perf_counter() < self.next:
+            return False
+        try:
+            self.jobs.put_nowait((job, lines))
+        except queue.Full:
+            return False
+        self.next = math.inf  # until this one is made
+        return True
+
+    def take(self) -> tuple[Image.Image, int] | None:
+        """The newest picture and the lines it shows, once."""
+        done, self.done = self.done, None
+        return done
+
+    def last(self, job: Any) -> Image.Image:
+        """The picture that must not be dropped."""
+        self.close()
+        return self.paint(job)
+
+    def close(self) -> None:
+        """Wait for the picture that is being made, if any, and end the thread."""
+        if self.thread.is_alive():
+            self.jobs.put(None)
+            self.thread.join()
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            begun = time.perf_counter()
+            try:
+                self.done = self.paint(job[0]), job[1]
+            except Exception as error:  # the run is worth more than its preview; the last picture is made in any case
+                host.log.warning("LineAR: no preview (%s)", error)
+                return
+            took = time.perf_counter() - begun
+            self.next = time.perf_counter() + max(self.pause, took * (1 / self.share - 1))
+
+
+def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int) -> Tensor:
+    preview = Preview(tokenizer, rows)
+    for line in lines:
+        preview.add(line)
+    return preview.pictures(IMAGES)
+
+
+def _columns(images: int) -> int:
+    return math.ceil(math.sqrt(images))
+
+
+def sheet(pictures: Tensor, size: int = SIZE) -> Image.Image:
+    """Pictures B H W 3 as one image, as square as can be, whole pixels enlarged."""
+    columns = _columns(len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    blank = pictures.new_zeros(rows * columns - len(pictures), *pictures.shape[1:])
+    cells = torch.cat([pictures, blank]).unflatten(0, (rows, columns))
+    return to_image(cells.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1), size)
+
+
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
+
+
+def kept_codes(text: str) -> Tensor:
+    """The codes that the widget hands back: int64 B rows cols."""
+    try:
+        sizes, codes = unpack_codes(text)
+    except ValueError as error:
+        raise UserError(f"view: not what the widget writes ({error}); press 'Start over' on the node.") from None
+    return torch.tensor(codes).view(sizes)
+
+
+def report(full: Run, few: Run, started_few: Started, label: str) -> str:
+    """Two runs with the same seeds in a few lines of text."""
+    same = float((full.tokens == few.tokens).float().mean())
+    saved = 1 - started_few.cache_bytes / started_few.full_bytes
+    return "\n".join(
+        [
+            f"full cache: {started_few.full_bytes / MIB:.1f} MiB, {full.tokens_per_second:.0f} tokens/s",
+            f"{label}: {started_few.cache_bytes / MIB:.1f} MiB (−{saved:.0%}), {few.tokens_per_second:.0f} tokens/s",
+            f"the same codes with the same seeds: {same:.0%}",
+        ]
+    )

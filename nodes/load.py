@@ -1,0 +1,101 @@
+"""Load AR Model."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..linear_core.errors import UserError
+from ..linear_core.library import load_model
+from . import files, host
+from .sockets import MODEL, Model
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LineAR_LoadModel",
+            display_name="Load AR Model",
+            category="LineAR",
+            description="Loads an autoregressive image model: the decoder that draws tokens, and the tokenizer that "
+            "turns them into pixels. The bundled model needs no download and no GPU.",
+            search_aliases=["autoregressive", "llamagen", "load linear", "ar model", "load checkpoint"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=files.model_names(),
+                    extra_dict={"linear_ar": files.cache_sizes()},
+                    tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others are LlamaGen checkpoints "
+                    "(.safetensors or .pt) in models/ar_image.",
+                ),
+                io.Combo.Input(
+                    "tokenizer",
+                    options=files.tokenizer_names(),
+                    tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' takes the bundled one, the one "
+                    "the model's file names, or for published models vq_ds16_c2i or vq_ds16_t2i.",
+                ),
+                io.Int.Input(
+                    "grid_rows",
+                    default=0,
+                    min=0,
+                    max=128,
+                    advanced=True,
+                    tooltip="Lines of tokens a picture has. 0: as the file says (its metadata, or 256, 384 or 512 in "
+                    "its name). Typical: 16, 24 or 32.",
+                ),
+                io.Int.Input(
+                    "grid_cols",
+                    default=0,
+                    min=0,
+                    max=128,
+                    advanced=True,
+                    tooltip="Tokens a line has. 0: as the file says. Give both numbers or neither.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(host.WEIGHT_DTYPES),
+                    default="default",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the decoder's large matrices are kept. default: as they are used. fp8: in a byte a "
+                    "number, half the memory of bfloat16, at some cost in quality and speed.",
+                ),
+            ],
+            outputs=[
+                MODEL.Output(display_name="model", tooltip="For Class Prompt, Generate and Decode. ComfyUI moves it "
+                             "to the device when it is used, and away when the memory is needed."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: str, tokenizer: str, grid_rows: int, grid_cols: int, weight_dtype: str = "default"
+    ) -> io.NodeOutput:
+        if bool(grid_rows) != bool(grid_cols):
+            raise UserError(
+                f"grid_rows, grid_cols: {grid_rows} x {grid_cols} is half an answer; give both, or leave both at 0."
+            )
+        grid = (grid_rows, grid_cols) if grid_rows else None
+        found = files.find_files(model, tokenizer, grid)
+        kept = host.WEIGHT_DTYPES[weight_dtype]
+        layers = host.CastingLayers if kept else host.Layers
+        image = load_model(found, grid=grid, dtype=host.compute_dtype(), weight_dtype=kept, ops=layers)
+        return io.NodeOutput(Model(image, host.managed(image.decoder), host.managed(image.tokenizer)))
+
+    @classmethod
+    def validate_inputs(cls, model: str | None = None, tokenizer: str | None = None) -> bool | str:
+        """In place of the host's check, which only says that a name is not in the list; a linked one is None here."""
+        try:
+            return not (model and tokenizer) or bool(files.find_names(model, tokenizer))
+        except UserError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, tokenizer: str, grid_rows: int, grid_cols: int, **_: str) -> str:
+        """A file that was replaced is loaded again."""
+        try:
+            found = files.find_files(model, tokenizer, (grid_rows, grid_cols) if grid_rows and grid_cols else None)
+        except UserError:
+            return ""  # the node runs and says what is wrong
+        stats = [path.stat() for path in (found.decoder, found.tokenizer)]
+        return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)

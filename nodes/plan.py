@@ -1,0 +1,95 @@
+"""Line Cache."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..linear_core.plan import PRESETS, RELEASES, CachePlan
+from ..linear_core.policies import POLICIES
+from .live import MEMORY
+from .sockets import CACHE
+
+CUSTOM = "Custom"
+
+
+def _custom() -> list[io.Input]:
+    plan = CachePlan()
+    return [
+        io.Combo.Input(
+            "policy",
+            options=list(POLICIES),
+            default=plan.policy,
+            tooltip="What decides which tokens stay. 'line': those that the line just drawn attended to most (LineAR). "
+            "'full': everything. The others are published methods to compare with; the help page names them.",
+        ),
+        io.Int.Input(
+            "budget",
+            default=plan.budget,
+            min=1,
+            max=128,
+            tooltip="Lines of tokens that survive a line's end. Typical: 4 of 24. Memory grows with it; as many lines "
+            "as the picture has, or more, is the full cache.",
+        ),
+        io.Int.Input(
+            "anchors",
+            default=plan.anchors,
+            min=0,
+            max=4096,
+            tooltip="Tokens at the picture's start that always stay. Typical: 4.",
+        ),
+        io.Int.Input(
+            "recent",
+            default=plan.recent,
+            min=0,
+            max=127,
+            tooltip="Newest whole lines that always stay. Typical: 2 at a budget of 4, 1 at a budget of 2.",
+        ),
+        io.Combo.Input(
+            "release",
+            options=list(RELEASES),
+            default=plan.release,
+            tooltip="strict: dropped tokens vanish at once, as published. lazy: each is seen until the next line "
+            "overwrites it, least useful first. Both take the same memory.",
+        ),
+    ]
+
+
+class LineCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LineAR_LineCache",
+            display_name="Line Cache",
+            category="LineAR",
+            description="Says how many lines of the key-value cache are kept while a picture is drawn, and which "
+            "tokens those are.",
+            search_aliases=["kv cache", "cache budget", "linear", "eviction", "compress cache"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "preset",
+                    options=[
+                        *[io.DynamicCombo.Option(name, []) for name in PRESETS],
+                        io.DynamicCombo.Option(CUSTOM, _custom()),
+                    ],
+                    tooltip="Balanced: 4 lines. Small: 3 lines. Smallest: 2 lines, of which the newest always stays. "
+                    "Full: every line, as without this pack. Custom: your own numbers.",
+                ),
+                MEMORY.Input(
+                    "memory",
+                    tooltip="Keys and values that the Generate node behind this one will allocate: 2 × layers × "
+                    "sequences × heads × numbers a head × (prompt + lines × tokens a line) × bytes a number. Sequences: "
+                    "pictures, twice with guidance.",
+                    extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
+                ),
+            ],
+            outputs=[CACHE.Output(display_name="cache", tooltip="For Generate.")],
+        )
+
+    @classmethod
+    def execute(cls, preset: dict[str, Any], memory: str | None = None) -> io.NodeOutput:
+        settings = dict(preset)
+        name = settings.pop("preset")
+        return io.NodeOutput(CachePlan(**settings) if name == CUSTOM else PRESETS[name])

@@ -1,0 +1,52 @@
+"""What travels between the nodes, and the sockets it travels through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..linear_core.library import ImageModel
+from ..linear_core.plan import CachePlan
+from . import host
+
+MODEL = io.Custom("LINEAR_MODEL")
+CACHE = io.Custom("LINEAR_CACHE")  # a CachePlan
+PROMPT = io.Custom("LINEAR_PROMPT")  # a Prompt
+TOKENS = io.Custom("LINEAR_TOKENS")
+
+
+@dataclass(frozen=True)
+class Model:
+    """An image model whose two networks are in ComfyUI's care."""
+
+    image: ImageModel
+    decoder: host.ModelPatcher
+    tokenizer: host.ModelPatcher
+
+    def picture_bytes(self, rows: int, cols: int) -> int:
+        """Room for decoding one picture of rows x cols tokens: about twelve feature maps of the widest level."""
+        config = self.image.tokenizer.config
+        return 12 * rows * cols * config.factor**2 * config.decoder_widths[-1] * 4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Finished pictures as codes, and what is worth telling of how they were drawn. All on the CPU.
+
+    codes     int64 B rows cols
+    shares    float32 B lines rows cols, share of layers and heads that held each token after each line
+    names     what each picture shows
+    model     name of the model that drew them
+    codebook  codes that model draws from
+    """
+
+    codes: Tensor
+    shares: Tensor
+    names: tuple[str, ...]
+    model: str
+    codebook: int
+    plan: CachePlan
+    cache_bytes: int
+    seconds: float

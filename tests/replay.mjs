@@ -1,0 +1,22 @@
+// Reads a trace on stdin and says what web/state.js makes of it after every line; for tests/test_events.py.
+import { readFileSync } from "node:fs";
+import { EMPTY, evictedAfter, held, reduce } from "../web/state.js";
+
+const events = JSON.parse(readFileSync(0, "utf8"));
+const [run] = events;
+const size = run.rows * run.cols;
+const each = (n, f) => Array.from({ length: n }, (_, i) => f(i));
+const answers = [];
+let state = EMPTY;
+for (const event of events) {
+  state = reduce(state, event);
+  if (event.kind !== "row") continue;
+  const all = [...held(state)];
+  answers.push({
+    all: each(run.shown, (i) => all.slice(i * size, (i + 1) * size)),
+    layers: each(run.layers, (layer) => [...held(state, { layer })]),
+    heads: run.detail === "heads" ? each(run.layers, (layer) => each(run.heads, (head) => [...held(state, { layer, head })])) : [],
+    evicted: [...evictedAfter(state)].slice(0, size),
+  });
+}
+console.log(JSON.stringify(answers));

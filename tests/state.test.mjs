@@ -1,0 +1,138 @@
+// web/state.js: events in, state out. Whether it equals Python is test_events.py's question; here are hand-made events.
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { test } from "node:test";
+import * as web from "../web/state.js";
+
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } = web;
+const MIB = 2 ** 20;
+
+const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
+const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toString("base64");
+
+// Two lines of three columns and an end-of-line token, two layers of one head; line 0 loses its first token in layer 0.
+const started = {
+  kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
+  detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB,
+};
+const row = (n, more) => ({
+  kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
+  full_bytes: 24.3 * MIB, replayed: false, pictured: 0, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", ...more,
+});
+const first = row(0, { cells: b16(0, 1, 2, 9, 10, 11), shares: b64(128, 255, 255, 255, 255, 255), evicted: b16(0, 0xffff) });
+const second = row(1, { cells: b16(0, 1, 3, 4, 5), shares: b64(0, 0, 255, 255, 128), evicted: b16(1, 6, 0, 1) });
+const finished = { kind: "finished", run: "a", rows: 3, seconds: 1.5, tokens_per_second: 12.4, held: 3 };
+
+test("the events above have the fields that Python sends", () => {
+  assert.deepEqual(Object.keys(started).sort(), [...FIELDS.started, "kind"].sort());
+  assert.deepEqual(Object.keys(first).sort(), [...FIELDS.row, "kind"].sort());
+  assert.deepEqual(Object.keys(finished).sort(), [...FIELDS.finished, "kind"].sort());
+});
+
+test("one by one is the same as all together, and no state is changed in place", () => {
+  const events = [started, first, second];
+  let state = EMPTY;
+  for (const event of events) {
+    const before = structuredClone(state);
+    const next = reduce(state, event);
+    assert.deepEqual(structuredClone(state), before);
+    state = next;
+  }
+  assert.deepEqual(state, replay(events));
+  assert.equal(EMPTY.lines.length, 0);
+});
+
+test("shares of all, of a layer, of a head, at every moment", () => {
+  const state = replay([started, first, second]);
+  assert.deepEqual([...held(state, { row: 0 })].slice(0, 4), [128, 255, 255, 0]);
+  assert.deepEqual([...held(state)].slice(0, 9), [0, 0, 255, 255, 255, 128, 0, 0, 0]);
+  assert.deepEqual([...held(state, { layer: 0, head: 0 })], [0, 0, 255, 255, 255, 0, 0, 0, 0]);
+  assert.deepEqual([...held(state, { layer: 1 })], [0, 0, 255, 255, 255, 255, 0, 0, 0]);
+  assert.deepEqual([...held(state, { layer: 0, row: 0 })], [0, 255, 255, 0, 0, 0, 0, 0, 0]);
+  assert.deepEqual([...held(state, { head: 0 })].slice(0, 6), [0, 0, 255, 255, 255, 128]);
+  assert.deepEqual(canChoose(state), { layers: true, heads: true });
+});
+
+test("by layer where that is what is told", () => {
+  const by = { ...started, detail: "layers" };
+  const state = replay([by, { ...first, evicted: "", by_layer: b64(0, 255, 255, 255, 255, 255) }]);
+  assert.deepEqual([...held(state, { layer: 0 })].slice(0, 4), [0, 255, 255, 0]);
+  assert.deepEqual([...held(state, { layer: 1 })].slice(0, 4), [255, 255, 255, 0]);
+  assert.deepEqual(canChoose(state), { layers: true, heads: false });
+});
+
+test("when a cell was evicted", () => {
+  const state = replay([started, first, second]);
+  assert.deepEqual([...evictedAfter(state)].slice(0, 9), [1, 1, -1, -1, -1, -1, -1, -1, -1]);
+  assert.deepEqual([...evictedAfter(state, { layer: 0, head: 0 })].slice(0, 6), [0, 1, -1, -1, -1, 1]);
+});
+
+test("the text line", () => {
+  const running = replay([started, first, second]);
+  assert.equal(statusText(running), "row 2/3 · 12 tok/s · cache 1 of 3 lines · 5.1 MiB of 24.3 MiB · ETA 0.5 s".replace("24.3 MiB", "24.3"));
+  assert.equal(statusText(reduce(running, finished)), "row 2/3 · 12 tok/s · cache 1 of 3 lines · 5.1 MiB of 24.3 · 2 s");
+  assert.equal(statusText(reduce(running, { kind: "stopped" })), "row 2/3 · 12 tok/s · cache 1 of 3 lines · 5.1 MiB of 24.3 · stopped");
+  assert.equal(statusText(replay([{ ...started, lines: 3 }])), "row 0/3 · full cache · 24.3 MiB");
+  assert.equal(statusText(EMPTY), "");
+});
+
+test("time left goes by the lines that were drawn", () => {
+  assert.equal(eta(replay([started, { ...first, replayed: true, seconds: 9 }])), null);
+  assert.equal(eta(replay([started, { ...first, replayed: true, seconds: 9 }, second])), 0.5);
+});
+
+test("hover says where, how much and since when", () => {
+  const state = replay([started, first, second]);
+  assert.equal(hoverText(state, 5), "picture 1, row 2, column 3 · kept by 50 % of heads");
+  assert.equal(hoverText(state, 2), "picture 1, row 1, column 3 · kept by all heads");
+  assert.equal(hoverText(state, 0), "picture 1, row 1, column 1 · evicted after row 2, 1 line later");
+  assert.equal(hoverText(state, 7), "picture 1, row 3, column 2 · not drawn yet");
+  assert.equal(hoverText(state, 9, { layer: 1 }), "picture 2, row 1, column 1 · layers and heads are told of the first picture only");
+  const one = replay([{ ...started, shown: 1, images: 1 }, first]);
+  assert.equal(hoverText(one, 1, { layer: 0, head: 0 }), "row 1, column 2 · kept");
+});
+
+test("a page that comes in the middle tells what it can, and everything once the run has ended", () => {
+  const late = reduce(EMPTY, second);
+  assert.ok(late.partial);
+  assert.equal(held(late).length, 0);
+  assert.match(statusText(late), /^row 2\/3 · 12 tok\/s · cache 1 of 3 lines/);
+  assert.equal(keptText(late, 1), "");
+  assert.ok(!replay([started, first, second, finished]).partial);
+});
+
+test("a new run, and news of an old one", () => {
+  const state = replay([started, first, { ...started, run: "b" }]);
+  assert.equal(state.lines.length, 0);
+  assert.equal(reduce(state, finished), state);
+  assert.ok(replay([started, first, { ...finished, rows: 2 }]).stopped);
+  assert.equal(reduce(EMPTY, { kind: "stopped" }), EMPTY);
+  assert.equal(reduce(state, { kind: "from a later version" }), state);
+});
+
+test("lines to keep travel as text", () => {
+  const state = replay([started, first, second]);
+  const text = keptText(state, 2);
+  assert.equal(text, "2x2x3:" + b16(0, 1, 2, 1, 2, 3, 10, 11, 300, 11, 12, 300));
+  assert.equal(keptRows(text), 2);
+  assert.equal(keptRows(""), 0);
+  assert.equal(keptText(state, 3), "");
+});
+
+test("memory before anything runs", () => {
+  const shape = { layers: 6, heads: 6, dim: 32, prompt: 1, bytes_per_number: 4 };
+  const full = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "full", budget: 4 }, 2);
+  assert.equal(full, 2 * 6 * 2 * 6 * 32 * 577 * 4);
+  const few = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "line", budget: 4 }, 2);
+  assert.deepEqual(memoryText(few, full, null), { text: "KV cache 2.1 MiB of 10.1 MiB, −79 %", fits: true, share: few / full });
+  assert.equal(memoryText(few, full, 1e6).fits, false);
+  assert.equal(memoryText(full, full, 1e12).text, "KV cache 10.1 MiB, everything kept");
+});
+
+test("the module is pure: it imports nothing and touches no page", () => {
+  for (const name of ["state.js", "draw.js"]) {
+    const text = readFileSync(new URL(`../web/${name}`, import.meta.url), "utf8");
+    assert.ok(text.startsWith("// @ts-check"));
+    assert.doesNotMatch(text, /^import|\b(window|document|globalThis|app|fetch)\./m);
+  }
+});

@@ -1,0 +1,232 @@
+"""Events: deltas replayed are the whole run, in Python here and in web/state.js where there is a Node.js."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_core import events
+from linear_core.events import NONE, Finished, Line, Row, Started, Trace, pack, pack_codes, unpack, unpack_codes
+from linear_core.generate import generate
+from linear_core.plan import RELEASES, CachePlan, SamplePlan
+from linear_core.policies import POLICIES
+from linear_core.prompts import class_prompt
+from tests.tiny import Toy, llamagen
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = [("class", policy, release) for policy in POLICIES for release in RELEASES]
+CASES += [("toy eol", "line", release) for release in RELEASES]
+
+
+def started(decoder: Any, plan: CachePlan, images: int, detail: str) -> Started:
+    grid, shape = decoder.grid, decoder.cache_shape()
+    return Started(
+        run="r", rows=grid.rows, cols=grid.cols, stride=grid.stride, images=images, shown=min(images, events.IMAGES),
+        columns=1, layers=shape.layers, heads=shape.heads, detail=detail, seed=3, policy=plan.policy,
+        release=plan.release, lines=plan.lines(grid) - plan.evicts(grid), anchors=plan.anchors, recent=plan.recent,
+        cache_bytes=shape.bytes(grid, plan, images), full_bytes=shape.bytes(grid, CachePlan("full"), images),
+    )  # fmt: skip
+
+
+@cache
+def trace(model: str, policy: str, release: str, detail: str = "heads", images: int = 2) -> tuple[list[Line], Trace]:
+    """A run's lines and what was told of it."""
+    if model == "class":
+        decoder, prompt = llamagen(6, 5), class_prompt([1, 3, 0, 2, 4, 1][:images])
+    else:
+        decoder = Toy(6, 5, length=4, eol=True)
+        prompt = decoder.prompt([4, 2])
+    plan = CachePlan(policy, 2, 2, 1, release)
+    told, lines = Trace(started(decoder, plan, images, detail)), []
+    for line in generate(decoder, prompt, plan, SamplePlan(seed=3)):
+        told.add(line)
+        lines.append(line)
+    told.finish()
+    return lines, told
+
+
+def replay(told: list[dict]) -> list[tuple[list[int], list[list[set[int]]], list[list[int]]]]:
+    """The reducer in plain Python: after each line the shares, what each layer and head holds, the share by layer."""
+    run, *rows, _ = told
+    shares = [0] * (run["shown"] * run["rows"] * run["cols"])
+    held: list[list[set[int]]] = [[set() for _ in range(run["heads"])] for _ in range(run["layers"])]
+    by_layer = [[0] * (run["rows"] * run["cols"]) for _ in range(run["layers"])]
+    history = []
+    for event in rows:
+        cells = unpack(event["cells"])
+        for cell, share in zip(cells, unpack(event["shares"], "B"), strict=True):
+            shares[cell] = share
+        gone = unpack(event["evicted"])
+        each = len(gone) // (run["layers"] * run["heads"])
+        new = set(range(event["row"] * run["stride"], (event["row"] + 1) * run["stride"]))
+        for layer in range(run["layers"]):
+            for head in range(run["heads"]):
+                start = (layer * run["heads"] + head) * each
+                held[layer][head] = (held[layer][head] | new) - set(gone[start : start + each])
+        first = [cell for cell in cells if cell < run["rows"] * run["cols"]]
+        for number, share in enumerate(unpack(event["by_layer"], "B")):
+            by_layer[number // len(first)][first[number % len(first)]] = share
+        history.append((list(shares), [list(heads) for heads in held], [list(layer) for layer in by_layer]))
+    return history
+
+
+def in_256(share: Tensor) -> list[int]:
+    return (share * 255).round().int().flatten().tolist()
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_deltas_replayed_are_the_run(case):
+    """Shares of both images, and what every layer and head of the first holds, after every line."""
+    lines, told = trace(*case)
+    for line, (shares, held, _) in zip(lines, replay(told.events), strict=True):
+        assert shares == in_256(line.share)
+        for layer, heads in enumerate(held):
+            for head, tokens in enumerate(heads):
+                assert tokens == set(line.by_head[layer, head].nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], *CASES[-2:]], ids="-".join)
+def test_by_layer_where_heads_are_too_many(case):
+    """A large model's trace says which share of each layer's heads holds a cell."""
+    lines, told = trace(*case, detail="layers")
+    run = told.started
+    assert all(event["evicted"] == "" for event in told.events[1:-1])
+    for line, (shares, _, by_layer) in zip(lines, replay(told.events), strict=True):
+        assert shares == in_256(line.share)
+        held = line.by_head.unflatten(-1, (run.rows, run.stride))[..., : run.cols].float().mean(1)
+        assert by_layer == [in_256(layer) for layer in held]
+
+
+def test_by_head_agrees_with_share():
+    """The two views of a line say the same of the first image, and nothing is told twice."""
+    lines, told = trace("class", "line", "strict")
+    for line in lines:
+        torch.testing.assert_close(line.by_head.float().mean((0, 1)), line.share[0].flatten())
+    assert [len(unpack(event["evicted"])) for event in told.events[1:-1]] == [0, 0, 30, 30, 30, 6]
+    assert unpack(told.events[-2]["evicted"]) == [29] * 6, "the last token of all is never fed"
+    shares = [0] * 60
+    for event in told.events[1:-1]:
+        for cell, share in zip(unpack(event["cells"]), unpack(event["shares"], "B"), strict=True):
+            assert shares[cell] != share
+            shares[cell] = share
+
+
+def test_a_large_batch_tells_of_its_first_images():
+    """Shares of four images at most; tokens of all of them."""
+    lines, told = trace("class", "line", "strict", images=6)
+    run = told.started
+    assert (run.images, run.shown) == (6, 4)
+    shares = replay(told.events)[-1][0]
+    assert shares == in_256(lines[-1].share[:4])
+    codes = [unpack(event["tokens"]) for event in told.events[1:-1]]
+    assert torch.equal(
+        torch.tensor(codes).unflatten(1, (6, 5)).transpose(0, 1), torch.stack([x.tokens for x in lines], 1)
+    )
+
+
+def test_numbers_for_the_text_line():
+    """Speed, time and held tokens, of a line and of the run; replayed lines do not count as speed."""
+    _, told = trace("class", "line", "strict")
+    run = told.started
+    trace_ = Trace(run)
+    for row, (seconds, replayed) in enumerate([(4.0, True), (0.5, False), (0.25, False)]):
+        event = trace_.add(
+            Line(row, 6, torch.zeros(2, 5).long(), torch.zeros(2, 6, 5), 5.0 * row, seconds, 7, None, replayed)
+        )
+        assert event["tokens_per_second"] == 10 / seconds and event["seconds"] == seconds
+        assert event["evicted"] == "" and event is trace_.events[-1]
+    end = trace_.finish()
+    assert (end["rows"], end["seconds"], end["tokens_per_second"], end["held"]) == (3, 4.75, round(20 / 0.75, 1), 10.0)
+
+
+def test_lists_of_unequal_length_are_filled_up():
+    """A head that evicts less than another says so."""
+    _, told = trace("class", "line", "strict")
+    trace_ = Trace(told.started)
+    held = torch.zeros(2, 3, 30, dtype=torch.bool)
+    held[..., :5] = True
+    held[0, 0, 1] = held[1, 2, :2] = False
+    event = trace_.add(Line(0, 6, torch.zeros(2, 5).long(), torch.zeros(2, 6, 5), 5.0, 1.0, 7, held))
+    assert unpack(event["evicted"]) == [1, NONE, *[NONE] * 8, 0, 1]
+
+
+def test_detail_goes_by_size():
+    """The bundled model and LlamaGen L tell of every head; XL at 24 x 24 would send more than history should hold."""
+    assert events.detail(6, 6, 576) == events.detail(24, 16, 576) == "heads"
+    assert events.detail(36, 20, 576) == "layers"
+
+
+def test_json_and_size():
+    """The whole trace is JSON, and for a grid of 24 x 24 with 36 heads it stays below 200 kB."""
+    _, told = trace("class", "line", "strict")
+    assert json.loads(json.dumps(told.events)) == told.events
+    plan, model = CachePlan("line", 4, 4, 2), llamagen(24, 24, layers=12)
+    trace_ = Trace(started(model, plan, 1, "heads"))
+    for line in generate(model, class_prompt([1]), plan, SamplePlan(guidance=1)):
+        trace_.add(line)
+    size = len(json.dumps(trace_.events))
+    assert 12 * 3 * 20 * 24 * 2 < size < 200_000
+
+
+def test_pack():
+    assert pack([1, 256, NONE]) == "AQAAAf//" and unpack("AQAAAf//") == [1, 256, NONE]
+    assert unpack(pack([0, 255], "B"), "B") == [0, 255] and unpack("") == []
+    with pytest.raises(OverflowError):
+        pack([65536])
+
+
+def test_codes_as_text():
+    """What the widget hands back is the codes, and anything else is an error."""
+    codes = torch.arange(12).view(2, 2, 3) * 1000
+    text = pack_codes(codes)
+    assert text == "2x2x3:" + pack(codes.flatten().tolist())
+    assert unpack_codes(text) == ((2, 2, 3), codes.flatten().tolist())
+    for wrong in ("", "2x2x3", "2x2x4:" + text[6:], "axbxc:", "0x2x3:", text[:-2]):
+        with pytest.raises(ValueError):
+            unpack_codes(wrong)
+
+
+def test_javascript_knows_the_fields():
+    """web/state.js names in its FIELDS table the fields of the events, no more and no fewer."""
+    text = (ROOT / "web" / "state.js").read_text(encoding="utf-8")
+    table = json.loads(text.split("export const FIELDS = ")[1].split(";")[0])
+    for kind, event in (("started", Started), ("row", Row), ("finished", Finished)):
+        assert table[kind] == [field.name for field in fields(event) if field.name != "kind"]
+    known = {name for names in table.values() for name in names} | {"kind", "run"}
+    read = set(re.findall(r"\b(?:event|run|finished)\??\.([a-z_]+)", text))
+    assert read - known - {"reduce"} == set(), "state.js reads a field that no event has"
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node was not found; it replays the events with web/state.js")
+@pytest.mark.parametrize("detail", ["heads", "layers"])
+@pytest.mark.parametrize(
+    "case", [("class", "line", "strict"), ("class", "h2o", "lazy"), ("toy eol", "line", "strict")], ids="-".join
+)
+def test_javascript_replays_the_same(case, detail):
+    """web/state.js says after every line what Python says: shares, heads, layers and when each cell was evicted."""
+    lines, told = trace(*case, detail=detail)
+    script = ROOT / "tests" / "replay.mjs"
+    out = subprocess.run(["node", script], input=json.dumps(told.events), capture_output=True, text=True, check=True)
+    answers = json.loads(out.stdout)
+    run = told.started
+    for row, (line, answer) in enumerate(zip(lines, answers, strict=True)):
+        assert answer["all"] == [in_256(image) for image in line.share]
+        held = line.by_head.unflatten(-1, (run.rows, run.stride))[..., : run.cols].flatten(2)
+        for ours, layer in zip(answer["layers"], held, strict=True):
+            assert ours == pytest.approx(in_256(layer.float().mean(0)), abs=1), "halves are rounded either way"
+        if detail == "heads":
+            assert answer["heads"] == [[in_256(head.float()) for head in layer] for layer in held]
+        for cell, evicted in enumerate(answer["evicted"]):
+            ever = [i for i in range(cell // run.cols, row + 1) if line.share[0].flatten()[cell] == 0]
+            gone = [i for i in ever if lines[i].share[0].flatten()[cell] == 0]
+            assert evicted == (gone[0] if gone else -1)

@@ -1,0 +1,763 @@
+// @ts-check
+/**
+ * LineAR on the page: three widgets, declared in the nodes' schemas as types without a socket.
+ *
+ *   LINEAR_VIEW     on Generate: the rows so far, what the cache holds of them, and Reroll
+ *   LINEAR_COMPARE  on Compare: two pictures under one slider
+ *   LINEAR_MEMORY   on Line Cache: what the cache will take, before anything runs
+ *
+ * What is known is in state.js, how it looks in draw.js; here is what touches the page. One listener for each of the
+ * host's events finds the widget by node id, through subgraphs.
+ */
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { cellAt, draw, layout } from "./draw.js";
+import { EMPTY, cacheBytes, canChoose, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } from "./state.js";
+
+const EVENT = "linear_ar.line";
+/** Node -> its widget. @type {Map<any, any>} */
+const views = new Map();
+
+/** What the schemas say: sizes of every model's cache, and the presets. */
+const known = { /** @type {Record<string, any>} */ models: {}, /** @type {Record<string, any>} */ presets: {} };
+
+// -- the page's own things --------------------------------------------------------------------------------------------
+
+const CSS = `
+:host { display: flex; flex-direction: column; gap: 5px; width: 100%; height: 100%; min-height: var(--least, 0); box-sizing: border-box; padding: 2px 4px 4px;
+  font: 12px/1.35 system-ui, sans-serif; color: var(--fg-color); }
+.row { display: flex; gap: 6px; align-items: center; flex: none; min-height: 24px; }
+.row.actions { flex-wrap: wrap; }
+.grow { flex: 1; min-width: 0; }
+[hidden] { display: none !important; }
+.later { visibility: hidden; }
+.paper { position: relative; flex: 1; min-height: 0; }
+canvas { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 4px; }
+canvas.pick { cursor: crosshair; }
+canvas.slide { cursor: ew-resize; }
+button, select { font: inherit; color: var(--input-text); background: var(--comfy-input-bg); border: 1px solid var(--border-color);
+  border-radius: 5px; padding: 2px 8px; cursor: pointer; max-width: 100%; }
+select { padding: 2px 3px; }
+button:hover:not(:disabled), select:hover { border-color: var(--fg-color); }
+button:disabled { opacity: 0.5; cursor: default; }
+:focus-visible { outline: 2px solid #4a9df8; outline-offset: 1px; }
+.modes { display: inline-flex; border: 1px solid var(--border-color); border-radius: 6px; overflow: hidden; }
+.modes button { border: 0; border-radius: 0; background: transparent; color: var(--descrip-text); padding: 2px 10px; }
+.modes button[aria-checked=true] { background: var(--comfy-input-bg); color: var(--input-text); font-weight: 600; }
+.modes button:focus-visible { outline-offset: -2px; }
+input[type=range] { accent-color: #e3b341; min-width: 0; flex: 1; height: 16px; margin: 0; cursor: pointer; }
+.status { font-size: 11px; font-variant-numeric: tabular-nums; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; flex: none; }
+.quiet { color: var(--descrip-text); }
+.tip { position: absolute; pointer-events: none; z-index: 1; background: var(--comfy-menu-bg); color: var(--fg-color);
+  border: 1px solid var(--border-color); border-radius: 5px; padding: 2px 7px; white-space: nowrap; max-width: 100%;
+  overflow: hidden; text-overflow: ellipsis; box-sizing: border-box; box-shadow: 0 2px 8px rgb(0 0 0 / 0.35); }
+.empty { position: absolute; inset: 0; display: grid; place-items: center; text-align: center; color: var(--descrip-text); padding: 12px;
+  border: 1px dashed var(--border-color); border-radius: 6px; }
+.track { flex: none; height: 6px; border-radius: 3px; background: var(--border-color); overflow: hidden; }
+.fill { height: 100%; width: 0; border-radius: 3px; background: #3fa34d; }
+.tight .fill { background: #e09b24; }
+.tight .status { color: #e09b24; }
+.memory { justify-content: center; }
+`;
+
+/** @param {string} tag @param {Record<string, any>} [more] @param {...(Node | string)} inside @returns {any} */
+function el(tag, more = {}, ...inside) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(more)) {
+    if (name in element && name !== "role") /** @type {any} */ (element)[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...inside);
+  return element;
+}
+
+/** An element of our own with our style, which neither leaks nor is leaked into. @param {...Node} inside */
+function host(...inside) {
+  const root = el("div");
+  const shadow = root.attachShadow({ mode: "open" });
+  shadow.append(el("style", { textContent: CSS }), ...inside);
+  // Keys and presses meant for the widget are not the graph's; the wheel, and what we do not use, go on to it.
+  for (const type of ["pointerdown", "mousedown", "dblclick", "contextmenu"]) {
+    root.addEventListener(type, (event) => event.composedPath()[0] !== root && event.stopPropagation());
+  }
+  root.addEventListener("keydown", (event) => {
+    if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+  });
+  return root;
+}
+
+/** Colours of the page's theme. @param {Element} element */
+function themeOf(element) {
+  const style = getComputedStyle(element);
+  const get = (/** @type {string} */ name, /** @type {string} */ otherwise) => style.getPropertyValue(name).trim() || otherwise;
+  return {
+    background: get("--comfy-input-bg", "#222"),
+    foreground: get("--fg-color", "#fff"),
+    muted: get("--descrip-text", "#999"),
+    border: get("--border-color", "#4e4e4e"),
+  };
+}
+
+/** A canvas that is drawn at most once a frame, in CSS pixels. @param {(ctx: any, width: number, height: number) => void} paint */
+function paper(paint) {
+  const canvas = el("canvas", { tabIndex: 0 });
+  const tip = el("div", { className: "tip", hidden: true });
+  const box = el("div", { className: "paper" }, canvas, tip);
+  let asked = false;
+  const redraw = () => {
+    if (asked) return;
+    asked = true;
+    requestAnimationFrame(() => {
+      asked = false;
+      const [width, height, ratio] = [canvas.clientWidth, canvas.clientHeight, Math.max(1, window.devicePixelRatio)];
+      if (!width || !height) return;
+      const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
+      if (canvas.width !== w || canvas.height !== h) [canvas.width, canvas.height] = [w, h];
+      const ctx = canvas.getContext("2d");
+      ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+      ctx.clearRect(0, 0, width, height);
+      paint(ctx, width, height);
+    });
+  };
+  const observer = new ResizeObserver(redraw);
+  observer.observe(box);
+  /** The pointer in CSS pixels of the canvas, whatever the graph's zoom. @param {PointerEvent} event */
+  const point = (event) => {
+    const rect = canvas.getBoundingClientRect();
+    return [((event.clientX - rect.left) * canvas.clientWidth) / rect.width, ((event.clientY - rect.top) * canvas.clientHeight) / rect.height];
+  };
+  return { box, canvas, tip, redraw, point, end: () => observer.disconnect() };
+}
+
+/** Modes that exclude each other, for pointer and keyboard. @param {string[]} names @param {string} label @param {(name: string) => void} choose */
+function modes(names, label, choose) {
+  const buttons = names.map((name) => el("button", { type: "button", role: "radio", textContent: name, onclick: () => set(name, true) }));
+  const set = (/** @type {string} */ name, focus = false) => {
+    buttons.forEach((button, i) => {
+      button.setAttribute("aria-checked", String(names[i] === name));
+      button.tabIndex = names[i] === name ? 0 : -1;
+      if (focus && names[i] === name) button.focus();
+    });
+    choose(name);
+  };
+  const group = el("div", { className: "modes", role: "radiogroup", "aria-label": label }, ...buttons);
+  group.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const now = buttons.findIndex((button) => button.getAttribute("aria-checked") === "true");
+    set(names[(now + step + names.length) % names.length], true);
+  });
+  return { group, set };
+}
+
+/** @param {any} node @param {string} name @param {any} value */
+function setWidget(node, name, value) {
+  const widget = node.widgets?.find((/** @type {any} */ w) => w.name === name);
+  if (!widget || widget.value === value) return;
+  widget.value = value;
+  widget.callback?.(value);
+}
+
+const widgetValue = (/** @type {any} */ node, /** @type {string} */ name) => node?.widgets?.find((/** @type {any} */ w) => w.name === name)?.value;
+
+// -- Generate: the view -----------------------------------------------------------------------------------------------
+
+class View {
+  /** @param {any} node */
+  constructor(node) {
+    this.node = node;
+    this.state = EMPTY;
+    this.kept = ""; // the widget's value: rows handed back to Generate
+    this.mode = "both";
+    this.look = { row: -1, layer: -1, head: -1 };
+    this.hover = -1;
+    this.cut = -1;
+    /** @type {ImageBitmap | null} */
+    this.picture = null;
+    this.pictured = 0; // lines the picture shows
+    this.pending = 0;
+
+    this.paper = paper((ctx, width, height) => this.paint(ctx, width, height));
+    const { canvas } = this.paper;
+    canvas.setAttribute("role", "img");
+    canvas.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => this.point(event));
+    canvas.addEventListener("pointerleave", () => this.setHover(-1));
+    canvas.addEventListener("click", (/** @type {PointerEvent} */ event) => this.choose(event));
+    canvas.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => this.key(event));
+
+    this.modes = modes(["Image", "Kept", "Both"], "what to show", (name) => {
+      this.mode = name.toLowerCase();
+      this.paper.redraw();
+    });
+    this.layer = el("select", { title: "layer", "aria-label": "layer", onchange: () => this.setLook({ layer: Number(this.layer.value) }) });
+    this.head = el("select", { title: "head", "aria-label": "head", onchange: () => this.setLook({ head: Number(this.head.value) }) });
+    this.empty = el("div", { className: "empty" }, "Rows appear here as they are drawn, and which of their tokens the cache still holds.");
+    this.paper.box.append(this.empty);
+    this.status = el("div", { className: "status", role: "status" });
+    this.play = el("button", { type: "button", textContent: "▶", title: "replay", "aria-label": "replay", onclick: () => this.toggle() });
+    this.scrub = el("input", { type: "range", min: "1", value: "1", "aria-label": "look at the cache after row", oninput: () => this.setLook({ row: Number(this.scrub.value) - 1 }) });
+    this.moment = el("span", { className: "quiet" });
+    this.reroll = el("button", { type: "button", onclick: () => this.again(this.cut, 0, true) });
+    this.keep = el("button", { type: "button", onclick: () => this.again(this.state.lines.length, this.state.lines.length) });
+    this.goOn = el("button", { type: "button", textContent: "Continue", title: "draw the rest, as if it had not been stopped", onclick: () => this.again(this.state.lines.length, 0) });
+    this.over = el("button", { type: "button", textContent: "Start over", title: "keep no rows: the next run draws the whole picture", onclick: () => this.startOver() });
+    this.note = el("span", { className: "quiet" });
+    this.head_ = el("div", { className: "row" }, this.modes.group, el("span", { className: "grow" }), this.layer, this.head);
+    this.time = el("div", { className: "row" }, this.play, this.scrub, this.moment);
+    this.actions = el("div", { className: "row actions" }, this.reroll, this.keep, this.goOn, this.over, this.note);
+    this.root = host(this.head_, this.paper.box, this.status, this.time, this.actions);
+    this.modes.set("Both");
+    this.show();
+  }
+
+  get running() {
+    return !!this.state.run && !this.state.finished && !this.state.stopped;
+  }
+
+  /** @param {any} event */
+  event(event) {
+    const before = this.state.run?.run;
+    this.state = reduce(this.state, event);
+    if (this.state.run?.run !== before) this.fresh();
+    if (event.kind === "row") this.pictured = Math.max(this.pictured, event.pictured);
+    this.show();
+  }
+
+  fresh() {
+    this.stop();
+    Object.assign(this, { cut: -1, hover: -1, pictured: 0, look: { row: -1, layer: -1, head: -1 } });
+    this.picture = null;
+    const { run } = this.state;
+    const options = (/** @type {any} */ select, /** @type {string} */ name, /** @type {number} */ count) =>
+      select.replaceChildren(...[-1, ...Array(count).keys()].map((i) => el("option", { value: String(i), textContent: i < 0 ? `all ${name}s` : `${name} ${i + 1}` })));
+    options(this.layer, "layer", run.layers ?? 0);
+    options(this.head, "head", run.heads ?? 0);
+    this.scrub.max = String(run.rows);
+  }
+
+  /** What the node left behind, after the run or long after it. @param {any} output */
+  load(output) {
+    const events = output?.linear_ar;
+    if (!events?.length) return;
+    const same = this.state.run?.run === events[0].run && !this.state.partial;
+    this.state = replay(events);
+    if (!same) this.fresh();
+    const [ref] = output.linear_ar_picture ?? [];
+    if (ref) void this.fetch(ref);
+    this.show();
+  }
+
+  /** @param {any} ref */
+  async fetch(ref) {
+    const answer = await api.fetchApi(`/view?${new URLSearchParams(ref)}`);
+    if (answer.ok) await this.setPicture(await answer.blob(), this.state.lines.length);
+  }
+
+  /** A preview of the host. @param {Blob} blob @param {number} [lines] */
+  async setPicture(blob, lines) {
+    const number = ++this.pending;
+    const bitmap = await createImageBitmap(blob).catch(() => null);
+    if (!bitmap || number !== this.pending) return bitmap?.close(); // a newer one has come
+    this.picture?.close();
+    this.picture = bitmap;
+    if (lines !== undefined) this.pictured = lines;
+    this.show();
+  }
+
+  /** @param {Partial<typeof this.look>} look */
+  setLook(look) {
+    Object.assign(this.look, look);
+    if (this.look.row >= this.state.lines.length - 1) this.look.row = -1;
+    this.show();
+  }
+
+  /** @param {number} cell */
+  setHover(cell) {
+    if (cell !== this.hover) {
+      this.hover = cell;
+      this.paper.redraw();
+    }
+    if (cell < 0) this.paper.tip.hidden = true;
+  }
+
+  /** @param {PointerEvent} event */
+  point(event) {
+    if (!this.state.run || !this.at) return;
+    const [x, y] = this.paper.point(event);
+    const cell = cellAt(this.at, x, y);
+    this.setHover(cell);
+    if (cell >= 0) this.tell(cell, x, y);
+  }
+
+  /** @param {number} cell @param {number} x @param {number} y */
+  tell(cell, x, y) {
+    const { tip, canvas } = this.paper;
+    tip.textContent = hoverText(this.state, cell, this.look);
+    tip.hidden = false;
+    const [width, height] = [tip.offsetWidth, tip.offsetHeight];
+    tip.style.left = `${Math.max(0, Math.min(x + 12, canvas.clientWidth - width))}px`;
+    tip.style.top = `${y + 16 + height > canvas.clientHeight ? Math.max(0, y - height - 8) : y + 16}px`;
+  }
+
+  /** A row to draw anew from. @param {PointerEvent} event */
+  choose(event) {
+    if (this.running || !this.at || !this.state.lines.length) return;
+    const cell = cellAt(this.at, ...this.paper.point(event));
+    this.setCut(cell < 0 ? -1 : Math.floor((cell % (this.at.rows * this.at.cols)) / this.at.cols));
+  }
+
+  /** @param {number} row */
+  setCut(row) {
+    const most = Math.min(this.state.lines.length, this.state.run.rows - 1);
+    this.cut = row < 1 || row > most || row === this.cut ? -1 : row;
+    this.show();
+  }
+
+  /** @param {KeyboardEvent} event */
+  key(event) {
+    if (!this.state.run || this.running) return;
+    const { rows } = this.state.run;
+    const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 4, PageUp: -4 }[event.key];
+    if (step) {
+      const most = Math.min(this.state.lines.length, rows - 1);
+      const next = this.cut < 0 ? Math.ceil(most / 2) : Math.min(most, Math.max(1, this.cut + step));
+      if (next !== this.cut) this.setCut(next);
+    } else if (event.key === "Escape") this.setCut(-1);
+    else if (event.key === "Enter" && this.cut > 0) void this.again(this.cut, 0, true);
+    else return;
+    event.preventDefault();
+  }
+
+  /** Queue a run that keeps rows of this one. @param {number} rows @param {number} stop @param {boolean} [anew] */
+  async again(rows, stop, anew = false) {
+    const text = keptText(this.state, rows);
+    if (!text) return;
+    this.kept = text;
+    setWidget(this.node, "keep_rows", rows);
+    setWidget(this.node, "stop_after", stop);
+    setWidget(this.node, "seed", anew ? Math.floor(Math.random() * 2 ** 32) : this.state.run.seed);
+    this.show();
+    await app.queuePrompt(0, 1);
+  }
+
+  startOver() {
+    this.kept = "";
+    setWidget(this.node, "keep_rows", 0);
+    setWidget(this.node, "stop_after", 0);
+    this.show();
+  }
+
+  toggle() {
+    if (this.timer) return this.stop();
+    const last = this.state.lines.length - 1;
+    this.look.row = this.look.row < 0 ? 0 : this.look.row;
+    this.timer = setInterval(() => {
+      const next = this.look.row < 0 ? last : this.look.row + 1;
+      if (next >= last) this.stop();
+      this.setLook({ row: next });
+    }, 140);
+    this.show();
+  }
+
+  stop() {
+    clearInterval(this.timer);
+    this.timer = undefined;
+    if (this.play) this.play.textContent = "▶";
+  }
+
+  /** Everything but the canvas. */
+  show() {
+    const { state, look } = this;
+    const lines = state.lines.length;
+    const can = canChoose(state);
+    const after = !!lines && !this.running;
+    this.empty.hidden = !!state.run;
+    this.head_.hidden = this.status.hidden = !state.run;
+    this.status.textContent = this.status.title = statusText(state);
+    this.paper.canvas.setAttribute("aria-label", `${statusText(state)}. Arrow keys choose a row to draw anew from.`);
+    this.paper.canvas.classList.toggle("pick", after);
+    this.layer.hidden = !can.layers || !after;
+    this.head.hidden = !can.heads || !after;
+    this.layer.value = String(look.layer);
+    this.head.value = String(look.head);
+    this.time.hidden = this.actions.hidden = !state.run && !keptRows(this.kept);
+    this.time.classList.toggle("later", !after || lines < 2 || state.partial); // their places are kept, so that nothing jumps
+    const row = look.row < 0 ? lines : look.row + 1;
+    this.scrub.max = String(lines);
+    this.scrub.value = String(row);
+    this.moment.textContent = `after row ${row}`;
+    this.play.textContent = this.timer ? "❚❚" : "▶";
+    const keptNow = keptRows(this.kept) && widgetValue(this.node, "keep_rows") > 0;
+    this.actions.classList.toggle("later", !after && !keptNow);
+    this.reroll.hidden = !after || state.partial;
+    this.reroll.disabled = this.cut < 1;
+    this.reroll.textContent = this.cut > 0 ? `Reroll from row ${this.cut + 1}` : "Reroll";
+    this.reroll.title = this.cut > 0 ? `keep rows 1 to ${this.cut}, draw the rest with a new seed` : "click a row of the picture first, or choose one with the arrow keys";
+    const partly = after && !state.partial && lines < state.run.rows;
+    this.keep.hidden = !partly || !state.stopped || !!state.finished;
+    this.keep.textContent = `Keep ${lines} row${lines > 1 ? "s" : ""}`;
+    this.keep.title = "send the rows finished so far on through the graph, as a picture cut off there";
+    this.goOn.hidden = !partly;
+    this.over.hidden = !keptNow;
+    this.note.textContent = keptNow ? `next run keeps rows 1–${widgetValue(this.node, "keep_rows")}` : after && this.cut < 1 && !state.partial && !partly ? "click a row to draw anew from there" : "";
+    if (!this.paper.tip.hidden && this.hover >= 0) this.paper.tip.textContent = hoverText(state, this.hover, look);
+    this.paper.redraw();
+  }
+
+  /** @param {any} ctx @param {number} width @param {number} height */
+  paint(ctx, width, height) {
+    const { state, look } = this;
+    if (!state.run) return;
+    this.at = layout(width, height, state.run);
+    const done = look.row < 0 ? state.lines.length : look.row + 1;
+    const shown = held(state, look);
+    draw(ctx, {
+      at: this.at,
+      theme: themeOf(this.root),
+      mode: /** @type {any} */ (state.partial ? "image" : this.mode),
+      held: shown,
+      done: state.partial ? (state.lines.at(-1)?.row ?? -1) + 1 : done,
+      drawn: state.partial ? this.pictured || state.run.rows : this.pictured,
+      running: this.running,
+      picture: this.picture,
+      size: this.picture ? { width: this.picture.width, height: this.picture.height } : undefined,
+      hover: this.hover,
+      cut: this.cut,
+    });
+  }
+
+  end() {
+    this.stop();
+    this.paper.end();
+    this.picture?.close();
+    views.delete(this.node);
+  }
+}
+
+// -- Compare: the slider ----------------------------------------------------------------------------------------------
+
+class Slider {
+  /** @param {any} node */
+  constructor(node) {
+    this.node = node;
+    this.state = EMPTY;
+    this.kept = "";
+    this.at = 0.5; // where the two meet, as a share of the picture's width
+    this.number = 0;
+    /** @type {[ImageBitmap, ImageBitmap][]} */
+    this.pairs = [];
+    /** @type {ImageBitmap | null} */
+    this.live = null;
+    this.pending = 0;
+    this.paper = paper((ctx, width, height) => this.paint(ctx, width, height));
+    const { canvas } = this.paper;
+    canvas.classList.add("slide");
+    canvas.setAttribute("role", "slider");
+    canvas.setAttribute("aria-label", "full cache on the left, few lines on the right");
+    canvas.setAttribute("aria-valuemin", "0");
+    canvas.setAttribute("aria-valuemax", "100");
+    canvas.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => this.box && this.slide((this.paper.point(event)[0] - this.box.x) / this.box.width));
+    canvas.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+      const step = { ArrowRight: 0.05, ArrowLeft: -0.05, Home: -1, End: 1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      this.slide(this.at + step);
+    });
+    this.back = el("button", { type: "button", textContent: "‹", "aria-label": "previous picture", onclick: () => this.turn(-1) });
+    this.next = el("button", { type: "button", textContent: "›", "aria-label": "next picture", onclick: () => this.turn(1) });
+    this.count = el("span", { className: "quiet" });
+    this.status = el("div", { className: "status grow", role: "status" });
+    this.empty = el("div", { className: "empty" }, "The same seeds twice: with the full cache on the left, with a few lines on the right.");
+    this.paper.box.append(this.empty);
+    this.root = host(this.paper.box, el("div", { className: "row" }, this.status, this.back, this.count, this.next));
+    this.show();
+  }
+
+  get running() {
+    return !!this.state.run && !this.state.finished && !this.state.stopped;
+  }
+
+  /** @param {any} event */
+  event(event) {
+    const before = this.state.run?.run;
+    this.state = reduce(this.state, event);
+    if (this.state.run?.run !== before) this.clear();
+    this.show();
+  }
+
+  clear() {
+    this.pairs.flat().forEach((bitmap) => bitmap.close());
+    this.pairs = [];
+    this.live?.close();
+    this.live = null;
+    this.number = 0;
+  }
+
+  /** @param {any} output */
+  async load(output) {
+    if (!output?.linear_ar_pairs) return;
+    this.state = replay(output.linear_ar ?? []);
+    const number = ++this.pending;
+    const pairs = await Promise.all(output.linear_ar_pairs.map((/** @type {any[]} */ pair) => Promise.all(pair.map(async (ref) => {
+      const answer = await api.fetchApi(`/view?${new URLSearchParams(ref)}`);
+      return createImageBitmap(await answer.blob());
+    })))).catch(() => null);
+    if (!pairs || number !== this.pending) return;
+    this.clear();
+    this.pairs = /** @type {any} */ (pairs);
+    this.show();
+  }
+
+  /** @param {Blob} blob */
+  async setPicture(blob) {
+    const number = ++this.pending;
+    const bitmap = await createImageBitmap(blob).catch(() => null);
+    if (!bitmap || number !== this.pending) return bitmap?.close();
+    this.live?.close();
+    this.live = bitmap;
+    this.show();
+  }
+
+  /** @param {number} share */
+  slide(share) {
+    this.at = Math.min(1, Math.max(0, share));
+    this.paper.redraw();
+  }
+
+  /** @param {number} step */
+  turn(step) {
+    this.number = (this.number + step + this.pairs.length) % this.pairs.length;
+    this.show();
+  }
+
+  show() {
+    const { length } = this.pairs;
+    this.empty.hidden = !!this.state.run || length > 0;
+    this.back.hidden = this.next.hidden = this.count.hidden = length < 2;
+    this.count.textContent = `${this.number + 1}/${length}`;
+    this.status.textContent = this.status.title = statusText(this.state);
+    this.paper.redraw();
+  }
+
+  /** @param {any} ctx @param {number} width @param {number} height */
+  paint(ctx, width, height) {
+    const pair = this.pairs[this.number];
+    if (!pair && !this.live) return;
+    const theme = themeOf(this.root);
+    // While it runs, both are halves of one preview.
+    const [w, h] = pair ? [pair[0].width, pair[0].height] : [/** @type {any} */ (this.live).width / 2, /** @type {any} */ (this.live).height];
+    const scale = Math.min(width / w, height / h);
+    const box = (this.box = { width: w * scale, height: h * scale, x: (width - w * scale) / 2, y: (height - h * scale) / 2 });
+    ctx.imageSmoothingEnabled = scale * Math.max(1, window.devicePixelRatio) < 1;
+    const split = Math.round(w * this.at);
+    const [left, right, offset] = pair ? [pair[0], pair[1], 0] : [this.live, this.live, w];
+    if (split > 0) ctx.drawImage(left, 0, 0, split, h, box.x, box.y, split * scale, box.height);
+    if (split < w) ctx.drawImage(right, offset + split, 0, w - split, h, box.x + split * scale, box.y, (w - split) * scale, box.height);
+    const x = box.x + split * scale;
+    ctx.fillStyle = "#000";
+    ctx.fillRect(x - 2, box.y, 4, box.height);
+    ctx.fillStyle = "#fff";
+    ctx.fillRect(x - 1, box.y, 2, box.height);
+    ctx.beginPath();
+    ctx.arc(x, box.y + box.height / 2, 6, 0, 7);
+    ctx.fill();
+    const { run } = this.state;
+    ctx.font = "600 11px system-ui, sans-serif";
+    ctx.textBaseline = "middle";
+    const label = (/** @type {string} */ text, /** @type {boolean} */ atRight) => {
+      const wide = ctx.measureText(text).width + 12;
+      const place = atRight ? box.x + box.width - wide - 6 : box.x + 6;
+      ctx.fillStyle = "rgb(0 0 0 / 0.6)";
+      ctx.fillRect(place, box.y + 6, wide, 18);
+      ctx.fillStyle = "#fff";
+      ctx.fillText(text, place + 6, box.y + 15.5);
+    };
+    if (this.at > 0.1) label("full cache", false);
+    if (this.at < 0.9) label(run ? `${run.lines} of ${run.rows} lines` : "few lines", true);
+    ctx.strokeStyle = theme.border;
+    ctx.strokeRect(box.x - 0.5, box.y - 0.5, box.width + 1, box.height + 1);
+    this.paper.canvas.setAttribute("aria-valuenow", String(Math.round(this.at * 100)));
+  }
+
+  end() {
+    this.paper.end();
+    this.clear();
+    views.delete(this.node);
+  }
+}
+
+// -- Line Cache: the memory line --------------------------------------------------------------------------------------
+
+/** The node that an input comes from, through reroutes. @param {any} node @param {string} name */
+function origin(node, name) {
+  let input = node?.inputs?.find((/** @type {any} */ i) => i.name === name);
+  for (let hops = 0; input && hops < 20; hops++) {
+    const link = node.graph?.getLink?.(input.link) ?? node.graph?.links?.[input.link];
+    const from = link && node.graph.getNodeById(link.origin_id);
+    if (!from || from.type !== "Reroute") return from ?? null;
+    [node, input] = [from, from.inputs?.[0]];
+  }
+  return null;
+}
+
+/** Every node of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
+const everyNode = (graph) => (graph?.nodes ?? graph?._nodes ?? []).flatMap((/** @type {any} */ node) => [node, ...everyNode(node.subgraph)]);
+
+const FREE = { /** @type {number | null} */ bytes: null, asked: 0 };
+
+/** Free memory of the host's device, asked for now and then. */
+async function askFree() {
+  if (Date.now() - FREE.asked < 15000) return;
+  FREE.asked = Date.now();
+  const stats = await (await api.fetchApi("/system_stats")).json();
+  const device = stats.devices?.[0];
+  FREE.bytes = (device && device.type !== "cpu" ? device.vram_free : stats.system?.ram_free) ?? null;
+}
+
+class Memory {
+  /** @param {any} node */
+  constructor(node) {
+    this.node = node;
+    this.status = el("div", { className: "status" });
+    this.fill = el("div", { className: "fill" });
+    this.root = host(el("div", { className: "row memory" }, this.status), el("div", { className: "track" }, this.fill));
+    // Links, widgets and other nodes all count; looking at them now and then is cheaper than following each.
+    this.timer = setInterval(() => this.show(), 400);
+    this.show();
+  }
+
+  /** What the graph says, as numbers; null where it cannot be told. */
+  sizes() {
+    const nodes = everyNode(app.rootGraph ?? app.graph);
+    const user = nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type) && origin(n, "cache") === this.node) ?? nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type));
+    const loader = [origin(user, "model")].find((n) => n?.type === "LineAR_LoadModel") ?? nodes.find((n) => n.type === "LineAR_LoadModel");
+    const shape = known.models[widgetValue(loader, "model") ?? Object.keys(known.models)[0]];
+    const preset = widgetValue(this.node, "preset");
+    const own = (/** @type {string} */ name) => widgetValue(this.node, `preset.${name}`) ?? widgetValue(this.node, name);
+    const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")) };
+    if (!shape || !plan.policy || !plan.budget) return null;
+    const prompt = origin(user, "prompt");
+    const more = String(widgetValue(prompt, "more_classes") ?? "").split("\n").filter((line) => line.trim()).length;
+    const named = widgetValue(prompt, "class_name") === "(only those below)" ? 0 : 1;
+    const texts = widgetValue(prompt, "text");
+    const rows = texts === undefined ? named + more : String(texts).split(/^\s*-{3,}\s*$/m).filter((part) => part.trim()).length;
+    const images = Math.max(1, rows) * (Number(widgetValue(user, "batch_size")) || 1);
+    const guidance = Number(widgetValue(user, "guidance") ?? -1);
+    const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
+    return { shape, plan, sequences: images * (guided ? 2 : 1) };
+  }
+
+  show() {
+    if (!this.root.isConnected) return;
+    void askFree().catch(() => {});
+    const sizes = this.sizes();
+    let text = "KV cache: choose a model to see its memory";
+    let memory = { text, fits: true, share: 0 };
+    if (sizes) {
+      const bytes = (/** @type {any} */ plan) => cacheBytes(sizes.shape, sizes.shape, plan, sizes.sequences);
+      memory = memoryText(bytes(sizes.plan), bytes({ policy: "full", budget: 1 }), FREE.bytes);
+    }
+    if (this.status.textContent === memory.text) return;
+    this.status.textContent = memory.text;
+    this.status.title = `${memory.text}. ${sizes ? `${sizes.sequences} sequence${sizes.sequences > 1 ? "s" : ""}, guidance included` : ""}`;
+    this.fill.style.width = `${(memory.share * 100).toFixed(1)}%`;
+    this.root.shadowRoot.host.classList.toggle("tight", !memory.fits);
+    this.fill.parentElement.classList.toggle("tight", !memory.fits);
+  }
+
+  end() {
+    clearInterval(this.timer);
+  }
+}
+
+// -- registration -----------------------------------------------------------------------------------------------------
+
+/** The node of an id such as "3:1": node 1 in the subgraph of node 3. @param {unknown} id */
+function findNode(id) {
+  let graph = app.rootGraph ?? app.graph;
+  const parts = String(id ?? "").split(":");
+  for (const part of parts.slice(0, -1)) graph = byId(graph, part)?.subgraph;
+  return byId(graph, parts[parts.length - 1]);
+}
+
+const byId = (/** @type {any} */ graph, /** @type {string} */ id) => graph?.getNodeById(Number(id)) ?? graph?.getNodeById(id);
+
+/** @param {any} make @param {number} height @param {boolean} live */
+const widgetOf = (make, height, live) => (/** @type {any} */ node, /** @type {string} */ name, /** @type {any} */ data) => {
+  const view = new make(node);
+  if (live) views.set(node, view);
+  view.root.style.setProperty("--least", `${height}px`);
+  const keeps = make === View;
+  const widget = node.addDOMWidget(name, data[0], view.root, {
+    serialize: keeps,
+    hideOnZoom: false,
+    getValue: () => view.kept ?? "",
+    setValue: (/** @type {unknown} */ value) => {
+      if (!keeps) return;
+      view.kept = keptRows(value) ? String(value) : "";
+      view.show();
+    },
+    getMinHeight: () => height,
+    ...(live ? {} : { getMaxHeight: () => height }),
+  });
+  widget.serialize = keeps;
+  const removed = node.onRemoved;
+  node.onRemoved = function () {
+    view.end();
+    return removed?.apply(this, arguments);
+  };
+  if (live) {
+    node.setSize?.([Math.max(400, node.size[0]), node.size[1]]);
+  }
+  return { widget };
+};
+
+/** Draw what nodes left behind in an earlier session of the page. */
+async function restore() {
+  const empty = [...views.values()].filter((view) => !view.state.run);
+  if (!empty.length) return;
+  const graphId = (app.rootGraph ?? app.graph)?.id;
+  const history = await (await api.fetchApi("/history?max_items=20")).json();
+  const runs = Object.values(history)
+    .filter((/** @type {any} */ run) => run.prompt?.[3]?.extra_pnginfo?.workflow?.id === graphId)
+    .sort((/** @type {any} */ a, /** @type {any} */ b) => b.prompt[0] - a.prompt[0]);
+  for (const run of /** @type {any[]} */ (runs))
+    for (const [id, output] of Object.entries(run.outputs ?? {})) {
+      const view = views.get(findNode(id));
+      if (view && !view.state.run) void view.load(output);
+    }
+}
+
+app.registerExtension({
+  name: "linear_ar.line_cache",
+
+  getCustomWidgets() {
+    return {
+      LINEAR_VIEW: widgetOf(View, 400, true),
+      LINEAR_COMPARE: widgetOf(Slider, 280, true),
+      LINEAR_MEMORY: widgetOf(Memory, 44, false),
+    };
+  },
+
+  /** @param {any} _type @param {any} data */
+  beforeRegisterNodeDef(_type, data) {
+    if (data.name === "LineAR_LoadModel") known.models = data.input?.required?.model?.[1]?.linear_ar ?? {};
+    if (data.name === "LineAR_LineCache") known.presets = data.input?.optional?.memory?.[1]?.presets ?? {};
+  },
+
+  setup() {
+    const view = (/** @type {any} */ ...ids) => ids.map((id) => id !== undefined && views.get(findNode(id))).find(Boolean);
+    api.addEventListener(EVENT, ({ detail }) => view(detail.node)?.event(detail));
+    api.addEventListener("b_preview_with_metadata", ({ detail }) => void view(detail.nodeId)?.setPicture(detail.blob));
+    api.addEventListener("executed", ({ detail }) => void view(detail.node, detail.display_node)?.load(detail.output));
+    const stopped = () => views.forEach((each) => each.running && each.event({ kind: "stopped" }));
+    api.addEventListener("execution_interrupted", stopped);
+    api.addEventListener("execution_error", stopped);
+  },
+
+  /** A workflow was opened. */
+  afterConfigureGraph() {
+    void restore().catch(() => {});
+  },
+});

@@ -1,0 +1,281 @@
+// @ts-check
+/**
+ * What the widget knows: events in, state out. Pure; nothing here touches the page.
+ *
+ * The events are those of linear_core/events.py: one "started", one "row" for each line with nothing but what has
+ * changed, one "finished". They come one by one while a picture is drawn, and all together in the node's `ui`.
+ */
+
+/** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
+export const FIELDS = {
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes"],
+  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "pictured", "tokens", "cells", "shares", "evicted", "by_layer"],
+  "finished": ["run", "rows", "seconds", "tokens_per_second", "held"]
+};
+
+const NONE = 0xffff; // fills up lists of evictions of unequal length
+const MIB = 2 ** 20;
+
+/**
+ * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, pictured: number, tokens: Uint16Array,
+ *   cells: Uint16Array, shares: Uint8Array, evicted: Uint16Array, byLayer: Uint8Array }} Line
+ * @typedef {{ run: any, lines: Line[], finished: any, stopped: boolean, partial: boolean }} State
+ *   run       the "started" event; of a page that came late, what a "row" tells of it
+ *   lines     one for each row told so far
+ *   finished  the "finished" event
+ *   stopped   the run ended before its last line
+ *   partial   the page came too late for the first lines: text and picture only, until the run has finished
+ * @typedef {{ row?: number, layer?: number, head?: number }} Look  what to look at; -1 or nothing: the latest, all
+ */
+
+/** @type {State} */
+export const EMPTY = Object.freeze({ run: null, lines: [], finished: null, stopped: false, partial: false });
+
+/** One event later. @param {State} state @param {any} event @returns {State} */
+export function reduce(state, event) {
+  switch (event.kind) {
+    case "started":
+      return { ...EMPTY, run: event };
+    case "row": {
+      const known = state.run?.run === event.run;
+      const at = known ? state : { ...EMPTY, run: { ...event, kind: "started", shown: 0, columns: 1, detail: "" } };
+      const partial = at.partial || event.row !== (at.lines.at(-1)?.row ?? -1) + 1;
+      return { ...at, partial, lines: [...at.lines, decode(event)] };
+    }
+    case "finished":
+      if (state.run?.run !== event.run) return state;
+      return { ...state, finished: event, stopped: event.rows < state.run.rows };
+    case "stopped": // the page's own: the host said that the run was interrupted or failed
+      return state.run && !state.finished ? { ...state, stopped: true } : state;
+    default:
+      return state;
+  }
+}
+
+/** The state after all of `events`, such as a node's `ui` holds. @param {any[]} events */
+export const replay = (events) => events.reduce(reduce, EMPTY);
+
+/** @param {any} event @returns {Line} */
+function decode(event) {
+  return {
+    row: event.row,
+    seconds: event.seconds,
+    speed: event.tokens_per_second,
+    held: event.held,
+    replayed: event.replayed,
+    pictured: event.pictured,
+    tokens: words(event.tokens),
+    cells: words(event.cells),
+    shares: bytes(event.shares),
+    evicted: words(event.evicted),
+    byLayer: bytes(event.by_layer)
+  };
+}
+
+/** @param {string} text */
+function bytes(text) {
+  const raw = atob(text);
+  return Uint8Array.from(raw, (c) => c.charCodeAt(0));
+}
+
+/** Little-endian on every machine. @param {string} text */
+function words(text) {
+  const raw = bytes(text);
+  return Uint16Array.from({ length: raw.length / 2 }, (_, i) => raw[2 * i] | (raw[2 * i + 1] << 8));
+}
+
+/** @param {number[] | Uint16Array} numbers */
+function packed(numbers) {
+  let raw = "";
+  for (const n of numbers) raw += String.fromCharCode(n & 255, n >> 8);
+  return btoa(raw);
+}
+
+// -- what is held -----------------------------------------------------------------------------------------------------
+
+/** The number of lines to look at, from a row number. @param {State} state @param {Look} look */
+const upTo = (state, look) => (look.row === undefined || look.row < 0 ? state.lines.length : look.row + 1);
+
+/** Whether the trace can tell layers apart, and heads. @param {State} state */
+export const canChoose = (state) => ({
+  layers: !state.partial && ["heads", "layers"].includes(state.run?.detail),
+  heads: !state.partial && state.run?.detail === "heads"
+});
+
+/**
+ * Share of layers and heads that hold each cell, 0 to 255; of one layer or head, those of the first image alone.
+ * @param {State} state @param {Look} look
+ */
+export function held(state, look = {}) {
+  const { run } = state;
+  if (!run || state.partial) return new Uint8Array(0);
+  const size = run.rows * run.cols;
+  const { layer = -1, head = -1 } = look;
+  if (layer >= 0 && head >= 0 && run.detail === "heads") return scaled(countHeads(state, look, [layer], [head]), 1);
+  if (layer >= 0 && run.detail === "heads") return scaled(countHeads(state, look, [layer], range(run.heads)), run.heads);
+  if (head >= 0 && run.detail === "heads") return scaled(countHeads(state, look, range(run.layers), [head]), run.layers);
+  const all = new Uint8Array(layer >= 0 ? size : run.shown * size);
+  for (const line of state.lines.slice(0, upTo(state, look))) {
+    if (layer < 0) {
+      line.cells.forEach((cell, i) => (all[cell] = line.shares[i]));
+    } else {
+      const first = line.cells.filter((cell) => cell < size);
+      first.forEach((cell, i) => (all[cell] = line.byLayer[layer * first.length + i]));
+    }
+  }
+  return all;
+}
+
+/** How many of these layers and heads hold each cell of the first image.
+ * @param {State} state @param {Look} look @param {number[]} layers @param {number[]} heads */
+function countHeads(state, look, layers, heads) {
+  const { rows, cols, stride, heads: all, layers: deep } = state.run;
+  const count = new Uint16Array(rows * stride);
+  for (const line of state.lines.slice(0, upTo(state, look))) {
+    const each = line.evicted.length / (deep * all);
+    count.fill(layers.length * heads.length, line.row * stride, (line.row + 1) * stride);
+    for (const layer of layers)
+      for (const head of heads)
+        for (let i = 0; i < each; i++) {
+          const token = line.evicted[(layer * all + head) * each + i];
+          if (token !== NONE) count[token]--;
+        }
+  }
+  return Uint16Array.from({ length: rows * cols }, (_, cell) => count[Math.floor(cell / cols) * stride + (cell % cols)]);
+}
+
+const range = (/** @type {number} */ n) => Array.from({ length: n }, (_, i) => i);
+
+/** @param {Uint16Array} counts @param {number} of */
+const scaled = (counts, of) => Uint8Array.from(counts, (n) => Math.round((n * 255) / of));
+
+/**
+ * After which row each cell was gone altogether; -1 where it is still held or not there yet.
+ * @param {State} state @param {Look} look
+ */
+export function evictedAfter(state, look = {}) {
+  const until = upTo(state, look);
+  const now = held(state, look);
+  const after = new Int16Array(now.length).fill(-1);
+  const { rows = 1, cols = 1 } = state.run ?? {};
+  for (let row = until - 1; row >= 0; row--) {
+    const then = row === until - 1 ? now : held(state, { ...look, row });
+    for (let cell = 0; cell < now.length; cell++) {
+      const born = Math.floor((cell % (rows * cols)) / cols);
+      if (now[cell] === 0 && then[cell] === 0 && born <= row && (after[cell] === row + 1 || row === until - 1)) after[cell] = row;
+    }
+  }
+  return after;
+}
+
+// -- words ------------------------------------------------------------------------------------------------------------
+
+/** "5.1 MiB" @param {number} n */
+export const mib = (n) => (n >= 100 * MIB ? (n / MIB).toFixed(0) : (n / MIB).toFixed(n < MIB ? 2 : 1));
+
+/** "3 s", "2 min 5 s" @param {number} seconds */
+export function duration(seconds) {
+  if (seconds < 9.5) return `${seconds < 0.95 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  const whole = Math.round(seconds);
+  return whole < 100 ? `${whole} s` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
+}
+
+/** Tokens a second over the lines drawn so far. @param {State} state */
+export function speed(state) {
+  const drawn = state.lines.filter((line) => !line.replayed);
+  const seconds = drawn.reduce((sum, line) => sum + line.seconds, 0);
+  return seconds ? drawn.reduce((sum, line) => sum + line.speed * line.seconds, 0) / seconds : 0;
+}
+
+/** Seconds until the last line, from the last few. @param {State} state */
+export function eta(state) {
+  const last = state.lines.filter((line) => !line.replayed).slice(-8);
+  if (!last.length) return null;
+  const left = state.run.rows - 1 - state.lines[state.lines.length - 1].row;
+  return (left * last.reduce((sum, line) => sum + line.seconds, 0)) / last.length;
+}
+
+/** "row 14/24 · 412 tok/s · cache 4 of 24 lines · 5.1 MiB of 24.3 · ETA 3 s" @param {State} state */
+export function statusText(state) {
+  const { run, lines, finished } = state;
+  if (!run) return "";
+  const last = lines[lines.length - 1];
+  const parts = [`row ${last ? last.row + 1 : 0}/${run.rows}`];
+  const rate = finished ? finished.tokens_per_second : speed(state);
+  if (rate) parts.push(`${Math.round(rate)} tok/s`);
+  if (run.lines < run.rows) {
+    parts.push(`cache ${run.lines} of ${run.rows} lines`, `${mib(run.cache_bytes)} MiB of ${mib(run.full_bytes)}`);
+  } else {
+    parts.push(`full cache · ${mib(run.full_bytes)} MiB`);
+  }
+  const left = eta(state);
+  if (finished) parts.push(`${duration(finished.seconds)}${state.stopped ? " · stopped" : ""}`);
+  else if (state.stopped) parts.push("stopped");
+  else if (left !== null) parts.push(`ETA ${duration(left)}`);
+  return parts.join(" · ");
+}
+
+/** "row 3, column 7 · kept by 42 % of heads" @param {State} state @param {number} cell @param {Look} look */
+export function hoverText(state, cell, look = {}) {
+  const { rows, cols, shown } = state.run;
+  const image = Math.floor(cell / (rows * cols));
+  const row = Math.floor((cell % (rows * cols)) / cols);
+  const name = `${shown > 1 ? `picture ${image + 1}, ` : ""}row ${row + 1}, column ${(cell % cols) + 1}`;
+  if (row >= upTo(state, look)) return `${name} · not drawn yet`;
+  const now = held(state, look);
+  if (!now.length) return name;
+  if (cell >= now.length) return `${name} · layers and heads are told of the first picture only`;
+  const gone = evictedAfter(state, look)[cell];
+  const { layer = -1, head = -1 } = look;
+  const of = head >= 0 ? (layer >= 0 ? "" : "layers") : "heads";
+  if (gone < 0) {
+    return `${name} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}`;
+  }
+  if (row === rows - 1 && cell % cols === cols - 1) return `${name} · the last token is drawn and never kept`;
+  return `${name} · evicted after row ${gone + 1}${gone > row ? `, ${gone - row} ${gone - row > 1 ? "lines" : "line"} later` : ""}`;
+}
+
+// -- lines to keep ----------------------------------------------------------------------------------------------------
+
+/**
+ * The first `rows` lines of every picture as the text that the Generate node takes back.
+ * "images x rows x cols : base64 of uint16", as linear_core/events.py packs them. @param {State} state @param {number} rows
+ */
+export function keptText(state, rows) {
+  const { images, cols } = state.run;
+  if (state.partial || rows < 1 || rows > state.lines.length) return "";
+  /** @type {number[]} */
+  const codes = [];
+  for (let image = 0; image < images; image++)
+    for (const line of state.lines.slice(0, rows)) codes.push(...line.tokens.subarray(image * cols, (image + 1) * cols));
+  return `${images}x${rows}x${cols}:${packed(codes)}`;
+}
+
+/** How many lines a kept text holds. @param {unknown} text */
+export const keptRows = (text) => Number(/^\d+x(\d+)x\d+:/.exec(String(text ?? ""))?.[1] ?? 0);
+
+// -- memory -----------------------------------------------------------------------------------------------------------
+
+/**
+ * Bytes of the whole cache, as linear_core.plan.CacheShape.bytes has it; a test holds the two equal.
+ * @param {{ layers: number, heads: number, dim: number, prompt: number, bytes_per_number: number }} shape
+ * @param {{ rows: number, stride: number }} grid
+ * @param {{ policy: string, budget: number }} plan
+ * @param {number} sequences  images, twice with guidance
+ */
+export function cacheBytes(shape, grid, plan, sequences) {
+  const lines = plan.policy === "full" ? grid.rows : Math.min(plan.budget + 1, grid.rows);
+  const slots = shape.prompt + lines * grid.stride;
+  return 2 * shape.layers * sequences * shape.heads * shape.dim * slots * shape.bytes_per_number;
+}
+
+/**
+ * "KV cache 5.1 MiB of 24.3 MiB, −79 %", and whether it fits into `free` bytes.
+ * @param {number} bytes @param {number} full @param {number | null} free
+ */
+export function memoryText(bytes, full, free) {
+  const saved = Math.round((1 - bytes / full) * 100);
+  const text = `KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB, −${saved} %` : ", everything kept");
+  const fits = free === null || bytes <= free * 0.9;
+  return { text: fits ? text : `${text} · only ${mib(free ?? 0)} MiB free`, fits, share: bytes / full };
+}
