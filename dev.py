@@ -31,6 +31,10 @@ VENV = ROOT / ".venv"
 PACK = "ar-line-cache"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WINDOWS = os.name == "nt"
+# The page that the browser tests drive: ComfyUI's newest and the one that the oldest supported ComfyUI asks for.
+FRONTENDS = ("1.58.1", "1.38.14")
+PLAYWRIGHT = "1.65.1"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def say(text: str) -> None:
@@ -184,9 +188,31 @@ def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]
     ]
 
 
+def browser_parts(python: Path) -> list[tuple[Path, list]]:
+    """What the browser tests need beside Chromium and Node.js: where each part goes, and what fetches it.
+
+    Nothing where those two are not installed: the tests then say that they did not run.
+    """
+    npm, folder = shutil.which("npm"), VENV / "browser"
+    if not (npm and shutil.which("node") and any(shutil.which(name) for name in CHROMIUM)):
+        return []
+    quiet = ["--disable-pip-version-check", "--quiet", "--no-deps"]
+    parts = [
+        (folder / f"frontend-{version}", [python, "-m", "pip", "install", *quiet, "--target",
+         folder / f"frontend-{version}", f"comfyui-frontend-package=={version}"])
+        for version in FRONTENDS
+    ]  # fmt: skip
+    packages = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder]
+    return [*parts, (folder / "node_modules" / "playwright-core", [*packages, f"playwright-core@{PLAYWRIGHT}"])]
+
+
 def test(args: argparse.Namespace, extra: list[str]) -> int:
     """Run every check to its end, then say how each went."""
     python = set_up(["standalone", "dev"] + ["registry"] * args.registry, args.torch_index)
+    for part, command in browser_parts(python):
+        if not part.is_dir():
+            say(f"Installing {part.name} for the browser tests.")
+            run(command)  # where that fails, the tests that need it say so
     summary, failed = [], False
     for name, command, missing in checks(python, extra, shutil.which("node"), sorted(ROOT.glob("tests/*.test.mjs"))):
         if missing:

@@ -19,7 +19,7 @@ from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles, ModelInfo
 from .plan import PRESETS, RELEASES, CachePlan, SamplePlan
 from .policies import POLICIES
-from .preview import decode
+from .preview import EMPTY, decode
 from .prompts import Prompt, class_prompt
 from .sheet import contact_sheet, save, to_image
 
@@ -80,11 +80,14 @@ def run_compare(args: argparse.Namespace) -> None:
     out = _out(args.out, "compare.png")
     full, run = _draw(model, prompt, [CachePlan(policy="full"), few], sample)
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
-    kept = heatmap(lifetime(run.shares), *_enlarged(pictures[1], args.size), pictures[1])
+    moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
+    seen = pictures[1].clone()
+    seen[:, moment * model.tokenizer.config.factor :] = EMPTY
+    kept = heatmap(run.shares[:, moment - 1], *_enlarged(seen, args.size), seen)
     rows = [
         ("full cache", _remark(full), pictures[0]),
         (_describe(few, model.info), _remark(run), pictures[1]),
-        ("what the few lines kept", "bright: held by most layers and heads for long; dark: evicted soon", kept),
+        (f"what they hold after line {moment}", "bright: held by most layers and heads; dark: evicted", kept),
     ]
     notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
     save(contact_sheet(rows, names, args.size), out, notes)

@@ -40,6 +40,7 @@ class LineCache:
         held = (layers, rows, heads, self.slots)
         self.keys = torch.zeros(*held, dim, dtype=dtype, device=device)
         self.values = torch.zeros(*held, dim, dtype=dtype, device=device)
+        self.nbytes = self.keys.nbytes + self.values.nbytes  # as allocated, whatever rows are kept later
         self.bias = torch.full(held, float("-inf"), dtype=dtype, device=device)
         self.index = torch.full(held, -1, dtype=torch.int32, device=device)
         self.queries = self.mass = None
@@ -50,11 +51,6 @@ class LineCache:
         # Where the line's token at a column goes: one slot for every layer, row and head.
         self.target = torch.zeros(layers, rows, heads, stride, dtype=torch.int64, device=device)
         self.extent = shape.prompt  # slots from here on have never been used; a host number, constant within a line
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.keys.nbytes + self.values.nbytes
 
     @property
     def full(self) -> bool:
@@ -147,7 +143,7 @@ class LineCache:
     # -- the batch ---------------------------------------------------------------------------------------------------
 
     def keep_rows(self, rows: int) -> None:
-        """Go on with the first `rows` sequences only: guidance has ended."""
+        """Go on with the first `rows` sequences only: guidance has ended. Saves their work; their memory stays taken."""
         self.rows = rows
         for name in ("keys", "values", "bias", "index", "queries", "mass", "target"):
             if (buffer := getattr(self, name)) is not None:

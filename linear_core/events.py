@@ -33,8 +33,8 @@ class Line:
     row         0-based
     rows        rows the image will have
     tokens      codes of this row, int64 B cols
-    share       share of layers and heads that hold each image token once the cache is back at its budget,
-                float32 B rows cols; 0 for what is evicted or not there yet
+    share       share of layers and heads that see each image token once victims have been chosen, float32 B rows cols;
+                0 for what is evicted or not there yet. A lazy victim is seen until the next line overwrites it.
     held        image tokens held per head after the line, mean over layers, heads and images
     seconds     time since the previous line
     cache_bytes keys and values, as allocated

@@ -34,9 +34,9 @@ def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = Non
         return colours
     if picture.shape[1:3] != (height, width):
         picture = F.interpolate(picture.permute(0, 3, 1, 2), (height, width), mode="nearest").permute(0, 2, 3, 1)
-    grey = picture.mean(-1, keepdim=True) * 0.35
-    faded = picture * (1 - strength) + grey * strength
-    return (faded + (picture * 0.35 + colours * 0.65 - faded) * (strength * map_.sqrt())[..., None]).clamp(0, 1)
+    faded = picture * (1 - 0.8 * strength)
+    lit = picture * 0.3 + colours * 0.7
+    return faded + (lit - faded) * (strength * 1.2 * map_.sqrt()).clamp(max=1)[..., None]
 
 
 def lifetime(shares: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class EncodeImage(io.ComfyNode):
         grid, factor = info.grid, tokenizer.config.factor
         pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
         host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))
-        device = tokenizer.quantize.embedding.weight.device
+        device = tokenizer.device
         codes = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pictures.split(4)])
         nothing = torch.zeros(len(codes), 1, grid.rows, grid.cols)
         return io.NodeOutput(

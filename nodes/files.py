@@ -90,7 +90,7 @@ def bundled_info() -> ModelInfo:
 def find_files(model: str, tokenizer: str, grid: tuple[int, int] | None = None) -> ModelFiles:
     """The checkpoints of the chosen model and tokenizer. Raises UserError where one is missing."""
     bundled = bundled_files()
-    decoder = bundled.decoder if model == BUNDLED_NAME else _find(model)
+    decoder = find_decoder(model)
     if tokenizer != AUTOMATIC:
         return ModelFiles(decoder, _find(tokenizer))
     if model == BUNDLED_NAME:
@@ -98,10 +98,9 @@ def find_files(model: str, tokenizer: str, grid: tuple[int, int] | None = None) 
     return ModelFiles(decoder, find_tokenizer(decoder, grid, [_find(name) for name in _listed()[1]]))
 
 
-def find_names(model: str, tokenizer: str) -> list[Path]:
-    """Where the named files are, without a look inside. Raises UserError where one is missing."""
-    chosen = [name for name in (model, tokenizer) if name not in (BUNDLED_NAME, AUTOMATIC)]
-    return [_find(name) for name in chosen] or [bundled_files().decoder]
+def find_decoder(model: str) -> Path:
+    """Where the chosen model is, without a look inside. Raises UserError where it is missing."""
+    return bundled_files().decoder if model == BUNDLED_NAME else _find(model)
 
 
 def _find(name: str) -> Path:

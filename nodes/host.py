@@ -107,7 +107,9 @@ def managed(module: nn.Module) -> ModelPatcher:
 
 
 def managed_text_encoder(module: nn.Module) -> ModelPatcher:
-    return ModelPatcher(module, management.text_encoder_device(), management.text_encoder_offload_device())
+    """The same for a text encoder, which goes where ComfyUI puts those."""
+    holder = nn.ModuleList([module])  # ComfyUI writes down the device on it, and transformers' modules refuse
+    return ModelPatcher(holder, management.text_encoder_device(), management.text_encoder_offload_device())
 
 
 def unload(model: ModelPatcher) -> None:
@@ -132,6 +134,9 @@ def to_intermediate(picture: Tensor) -> Tensor:
 
 
 # -- progress --------------------------------------------------------------------------------------------------------
+
+
+Interrupted = management.InterruptProcessingException
 
 
 def stop_if_asked() -> None:
@@ -183,5 +188,6 @@ def keep_for_the_page(picture: Image.Image) -> dict[str, str]:
     folder = folder_paths.get_temp_directory()
     os.makedirs(folder, exist_ok=True)
     name = f"linear_{uuid.uuid4().hex}.png"
-    picture.save(os.path.join(folder, name), compress_level=1)
+    # A copy: saving sets the picture up for its format, and ComfyUI's own thread may be saving it as a preview.
+    picture.copy().save(os.path.join(folder, name), compress_level=1)
     return {"filename": name, "subfolder": "", "type": "temp"}

@@ -122,7 +122,9 @@ class Live:
         self._show((picture, len(self.lines)))
         self.trace.finish()
         self._tell()
-        return {"linear_ar": self.trace.events, "linear_ar_picture": [host.keep_for_the_page(picture)]}
+        return {"linear_ar": self.trace.events} | (
+            {"linear_ar_picture": [host.keep_for_the_page(picture)]} if self.beside is None else {}
+        )
 
     def close(self) -> None:
         self.painter.close()
@@ -156,6 +158,7 @@ class Painter:
         self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
         self.done: tuple[Image.Image, int] | None = None
         self.next = 0.0
+        self.stopped: BaseException | None = None
         self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
         self.thread.start()
 
@@ -170,13 +173,16 @@ class Painter:
         return True
 
     def take(self) -> tuple[Image.Image, int] | None:
-        """The newest picture and the lines it shows, once."""
+        """The newest picture and the lines it shows, once. Raises ComfyUI's interrupt where the thread got it."""
+        if self.stopped is not None:
+            raise self.stopped
         done, self.done = self.done, None
         return done
 
     def last(self, job: Any) -> Image.Image:
         """The picture that must not be dropped."""
         self.close()
+        self.take()
         return self.paint(job)
 
     def close(self) -> None:
@@ -190,6 +196,9 @@ class Painter:
             begun = time.perf_counter()
             try:
                 self.done = self.paint(job[0]), job[1]
+            except host.Interrupted as stop:  # ComfyUI's layers ask for Stop on any thread, and it is told only once
+                self.stopped = stop
+                return
             except Exception as error:  # the run is worth more than its preview; the last picture is made in any case
                 host.log.warning("LineAR: no preview (%s)", error)
                 return

@@ -83,10 +83,10 @@ class LoadModel(io.ComfyNode):
         return io.NodeOutput(Model(image, host.managed(image.decoder), host.managed(image.tokenizer)))
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None, tokenizer: str | None = None) -> bool | str:
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
         """In place of the host's check, which only says that a name is not in the list; a linked one is None here."""
         try:
-            return not (model and tokenizer) or bool(files.find_names(model, tokenizer))
+            return model is None or bool(files.find_decoder(model))
         except UserError as error:
             return str(error)
 

@@ -80,8 +80,8 @@ class LineCache(io.ComfyNode):
                 MEMORY.Input(
                     "memory",
                     tooltip="Keys and values that the Generate node behind this one will allocate: 2 × layers × "
-                    "sequences × heads × numbers a head × (prompt + lines × tokens a line) × bytes a number. Sequences: "
-                    "pictures, twice with guidance.",
+                    "sequences × heads × numbers a head × (prompt + lines × tokens a line) × bytes a number. "
+                    "Sequences: pictures, twice with guidance.",
                     extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
                 ),
             ],

@@ -210,16 +210,19 @@ def test_guidance_interval_drops_the_unconditional_half(name, release, interval)
     assert short.cache.rows == (4 if guided >= 30 else 2)
 
 
-def test_guidance_interval_with_padding():
-    """The padding of the rows that stay is the one that goes on."""
-    toy = Toy(5, 4, length=5, dtype=DOUBLE)
+def test_guidance_interval_goes_on_with_the_padding_of_the_rows_that_stay():
+    """The same where positions depend on padding, and the rows that go have another one."""
+    toy, guided = Toy(5, 4, length=5, dtype=DOUBLE), 8
+
+    def conditional_only(number: int, logits: Tensor) -> Tensor:
+        return logits if number < guided else logits[:2].repeat(2, 1)
+
     prompt = toy.prompt([5, 2])
-    both = decode(toy, prompt, PLAN, SamplePlan(3, guidance=2.5, guidance_interval=6))
-    for i, length in enumerate([5, 2]):
-        small = Toy(5, 4, length=length, dtype=DOUBLE)
-        alone = decode(small, small.prompt([length]), PLAN, SamplePlan(3 + i, guidance=2.5, guidance_interval=6))
-        assert torch.equal(alone.tokens[0], both.tokens[i])
-        torch.testing.assert_close(alone.logits[-1][0], both.logits[-1][i], atol=1e-5, rtol=1e-5)
+    short = decode(toy, prompt, PLAN, SamplePlan(3, guidance=2.5, guidance_interval=guided - 2))
+    whole = decode(toy, prompt, PLAN, SamplePlan(3, guidance=2.5), conditional_only)
+    assert torch.equal(short.tokens, whole.tokens)
+    for a, b in zip(short.logits, whole.logits, strict=True):
+        torch.testing.assert_close(a[:2], b[:2], atol=1e-5, rtol=1e-5)
 
 
 # -- what people are told ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ours equals the published LlamaGen on small random weights: numbers recorded from upstream, see llamagen_reference."""
+"""Ours equals the published LlamaGen on small random weights: recorded numbers, see llamagen_reference."""
 
 from __future__ import annotations
 

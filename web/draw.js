@@ -44,11 +44,12 @@ export function layout(width, height, run, legend = true) {
   const lines = Math.ceil(shown / columns);
   const bar = Math.max(6, Math.min(22, width * 0.05)); // the bars that say how much of each line is left
   const room = { width: width / columns - bar - GAP, height: (height - (legend ? LEGEND : 0)) / lines - GAP };
-  const cell = Math.max(0.25, Math.min(room.width / cols, room.height / rows));
+  const fits = Math.max(0.25, Math.min(room.width / cols, room.height / rows));
+  const cell = fits > 6 ? Math.floor(fits) : fits; // whole pixels leave no seams
   const size = { width: cell * cols, height: cell * rows };
   const all = { width: columns * (size.width + bar + GAP) - GAP / 2, height: lines * (size.height + GAP) - GAP };
-  const left = (width - all.width) / 2;
-  const top = Math.max(1, (height - (legend ? LEGEND : 0) - all.height) / 2);
+  const left = Math.round((width - all.width) / 2);
+  const top = Math.round(Math.max(1, (height - (legend ? LEGEND : 0) - all.height) / 2));
   const boxes = Array.from({ length: shown }, (_, i) => ({
     x: left + (i % columns) * (size.width + bar + GAP),
     y: top + Math.floor(i / columns) * (size.height + GAP),
@@ -99,7 +100,7 @@ export function draw(ctx, { at, theme, mode, held, done, drawn, running, picture
       ctx.drawImage(picture, sx, sy, w, (h * seen) / rows, box.x, box.y, box.width, box.cell * seen);
     }
     const known = held.length >= (image + 1) * rows * cols;
-    if (mode !== "image" && known) cells(ctx, box, at, held, image, done, mode);
+    if (mode !== "image" && known) cells(ctx, box, at, held, image, done, mode === "kept" ? 0 : drawn, mode === "kept" ? 1 : 0.5);
     if (known) bars(ctx, box, at, held, image, done, theme);
     if (running && done < rows) scan(ctx, box, at, done, theme);
     if (cut >= 0) knife(ctx, box, at, cut, theme);
@@ -115,20 +116,20 @@ export function draw(ctx, { at, theme, mode, held, done, drawn, running, picture
   if (at.legend && mode !== "image") legend(ctx, at.legend, theme);
 }
 
-/** @param {any} ctx @param {Box} box @param {Layout} at @param {Uint8Array} held @param {number} image @param {number} done @param {string} mode */
-function cells(ctx, box, at, held, image, done, mode) {
+/** @param {any} ctx @param {Box} box @param {Layout} at @param {Uint8Array} held @param {number} image @param {number} done @param {number} drawn lines below which there is no picture to light @param {number} alpha  there */
+function cells(ctx, box, at, held, image, done, drawn, alpha) {
   const { rows, cols } = at;
-  const inset = box.cell >= 7 && mode === "kept" ? 0.5 : 0; // a hairline between large cells
+  const inset = box.cell >= 7 ? 0.5 : 0; // a hairline between large cells
   for (let row = 0; row < Math.min(done, rows); row++) {
     for (let col = 0; col < cols; col++) {
       const share = held[(image * rows + row) * cols + col];
       const [x, y] = [box.x + col * box.cell, box.y + row * box.cell];
-      const [w, h] = [box.cell - inset, box.cell - inset];
       const [r, g, b] = RAMP[share];
-      if (mode === "kept") {
-        ctx.fillStyle = `rgb(${r} ${g} ${b})`;
-        ctx.fillRect(x, y, w, h);
+      if (row >= drawn) {
+        ctx.fillStyle = alpha === 1 ? `rgb(${r} ${g} ${b})` : `rgb(${r} ${g} ${b} / ${alpha})`;
+        ctx.fillRect(x, y, box.cell - inset, box.cell - inset);
       } else {
+        const [w, h] = [box.cell, box.cell];
         const light = Math.sqrt(share / 255);
         ctx.fillStyle = `rgb(8 12 24 / ${(0.7 * (1 - light)).toFixed(3)})`; // dimmed where it is gone
         if (light < 1) ctx.fillRect(x, y, w, h);

@@ -15,8 +15,9 @@ import { cellAt, draw, layout } from "./draw.js";
 import { EMPTY, cacheBytes, canChoose, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } from "./state.js";
 
 const EVENT = "linear_ar.line";
-/** Node -> its widget. @type {Map<any, any>} */
-const views = new Map();
+/** The view on a node; it lives with its widget. @param {any} node */
+const viewOf = (node) => node?.widgets?.find((/** @type {any} */ widget) => widget.linearView)?.linearView;
+const allViews = () => everyNode(app.rootGraph ?? app.graph).map(viewOf).filter(Boolean);
 
 /** What the schemas say: sizes of every model's cache, and the presets. */
 const known = { /** @type {Record<string, any>} */ models: {}, /** @type {Record<string, any>} */ presets: {} };
@@ -47,6 +48,7 @@ button:disabled { opacity: 0.5; cursor: default; }
 .modes button:focus-visible { outline-offset: -2px; }
 input[type=range] { accent-color: #e3b341; min-width: 0; flex: 1; height: 16px; margin: 0; cursor: pointer; }
 .status { font-size: 11px; font-variant-numeric: tabular-nums; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; flex: none; }
+.status.grow { flex: 1; min-width: 0; }
 .quiet { color: var(--descrip-text); }
 .tip { position: absolute; pointer-events: none; z-index: 1; background: var(--comfy-menu-bg); color: var(--fg-color);
   border: 1px solid var(--border-color); border-radius: 5px; padding: 2px 7px; white-space: nowrap; max-width: 100%;
@@ -126,7 +128,7 @@ function paper(paint) {
     const rect = canvas.getBoundingClientRect();
     return [((event.clientX - rect.left) * canvas.clientWidth) / rect.width, ((event.clientY - rect.top) * canvas.clientHeight) / rect.height];
   };
-  return { box, canvas, tip, redraw, point, end: () => observer.disconnect() };
+  return { box, canvas, tip, redraw, point };
 }
 
 /** Modes that exclude each other, for pointer and keyboard. @param {string[]} names @param {string} label @param {(name: string) => void} choose */
@@ -173,6 +175,7 @@ class View {
     this.look = { row: -1, layer: -1, head: -1 };
     this.hover = -1;
     this.cut = -1;
+    this.where = /** @type {[number, number]} */ ([0, 0]);
     /** @type {ImageBitmap | null} */
     this.picture = null;
     this.pictured = 0; // lines the picture shows
@@ -219,7 +222,7 @@ class View {
   event(event) {
     const before = this.state.run?.run;
     this.state = reduce(this.state, event);
-    if (this.state.run?.run !== before) this.fresh();
+    if (event.kind === "started" || this.state.run?.run !== before) this.fresh();
     if (event.kind === "row") this.pictured = Math.max(this.pictured, event.pictured);
     this.show();
   }
@@ -287,6 +290,7 @@ class View {
     const [x, y] = this.paper.point(event);
     const cell = cellAt(this.at, x, y);
     this.setHover(cell);
+    this.where = /** @type {[number, number]} */ ([x, y]);
     if (cell >= 0) this.tell(cell, x, y);
   }
 
@@ -401,7 +405,7 @@ class View {
     this.goOn.hidden = !partly;
     this.over.hidden = !keptNow;
     this.note.textContent = keptNow ? `next run keeps rows 1–${widgetValue(this.node, "keep_rows")}` : after && this.cut < 1 && !state.partial && !partly ? "click a row to draw anew from there" : "";
-    if (!this.paper.tip.hidden && this.hover >= 0) this.paper.tip.textContent = hoverText(state, this.hover, look);
+    if (!this.paper.tip.hidden && this.hover >= 0) this.tell(this.hover, ...this.where);
     this.paper.redraw();
   }
 
@@ -429,9 +433,6 @@ class View {
 
   end() {
     this.stop();
-    this.paper.end();
-    this.picture?.close();
-    views.delete(this.node);
   }
 }
 
@@ -482,7 +483,7 @@ class Slider {
   event(event) {
     const before = this.state.run?.run;
     this.state = reduce(this.state, event);
-    if (this.state.run?.run !== before) this.clear();
+    if (event.kind === "started" || this.state.run?.run !== before) this.clear();
     this.show();
   }
 
@@ -580,11 +581,7 @@ class Slider {
     this.paper.canvas.setAttribute("aria-valuenow", String(Math.round(this.at * 100)));
   }
 
-  end() {
-    this.paper.end();
-    this.clear();
-    views.delete(this.node);
-  }
+  end() {}
 }
 
 // -- Line Cache: the memory line --------------------------------------------------------------------------------------
@@ -622,6 +619,11 @@ class Memory {
     this.status = el("div", { className: "status" });
     this.fill = el("div", { className: "fill" });
     this.root = host(el("div", { className: "row memory" }, this.status), el("div", { className: "track" }, this.fill));
+    this.begin();
+  }
+
+  begin() {
+    clearInterval(this.timer);
     // Links, widgets and other nodes all count; looking at them now and then is cheaper than following each.
     this.timer = setInterval(() => this.show(), 400);
     this.show();
@@ -686,7 +688,6 @@ const byId = (/** @type {any} */ graph, /** @type {string} */ id) => graph?.getN
 /** @param {any} make @param {number} height @param {boolean} live */
 const widgetOf = (make, height, live) => (/** @type {any} */ node, /** @type {string} */ name, /** @type {any} */ data) => {
   const view = new make(node);
-  if (live) views.set(node, view);
   view.root.style.setProperty("--least", `${height}px`);
   const keeps = make === View;
   const widget = node.addDOMWidget(name, data[0], view.root, {
@@ -702,7 +703,12 @@ const widgetOf = (make, height, live) => (/** @type {any} */ node, /** @type {st
     ...(live ? {} : { getMaxHeight: () => height }),
   });
   widget.serialize = keeps;
-  const removed = node.onRemoved;
+  if (live) widget.linearView = view;
+  const [added, removed] = [node.onAdded, node.onRemoved];
+  node.onAdded = function () {
+    view.begin?.();
+    return added?.apply(this, arguments);
+  };
   node.onRemoved = function () {
     view.end();
     return removed?.apply(this, arguments);
@@ -715,7 +721,7 @@ const widgetOf = (make, height, live) => (/** @type {any} */ node, /** @type {st
 
 /** Draw what nodes left behind in an earlier session of the page. */
 async function restore() {
-  const empty = [...views.values()].filter((view) => !view.state.run);
+  const empty = allViews().filter((view) => !view.state.run);
   if (!empty.length) return;
   const graphId = (app.rootGraph ?? app.graph)?.id;
   const history = await (await api.fetchApi("/history?max_items=20")).json();
@@ -724,7 +730,7 @@ async function restore() {
     .sort((/** @type {any} */ a, /** @type {any} */ b) => b.prompt[0] - a.prompt[0]);
   for (const run of /** @type {any[]} */ (runs))
     for (const [id, output] of Object.entries(run.outputs ?? {})) {
-      const view = views.get(findNode(id));
+      const view = viewOf(findNode(id));
       if (view && !view.state.run) void view.load(output);
     }
 }
@@ -747,11 +753,11 @@ app.registerExtension({
   },
 
   setup() {
-    const view = (/** @type {any} */ ...ids) => ids.map((id) => id !== undefined && views.get(findNode(id))).find(Boolean);
+    const view = (/** @type {any} */ ...ids) => ids.map((id) => id !== undefined && viewOf(findNode(id))).find(Boolean);
     api.addEventListener(EVENT, ({ detail }) => view(detail.node)?.event(detail));
     api.addEventListener("b_preview_with_metadata", ({ detail }) => void view(detail.nodeId)?.setPicture(detail.blob));
     api.addEventListener("executed", ({ detail }) => void view(detail.node, detail.display_node)?.load(detail.output));
-    const stopped = () => views.forEach((each) => each.running && each.event({ kind: "stopped" }));
+    const stopped = () => allViews().forEach((each) => each.running && each.event({ kind: "stopped" }));
     api.addEventListener("execution_interrupted", stopped);
     api.addEventListener("execution_error", stopped);
   },

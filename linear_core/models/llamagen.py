@@ -117,9 +117,12 @@ class LlamaGen(nn.Module):
     def check(self, prompt: Prompt) -> None:
         """Refuse what another model's prompt is: a class for a text, too many or too long ones."""
         c, tokens = self.config, prompt.tokens
-        if c.classes and (tokens.ndim != 2 or prompt.length != 1 or int(tokens.max()) > c.classes):
+        if c.classes and (tokens.ndim != 2 or prompt.length != 1):
+            raise UserError("prompt: this model draws classes, not texts; connect a Class Prompt.")
+        if c.classes and (largest := int(tokens.max())) > c.classes:
             raise UserError(
-                f"prompt: this model draws one of {c.classes} classes; connect a Class Prompt made with this model."
+                f"prompt: it asks for class {largest}, and this model has {c.classes}; connect a Class Prompt made "
+                "with this model."
             )
         if c.caption_dim and (tokens.ndim != 3 or prompt.length > c.caption_slots):
             raise UserError("prompt: this model draws what a text says; connect a Text Prompt.")

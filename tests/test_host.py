@@ -1,0 +1,133 @@
+"""A real ComfyUI, on the CPU, with this pack in it: `COMFYUI_DIR=path/to/ComfyUI python3 dev.py test -m host`.
+
+See comfy_server.py for COMFYUI_PYTHON (where ComfyUI has an environment of its own) and COMFYUI_ARGS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, Server, comfyui, ours
+
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(not os.environ.get("COMFYUI_DIR"), reason="COMFYUI_DIR does not say where a ComfyUI is"),
+]
+ROWS = 24  # of the bundled model
+EVENT = "linear_ar.line"
+
+
+def runs_anywhere(path: Path) -> bool:
+    """Whether a workflow needs no model that has to be fetched, and no picture of the user's."""
+    nodes = json.loads(path.read_text(encoding="utf-8")).values()
+    models = {node["inputs"]["model"] for node in nodes if node["class_type"] == "LineAR_LoadModel"}
+    return models <= {"landscapes (bundled)"} and not any(node["class_type"] == "LoadImage" for node in nodes)
+
+
+TWINS = [path for path in sorted(WORKFLOWS.glob("api/*.json")) if runs_anywhere(path)]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with comfyui() as running:
+        yield running
+
+
+def complaints(log: str) -> list[str]:
+    """Lines of the log that are about this pack, other than how long its import took, and every traceback."""
+    lines = [line for line in log.splitlines() if re.search(rf"{PACK}|LineAR|linear_core|Traceback", line)]
+    return [line for line in lines if not re.search(r"\d\.\d seconds: ", line)]
+
+
+def prompt_of(path: Path, seed: int) -> dict:
+    """An API workflow, with a seed that was not drawn before, so that nothing comes from the host's cache."""
+    prompt = json.loads(path.read_text(encoding="utf-8"))
+    for node in prompt.values():
+        if node["class_type"] == "PrimitiveInt":
+            node["inputs"]["value"] = seed
+        if isinstance(node["inputs"].get("seed"), int):
+            node["inputs"]["seed"] = seed
+    return prompt
+
+
+def finish(server: Server, prompt: dict) -> tuple[list, dict]:
+    """Run a prompt: its messages, and the last one."""
+    *messages, end = server.run(prompt)
+    return messages, end
+
+
+def test_it_starts_without_a_word_of_complaint(server):
+    assert complaints(server.log) == []
+    assert "IMPORT FAILED" not in server.log and "Error while calling comfy_entrypoint" not in server.log
+
+
+def test_the_schemas_are_those_that_were_recorded(server):
+    info = {name: ours(node) for name, node in server.get("/object_info").items() if name.startswith("LineAR_")}
+    assert info == json.loads(GOLDEN.read_text(encoding="utf-8")), "record again as comfy_server.py says"
+
+
+def test_help_pages_and_workflows_are_served(server):
+    for name in json.loads(GOLDEN.read_text(encoding="utf-8")):
+        assert server.read(f"/extensions/{PACK}/docs/{name}.md").startswith(b"# ")
+    assert sorted(server.get("/workflow_templates")[PACK]) == sorted(p.stem for p in WORKFLOWS.glob("*.json"))
+    for path in WORKFLOWS.glob("*.json"):
+        assert server.get(f"/api/workflow_templates/{PACK}/{path.name}")["nodes"]
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
+def test_a_workflow_runs(server, path):
+    prompt = prompt_of(path, 1001 + 100 * TWINS.index(path))
+    messages, end = finish(server, prompt)
+    assert end["type"] == "execution_success", end
+    pictures = server.pictures(end["data"]["prompt_id"])
+    assert pictures and all(picture.stat().st_size > 1000 for picture in pictures)
+
+    drawing = [key for key, node in prompt.items() if node["class_type"] in ("LineAR_Generate", "LineAR_Compare")]
+    told = [message for message in messages if isinstance(message, dict)]
+    for node in drawing:
+        kept = prompt[node]["inputs"].get("keep_rows", 0), prompt[node]["inputs"].get("stop_after", 0) or ROWS
+        bar = [m["data"]["value"] for m in told if m["type"] == "progress" and m["data"]["node"] == node]
+        assert bar and max(bar) == kept[1], "the progress bar counts rows"
+        events = [m["data"] for m in told if m["type"] == EVENT and m["data"]["node"] == node]
+        assert [event["row"] for event in events if event["kind"] == "row"] == list(range(kept[1]))
+    shown = [m for m in messages if isinstance(m, bytes) and int.from_bytes(m[:4], "big") == PREVIEW]
+    assert len(shown) >= 2 * len(drawing), "rows are shown while they come"
+    assert complaints(server.log) == []
+
+
+def test_stop_takes_effect_within_a_row_and_leaves_a_host_that_goes_on(server):
+    path = WORKFLOWS / "api" / "first_image.json"
+    before, after, end = 0, 0, {}
+    for message in server.run(prompt_of(path, 2002)):
+        if not isinstance(message, dict):
+            continue
+        end = message
+        if message["type"] == EVENT and message["data"]["kind"] == "row":
+            after += bool(before)
+            if message["data"]["row"] == 4 and not before:
+                before = time.monotonic()
+                server.post("/interrupt", {})
+    assert end["type"] == "execution_interrupted", end
+    assert after <= 1, "at most the row that was being finished"
+    _, end = finish(server, prompt_of(path, 2002))
+    assert end["type"] == "execution_success"
+    assert complaints(server.log) == []
+
+
+def test_a_mistake_is_told_in_one_sentence(server):
+    """Last of all: the host writes the mistake into its log, with the place in our code."""
+    prompt = prompt_of(WORKFLOWS / "api" / "first_image.json", 3003)
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == "LineAR_ClassPrompt"]
+    prompt[key]["inputs"]["more_classes"] = "spaceship"
+    _, end = finish(server, prompt)
+    assert end["type"] == "execution_error"
+    assert re.fullmatch(
+        r"class: landscapes has no class 'spaceship'; choose one of [\w ,]+\.", end["data"]["exception_message"].strip()
+    )
+    assert end["data"]["node_id"] == key

@@ -1,0 +1,196 @@
+"""What the widget is about: kept rows, rows cut off, encoded pictures, comparing, and what the page is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.test_nodes import (  # the fixtures too
+    FACTOR,
+    FULL,
+    NODES,
+    PACK,
+    ROWS,
+    CachePlan,
+    UserError,
+    comfy,  # noqa: F401
+    importlib,
+    one,  # noqa: F401
+    run,
+    small,  # noqa: F401
+)
+
+live = importlib.import_module(f"{PACK}.nodes.live")
+events = importlib.import_module(f"{PACK}.linear_core.events")
+
+
+def told(comfy):  # noqa: F811
+    """The events that the page got, in order."""
+    return [data for event, data in comfy.sent if event == events.EVENT]
+
+
+def ui(node, **inputs):
+    return node.execute(**inputs).ui
+
+
+def test_the_page_is_told_of_every_row_and_the_node_keeps_it_all(one, comfy):  # noqa: F811
+    node = NODES["LineAR_Generate"]
+    settings = {"seed": 5, "guidance": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batch_size": 2}
+    kept = ui(node, cache=CachePlan(), **settings, **one)
+    stream = told(comfy)
+    assert [event["kind"] for event in stream] == ["started", *["row"] * ROWS, "finished"]
+    assert kept["linear_ar"] == [{k: v for k, v in event.items() if k != "node"} for event in stream]
+    assert len({(event["run"], event["node"]) for event in stream}) == 1
+    (ref,) = kept["linear_ar_picture"]
+    assert ref["type"] == "temp" and "images" not in kept, "the host would show them a second time"
+    started = stream[0]
+    assert (started["images"], started["shown"], started["columns"], started["lines"]) == (2, 2, 2, 4)
+    shape = one["model"].image.decoder.cache_shape()
+    assert started["cache_bytes"] == shape.bytes(one["model"].image.info.grid, CachePlan(), 4)
+    shown = [row["pictured"] for row in stream[1:-1]]
+    assert shown == sorted(shown) and all(lines <= row + 1 for row, lines in enumerate(shown))
+
+
+def test_the_same_rows_again_and_a_new_rest(small, one):  # noqa: F811
+    """Rows kept from another Generate stay, with the seed of the whole the rest is the same, with another it is not."""
+    settings = {"cache": CachePlan(), "guidance": 3.0, **one}
+    (whole,) = run("Generate", seed=5, **settings)
+    (same,) = run("Generate", seed=5, tokens=whole, keep_rows=5, **settings)
+    assert torch.equal(same.codes, whole.codes) and torch.equal(same.shares, whole.shares)
+    (other,) = run("Generate", seed=6, tokens=whole, keep_rows=5, **settings)
+    assert torch.equal(other.codes[:, :5], whole.codes[:, :5]) and not torch.equal(other.codes, whole.codes)
+    text = events.pack_codes(whole.codes[:, :6])
+    (again,) = run("Generate", seed=6, keep_rows=5, view=text, **settings)
+    assert torch.equal(again.codes, other.codes), "the widget hands the same rows back"
+    (first,) = run("Generate", seed=9, keep_rows=5, view=text, tokens=other, **settings)
+    assert torch.equal(first.codes[:, :5], whole.codes[:, :5]), "what the widget hands back goes first"
+
+
+def test_a_picture_cut_off(small, one):  # noqa: F811
+    """stop_after draws so many rows, and with as many kept it draws none; both decode."""
+    settings = {"cache": CachePlan(), "guidance": 1.0, "seed": 5, **one}
+    (whole,) = run("Generate", **settings)
+    (top,) = run("Generate", stop_after=3, **settings)
+    assert torch.equal(top.codes, whole.codes[:, :3]) and top.shares.shape == (1, 3, 3, ROWS)
+    (kept,) = run("Generate", stop_after=3, keep_rows=3, view=events.pack_codes(top.codes), **settings)
+    assert torch.equal(kept.codes, top.codes)
+    (image,) = run("Decode", model=small, tokens=kept)
+    assert image.shape == (1, 3 * FACTOR, ROWS * FACTOR, 3)
+    assert run("RetentionHeatmap", tokens=kept, image=image, show={"show": "lifetime"})[0].shape == image.shape
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        ({"keep_rows": 3}, "connect tokens"),
+        ({"keep_rows": 3, "view": "nonsense"}, "Start over"),
+        ({"keep_rows": 3, "view": "1x2x8:" + "AAAA" * 10 + "AAA="}, "there are"),
+        ({"keep_rows": ROWS, "tokens": "whole"}, f"at most {ROWS - 1}"),
+        ({"keep_rows": 2, "tokens": "foreign"}, "encode the picture"),
+    ],
+)
+def test_rows_that_cannot_stay(one, inputs, named):  # noqa: F811
+    """Each in a sentence that names the widget."""
+    codes = torch.zeros(1, ROWS, ROWS, dtype=torch.int64)
+    book = one["model"].image.info.config.codes
+    given = {
+        "whole": SimpleNamespace(codes=codes, codebook=book, model="m"),
+        "foreign": SimpleNamespace(codes=codes, codebook=book + 1, model="m"),
+    }
+    if inputs.get("view", "").startswith("1x2x8"):
+        inputs = inputs | {"view": events.pack_codes(codes[:, :2])}
+    if "tokens" in inputs:
+        inputs = inputs | {"tokens": given[inputs["tokens"]]}
+    with pytest.raises(UserError, match=r"(?i)" + named):
+        run("Generate", cache=FULL, seed=1, **inputs, **one)
+
+
+def test_a_picture_becomes_tokens_and_goes_on_downward(small, one):  # noqa: F811
+    """Encode crops to the model's shape; the upper half of it stays when the lower is drawn."""
+    image = torch.linspace(0, 1, 60 * 90 * 3).view(1, 60, 90, 3)
+    (tokens,) = run("EncodeImage", model=small, image=image)
+    assert tokens.codes.shape == (1, ROWS, ROWS) and tokens.codebook == one["model"].image.info.config.codes
+    (drawn,) = run("Generate", cache=CachePlan(), seed=3, guidance=1.0, tokens=tokens, keep_rows=4, **one)
+    assert torch.equal(drawn.codes[:, :4], tokens.codes[:, :4]) and not torch.equal(drawn.codes, tokens.codes)
+    (decoded,) = run("Decode", model=small, tokens=tokens)
+    middle = live_fit(image)
+    assert (decoded - middle).abs().mean() < 0.2, "it looks like the picture"
+
+
+def live_fit(image):
+    fit = importlib.import_module(f"{PACK}.nodes.encode").fit
+    return fit(image, ROWS * FACTOR, ROWS * FACTOR).permute(0, 2, 3, 1)
+
+
+def test_a_tokenizer_without_its_encoder_says_so(small):  # noqa: F811
+    tokenizer = SimpleNamespace(config=SimpleNamespace(encoder_widths=()))
+    files = SimpleNamespace(tokenizer=SimpleNamespace(name="half.safetensors"))
+    model = SimpleNamespace(image=SimpleNamespace(info=small.image.info, tokenizer=tokenizer, files=files))
+    with pytest.raises(UserError, match=r"half\.safetensors has no encoder"):
+        run("EncodeImage", model=model, image=torch.zeros(1, 8, 8, 3))
+
+
+def test_compare_is_two_generates(small, one, comfy):  # noqa: F811
+    """The same seeds with the full cache and with few lines, each as Generate alone draws it."""
+    node = NODES["LineAR_Compare"]
+    settings = {"seed": 5, "guidance": 2.0, "batch_size": 2}
+    out = node.execute(cache=CachePlan(budget=2, recent=1), temperature=-1, top_k=-1, top_p=-1, **settings, **one)
+    full, few, report = out.result
+    for image, plan in ((full, FULL), (few, CachePlan(budget=2, recent=1))):
+        (tokens,) = run("Generate", cache=plan, **settings, **one)
+        torch.testing.assert_close(image, run("Decode", model=small, tokens=tokens)[0])
+    assert "full cache" in report and "2 of 8 lines" in report and "−" in report
+    assert len(out.ui["linear_ar_pairs"]) == 2 and all(len(pair) == 2 for pair in out.ui["linear_ar_pairs"])
+    previews = [data[0][1] for event, data in comfy.sent if event == 4]
+    assert (previews and previews[0].width == 2 * previews[0].height * 2 // 1) or previews[0].width > previews[0].height
+    with pytest.raises(UserError, match="keeps every line"):
+        node.execute(cache=FULL, temperature=-1, top_k=-1, top_p=-1, **settings, **one)
+
+
+# -- the sampler never waits ----------------------------------------------------------------------------------------
+
+
+def test_offers_are_dropped_while_a_picture_is_made():
+    """A painter that is busy takes nothing, and offering never blocks; the last picture is always made."""
+    go, asked = threading.Event(), []
+
+    def paint(job):
+        asked.append(job)
+        assert go.wait(10)
+        return Image.new("RGB", (1, 1), (job, 0, 0))
+
+    painter = live.Painter(paint)
+    painter.pause = painter.share = 0
+    painter.share = 1.0
+    begun = time.perf_counter()
+    assert painter.offer(1, 1)
+    assert [painter.offer(number, number) for number in range(2, 50)] == [False] * 48
+    assert time.perf_counter() - begun < 1 and painter.take() is None
+    go.set()
+    assert painter.last(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99]
+    assert not painter.thread.is_alive()
+
+
+def test_pictures_take_their_share_of_the_time_and_no_more():
+    """After a picture that took long, the next one waits in proportion."""
+    painter = live.Painter(lambda job: time.sleep(0.02) or Image.new("RGB", (1, 1)))
+    assert painter.offer(1, 1)
+    while painter.take() is None:
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert painter.next - time.perf_counter() > 0.1, "0.02 s of work is a tenth of 0.2 s"
+    assert not painter.offer(2, 2)
+    painter.close()
+
+
+def test_a_preview_that_fails_does_not_end_the_run(caplog):
+    painter = live.Painter(lambda job: 1 / 0)
+    assert painter.offer(1, 1)
+    painter.thread.join(5)
+    assert "no preview" in caplog.text and painter.take() is None
+    painter.close()
