@@ -143,7 +143,7 @@ class LineCache:
     # -- the batch ---------------------------------------------------------------------------------------------------
 
     def keep_rows(self, rows: int) -> None:
-        """Go on with the first `rows` sequences only: guidance has ended. Saves their work; their memory stays taken."""
+        """Go on with the first `rows` sequences only: guidance has ended. Saves work; the memory stays taken."""
         self.rows = rows
         for name in ("keys", "values", "bias", "index", "queries", "mass", "target"):
             if (buffer := getattr(self, name)) is not None:

@@ -249,7 +249,7 @@ def report(full: Run, few: Run, started_few: Started, label: str) -> str:
     return "\n".join(
         [
             f"full cache: {started_few.full_bytes / MIB:.1f} MiB, {full.tokens_per_second:.0f} tokens/s",
-            f"{label}: {started_few.cache_bytes / MIB:.1f} MiB (−{saved:.0%}), {few.tokens_per_second:.0f} tokens/s",
+            f"{label}: {started_few.cache_bytes / MIB:.1f} MiB (\u2212{saved:.0%}), {few.tokens_per_second:.0f} tokens/s",
             f"the same codes with the same seeds: {same:.0%}",
         ]
     )

@@ -46,9 +46,7 @@ class ClassPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, model: Model, class_name: str, more_classes: str = "") -> io.NodeOutput:
         if model.image.info.text:
-            raise UserError(
-                f"model: {model.image.info.name} draws from texts; choose a model that knows classes."
-            )
+            raise UserError(f"model: {model.image.info.name} draws from texts; choose a model that knows classes.")
         names = [] if class_name == BELOW else [class_name]
         names += [line.strip() for line in more_classes.splitlines() if line.strip()]
         if not names:

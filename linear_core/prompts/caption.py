@@ -67,14 +67,16 @@ WORDS = [
 ]
 
 # Ligatures, wide and narrow letters, quotes, line ends, control characters, letters of a Windows code page.
-COMPATIBLE = "\u3000ĳŉǆǉǌǳ" + "".join(map(chr, [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0)]))
+COMPATIBLE = "\u3000\u0133\u0149\u01c6\u01c9\u01cc\u01f3" + "".join(
+    map(chr, [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0)])
+)
 INVISIBLE = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
 TIDY = {
     **{ord(c): unicodedata.normalize("NFKC", c) for c in COMPATIBLE},
     **dict.fromkeys(INVISIBLE, ""),
     **{n: bytes([n]).decode("cp1252", "replace").replace("\ufffd", chr(n)) for n in range(0x80, 0xA0)},
-    **dict.fromkeys(map(ord, "‘’‚‛"), "'"),
-    **dict.fromkeys(map(ord, "“”„‟"), '"'),
+    **dict.fromkeys(map(ord, "‘’‚\u201b"), "'"),
+    **dict.fromkeys(map(ord, "“”„\u201f"), '"'),
     **dict.fromkeys(map(ord, "\r\x85\u2028\u2029"), "\n"),
 }
 
