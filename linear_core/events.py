@@ -93,7 +93,6 @@ class Row:
     """What one line changed. Cell c of image i is cell i*rows*cols + c.
 
     tokens    uint16 images cols: the codes of this row
-    pictured  lines that the latest preview picture shows
     cells     uint16 N: cells whose share is not what it was
     shares    uint8 N: their new share of layers and heads, 255 for all
     evicted   uint16 layers heads n: image tokens that each head of the first image held after the line before, or that
@@ -116,13 +115,21 @@ class Row:
     cache_bytes: int
     full_bytes: int
     replayed: bool
-    pictured: int
     tokens: str
     cells: str
     shares: str
     evicted: str
     by_layer: str
     kind: str = "row"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The preview that comes next shows so many lines. Told while it happens, and not part of a trace."""
+
+    run: str
+    lines: int
+    kind: str = "picture"
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,8 @@ class Trace:
     def latest(self) -> dict[str, Any]:
         return self.events[-1]
 
-    def add(self, line: Line, pictured: int = 0) -> dict[str, Any]:
-        """The event of one more line; `pictured` lines are in the latest preview."""
+    def add(self, line: Line) -> dict[str, Any]:
+        """The event of one more line."""
         run = self.started
         share = (line.share[: run.shown] * 255).round().byte().flatten()
         layers = self._layers(line)
@@ -175,7 +182,6 @@ class Trace:
             cache_bytes=line.cache_bytes,
             full_bytes=run.full_bytes,
             replayed=line.replayed,
-            pictured=pictured,
             tokens=pack(line.tokens.flatten().tolist()),
             cells=pack(cells.tolist()),
             shares=pack(share[cells].tolist(), "B"),

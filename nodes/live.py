@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import EVENT, IMAGES, Line, Started, Trace, detail, unpack_codes
+from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
 from ..linear_core.generate import Run
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.preview import Preview
@@ -104,24 +105,22 @@ class Live:
         self.progress = host.Progress(self.rows, node_id)
         self.trace = Trace(started(model, plan, sample, images))
         self.lines: list[Line] = []
-        self.painter = Painter(self._paint)
-        self.pictured = 0
-        self._tell()
+        self.painter = Painter(self._paint, self._show)
+        self._tell(self.trace.latest)
 
     def add(self, line: Line) -> None:
         """Tell of one more row. Raises ComfyUI's interrupt when the user pressed Stop."""
         self.lines.append(line)
         self.painter.offer(self._job(), len(self.lines))
-        self._show(self.painter.take())
-        self.trace.add(line, self.pictured)
-        self._tell()
+        self.painter.check()
+        self.progress.update(len(self.lines))
+        self._tell(self.trace.add(line))
 
     def finish(self) -> dict[str, Any]:
         """The last picture and the last event; returns what the node leaves on the page (its `ui`)."""
         picture = self.painter.last(self._job())
-        self._show((picture, len(self.lines)))
-        self.trace.finish()
-        self._tell()
+        self._show(picture, len(self.lines))
+        self._tell(self.trace.finish())
         return {"linear_ar": self.trace.events} | (
             {"linear_ar_picture": [host.keep_for_the_page(picture)]} if self.beside is None else {}
         )
@@ -136,14 +135,12 @@ class Live:
         sheets = [sheet(_pictures(self.tokenizer, lines, self.rows)) for lines in runs]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
-    def _show(self, new: tuple[Image.Image, int] | None) -> None:
-        self.progress.update(len(self.lines))
-        if new:
-            picture, self.pictured = new
-            host.preview(self.node_id, picture)
+    def _show(self, picture: Image.Image, lines: int) -> None:
+        self._tell(asdict(Picture(self.trace.started.run, lines)))
+        host.preview(self.node_id, picture)
 
-    def _tell(self) -> None:
-        host.tell(EVENT, {"node": self.node_id, **self.trace.latest})
+    def _tell(self, event: dict[str, Any]) -> None:
+        host.tell(EVENT, {"node": self.node_id, **event})
 
 
 class Painter:
@@ -153,10 +150,9 @@ class Painter:
     pause = 0.1  # seconds between pictures, at least
     share = 0.1  # of the time that pictures may take, at most
 
-    def __init__(self, paint: Callable[[Any], Image.Image]):
-        self.paint = paint
+    def __init__(self, paint: Callable[[Any], Image.Image], show: Callable[[Image.Image, int], None]):
+        self.paint, self.show = paint, show
         self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
-        self.done: tuple[Image.Image, int] | None = None
         self.next = 0.0
         self.stopped: BaseException | None = None
         self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
@@ -172,17 +168,15 @@ class Painter:
         self.next = math.inf  # until this one is made
         return True
 
-    def take(self) -> tuple[Image.Image, int] | None:
-        """The newest picture and the lines it shows, once. Raises ComfyUI's interrupt where the thread got it."""
+    def check(self) -> None:
+        """Raises ComfyUI's interrupt where the thread got it."""
         if self.stopped is not None:
             raise self.stopped
-        done, self.done = self.done, None
-        return done
 
     def last(self, job: Any) -> Image.Image:
         """The picture that must not be dropped."""
         self.close()
-        self.take()
+        self.check()
         return self.paint(job)
 
     def close(self) -> None:
@@ -195,7 +189,7 @@ class Painter:
         while (job := self.jobs.get()) is not None:
             begun = time.perf_counter()
             try:
-                self.done = self.paint(job[0]), job[1]
+                self.show(self.paint(job[0]), job[1])
             except host.Interrupted as stop:  # ComfyUI's layers ask for Stop on any thread, and it is told only once
                 self.stopped = stop
                 return
@@ -249,7 +243,8 @@ def report(full: Run, few: Run, started_few: Started, label: str) -> str:
     return "\n".join(
         [
             f"full cache: {started_few.full_bytes / MIB:.1f} MiB, {full.tokens_per_second:.0f} tokens/s",
-            f"{label}: {started_few.cache_bytes / MIB:.1f} MiB (\u2212{saved:.0%}), {few.tokens_per_second:.0f} tokens/s",
+            f"{label}: {started_few.cache_bytes / MIB:.1f} MiB (\u2212{saved:.0%}), "
+            f"{few.tokens_per_second:.0f} tokens/s",
             f"the same codes with the same seeds: {same:.0%}",
         ]
     )

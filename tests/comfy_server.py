@@ -87,14 +87,14 @@ class Server:
                     return
         raise AssertionError("the connection was closed before the prompt had ended")
 
-    def pictures(self, prompt_id: str) -> list[Path]:
-        """Files that a finished prompt saved or put into the temporary folder."""
+    def pictures(self, prompt_id: str) -> list[list[Path]]:
+        """Files that each node of a finished prompt saved or put into the temporary folder."""
         for _ in range(100):  # the history is written a moment after the end is told
             if prompt_id in (history := self.get(f"/history/{prompt_id}")):
                 break
             time.sleep(0.05)
-        found = [i for output in history[prompt_id]["outputs"].values() for i in output.get("images", [])]
-        return [self.base / i["type"] / i["subfolder"] / i["filename"] for i in found]
+        named = [output["images"] for output in history[prompt_id]["outputs"].values() if output.get("images")]
+        return [[self.base / i["type"] / i["subfolder"] / i["filename"] for i in images] for images in named]
 
 
 @contextmanager
@@ -212,9 +212,10 @@ def record() -> None:
                 continue  # without published weights there is no picture to show; theirs show the graph
             *_, end = server.run(json.loads(path.read_text(encoding="utf-8")))
             assert end["type"] == "execution_success", end
-            pictures = server.pictures(end["data"]["prompt_id"])
-            with Image.open(pictures[0]) as picture:
-                small = picture.convert("RGB")
+            pictures = [Image.open(files[0]).convert("RGB") for files in server.pictures(end["data"]["prompt_id"])]
+            small = Image.new("RGB", (sum(p.width + 8 for p in pictures) - 8, pictures[0].height), "white")
+            for i, picture in enumerate(pictures):  # one of each node that saves
+                small.paste(picture, (sum(p.width + 8 for p in pictures[:i]), 0))
             small.thumbnail((480, 320), Image.Resampling.LANCZOS)
             thumbnail = WORKFLOWS / f"{path.stem}.jpg"
             small.save(thumbnail, quality=88, optimize=True)

@@ -17,7 +17,7 @@ const started = {
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
-  full_bytes: 24.3 * MIB, replayed: false, pictured: 0, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", ...more,
+  full_bytes: 24.3 * MIB, replayed: false, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", ...more,
 });
 const first = row(0, { cells: b16(0, 1, 2, 9, 10, 11), shares: b64(128, 255, 255, 255, 255, 255), evicted: b16(0, 0xffff) });
 const second = row(1, { cells: b16(0, 1, 3, 4, 5), shares: b64(0, 0, 255, 255, 128), evicted: b16(1, 6, 0, 1) });

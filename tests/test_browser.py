@@ -45,7 +45,7 @@ def missing() -> str:
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
 @pytest.mark.parametrize("version", dev.FRONTENDS)
 def test_the_widgets_in_the_page(version, renderer, tmp_path):
-    """tests/browser/widget.mjs, each of its checks; pictures of what it saw are kept when LINEAR_SHOTS names a folder."""
+    """tests/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
     page = PARTS / f"frontend-{version}" / PAGE
     if not (page / "index.html").is_file():
         pytest.skip(f"there is no page {version} in {PARTS}")

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from linear_core import events
-from linear_core.events import NONE, Finished, Line, Row, Started, Trace, pack, pack_codes, unpack, unpack_codes
+from linear_core.events import (
+    NONE,
+    Finished,
+    Line,
+    Picture,
+    Row,
+    Started,
+    Trace,
+    pack,
+    pack_codes,
+    unpack,
+    unpack_codes,
+)
 from linear_core.generate import generate
 from linear_core.plan import RELEASES, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
@@ -200,7 +212,7 @@ def test_javascript_knows_the_fields():
     """web/state.js names in its FIELDS table the fields of the events, no more and no fewer."""
     text = (ROOT / "web" / "state.js").read_text(encoding="utf-8")
     table = json.loads(text.split("export const FIELDS = ")[1].split(";")[0])
-    for kind, event in (("started", Started), ("row", Row), ("finished", Finished)):
+    for kind, event in (("started", Started), ("row", Row), ("picture", Picture), ("finished", Finished)):
         assert table[kind] == [field.name for field in fields(event) if field.name != "kind"]
     known = {name for names in table.values() for name in names} | {"kind", "run"}
     read = set(re.findall(r"\b(?:event|run|finished)\??\.([a-z_]+)", text))

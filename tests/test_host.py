@@ -86,7 +86,7 @@ def test_a_workflow_runs(server, path):
     messages, end = finish(server, prompt)
     assert end["type"] == "execution_success", end
     pictures = server.pictures(end["data"]["prompt_id"])
-    assert pictures and all(picture.stat().st_size > 1000 for picture in pictures)
+    assert pictures and all(picture.stat().st_size > 1000 for saved in pictures for picture in saved)
 
     drawing = [key for key, node in prompt.items() if node["class_type"] in ("LineAR_Generate", "LineAR_Compare")]
     told = [message for message in messages if isinstance(message, dict)]

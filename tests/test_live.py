@@ -42,7 +42,7 @@ def test_the_page_is_told_of_every_row_and_the_node_keeps_it_all(one, comfy):  #
     node = NODES["LineAR_Generate"]
     settings = {"seed": 5, "guidance": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batch_size": 2}
     kept = ui(node, cache=CachePlan(), **settings, **one)
-    stream = told(comfy)
+    stream = [event for event in told(comfy) if event["kind"] != "picture"]
     assert [event["kind"] for event in stream] == ["started", *["row"] * ROWS, "finished"]
     assert kept["linear_ar"] == [{k: v for k, v in event.items() if k != "node"} for event in stream]
     assert len({(event["run"], event["node"]) for event in stream}) == 1
@@ -52,8 +52,11 @@ def test_the_page_is_told_of_every_row_and_the_node_keeps_it_all(one, comfy):  #
     assert (started["images"], started["shown"], started["columns"], started["lines"]) == (2, 2, 2, 4)
     shape = one["model"].image.decoder.cache_shape()
     assert started["cache_bytes"] == shape.bytes(one["model"].image.info.grid, CachePlan(), 4)
-    shown = [row["pictured"] for row in stream[1:-1]]
-    assert shown == sorted(shown) and all(lines <= row + 1 for row, lines in enumerate(shown))
+    order = [("lines", data["lines"]) if event == events.EVENT else event for event, data in comfy.sent
+             if event == 4 or (event == events.EVENT and data["kind"] == "picture")]  # fmt: skip
+    shown = [what[1] for what in order[::2]]
+    assert order[1::2] == [4] * len(shown), "how many lines a picture shows is told before it"
+    assert shown == sorted(shown) and shown[-1] == ROWS
 
 
 def test_the_same_rows_again_and_a_new_rest(small, one):  # noqa: F811
@@ -164,23 +167,25 @@ def test_offers_are_dropped_while_a_picture_is_made():
         assert go.wait(10)
         return Image.new("RGB", (1, 1), (job, 0, 0))
 
-    painter = live.Painter(paint)
+    shown = []
+    painter = live.Painter(paint, lambda picture, lines: shown.append(lines))
     painter.pause = painter.share = 0
     painter.share = 1.0
     begun = time.perf_counter()
     assert painter.offer(1, 1)
     assert [painter.offer(number, number) for number in range(2, 50)] == [False] * 48
-    assert time.perf_counter() - begun < 1 and painter.take() is None
+    assert time.perf_counter() - begun < 1 and shown == []
     go.set()
-    assert painter.last(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99]
+    assert painter.last(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
     assert not painter.thread.is_alive()
 
 
 def test_pictures_take_their_share_of_the_time_and_no_more():
     """After a picture that took long, the next one waits in proportion."""
-    painter = live.Painter(lambda job: time.sleep(0.02) or Image.new("RGB", (1, 1)))
+    shown = []
+    painter = live.Painter(lambda job: time.sleep(0.02), lambda picture, lines: shown.append(lines))
     assert painter.offer(1, 1)
-    while painter.take() is None:
+    while not shown:
         time.sleep(0.001)
     time.sleep(0.01)
     assert painter.next - time.perf_counter() > 0.1, "0.02 s of work is a tenth of 0.2 s"
@@ -189,8 +194,9 @@ def test_pictures_take_their_share_of_the_time_and_no_more():
 
 
 def test_a_preview_that_fails_does_not_end_the_run(caplog):
-    painter = live.Painter(lambda job: 1 / 0)
+    painter = live.Painter(lambda job: 1 / 0, lambda picture, lines: None)
     assert painter.offer(1, 1)
     painter.thread.join(5)
-    assert "no preview" in caplog.text and painter.take() is None
+    assert "no preview" in caplog.text
+    painter.check()
     painter.close()

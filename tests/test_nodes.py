@@ -392,6 +392,8 @@ def test_the_map_alone_over_a_picture_and_after_a_row(small, drawn):
     (early,) = run("RetentionHeatmap", tokens=drawn, show={"show": "after a row", "row": 3})
     undrawn = early[:, 3 * 384 // ROWS :]
     assert torch.equal(undrawn, undrawn[:, -1:, -1:].expand_as(undrawn)), "the rows below have nothing to keep"
+    third = early[:, 2 * 384 // ROWS : 3 * 384 // ROWS]
+    assert (third != undrawn[:, :1, :1]).any(-1).all(), "the third row itself was just drawn, and is held"
     (last,) = run("RetentionHeatmap", tokens=drawn, show={"show": "after a row", "row": ROWS})
     (beyond,) = run("RetentionHeatmap", tokens=drawn, show={"show": "after a row", "row": 99})
     assert torch.equal(last, beyond) and not torch.equal(last, early)

@@ -64,9 +64,7 @@ def test_logits_at_prefill_and_every_step(kind: str, recorded: dict[str, np.ndar
     rows = model.with_unconditional(prompt(kind))
     grid = model.grid.after(rows.length)
     tokens = torch.from_numpy(recorded[f"{kind}_tokens"])
-    cache = LineCache(
-        model.cache_shape(), rows.rows, grid, CachePlan(policy="full"), dtype=torch.float32, device="cpu"
-    )
+    cache = LineCache(model.cache_shape(), rows.rows, grid, CachePlan(policy="full"), dtype=torch.float32, device="cpu")
     logits = [model.prefill(rows, cache)]
     for n in range(grid.tokens - 1):
         if n % grid.stride == 0:

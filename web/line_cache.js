@@ -179,6 +179,7 @@ class View {
     /** @type {ImageBitmap | null} */
     this.picture = null;
     this.pictured = 0; // lines the picture shows
+    this.coming = 0; // lines the next one will show
     this.pending = 0;
 
     this.paper = paper((ctx, width, height) => this.paint(ctx, width, height));
@@ -223,13 +224,13 @@ class View {
     const before = this.state.run?.run;
     this.state = reduce(this.state, event);
     if (event.kind === "started" || this.state.run?.run !== before) this.fresh();
-    if (event.kind === "row") this.pictured = Math.max(this.pictured, event.pictured);
+    if (event.kind === "picture") this.coming = event.lines;
     this.show();
   }
 
   fresh() {
     this.stop();
-    Object.assign(this, { cut: -1, hover: -1, pictured: 0, look: { row: -1, layer: -1, head: -1 } });
+    Object.assign(this, { cut: -1, hover: -1, pictured: 0, coming: 0, look: { row: -1, layer: -1, head: -1 } });
     this.picture = null;
     const { run } = this.state;
     const options = (/** @type {any} */ select, /** @type {string} */ name, /** @type {number} */ count) =>
@@ -258,13 +259,13 @@ class View {
   }
 
   /** A preview of the host. @param {Blob} blob @param {number} [lines] */
-  async setPicture(blob, lines) {
+  async setPicture(blob, lines = this.coming) {
     const number = ++this.pending;
     const bitmap = await createImageBitmap(blob).catch(() => null);
     if (!bitmap || number !== this.pending) return bitmap?.close(); // a newer one has come
     this.picture?.close();
     this.picture = bitmap;
-    if (lines !== undefined) this.pictured = lines;
+    this.pictured = lines;
     this.show();
   }
 

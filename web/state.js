@@ -9,7 +9,8 @@
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
   "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes"],
-  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "pictured", "tokens", "cells", "shares", "evicted", "by_layer"],
+  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer"],
+  "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held"]
 };
 
@@ -17,7 +18,7 @@ const NONE = 0xffff; // fills up lists of evictions of unequal length
 const MIB = 2 ** 20;
 
 /**
- * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, pictured: number, tokens: Uint16Array,
+ * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, tokens: Uint16Array,
  *   cells: Uint16Array, shares: Uint8Array, evicted: Uint16Array, byLayer: Uint8Array }} Line
  * @typedef {{ run: any, lines: Line[], finished: any, stopped: boolean, partial: boolean }} State
  *   run       the "started" event; of a page that came late, what a "row" tells of it
@@ -63,7 +64,6 @@ function decode(event) {
     speed: event.tokens_per_second,
     held: event.held,
     replayed: event.replayed,
-    pictured: event.pictured,
     tokens: words(event.tokens),
     cells: words(event.cells),
     shares: bytes(event.shares),

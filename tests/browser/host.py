@@ -32,13 +32,15 @@ class Replay:
     def __init__(self, frontend: Path):
         self.frontend = frontend
         self.fixture = json.loads((HERE / "fixture.json").read_text(encoding="utf-8"))
-        self.fixture["system_stats"]["system"].pop("required_frontend_version", None)  # this one is not the recorded one
+        self.fixture["system_stats"]["system"].pop(
+            "required_frontend_version", None
+        )  # this one is not the recorded one
         self.settings: dict[str, Any] = {}
         self.sockets: dict[str, web.WebSocketResponse] = {}
         self.history: dict[str, Any] = {}
         self.prompts: list[dict] = []
         self.stop = asyncio.Event()
-        self.hold = asyncio.Event()  # POST /test/hold: rows after that number wait for POST /test/go
+        self.hold = asyncio.Event()  # POST /test/hold: wait after that row, until the next or POST /test/go
         self.hold_after = 10**9
         self.playing: set[asyncio.Task] = set()
         self.files = {name: data for run in self.fixture["runs"].values() for name, data in run["files"].items()}
@@ -100,7 +102,9 @@ class Replay:
         return web.FileResponse(path) if path.is_file() else web.json_response({}, status=404)
 
     async def extensions(self, _: web.Request) -> web.Response:
-        ours = [f"/extensions/{PACK}/{p.relative_to(ROOT / 'web').as_posix()}" for p in sorted((ROOT / "web").rglob("*.js"))]
+        ours = [
+            f"/extensions/{PACK}/{p.relative_to(ROOT / 'web').as_posix()}" for p in sorted((ROOT / "web").rglob("*.js"))
+        ]
         core = [f"/extensions/core/{p.name}" for p in sorted((self.frontend / "extensions" / "core").glob("*.js"))]
         return web.json_response(core + ours)
 
@@ -143,7 +147,9 @@ class Replay:
         await socket.prepare(request)
         sid = request.query.get("clientId") or f"page{len(self.sockets)}"
         self.sockets[sid] = socket
-        await socket.send_json({"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": sid}})
+        await socket.send_json(
+            {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": sid}}
+        )
         async for message in socket:
             if message.type == WSMsgType.TEXT and json.loads(message.data).get("type") == "feature_flags":
                 await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
@@ -154,7 +160,7 @@ class Replay:
 
     async def post_hold(self, request: web.Request) -> web.Response:
         self.hold_after = (await request.json())["row"]
-        self.hold.clear()
+        self.hold.set()
         return web.json_response({})
 
     async def post_go(self, _: web.Request) -> web.Response:
@@ -170,7 +176,9 @@ class Replay:
     async def post_prompt(self, request: web.Request) -> web.Response:
         asked = await request.json()
         self.prompts.append(asked["prompt"])
-        kind = next((k for k in self.fixture["runs"] if any(n["class_type"] == k for n in asked["prompt"].values())), None)
+        kind = next(
+            (k for k in self.fixture["runs"] if any(n["class_type"] == k for n in asked["prompt"].values())), None
+        )
         if kind is None:
             return web.json_response({"error": {"message": "nothing was recorded for this prompt"}}, status=400)
         prompt_id = f"run-{len(self.prompts)}"
@@ -199,8 +207,11 @@ class Replay:
             if message["type"] == "executed":
                 outputs[message["data"]["node"]] = message["data"]["output"]
             await socket.send_json(message)
-            if message["type"] == "linear_ar.line" and message["data"].get("row", -1) + 1 == self.hold_after:
+            while message["type"] == "linear_ar.line" and message["data"].get("row", -1) + 1 == self.hold_after:
+                self.hold.clear()
                 await self.hold.wait()
+                if self.stop.is_set():
+                    break
             if self.stop.is_set():
                 done = {"prompt_id": prompt_id, "node_id": ids["4"], "node_type": "LineAR_Generate", "executed": []}
                 await socket.send_json({"type": "execution_interrupted", "data": done})
@@ -208,7 +219,11 @@ class Replay:
         idle = {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}}}
         await socket.send_json(idle)
         entry = [len(self.prompts), prompt_id, asked["prompt"], asked.get("extra_data", {}), []]
-        self.history[prompt_id] = {"prompt": entry, "outputs": outputs, "status": {"status_str": "success", "completed": True}}
+        self.history[prompt_id] = {
+            "prompt": entry,
+            "outputs": outputs,
+            "status": {"status_str": "success", "completed": True},
+        }
 
 
 IDS = {"node", "display_node", "node_id", "display_node_id", "real_node_id", "parent_node_id"}

@@ -35,8 +35,7 @@ PROMPTS = {
         "5": {"class_type": "LineAR_Decode", "inputs": {"model": ["1", 0], "tokens": ["4", 0]}},
         "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
     },
-    "LineAR_Compare": COMMON
-    | {"4": {"class_type": "LineAR_Compare", "inputs": {**FROM, **SAMPLING, "batch_size": 2}}},
+    "LineAR_Compare": COMMON | {"4": {"class_type": "LineAR_Compare", "inputs": {**FROM, **SAMPLING, "batch_size": 2}}},
 }
 
 

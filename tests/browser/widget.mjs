@@ -249,6 +249,7 @@ await check("inside a subgraph the events find their widget", async () => {
     const { node: outer } = app.graph.convertToSubgraph(new Set([node]));
     const inner = outer.subgraph.nodes[0];
     window.inner = inner;
+    await new Promise((done) => setTimeout(done, 500));
     app.canvas.setGraph(outer.subgraph);
     window.end = window.ended();
     await new Promise((done) => setTimeout(done, 800));
