@@ -191,10 +191,11 @@ def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]
 def browser_parts(python: Path) -> list[tuple[Path, list]]:
     """What the browser tests need beside Chromium and Node.js: where each part goes, and what fetches it.
 
-    Nothing where those two are not installed: the tests then say that they did not run.
+    Nothing where those two are not installed or nobody asked with LINEAR_BROWSER_TESTS=1: the tests then say so.
     """
     npm, folder = shutil.which("npm"), VENV / "browser"
-    if not (npm and shutil.which("node") and any(shutil.which(name) for name in CHROMIUM)):
+    asked = os.environ.get("LINEAR_BROWSER_TESTS")
+    if not (asked and npm and shutil.which("node") and any(shutil.which(name) for name in CHROMIUM)):
         return []
     quiet = ["--disable-pip-version-check", "--quiet", "--no-deps"]
     parts = [

@@ -17,7 +17,8 @@ Numbers (no torch):  errors  grid  plan  events
 Tensors (no models): view  cache  policies/  attention  sampling  blocks
 Models (no loop):    models/  prompts/  vq/  weights
 Time:                generate  preview  heatmap
-For people:          library (files to a model)  __main__ (the command line)
+For people:          library (files to a model)  text (words to a prompt)  published (names, places)  convert
+                     download (the only connection)  __main__ (the command line)
 
 This package never imports ComfyUI.
 """

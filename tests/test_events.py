@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from linear_core.events import (
     unpack_codes,
 )
 from linear_core.generate import generate
-from linear_core.plan import RELEASES, CachePlan, SamplePlan
+from linear_core.grid import Grid
+from linear_core.plan import PRESETS, RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
 from tests.tiny import Toy, llamagen
@@ -242,3 +243,23 @@ def test_javascript_replays_the_same(case, detail):
             ever = [i for i in range(cell // run.cols, row + 1) if line.share[0].flatten()[cell] == 0]
             gone = [i for i in ever if lines[i].share[0].flatten()[cell] == 0]
             assert evicted == (gone[0] if gone else -1)
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node was not found; it computes memory with web/state.js")
+def test_the_memory_line_is_the_formula():
+    """web/state.js says of every preset, grid and model what CacheShape.bytes says."""
+    cases = []
+    for shape in (CacheShape(8, 8, 32, 1, 4), CacheShape(36, 20, 64, 1, 2), CacheShape(24, 32, 100, 120, 2)):
+        for grid in (Grid(24, 24), Grid(16, 16), Grid(32, 20, eol=7), Grid(3, 5)):
+            for plan in [*PRESETS.values(), CachePlan("streaming", 11), CachePlan(budget=200)]:
+                for rows in (1, 2, 16):
+                    sizes = {"rows": grid.rows, "stride": grid.stride}
+                    cases.append([asdict(shape), sizes, asdict(plan), rows, shape.bytes(grid, plan, rows)])
+    script = (
+        f"import {{ cacheBytes }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
+        "import { readFileSync } from 'node:fs';"
+        "console.log(JSON.stringify(JSON.parse(readFileSync(0)).map(([s, g, p, n]) => cacheBytes(s, g, p, n))));"
+    )
+    command = ["node", "--input-type=module", "-e", script]
+    out = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) == [case[-1] for case in cases]

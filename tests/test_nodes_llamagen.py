@@ -36,7 +36,7 @@ def comfy(tmp_path: Path):
     asyncio.run(EXTENSION().on_load())
     weights = official.decoder("t2i", layers=1, width=64, hidden=32, codes=16)
     weights["cls_embedding.uncond_embedding"] = torch.ones(120, DIM)
-    weights["cls_embedding.cap_proj.fc1.weight"] = torch.randn(64, DIM)
+    weights["cls_embedding.cap_proj.fc1.weight"] = torch.randn(64, DIM, generator=torch.Generator().manual_seed(0))
     models.mkdir(parents=True)
     notes = {"grid": "4x4", "heads": "4", "tokenizer": "small_vq.safetensors"}
     save_file(weights, models / "small.safetensors", notes)

@@ -10,7 +10,7 @@ await post("/api/settings", {
   "Comfy.Workflow.ShowMissingNodesWarning": false, "Comfy.Minimap.Visible": false, "Comfy.Graph.CanvasInfo": false,
 });
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-gpu"] });
-const page = await browser.newPage({ viewport: { width: 1180, height: 860 } });
+const page = await browser.newPage({ viewport: { width: 1180, height: 940 } });
 await page.route("**/*", (r) => (new URL(r.request().url()).hostname === "127.0.0.1" || /^(data|blob):/.test(r.request().url()) ? r.continue() : r.abort()));
 await page.goto(url, { waitUntil: "domcontentloaded" });
 await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.LineAR_Generate);
@@ -39,7 +39,7 @@ await page.evaluate(async () => {
   load.connect(0, decode, slot(decode, "model"));
   node.connect(0, decode, slot(decode, "tokens"));
   app.canvas.ds.scale = 1;
-  app.canvas.ds.offset = [70, 55];
+  app.canvas.ds.offset = [70, 120];
   app.canvas.setDirty(true, true);
   await new Promise((done) => setTimeout(done, 1200));
 });
@@ -55,7 +55,7 @@ for (let row = 1; row <= 24; row++) {
   await said(row);
   await page.waitForTimeout(180);
   await page.screenshot({ path: `${folder}/row-${String(row).padStart(2, "0")}.png`, clip: box });
-  if (row === 15) await page.screenshot({ path: `${folder}/widget.png`, clip: { x: 80, y: 60, width: 840, height: 800 } });
+  if (row === 15) await page.screenshot({ path: `${folder}/widget.png`, clip: { x: 76, y: 84, width: 850, height: 830 } });
   await post("/test/hold", { row: row + 1 });
 }
 await post("/test/go", {});

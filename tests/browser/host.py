@@ -47,21 +47,38 @@ class Replay:
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self.policy], client_max_size=64 * 2**20)
+        say = {
+            "/users": {"storage": "server", "migrated": True},
+            "/features": {"supports_preview_metadata": True, "max_upload_size": 10**8},
+            "/system_stats": self.fixture["system_stats"],
+            "/object_info": self.fixture["object_info"],
+            "/jobs": {"jobs": [], "pagination": {"offset": 0, "limit": 0, "total": 0, "has_more": False}},
+            "/queue": {"queue_running": [], "queue_pending": []},
+            "/prompt": {"exec_info": {"queue_remaining": 0}},
+        }
+        say |= {f"/{name}": {} for name in ("i18n", "global_subgraphs", "node_replacements", "workflow_templates")}
+        say |= {f"/{name}": [] for name in ("embeddings", "models", "experiment/models", "userdata")}
+        say["/internal/folder_paths"] = {}
         routes = {
             "GET": {
-                "/ws": self.ws, "/settings": self.get_settings, "/users": self.json({"storage": "server", "migrated": True}),
-                "/features": self.json({"supports_preview_metadata": True, "max_upload_size": 10**8}),
-                "/system_stats": self.json(self.fixture["system_stats"]), "/object_info": self.json(self.fixture["object_info"]),
-                "/extensions": self.extensions, "/i18n": self.json({}), "/jobs": self.json({"jobs": [], "pagination": {"offset": 0, "limit": 0, "total": 0, "has_more": False}}),
-                "/global_subgraphs": self.json({}), "/node_replacements": self.json({}), "/embeddings": self.json([]),
-                "/internal/folder_paths": self.json({}), "/queue": self.json({"queue_running": [], "queue_pending": []}),
-                "/prompt": self.json({"exec_info": {"queue_remaining": 0}}), "/history": self.get_history, "/view": self.view,
-                "/models": self.json([]), "/experiment/models": self.json([]), "/workflow_templates": self.json({}),
-                "/userdata": self.json([]), "/test/prompts": self.get_prompts,
+                **{path: self.json(value) for path, value in say.items()},
+                "/ws": self.ws,
+                "/settings": self.get_settings,
+                "/extensions": self.extensions,
+                "/history": self.get_history,
+                "/view": self.view,
+                "/test/prompts": self.get_prompts,
             },
-            "POST": {"/settings": self.post_settings, "/prompt": self.post_prompt, "/interrupt": self.interrupt,
-                     "/test/hold": self.post_hold, "/test/go": self.post_go, "/queue": self.json({}), "/history": self.json({})},
-        }  # fmt: skip
+            "POST": {
+                "/settings": self.post_settings,
+                "/prompt": self.post_prompt,
+                "/interrupt": self.interrupt,
+                "/queue": self.json({}),
+                "/history": self.json({}),
+                "/test/hold": self.post_hold,
+                "/test/go": self.post_go,
+            },
+        }
         for method, table in routes.items():
             for path, handler in table.items():
                 for prefix in ("", "/api"):

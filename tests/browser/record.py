@@ -1,6 +1,6 @@
 """Record what a live ComfyUI says of our nodes, for host.py to say again without one.
 
-    python tests/browser/record.py PORT     (a ComfyUI with this pack, on this machine; with its Python: aiohttp and Pillow)
+    python tests/browser/record.py PORT     (of a ComfyUI with this pack, on this machine; run it with its Python)
 
 Writes tests/browser/fixture.json: the schemas that the page asks for, and for each prompt below every message of the
 websocket and every temporary picture.
@@ -21,11 +21,13 @@ import aiohttp
 from PIL import Image
 
 FIXTURE = Path(__file__).with_name("fixture.json")
+MODEL = {"model": "landscapes (bundled)", "tokenizer": "automatic", "grid_rows": 0, "grid_cols": 0}
+MODEL["weight_dtype"] = "default"
 COMMON = {
-    "1": {"class_type": "LineAR_LoadModel", "inputs": {"model": "landscapes (bundled)", "tokenizer": "automatic", "grid_rows": 0, "grid_cols": 0}},
+    "1": {"class_type": "LineAR_LoadModel", "inputs": MODEL},
     "2": {"class_type": "LineAR_LineCache", "inputs": {"preset": "Balanced"}},
-    "3": {"class_type": "LineAR_ClassPrompt", "inputs": {"model": ["1", 0], "class_name": "alpine dawn", "more_classes": ""}},
-}  # fmt: skip
+    "3": {"class_type": "LineAR_ClassPrompt", "inputs": {"model": ["1", 0], "class_name": "alpine dawn"}},
+}
 SAMPLING = {"seed": 7, "guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batch_size": 1}
 FROM = {"model": ["1", 0], "cache": ["2", 0], "prompt": ["3", 0]}
 PROMPTS = {
