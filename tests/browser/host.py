@@ -186,6 +186,7 @@ class Replay:
         return web.json_response({})
 
     async def interrupt(self, _: web.Request) -> web.Response:
+        self.hold_after = 10**9
         self.stop.set()
         self.hold.set()
         return web.json_response({})
