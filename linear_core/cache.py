@@ -6,10 +6,13 @@ line's write slots. Every buffer is allocated before the first token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .attention import line_probabilities
+from .fold import fold
 from .grid import Grid
 from .plan import CachePlan, CacheShape
 from .view import View
@@ -43,11 +46,13 @@ class LineCache:
         self.nbytes = self.keys.nbytes + self.values.nbytes  # as allocated, whatever rows are kept later
         self.bias = torch.full(held, float("-inf"), dtype=dtype, device=device)
         self.index = torch.full(held, -1, dtype=torch.int32, device=device)
-        self.queries = self.mass = None
-        if "queries" in reads or "mass" in reads:
+        self.queries = self.mass = self.count = None
+        if reads & {"queries", "mass", "ahead"}:
             self.queries = torch.zeros(layers, rows, heads, stride, dim, dtype=dtype, device=device)
         if "mass" in reads:
             self.mass = torch.zeros(held, dtype=torch.float32, device=device)
+        if plan.release == "fold":
+            self.count = torch.ones(held, dtype=torch.float32, device=device)  # tokens that a slot stands for
         # Where the line's token at a column goes: one slot for every layer, row and head.
         self.target = torch.zeros(layers, rows, heads, stride, dtype=torch.int64, device=device)
         self.extent = shape.prompt  # slots from here on have never been used; a host number, constant within a line
@@ -116,36 +121,46 @@ class LineCache:
         self.target.copy_(torch.arange(self.extent, self.extent + stride, device=self.target.device))
         self.extent += stride
 
-    def view(self, row: int) -> View:
-        """What is held now that line `row` is complete. Brings attention mass up to date, so call it once a line."""
-        end = self.extent
-        keys, bias, index = self.keys[..., :end, :], self.bias[..., :end], self.index[..., :end]
-        if self.mass is not None:
-            first = self.grid.index(row)
-            for layer, queries in enumerate(self.queries):
-                seen = line_probabilities(queries, keys[layer], bias[layer], index[layer], first)
-                self.mass[layer, ..., :end] += seen.sum(2)
-        mass = None if self.mass is None else self.mass[..., :end]
-        return View(keys, self.values[..., :end, :], bias, index, self.queries, mass, self.grid, row)
+    def view(self, row: int, layer: int, turn: Callable[[Tensor, int], Tensor] | None = None) -> View:
+        """What one layer holds now that line `row` is complete: a view with L = 1.
 
-    def release(self, victims: Tensor) -> None:
-        """`victims` int64 L B H C, least useful first, are the slots of the next line.
-
-        Strict: they are invisible from now on. Lazy: each stays visible until it is overwritten.
+        Brings attention mass up to date, so call it once a line. `turn`: see View.
         """
-        self.target.copy_(victims)
+        end, one = self.extent, slice(layer, layer + 1)
+        keys, bias, index = self.keys[one, ..., :end, :], self.bias[one, ..., :end], self.index[one, ..., :end]
+        queries = None if self.queries is None else self.queries[one]
+        mass = None
         if self.mass is not None:
-            self.mass.scatter_(3, victims, 0.0)
-        if self.plan.release == "strict":
-            self.bias.scatter_(3, victims, float("-inf"))
-            self.index.scatter_(3, victims, -1)
+            mass = self.mass[one, ..., :end]
+            mass += line_probabilities(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
+        return View(keys, self.values[one, ..., :end, :], bias, index, queries, mass, self.grid, row, layer, turn)
+
+    def release(self, view: View, victims: Tensor) -> None:
+        """`victims` int64 1 B H C, least useful first, are the slots of the next line in the layer that `view` shows.
+
+        Strict: they are invisible from now on. Lazy: each stays visible until it is overwritten. Fold: each goes on in
+        the kept slot nearest to it.
+        """
+        one, end = slice(view.layer, view.layer + 1), self.extent
+        if self.count is not None:
+            folded = fold(view, victims, self.count[one, ..., :end])
+            self.keys[one, ..., :end, :] = folded.keys.to(self.keys.dtype)
+            self.values[one, ..., :end, :] = folded.values.to(self.values.dtype)
+            self.bias[one, ..., :end] = folded.bias.to(self.bias.dtype)
+            self.count[one, ..., :end] = folded.count.scatter(3, victims, 1.0)  # what comes there stands for itself
+        self.target[one] = victims
+        if self.mass is not None:
+            self.mass[one].scatter_(3, victims, 0.0)
+        if self.plan.release != "lazy":
+            self.bias[one].scatter_(3, victims, float("-inf"))
+            self.index[one].scatter_(3, victims, -1)
 
     # -- the batch ---------------------------------------------------------------------------------------------------
 
     def keep_rows(self, rows: int) -> None:
         """Go on with the first `rows` sequences only: guidance has ended. Saves work; the memory stays taken."""
         self.rows = rows
-        for name in ("keys", "values", "bias", "index", "queries", "mass", "target"):
+        for name in ("keys", "values", "bias", "index", "queries", "mass", "count", "target"):
             if (buffer := getattr(self, name)) is not None:
                 setattr(self, name, buffer[:, :rows])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,7 @@ class Decoder(Protocol):
     def prefill(self, prompt: Any, cache: LineCache) -> Tensor: ...
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor: ...
     def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor: ...
+    def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
@@ -67,9 +69,9 @@ def generate(
     given = _check_above(above, images, grid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
-    cache = LineCache(
-        decoder.cache_shape(), rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=policy.reads
-    )
+    reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
+    cache = LineCache(decoder.cache_shape(), rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
+    turn = partial(decoder.turn_ahead, grid)
     step = step or decoder.step
     noise = Noise(sample.seed, images, decoder.codes, device)
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
@@ -106,7 +108,7 @@ def generate(
             fed = token.repeat(cache.rows // images)
             logits = step(fed, index[number : number + 1], pad, columns[column : column + 1], cache)
         if row + 1 < grid.rows:
-            _end_line(cache, policy, row)
+            _end_line(cache, policy, row, turn)
         share, by_head = cache.share_held(images), cache.held_by_head(0)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
@@ -132,19 +134,19 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
     return above.expand(images, -1, -1)
 
 
-def _end_line(cache: LineCache, policy: Policy, row: int) -> None:
+def _end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor, int], Tensor]) -> None:
     """Bring the cache back to its budget and decide where the next line is written."""
-    if cache.full or cache.mass is not None:
-        view = cache.view(row)
-    if not cache.full:
+    plan, grid, full = cache.plan, cache.grid, cache.full
+    for layer in range(cache.shape.layers) if full or cache.mass is not None else ():
+        view = cache.view(row, layer, turn)
+        if full:
+            scores = policy.score(view)
+            victims = choose(
+                scores, view, grid.stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt
+            )
+            cache.release(view, victims)
+    if not full:
         cache.extend()
-        return
-    plan = cache.plan
-    scores = policy.score(view)
-    stride = cache.grid.stride
-    cache.release(
-        choose(scores, view, stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt)
-    )
 
 
 class Run:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .errors import UserError
 from .grid import Grid
 
-RELEASES = ("strict", "lazy")
+RELEASES = ("strict", "lazy", "fold")
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,20 @@ class CachePlan:
     anchors  first image tokens that are never evicted
     recent   newest whole lines that are never evicted
     release  "strict": victims are invisible at once, as published; "lazy": a victim stays visible until the next line
-             overwrites it, least useful first. Both take the same memory.
+             overwrites it, least useful first. "fold": a victim is added to the kept slot nearest to it, which then
+             stands for both. "auto": fold for the policy that chooses for it, strict for all others; what was chosen
+             replaces it. All take the same memory.
     """
 
     policy: str = "line"
     budget: int = 4
     anchors: int = 4
     recent: int = 2
-    release: str = "strict"
+    release: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.release == "auto":
+            object.__setattr__(self, "release", "fold" if self.policy == "fold" else "strict")
         if self.budget < 1:
             raise UserError(f"budget: {self.budget} lines leave nothing to attend to; choose 1 or more.")
         if self.anchors < 0:
@@ -36,7 +40,7 @@ class CachePlan:
         if self.recent < 0:
             raise UserError(f"recent: {self.recent} lines is negative; choose 0 or more.")
         if self.release not in RELEASES:
-            raise UserError(f"release: '{self.release}' is unknown; choose one of {', '.join(RELEASES)}.")
+            raise UserError(f"release: '{self.release}' is unknown; choose one of auto, {', '.join(RELEASES)}.")
 
     def lines(self, grid: Grid) -> int:
         """Lines of image tokens that the cache has room for: the budget and the line being written."""

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .attention import line_probabilities
 from .grid import Grid
+from .outlook import LINES, Outlook, look_ahead
+
+SPARE = 0.1
 
 
 @dataclass(frozen=True)
 class View:
     """The cache at a line's end, read only. L layers, B rows of the batch, H key heads, S slots, C tokens a line.
 
+    The loop shows one layer after the other, each as a view with L = 1, so that what a policy computes stays small.
+
     keys, values  L B H S D, keys rotated to their true positions
     bias          L B H S, ln of how many tokens a slot stands for; -inf: nothing there
     index         int32 L B H S, which token of the sequence; -1: nothing there
-    queries       L B H C D of the finished line, rotated; None unless the policy reads "queries"
+    queries       L B H C D of the finished line, rotated; None unless the policy reads "queries" or "ahead"
     mass          L B H S, attention received so far, summed over all queries; None unless the policy reads "mass"
     row           the line that has just finished
+    layer         number of the first layer shown
+    turn          turns queries as if they stood so many lines later: the model's rotation; None unless the policy reads
+                  "ahead"
     """
 
     keys: Tensor
@@ -32,6 +40,9 @@ class View:
     mass: Tensor | None
     grid: Grid
     row: int
+    layer: int = 0
+    turn: Callable[[Tensor, int], Tensor] | None = None
+    _outlooks: dict[tuple[int, ...], Outlook] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def newest(self) -> int:
@@ -52,6 +63,21 @@ class View:
         bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
         layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
         return torch.stack([reduce(line_probabilities(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
+
+    def outlook(self, lines: tuple[int, ...] = LINES) -> Outlook:
+        """What the lines that come so much later will look at. Computed once; asked for by scores and by folding."""
+        assert self.queries is not None and self.turn is not None, "the policy does not declare that it reads ahead"
+        if lines not in self._outlooks:
+            queries = torch.cat([self.turn(self.queries, n) for n in lines], 3)
+            self._outlooks[lines] = look_ahead(queries, self.keys, self.bias)
+        return self._outlooks[lines]
+
+    def strength(self) -> Tensor:
+        """How much each slot counts for the coming lines, L B H S: attention foreseen, and a tenth of an image token's
+        mean on top, as the forecast may be wrong about a token that it gives nothing. 0 for what is empty."""
+        mass, there = self.outlook().mass, self.candidates()
+        spare = SPARE * (mass * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
+        return (mass + spare).masked_fill(self.index < 0, 0.0)
 
     def candidates(self) -> Tensor:
         """Bool L B H S: image tokens, the only ones that can be evicted."""

@@ -184,6 +184,10 @@ class LlamaGen(nn.Module):
         cache.advance(index, columns)
         return self.output(self.norm(x[:, -1])).float()
 
+    def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
+        """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""
+        return turn_pairs(queries, rope_2d(lines + 1, 1, queries.shape[-1], ROPE_BASE, queries.device)[lines:])
+
     def _table(self, index: Tensor, cache: LineCache) -> Tensor:
         """The rotary table of the image tokens at `index`."""
         grid = cache.grid

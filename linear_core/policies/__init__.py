@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..view import View
 from .choose import choose
+from .fold import fold
 from .full import full
 from .h2o import h2o
 from .keydiff import keydiff
@@ -29,7 +30,7 @@ __all__ = ["POLICIES", "Policy", "choose", "get_policy"]
 
 @dataclass(frozen=True)
 class Policy:
-    """`score`, and what it `reads` beyond keys, values and indices: "queries", "mass"."""
+    """`score`, and what it `reads` beyond keys, values and indices: "queries", "mass", "ahead" (View.outlook)."""
 
     score: Callable[[View], Tensor]
     reads: frozenset[str] = frozenset()
@@ -37,6 +38,7 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {
     "line": Policy(line, frozenset({"queries"})),
+    "fold": Policy(fold, frozenset({"ahead"})),
     "full": Policy(full),
     "streaming": Policy(streaming),
     "h2o": Policy(h2o, frozenset({"mass"})),

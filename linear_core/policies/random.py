@@ -14,7 +14,7 @@ def random(view: View) -> Tensor:
     singles and a run repeats itself. Reads: nothing.
     """
     layers, _, heads, _ = view.index.shape
-    layer = torch.arange(layers, device=view.index.device)[:, None, None, None]
+    layer = view.layer + torch.arange(layers, device=view.index.device)[:, None, None, None]
     head = torch.arange(heads, device=view.index.device)[None, None, :, None]
     place = view.index.long() - view.grid.prompt  # in the picture, so that a longer prompt draws the same
     x = ((place * 1024 + head) * 1024 + layer) * 1024 + view.row
