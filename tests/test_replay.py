@@ -25,11 +25,14 @@ SAMPLE = SamplePlan(seed=5, guidance=2.5)
 
 
 class FeedingToy(Toy):
-    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
+    def feed(
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+    ) -> Tensor:
         q, k, v = self.look_up(tokens, index, pad)
         seen = [attend(q[n], *cache.feed(n, columns, k[n], v[n], q[n])) for n in range(self.layers)]
         cache.advance(index, columns)
-        return self.say(torch.stack(seen))[:, -1]
+        logits = self.say(torch.stack(seen))
+        return logits if every else logits[:, -1]
 
 
 def setting(model: str) -> tuple:
