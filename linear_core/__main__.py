@@ -212,7 +212,10 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         for k in ("policy", "budget", "anchors", "recent", "release")
         if getattr(args, k) is not None
     }
-    return replace(PRESETS[args.preset], **given)
+    plan = PRESETS[args.preset]
+    if args.policy is not None:  # the preset's release was made for its own policy
+        plan = replace(plan, policy=args.policy, release="auto")
+    return replace(plan, **given)
 
 
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
@@ -256,7 +259,8 @@ def _enlarged(pictures: Tensor, size: int) -> tuple[int, int]:
 def _describe(plan: CachePlan, info: ModelInfo) -> str:
     if not plan.evicts(info.grid):
         return "full cache"
-    return f"{plan.budget} of {info.grid.rows} lines, {plan.policy}" + (", lazy" if plan.release == "lazy" else "")
+    unusual = plan.release != CachePlan(plan.policy).release
+    return f"{plan.budget} of {info.grid.rows} lines, {plan.policy}" + (f", {plan.release}" if unusual else "")
 
 
 def _ratio(plan: CachePlan, info: ModelInfo) -> str:
@@ -302,7 +306,12 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that survive a line's end")
     group.add_argument("--anchors", type=int, metavar="TOKENS", help="first image tokens that always stay")
     group.add_argument("--recent", type=int, metavar="LINES", help="newest whole lines that always stay")
-    group.add_argument("--release", choices=RELEASES, help="victims vanish at once (strict) or when overwritten (lazy)")
+    group.add_argument(
+        "--release",
+        choices=["auto", *RELEASES],
+        help="victims vanish (strict), stay until overwritten (lazy) "
+        "or go on in a neighbour (fold); auto: fold for policy fold, strict for others",
+    )
 
     sample = argparse.ArgumentParser(add_help=False)
     group = sample.add_argument_group("sampling", "the model's own defaults, unless given")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .outlook import distances, wide
 from .view import View
 
 SLACK = 1.0
@@ -21,8 +22,8 @@ SLACK = 1.0
 class Folded:
     """What the slots of a view hold after folding; victims' slots are as they were.
 
-    keys, values  L B H S D, float32
-    bias          L B H S, ln of the weight with which attention takes each slot, float32
+    keys, values  L B H S D, `wide`
+    bias          L B H S, ln of the weight with which attention takes each slot
     count         L B H S, tokens that each slot stands for
     changed       bool L B H S, the slots that were given something
     """
@@ -45,18 +46,18 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     Equal keys are folded without loss: n tokens of key k and values v_i are one of key k, mean value and weight n.
     """
     look, strength, slots = view.outlook(), view.strength(), view.index.shape[-1]
-    keys, values = view.keys.float(), view.values.float()
+    keys, values = wide(view.keys), wide(view.values)
 
     def of_victims(x: Tensor) -> Tensor:
         return x.gather(3, victims[..., None].expand(*victims.shape, x.shape[-1]))
 
     kept = view.candidates().scatter(-1, victims, False)
-    distance = torch.cdist(of_victims(keys), keys).masked_fill(~kept[..., None, :], float("inf"))
-    nearest = distance.argmin(-1, keepdim=True)
+    distance = distances(of_victims(keys), keys).masked_fill(~kept[..., None, :], float("inf"))
+    nearest = _least(distance, view.index[..., None, :])
     there = view.index.gather(-1, victims) >= 0  # a slot may be empty
     # One row of 0 and 1 for each victim. A product with it adds up the same way every time; scattering does not.
     gives = (torch.arange(slots, device=nearest.device) == nearest) & there[..., None]
-    move = gives.float().transpose(-1, -2)
+    move = gives.to(keys.dtype).transpose(-1, -2)
 
     def given(x: Tensor) -> Tensor:
         """What each slot is given of x L B H S N."""
@@ -66,13 +67,23 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     total = share + given(share)
     merged_keys = (keys * share + given(keys * share)) / total
     merged_values = (values * share + given(values * share)) / total
-    merged_count = count + given(count[..., None])[..., 0]
+    merged_count = count + given(count.to(keys.dtype)[..., None])[..., 0]
     mass = look.mass + given(look.mass[..., None])[..., 0]
     even = merged_count.log()
     weight = (mass / look.pull(merged_keys)).log().nan_to_num(0.0)
     changed = gives.any(-2)
-    bias = torch.where(changed, weight.clamp(even - SLACK, even + SLACK), view.bias.float())
+    bias = torch.where(changed, weight.clamp(even - SLACK, even + SLACK), wide(view.bias))
     where = changed[..., None]
     return Folded(
         torch.where(where, merged_keys, keys), torch.where(where, merged_values, values), bias, merged_count, changed
     )
+
+
+def _least(distance: Tensor, index: Tensor) -> Tensor:
+    """The slot of the least distance ... S, the newest token's among equals: int64 ... 1.
+
+    Equal to three digits is equal. Keys of the same code at the same offset left and right are equally far, and the
+    last digit, which is another in a batch of another size, must not decide between them.
+    """
+    digits = (distance.float().view(torch.int32) + 0x800 >> 12).long()  # the bits of positive floats are in their order
+    return (digits << 32 | 0x7FFFFFFF - index.long()).argmin(-1, keepdim=True)

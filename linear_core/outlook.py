@@ -14,9 +14,23 @@ from torch import Tensor
 LINES = (1, 2, 4, 8)  # how far ahead: the next line counts most, and what is needed later must survive until then
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: half precision is for storing."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances of vectors ... N D and ... M D: ... N M.
+
+    By differences, not by products: a product rounds near keys to nothing, and differently in batches of other sizes,
+    and a choice that hangs on the last digit would then make other pictures.
+    """
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 @dataclass(frozen=True)
 class Outlook:
-    """L layers, B rows of the batch, H key heads, S slots, D numbers a head, Q foreseen queries. All float32.
+    """L layers, B rows of the batch, H key heads, S slots, D numbers a head, Q foreseen queries. All `wide`.
 
     queries  L B H Q D, turned to where they will stand and scaled by 1 / sqrt(D)
     total    L B H Q, ln of what each query's softmax divides by
@@ -34,7 +48,7 @@ class Outlook:
 
 def look_ahead(queries: Tensor, keys: Tensor, bias: Tensor) -> Outlook:
     """Foreseen queries L B H Q D over everything held: keys L B H S D, bias L B H S."""
-    queries = queries.float() * queries.shape[-1] ** -0.5
-    scores = keys.float() @ queries.transpose(-1, -2) + bias.float()[..., None]
+    queries = wide(queries) * queries.shape[-1] ** -0.5
+    scores = wide(keys) @ queries.transpose(-1, -2) + wide(bias)[..., None]
     total = torch.logsumexp(scores, dim=-2)
     return Outlook(queries, total, (scores - total[..., None, :]).exp().mean(-1))

@@ -64,9 +64,10 @@ class CachePlan:
 
 
 PRESETS = {
-    "Balanced": CachePlan(budget=4),
-    "Small": CachePlan(budget=3),
-    "Smallest": CachePlan(budget=2, recent=1),
+    "Balanced": CachePlan("fold", budget=4, recent=1),
+    "Small": CachePlan("fold", budget=3, recent=1),
+    "Smallest": CachePlan("fold", budget=2, recent=1),
+    "LineAR": CachePlan("line", budget=4, recent=2),  # as published
     "Full": CachePlan(policy="full"),
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import line_probabilities
 from .grid import Grid
-from .outlook import LINES, Outlook, look_ahead
+from .outlook import LINES, Outlook, look_ahead, wide
 
 SPARE = 0.1
 
@@ -73,11 +73,14 @@ class View:
         return self._outlooks[lines]
 
     def strength(self) -> Tensor:
-        """How much each slot counts for the coming lines, L B H S: attention foreseen, and a tenth of an image token's
-        mean on top, as the forecast may be wrong about a token that it gives nothing. 0 for what is empty."""
-        mass, there = self.outlook().mass, self.candidates()
-        spare = SPARE * (mass * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
-        return (mass + spare).masked_fill(self.index < 0, 0.0)
+        """How much each slot counts for the coming lines, L B H S: the attention foreseen, and a tenth of what an image
+        token draws on average for each token in it, as the forecast may be wrong about one that it gives nothing. 0 for
+        what is empty."""
+        mass = self.outlook().mass
+        weight = wide(self.bias).exp()
+        image = weight * self.candidates()
+        mean = (mass * self.candidates()).sum(-1, keepdim=True) / image.sum(-1, keepdim=True).clamp(min=1)
+        return mass + SPARE * mean * weight
 
     def candidates(self) -> Tensor:
         """Bool L B H S: image tokens, the only ones that can be evicted."""

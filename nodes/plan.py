@@ -16,14 +16,15 @@ CUSTOM = "Custom"
 
 
 def _custom() -> list[io.Input]:
-    plan = CachePlan()
+    plan = PRESETS["Balanced"]
     return [
         io.Combo.Input(
             "policy",
             options=list(POLICIES),
             default=plan.policy,
-            tooltip="What decides which tokens stay. 'line': those that the line just drawn attended to most (LineAR). "
-            "'full': everything. The others are published methods to compare with; the help page names them.",
+            tooltip="What decides which tokens leave. 'fold': those that a neighbour can stand in for. 'line': those "
+            "that the line just drawn attended to least (LineAR, as published). 'full': none. The others are published "
+            "methods to compare with; the help page names them.",
         ),
         io.Int.Input(
             "budget",
@@ -45,14 +46,15 @@ def _custom() -> list[io.Input]:
             default=plan.recent,
             min=0,
             max=127,
-            tooltip="Newest whole lines that always stay. Typical: 2 at a budget of 4, 1 at a budget of 2.",
+            tooltip="Newest whole lines that always stay. Typical: 1; LineAR 2.",
         ),
         io.Combo.Input(
             "release",
-            options=list(RELEASES),
-            default=plan.release,
-            tooltip="strict: dropped tokens vanish at once, as published. lazy: each is seen until the next line "
-            "overwrites it, least useful first. Both take the same memory.",
+            options=["auto", *RELEASES],
+            default="auto",
+            tooltip="auto: fold for the policy 'fold', strict for all others. strict: dropped tokens vanish at once, "
+            "as published. lazy: each is seen until the next line overwrites it, least useful first. fold: each goes "
+            "on in the kept token most like it, which then counts for both. All take the same memory.",
         ),
     ]
 
@@ -74,8 +76,9 @@ class LineCache(io.ComfyNode):
                         *[io.DynamicCombo.Option(name, []) for name in PRESETS],
                         io.DynamicCombo.Option(CUSTOM, _custom()),
                     ],
-                    tooltip="Balanced: 4 lines. Small: 3 lines. Smallest: 2 lines, of which the newest always stays. "
-                    "Full: every line, as without this pack. Custom: your own numbers.",
+                    tooltip="Balanced: 4 lines, folded: what leaves goes on in what is most like it. Small: 3 lines. "
+                    "Smallest: 2 lines. LineAR: 4 lines as the paper keeps them. Full: every line, as without this "
+                    "pack. Custom: your own numbers.",
                 ),
                 MEMORY.Input(
                     "memory",

@@ -21,11 +21,63 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("grid", "plan", "policies", "cache", "sampling", "oracles", "generate", "imports")
+TESTS = ("grid", "plan", "policies", "cache", "fold", "sampling", "oracles", "generate", "imports")
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
+    # -- folding
+    (
+        "fold.py",
+        "kept = view.candidates().scatter(-1, victims, False)",
+        "kept = view.candidates()",
+        "victims fold into victims",
+    ),
+    ("fold.py", "kept = view.candidates().scatter", "kept = (view.index >= 0).scatter", "the prompt takes victims in"),
+    ("fold.py", "& there[..., None]", "", "empty slots are folded"),
+    ("fold.py", "strength[..., None]", "torch.ones_like(strength)[..., None]", "means that do not care for attention"),
+    ("fold.py", "(values * share + given(values * share)) / total", "values", "values are dropped"),
+    ("fold.py", "(keys * share + given(keys * share)) / total", "keys", "keys stay where they are"),
+    (
+        "fold.py",
+        "mass = look.mass + given(look.mass[..., None])[..., 0]",
+        "mass = look.mass",
+        "the weight forgets what was given",
+    ),
+    ("fold.py", "look.pull(merged_keys)", "look.pull(keys)", "the weight is for the old key"),
+    ("fold.py", "weight.clamp(even - SLACK, even + SLACK)", "even", "the weight is the count"),
+    ("fold.py", "weight.clamp(even - SLACK, even + SLACK)", "weight", "the weight knows no bounds"),
+    ("fold.py", "count + given(", "count + 1 + 0 * given(", "a slot counts one more, whatever it is given"),
+    ("fold.py", "0x7FFFFFFF - index.long()", "index.long()", "the oldest of equals takes a victim in"),
+    ("outlook.py", "queries.shape[-1] ** -0.5", "1.0", "foreseen scores are not scaled"),
+    ("outlook.py", "- self.total[..., None, :]", "", "pull is no share of attention"),
+    ("view.py", "for n in lines]", "for n in lines[:1]]", "only the next line is foreseen"),
+    ("view.py", "self.turn(self.queries, n)", "self.queries", "queries are not turned ahead"),
+    ("view.py", "return mass + SPARE * mean * weight", "return mass", "nothing is spared"),
+    ("view.py", "SPARE * mean * weight", "SPARE * mean", "spare by slot, not by token"),
+    ("policies/fold.py", "(other > one) | ", "(other < one) | ", "fold: the stronger goes into the weaker"),
+    ("policies/fold.py", "distances(keys, keys).square()", "distances(keys, keys)", "fold: plain distances"),
+    ("policies/fold.py", "& view.candidates()[..., None, :]", "", "fold: the prompt may stand in"),
+    ("policies/fold.py", "(of_other < index)", "(of_other > index)", "fold: of equals the newer is stronger"),
+    (
+        "cache.py",
+        "folded.count.scatter(3, victims, 1.0)",
+        "folded.count",
+        "a new token inherits the count of a victim",
+    ),
+    (
+        "cache.py",
+        "self.values[one, ..., :end, :] = folded.values.to(self.values.dtype)",
+        "pass",
+        "folded values are lost",
+    ),
+    ("cache.py", "self.bias[one, ..., :end] = folded.bias.to(self.bias.dtype)", "pass", "folded weights are lost"),
+    (
+        "models/llamagen.py",
+        "ROPE_BASE, queries.device)[lines:])",
+        "ROPE_BASE, queries.device)[:1])",
+        "LlamaGen: nothing turns",
+    ),
     # -- the cache
     (
         "cache.py",
@@ -43,23 +95,28 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache.py", "self.queries[layer].index_copy_(2, column, q)", "pass", "the line's queries are not stored"),
     (
         "cache.py",
-        "self.target.copy_(victims)",
-        "victims = victims[:, :, :1].expand_as(victims)\n        self.target.copy_(victims)",
+        "self.target[one] = victims",
+        "self.target[one] = victims[:, :, :1].expand_as(victims)",
         "all heads use head 0's victims",
     ),
     (
         "cache.py",
-        "self.target.copy_(victims)",
-        "victims = victims[:, :1].expand_as(victims)\n        self.target.copy_(victims)",
+        "self.target[one] = victims",
+        "self.target[one] = victims[:, :1].expand_as(victims)",
         "all rows use row 0's victims",
     ),
-    ("cache.py", "self.target.copy_(victims)", "self.target.copy_(victims.flip(-1))", "lazy victims leave in reverse"),
-    ("cache.py", "self.mass.scatter_(3, victims, 0.0)", "pass", "attention mass is not reset"),
-    ("cache.py", 'if self.plan.release == "strict":', "if True:", "lazy release behaves as strict"),
-    ("cache.py", 'if self.plan.release == "strict":', "if False:", "strict release behaves as lazy"),
-    ("cache.py", 'self.bias.scatter_(3, victims, float("-inf"))', "pass", "strict victims stay visible to attention"),
-    ("cache.py", "self.index.scatter_(3, victims, -1)", "pass", "strict victims stay in the record"),
-    ("cache.py", "first = self.grid.index(row)", "first = self.grid.index(row) + 1", "mass sees one token too far"),
+    ("cache.py", "self.target[one] = victims", "self.target[one] = victims.flip(-1)", "lazy victims leave in reverse"),
+    ("cache.py", "self.mass[one].scatter_(3, victims, 0.0)", "pass", "attention mass is not reset"),
+    ("cache.py", 'if self.plan.release != "lazy":', "if True:", "lazy release behaves as strict"),
+    ("cache.py", 'if self.plan.release != "lazy":', "if False:", "strict release behaves as lazy"),
+    (
+        "cache.py",
+        'self.bias[one].scatter_(3, victims, float("-inf"))',
+        "pass",
+        "strict victims stay visible to attention",
+    ),
+    ("cache.py", "self.index[one].scatter_(3, victims, -1)", "pass", "strict victims stay in the record"),
+    ("cache.py", "self.grid.index(row)).sum(2)", "self.grid.index(row) + 1).sum(2)", "mass sees one token too far"),
     (
         "cache.py",
         "setattr(self, name, buffer[:, :rows])",
@@ -206,8 +263,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("generate.py", "if row + 1 < grid.rows:", "if True:", "the last line is evicted too"),
     (
         "generate.py",
-        "if cache.full or cache.mass is not None:",
-        "if cache.full:",
+        "if full or cache.mass is not None else ()",
+        "if full else ()",
         "mass of the first lines is forgotten",
     ),
     ("generate.py", "token.repeat(", "token.repeat_interleave(", "halves are fed each other's tokens"),

@@ -22,7 +22,7 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert written == ["hills_01.png", "hills_02.png"]
     image = Image.open(tmp_path / "hills_02.png")
     notes = json.loads(image.text["linear"])
-    assert notes["seed"] == 6 and notes["class"] == "autumn hills" and notes["policy"] == "line"
+    assert notes["seed"] == 6 and notes["class"] == "autumn hills" and notes["policy"] == notes["release"] == "fold"
     alone = tmp_path / "alone.png"
     assert main(["generate", "--class", "autumn hills", "--seed", "6", "--out", str(alone)]) == 0
     assert Image.open(alone).tobytes() == image.tobytes()  # image i of a batch is the image of seed + i

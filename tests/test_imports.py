@@ -30,10 +30,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "published": ({"errors"}, set()),  # names of files, and where they are to be had
     # tensors
     "attention": (set(), TENSORS),
-    "view": ({"attention", "grid"}, TENSORS),
-    "cache": ({"attention", "grid", "plan", "view"}, TENSORS),
+    "outlook": (set(), TENSORS),
+    "view": ({"attention", "grid", "outlook"}, TENSORS),
+    "fold": ({"outlook", "view"}, TENSORS),
+    "cache": ({"attention", "fold", "grid", "plan", "view"}, TENSORS),
     "policies.__init__": ({"errors", "view", "policies.*"}, TENSORS),
-    "policies.*": ({"view"}, TENSORS),
+    "policies.*": ({"outlook", "view"}, TENSORS),
     "sampling": (set(), TENSORS),
     "blocks": (set(), TENSORS),
     # models

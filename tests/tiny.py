@@ -121,6 +121,10 @@ class Toy:
             seen.append(attend(q[layer], *cache.read(layer)))
         return self.say(torch.stack(seen))[:, 0]
 
+    def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
+        """Places are looked up and added, so there is nothing to turn; each line ahead asks a little louder."""
+        return queries * (1 + lines / 16)
+
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
         """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""
         tokens = torch.cat([prompt.tokens, tokens], 1)
@@ -196,8 +200,10 @@ def decode(
 
     def score(view: View) -> Tensor:
         scores = original.score(view)
-        assert view.row not in recorder.scores, "a policy is asked once a line"
-        recorder.scores[view.row] = scores.float().clone(), view.index.clone()
+        told = scores.float().clone(), view.index.clone()
+        before = recorder.scores.get(view.row)
+        assert view.layer == (0 if before is None else len(before[0])), "a policy is asked once a line, layer by layer"
+        recorder.scores[view.row] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
         return scores
 
     with policy(plan.policy, replace(original, score=score)):

@@ -1,0 +1,301 @@
+"""Folding: exact where it can be, counted, and the same as a plain computation of what its words say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_core.blocks import rope_2d, turn_pairs
+from linear_core.cache import LineCache
+from linear_core.fold import SLACK, fold
+from linear_core.grid import Grid
+from linear_core.models.llamagen import ROPE_BASE
+from linear_core.outlook import LINES
+from linear_core.plan import CachePlan, SamplePlan
+from linear_core.policies import POLICIES
+from linear_core.prompts import class_prompt
+from linear_core.view import SPARE, View
+from tests.tiny import Toy, caption_prompt, decode, llamagen
+
+DOUBLE = torch.float64
+COLS, PROMPT, DIM = 4, 2, 6
+
+
+def make(layers: int = 1, batch: int = 2, heads: int = 3, rows: int = 3, seed: int = 0, empty: int = 0) -> View:
+    """Random keys, values, queries and weights; `rows` lines held, slots out of order, `empty` of them with nothing."""
+    source = torch.Generator().manual_seed(seed)
+    lead, slots = (layers, batch, heads), PROMPT + rows * COLS
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*lead, *shape, generator=source, dtype=DOUBLE)
+
+    image = torch.stack([torch.randperm(rows * COLS, generator=source) for _ in range(layers * batch * heads)])
+    index = torch.cat([torch.arange(PROMPT).expand(len(image), -1), PROMPT + image], 1).view(*lead, slots).int()
+    for number in range(empty):
+        index[index == PROMPT + number] = -1
+    bias = (noise(slots) * 0.5).masked_fill(index < 0, -math.inf)
+    return View(
+        noise(slots, DIM), noise(slots, DIM), bias, index, noise(COLS, DIM) * 2, None,
+        Grid(9, COLS, prompt=PROMPT), rows - 1, 0, lambda queries, lines: queries * (1 - 0.05 * lines),
+    )  # fmt: skip
+
+
+def slots_of(view: View, *tokens: int) -> Tensor:
+    """Where each head holds these tokens of the picture: L B H n."""
+    return torch.stack([(view.index == PROMPT + t).int().argmax(-1) for t in tokens], -1)
+
+
+def ones(view: View) -> Tensor:
+    return torch.ones_like(view.bias)
+
+
+def attended(view: View, keys: Tensor, values: Tensor, bias: Tensor, seed: int = 9) -> Tensor:
+    """What any queries get out of these slots."""
+    source = torch.Generator().manual_seed(seed)
+    queries = torch.randn(*keys.shape[:3], 20, DIM, generator=source, dtype=DOUBLE) * 3
+    return ((queries @ keys.transpose(-1, -2)) / DIM**0.5 + bias[..., None, :]).softmax(-1) @ values
+
+
+def without(bias: Tensor, victims: Tensor) -> Tensor:
+    return bias.scatter(-1, victims, -math.inf)
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 2.0, 4.0)])
+def test_equal_keys_fold_without_loss(weights):
+    """Three tokens of one key, values all different: no query can tell, whatever they weighed."""
+    view = make()
+    first, *others = slots_of(view, 1, 5, 6).split(1, -1)
+    keys, bias = view.keys.clone(), view.bias.clone()
+    for slot, weight in zip((first, *others), weights, strict=True):
+        keys.scatter_(3, slot[..., None].expand(-1, -1, -1, 1, DIM), keys.gather(3, first[..., None].expand(
+            -1, -1, -1, 1, DIM)))  # fmt: skip
+        bias.scatter_(3, slot, math.log(weight))
+    view = replace(view, keys=keys, bias=bias)
+    victims = torch.cat(others, -1)
+    folded = fold(view, victims, ones(view))
+    before = attended(view, view.keys, view.values, view.bias)
+    after = attended(view, folded.keys, folded.values, without(folded.bias, victims))
+    torch.testing.assert_close(after, before)
+    dropped = attended(view, view.keys, view.values, without(view.bias, victims))
+    assert (dropped - before).abs().max() > 1e-3, "and dropping them would be seen"
+    assert torch.equal(folded.count.gather(-1, first), torch.full_like(first, 3).double())
+
+
+def test_a_picture_of_equal_tokens_is_drawn_as_with_everything_held():
+    """Keys that depend on the code alone, three codes: every victim has an equal among what stays, so the whole picture
+    is drawn with the logits of the full cache, though most of it is gone."""
+    toy = Toy(8, 6, length=3, dtype=DOUBLE)
+    toy.by_place.zero_()
+    toy.by_token[1:, :, :, 3 : toy.codes] = toy.by_token[1:, :, :, :1]  # keys and values: codes 0, 1, 2 and equals of 0
+    prompt, sample = toy.prompt([3, 2]), SamplePlan(seed=2, guidance=2.0)
+    few = decode(toy, prompt, CachePlan("fold", 2, 0, 1), sample)
+    full = decode(toy, prompt, CachePlan("full"), sample)
+    torch.testing.assert_close(torch.stack(few.logits), torch.stack(full.logits))
+    assert int((few.index[-1] >= 0).sum(-1).max()) < int((full.index[-1] >= 0).sum(-1).min())
+    evicted = decode(toy, prompt, CachePlan("fold", 2, 0, 1, "strict"), sample)
+    assert (torch.stack(evicted.logits) - torch.stack(full.logits)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_full_budget_folds_nothing(name):
+    """With room for every line the cache is the full one, bit for bit."""
+    model, sample = llamagen(5, 4), SamplePlan(seed=1, guidance=2.0)
+    folding = decode(model, class_prompt([1, 2]), CachePlan(name, 4, 2, 1, "fold"), sample)
+    full = decode(model, class_prompt([1, 2]), CachePlan("full"), sample)
+    assert torch.equal(torch.stack(folding.logits), torch.stack(full.logits))
+    assert torch.equal(folding.cache.keys, full.cache.keys)
+    assert folding.cache.count is None or (folding.cache.count == 1).all()
+
+
+# -- what is counted ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "full"])
+@pytest.mark.parametrize("model", ["class", "text", "toy eol"])
+def test_counts_are_the_tokens_seen(name, model):
+    """After every token each head's slots stand for all image tokens fed so far, and nothing leaves unaccounted for."""
+    if model == "class":
+        decoder, prompt = llamagen(7, 5), class_prompt([1, 3])
+    elif model == "text":
+        decoder, prompt = llamagen(7, 5, text=True), caption_prompt([7, 4])
+    else:
+        decoder = Toy(7, 5, length=4, eol=True)
+        prompt = decoder.prompt([4, 2])
+    seen: list[Tensor] = []
+    release = LineCache.release
+
+    def count(cache: LineCache, view: View, victims: Tensor) -> None:
+        release(cache, view, victims)
+        held = cache.index[view.layer] >= 0
+        held[..., : cache.shape.prompt] = False
+        seen.append((cache.count[view.layer] * held).sum(-1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LineCache, "release", count)
+        decode(decoder, prompt, CachePlan(name, 2, 2, 1, "fold"), SamplePlan(seed=7, guidance=2.5))
+    stride = decoder.grid.stride
+    assert len(seen) == 2 * 4, "two layers, the ends of lines 2 to 5"
+    for number, counts in enumerate(seen):
+        assert (counts == (3 + number // 2) * stride).all()
+
+
+def test_the_weight_is_never_far_from_the_count():
+    """The forecast may say that a slot is looked at more or less than its tokens; e^SLACK times, and no further."""
+    for seed in range(8):
+        view = make(seed=seed)
+        view = replace(view, bias=torch.zeros_like(view.bias), queries=view.queries * 4)
+        folded = fold(view, slots_of(view, 0, 1, 2, 3), ones(view))
+        off = (folded.bias - folded.count.log())[folded.changed]
+        assert off.abs().max() <= SLACK + 1e-9
+    assert (off.abs() > SLACK - 1e-9).any() and (off.abs() < SLACK - 0.1).any(), "some are held back, not all"
+
+
+def test_attention_foreseen_is_kept():
+    """Where the weight is not held back, a slot will draw what its tokens would have drawn together."""
+    view = make(seed=3)
+    victims = slots_of(view, 0, 1, 2, 3)
+    folded = fold(view, victims, ones(view))
+    inside = folded.changed & ((folded.bias - folded.count.log()).abs() < SLACK - 1e-6)
+    assert inside.sum() > 5
+    look = view.outlook()
+    keys = folded.keys
+    draws = (keys @ look.queries.transpose(-1, -2) + folded.bias[..., None] - look.total[..., None, :]).exp().mean(-1)
+    gained = draws - look.mass
+    lost = look.mass.gather(-1, victims).sum(-1)
+    whole = (inside == folded.changed).all(-1)  # heads whose every merge is inside
+    assert whole.any()
+    torch.testing.assert_close((gained * folded.changed).sum(-1)[whole], lost[whole])
+
+
+# -- by a plain computation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empty", [0, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_fold_is_what_its_words_say(seed, empty):
+    """One head at a time, one number at a time, in plain Python."""
+    view = make(seed=seed, empty=empty)
+    victims = slots_of(view, 0, 1, 4, 7) if not empty else torch.cat(
+        [(view.index < 0).int().argmax(-1, keepdim=True), slots_of(view, 4, 7)], -1)  # fmt: skip
+    count = 1 + torch.rand(view.bias.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).round()
+    folded = fold(view, victims, count)
+    for row in range(2):
+        for head in range(3):
+            at = (0, row, head)
+            keys, values, bias, index, ns = (
+                t[at].tolist() for t in (view.keys, view.values, view.bias, view.index, count)
+            )
+            slots = range(len(index))
+            asked = [q for n in LINES for q in (view.queries[at] * (1 - 0.05 * n)).tolist()]
+
+            def dot(a, b):
+                return sum(x * y for x, y in zip(a, b, strict=True)) / DIM**0.5
+
+            totals = [sum(math.exp(dot(q, keys[s]) + bias[s]) for s in slots) for q in asked]
+
+            def drawn(key, weight, asked=asked, totals=totals):
+                return sum(math.exp(dot(q, key)) * weight / t for q, t in zip(asked, totals, strict=True)) / len(asked)
+
+            mass = [drawn(keys[s], math.exp(bias[s])) for s in slots]
+            image = [s for s in slots if index[s] >= PROMPT]
+            spare = SPARE * sum(mass[s] for s in image) / max(sum(math.exp(bias[s]) for s in image), 1)
+            strength = [mass[s] + spare * math.exp(bias[s]) for s in slots]
+            chosen = victims[at].tolist()
+            given: dict[int, list[int]] = {}
+            for victim in chosen:
+                if index[victim] >= 0:
+                    near = min((s for s in image if s not in chosen), key=lambda s: math.dist(keys[s], keys[victim]))
+                    given.setdefault(near, []).append(victim)
+            for s in slots:
+                group = [s, *given.get(s, [])]
+                total = sum(strength[g] for g in group) or 1.0
+                expected_key, expected_value = keys[s], values[s]
+                expected_bias = bias[s]
+                if len(group) > 1:
+                    expected_key = [sum(strength[g] * keys[g][d] for g in group) / total for d in range(DIM)]
+                    expected_value = [sum(strength[g] * values[g][d] for g in group) / total for d in range(DIM)]
+                    fitting = math.log(sum(mass[g] for g in group) / drawn(expected_key, 1.0))
+                    even = math.log(sum(ns[g] for g in group))
+                    expected_bias = min(max(fitting, even - SLACK), even + SLACK)
+                assert folded.keys[at][s].tolist() == pytest.approx(expected_key)
+                assert folded.values[at][s].tolist() == pytest.approx(expected_value)
+                assert folded.bias[at][s].item() == pytest.approx(expected_bias)
+                assert folded.count[at][s].item() == pytest.approx(sum(ns[g] for g in group))
+                assert folded.changed[at][s].item() == (len(group) > 1)
+
+
+def test_rows_heads_and_layers_fold_apart():
+    """A batch folds as its singles do, so the two guidance rows of an image fold each for itself."""
+    view = make(layers=2)
+    victims = slots_of(view, 0, 2, 5, 6)
+    together = fold(view, victims, ones(view))
+    names = ("keys", "values", "bias", "index", "queries")
+    for dim, size in enumerate(view.index.shape[:3]):
+        for place in range(size):
+            alone = replace(view, **{n: getattr(view, n).narrow(dim, place, 1) for n in names}, _outlooks={})
+            folded = fold(alone, victims.narrow(dim, place, 1), ones(alone))
+            for part in ("keys", "values", "bias", "count"):
+                torch.testing.assert_close(getattr(folded, part), getattr(together, part).narrow(dim, place, 1))
+
+
+def test_a_run_folds_what_was_chosen():
+    """Through the loop: victims are out of sight, their slots come next, what was given nothing is untouched."""
+    release, runs = LineCache.release, []
+
+    def watch(cache: LineCache, view: View, victims: Tensor) -> None:
+        old = view.keys.clone()
+        expected = fold(replace(view, _outlooks={}), victims, cache.count[view.layer][None].clone())
+        release(cache, view, victims)
+        layer = view.layer
+        torch.testing.assert_close(cache.keys[layer], expected.keys[0])
+        torch.testing.assert_close(cache.values[layer], expected.values[0])
+        assert torch.equal(cache.keys[layer][~expected.changed[0]], old[0][~expected.changed[0]])
+        assert torch.equal(cache.bias[layer] == -math.inf, cache.index[layer] < 0)
+        assert (cache.index[layer].gather(-1, victims[0]) == -1).all()
+        assert torch.equal(cache.target[layer], victims[0])
+        assert (cache.count[layer].gather(-1, victims[0]) == 1).all()
+        runs.append(int(expected.changed.sum()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LineCache, "release", watch)
+        decode(llamagen(7, 5), class_prompt([1, 3]), CachePlan("fold", 2, 2, 1), SamplePlan(seed=7, guidance=2.5))
+    assert len(runs) == 8 and min(runs) > 0
+
+
+# -- what is foreseen --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lines", LINES)
+def test_llamagen_turns_its_queries_to_a_later_line(lines):
+    """A rotated query turned ahead is the same query rotated further down in its own column."""
+    model = llamagen(10, 3)
+    grid = model.grid.after(1)
+    raw = torch.randn(2, 1, 3, 3, 8, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    table = rope_2d(20, 3, 8, ROPE_BASE, raw.device)
+    here, there = table[3:6], table[3 * (1 + lines) : 3 * (1 + lines) + 3]
+    turned = model.turn_ahead(grid, turn_pairs(raw.float(), here), lines)
+    torch.testing.assert_close(turned, turn_pairs(raw.float(), there), atol=1e-5, rtol=1e-5)
+    assert (turned - turn_pairs(raw.float(), here)).abs().max() > 0.1
+
+
+def test_the_score_is_the_least_cost_of_a_merge():
+    """Of tokens that count alike the nearest to another is the cheapest; one nobody looks at is cheaper still."""
+    view = make(batch=1, heads=1)
+    keys = torch.zeros_like(view.keys)
+    keys[0, 0, 0, :, 0] = torch.tensor([0.0, 0, 10, 11, 20, 22, 30, 34, 40, 48, 50, 66, 70, 102])
+    index = torch.arange(14, dtype=torch.int32).view(1, 1, 1, -1)
+    even = replace(view, keys=keys, index=index, bias=torch.zeros_like(view.bias), queries=view.queries * 0)
+    scores = POLICIES["fold"].score(even)[0, 0, 0, 2:].tolist()
+    older = [1, 9, 2, 8, 4, 6, 8, 2, 16, 4, 32]  # of equals the older is stronger, so each could go into an older one
+    unit = scores[1]
+    assert scores[1:] == pytest.approx([unit * d * d for d in older]) and scores[0] > 1e30, "the strongest stays"
+    quiet = replace(even, bias=even.bias.index_fill(-1, torch.tensor([13]), -20.0), _outlooks={})
+    again = POLICIES["fold"].score(quiet)[0, 0, 0, 2:].tolist()
+    assert again[-1] < scores[-1] / 4
