@@ -81,15 +81,13 @@ def reference(decoder: Decoder, prompt: Any, codes: Tensor) -> Reference:
     attention: list[Tensor] = []
 
     def look(row: int, cache: LineCache) -> None:
-        first, end, grid = cache.grid.index(row), cache.extent, cache.grid
-        seen = [
-            line_probabilities(q, k, b, i, first).mean(2)
-            for q, k, b, i in zip(
-                cache.queries, cache.keys[..., :end, :], cache.bias[..., :end], cache.index[..., :end], strict=True
-            )
-        ]
+        seen = []
+        for layer, queries in enumerate(cache.queries):
+            keys, _, bias = cache.read(layer)
+            index = cache.index[layer, ..., : cache.extent]
+            seen.append(line_probabilities(queries, keys, bias, index, cache.grid.index(row)).mean(2))
         image = torch.stack(seen)[..., cache.shape.prompt :]  # a full cache lies in order
-        attention.append(F.pad(image, (0, grid.tokens - image.shape[-1])))
+        attention.append(F.pad(image, (0, cache.grid.tokens - image.shape[-1])))
 
     logits = forced_logits(decoder, prompt, codes, FULL, look, frozenset({"queries"}))
     return Reference(logits.log_softmax(-1), attention)

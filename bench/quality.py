@@ -1,15 +1,15 @@
 """The quality lab: how close a few lines come to the full cache, for every policy and budget.
 
-    python bench/quality.py                 everything, with the bundled model; hours on one core, and it can be stopped:
-                                            rows that are in the results already are not computed again
-    python bench/quality.py --quick         two pictures, three policies, one budget: does it run?
+    python bench/quality.py              everything, with the bundled model: hours on one core. It can be stopped at any
+                                         time: rows that are in the results are not computed again
+    python bench/quality.py --quick      two pictures, three policies, one budget: does it run?
+    python bench/quality.py --write      table, plot and sheet from the results that are there
     python bench/quality.py --policies line fold random --shares 6 12
     python bench/quality.py --model models/ar_image/c2i_B_256.pt
-    python bench/quality.py --write         table, plot and sheet from the results that are there
 
 1. Teacher-forced: held-out pictures go through each cache a line at a time, beside the full cache. Kullback-Leibler
-   divergence, rise of the negative log-likelihood, attention lost, tokens and bytes held. The recent lines that a policy
-   protects are chosen on one set of pictures (`choose`), the figures are of another (`report`).
+   divergence, rise of the negative log-likelihood, attention lost, tokens and bytes held. The recent lines that a
+   policy protects are chosen on one set of pictures (`choose`), the figures are of another (`report`).
 2. Drawn: the same classes and noise under a few caches. Token agreement with the full cache, accuracy of the class and
    Fréchet distance in the features of a small classifier (bundled model only).
 3. Written to --out: quality-MODEL.json (with each picture's figures, for paired differences), .md, .png, -sheet.png.
@@ -25,7 +25,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,24 +35,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
 from bench.uncertainty import frechet, frechet_deviation, half_width, share_interval
 from linear_core.errors import UserError
 from linear_core.generate import Run, generate
-from linear_core.library import ImageModel, ModelFiles, bundled_files, find_tokenizer, load_model
+from linear_core.library import ModelFiles, bundled_files, find_tokenizer, load_model
 from linear_core.plan import CachePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
 
-SHARES = (6, 12, 4, 8, 24, 2)  # one over the share of lines that a cache keeps; in the order in which they are computed
+ROOT = Path(__file__).parents[1]
+SHARES = (6, 12, 4, 8, 24, 2)  # one over the share of lines kept, in the order of computing
 FIRST = ("line", "fold", "random")
 ANCHORS, RECENT = 4, (0, 1, 2)
 BATCH = 8  # pictures at a time: what they need stays in a processor's cache
 KEEP_BYTES = 2 * 2**30  # of the full cache's answers; others are computed again for each row
+# Files of linear_core that rows do not hang on.
+APART = {"__main__", "convert", "download", "errors", "events", "heatmap", "library", "preview", "published", "sheet",
+         "text", "weights"}  # fmt: skip
 DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others
 DRAWN_BATCH, DRAWN_SEED, OTHER_SEED = 12, 5000, 905_000
 
@@ -113,11 +116,11 @@ class Lab:
         self.scratch = ROOT / "out" / "quality"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.grid = self.model.decoder.grid
-        self.core = hash_of(sorted((ROOT / "linear_core").rglob("*.py")))
+        self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in APART])
         self.weights = hash_of([files.decoder, files.tokenizer])
-        self.data: dict[str, Any] = {"circumstances": {}, "rows": [], "samples": []}
+        self.data: dict[str, Any] = {"circumstances": {}, "bars": [], "rows": [], "samples": [], "pairs": []}
         if self.file.exists():
-            self.data = json.loads(self.file.read_text(encoding="utf-8"))
+            self.data |= json.loads(self.file.read_text(encoding="utf-8"))
         self.codes: dict[Split, tuple[Prompt, Tensor]] = {}
         self.references: dict[tuple[Split, int], Reference] = {}
 
@@ -182,8 +185,9 @@ class Lab:
     def row(self, name: str, plan: CachePlan, split: Split) -> dict[str, Any]:
         """The figures of a plan on a split: those in the results where they still hold, else computed and stored."""
         key = {"split": split.name, "seed": split.seed, "images": split.images, **asdict(plan), "model": self.weights}
+        usual = asdict(CachePlan())  # of what rows are silent about, as it came later
         for row in self.data["rows"]:
-            if all(row[k] == v for k, v in key.items()):
+            if all(row.get(k, usual.get(k)) == v for k, v in key.items()):
                 if self.core in (row["core"], row.get("confirmed")) or self.confirm(row, plan, split):
                     if name not in row["names"]:
                         row["names"].append(name)
@@ -268,22 +272,27 @@ class Lab:
             drawn.append(run.tokens)
         return torch.cat(drawn)
 
-    def sample(self, name: str, plan: CachePlan, count: int, seed: int) -> Tensor:
+    def sample(self, plan: CachePlan, count: int, seed: int, core: str | None = None) -> Tensor:
         """`count` pictures' codes, classes in turn; kept in the scratch folder for the code and weights they are of."""
         labels = [i % self.model.info.config.classes for i in range(count)]
-        what = json.dumps([asdict(plan), count, seed, self.core, self.weights])
+        what = json.dumps([asdict(plan), count, seed, core or self.core, self.weights])
         path = self.scratch / f"drawn-{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors"
         if not path.exists():
             begun = time.perf_counter()
             save_file({"codes": self.draw(plan, labels, seed).contiguous()}, path)
-            print(f"drew {count} pictures, {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+            print(f"drew {count} pictures, {plan}: {time.perf_counter() - begun:.0f} s", flush=True)
         return load_file(path)["codes"]
+
+    def drawn(self, row: dict[str, Any]) -> Tensor:
+        """The codes that a row of `samples` is about."""
+        plan = CachePlan(**{f.name: row[f.name] for f in fields(CachePlan) if f.name in row})
+        return self.sample(plan, row["images"], row["seed"], row["core"])
 
     def save(self) -> None:
         """One row a line, so that a change of results can be read as one."""
         self.data["circumstances"] = circumstances(self)
-        parts = [f'"circumstances": {json.dumps(self.data["circumstances"], indent=1)}']
-        for key in ("rows", "samples"):
+        parts = [f'"{key}": {json.dumps(self.data[key], indent=1)}' for key in ("circumstances", "bars")]
+        for key in ("rows", "samples", "pairs"):
             parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in self.data[key]) + "\n]")
         self.out.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
@@ -340,9 +349,9 @@ def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policie
             contender = Contender(name, published=name == "line")
             wanted.append((contender.name, lab.chosen(contender, budget, choose), DRAWN_SEED))
     judge = Judge(lab, report) if lab.bundled else None
-    first = lab.sample("full", full, count, DRAWN_SEED)
+    first = lab.sample(full, count, DRAWN_SEED)
     for name, plan, seed in wanted:
-        codes = lab.sample(name, plan, count, seed)
+        codes = lab.sample(plan, count, seed)
         same = (codes == first).flatten(1).double().mean(1).numpy()
         row = {
             "name": name,
@@ -350,6 +359,7 @@ def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policie
             "budget_ratio": plan.share(lab.grid),
             "images": count,
             "seed": seed,
+            "core": lab.core,
             "agreement": float(same.mean()),
             "agreement_ci": half_width(same),
             **(judge.figures(codes) if judge else {}),
@@ -413,8 +423,10 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
     choose, report = replace(CHOOSE, images=args.choose_images), replace(REPORT, images=args.images)
     budgets = list(dict.fromkeys(max(1, lab.grid.rows // share) for share in args.shares))
     field = contenders(args.policies)
-    print(f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
-          f"{len(lab.data['rows'])} rows are there already. Stop at any time, and go on with the same command.")  # fmt: skip
+    print(
+        f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
+        f"{len(lab.data['rows'])} rows are there. Stop at any time, and go on with the same command."
+    )
     if not args.write:
         for near in (budgets[:2], budgets[2:]):  # what is asked for most often comes first
             for contender in field:

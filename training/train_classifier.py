@@ -16,18 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from linear_core.library import bundled_files, load_tokenizer
 from linear_core.vq.tokenizer import VQTokenizer
 from training import scenes
 
-WEIGHTS = ROOT / "bench" / "classifier.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "bench" / "classifier.safetensors"
 SEED, HELD_OUT = 70_001, 70_002  # of scenes that nothing else is trained or measured on
 FEATURES = 32
 
@@ -37,11 +35,9 @@ class Classifier(nn.Module):
 
     def __init__(self, classes: int = len(scenes.CLASSES)):
         super().__init__()
-        widths = (3, 16, 24, 32, FEATURES)
         layers = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-            layers += [nn.Conv2d(a, b, 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1), nn.GroupNorm(4, b)]
-            layers += [nn.SiLU()]
+        for a, b, kernel in ((3, 16, 5), (16, 24, 3), (24, 32, 3), (32, FEATURES, 3)):
+            layers += [nn.Conv2d(a, b, kernel, stride=2, padding=kernel // 2), nn.GroupNorm(4, b), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(FEATURES, classes)
 
@@ -55,8 +51,7 @@ class Classifier(nn.Module):
 
 def load_classifier(path: Path = WEIGHTS) -> Classifier:
     model = Classifier()
-    with safe_open(path, "pt") as file:
-        model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return model.eval().requires_grad_(False)
 
 
