@@ -266,7 +266,9 @@ export const keptRows = (text) => Number(/^\d+x(\d+)x\d+:/.exec(String(text ?? "
 export function cacheBytes(shape, grid, plan, sequences) {
   const lines = plan.policy === "full" ? grid.rows : Math.min(plan.budget + 1, grid.rows);
   const slots = shape.prompt + lines * grid.stride;
-  return 2 * shape.layers * sequences * shape.heads * shape.dim * slots * shape.bytes_per_number;
+  const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
+  const line = heads * shape.dim * grid.stride * shape.bytes_per_number;
+  return plan.storage === "int8" ? heads * slots * (shape.dim + 2) + line : heads * shape.dim * slots * shape.bytes_per_number;
 }
 
 /**
