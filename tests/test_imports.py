@@ -34,8 +34,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "view": ({"attention", "grid", "outlook"}, TENSORS),
     "fold": ({"outlook", "view"}, TENSORS),
     "cache": ({"attention", "fold", "grid", "plan", "view"}, TENSORS),
-    "policies.__init__": ({"errors", "view", "policies.*"}, TENSORS),
-    "policies.*": ({"outlook", "view"}, TENSORS),
+    "policies.__init__": ({"errors", "policies.*"}, TENSORS),
+    "policies.*": ({"outlook", "plan", "policies.*", "view"}, TENSORS),
     "sampling": (set(), TENSORS),
     "blocks": (set(), TENSORS),
     # models
@@ -45,7 +45,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "weights": ({"errors"}, TENSORS | {"safetensors"}),
     # time
     "graph": (set(), TENSORS),
-    "generate": ({"cache", "errors", "events", "grid", "plan", "policies", "policies.choose", "sampling"}, TENSORS),
+    "generate": (
+        {"cache", "errors", "events", "grid", "plan", "policies", "policies.choose", "sampling", "view"},
+        TENSORS,
+    ),
     "preview": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     "heatmap": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     # people
