@@ -159,7 +159,7 @@ def test_the_table_itself_lets_nothing_through(row):
         ("events.py", "from torch import Tensor"),
         ("view.py", "from .cache import LineCache"),
         ("cache.py", "from .policies import choose"),
-        ("policies/line.py", "from .snapkv import snapkv"),
+        ("policies/line.py", "from ..fold import fold"),
         ("policies/choose.py", "from ..cache import LineCache"),
         ("sampling.py", "from .plan import SamplePlan"),
         ("models/llamagen.py", "from ..generate import generate"),
