@@ -74,17 +74,23 @@ CHOOSE, REPORT = Split("choose", 9001, 24), Split("report", 20_011, 256)
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy under a release. `published`: with the protected regions that it was published with."""
+    """A policy under a release and in a storage. `published`: with the protected regions it was published with."""
 
     policy: str
     release: str = "auto"
+    storage: str = "full"
     published: bool = False
 
     @property
     def name(self) -> str:
-        plain = CachePlan(self.policy).release
-        extra = [] if self.release in ("auto", plain) else [self.release]
-        return " ".join([self.policy, *extra, *(["(published)"] if self.published else [])])
+        own = CachePlan(self.policy)
+        parts = [
+            self.policy,
+            "" if self.release in ("auto", own.release) else self.release,
+            "" if self.storage == own.storage else self.storage,
+            "(published)" if self.published else "",
+        ]
+        return " ".join(filter(None, parts))
 
 
 def contenders(policies: list[str]) -> list[Contender]:
@@ -98,10 +104,12 @@ def contenders(policies: list[str]) -> list[Contender]:
         Contender("random", "fold"),
         Contender("fold", "strict"),
         Contender("line", "lazy"),
+        Contender("fold", storage="int8"),
+        Contender("full", storage="int8"),
     ]
     names = {c.policy for c in special}
     others = [Contender(name) for name in POLICIES if name not in names and name != "full"]
-    return [c for c in special + others if c.policy in policies]
+    return [c for c in special[:4] + others + special[4:] if c.policy in policies]
 
 
 class Lab:
@@ -241,7 +249,9 @@ class Lab:
 
     def plans(self, contender: Contender, budget: int) -> list[CachePlan]:
         """What may be chosen from: every number of recent lines that fits; as published, the most up to 2."""
-        plain = CachePlan(contender.policy, budget, ANCHORS, 0, contender.release)
+        plain = CachePlan(contender.policy, budget, ANCHORS, 0, contender.release, contender.storage)
+        if contender.policy == "full":
+            return [replace(plain, budget=self.grid.rows)]
         fitting = [p for p in (replace(plain, recent=recent) for recent in RECENT) if self.fits(p)]
         if not fitting:  # a budget smaller than the anchors
             return [replace(plain, anchors=0)]
@@ -406,7 +416,7 @@ def main() -> None:
     parser.add_argument("--choose-images", type=int, default=CHOOSE.images, help="others, to choose recent lines on")
     parser.add_argument("--samples", type=int, default=96, help="pictures to draw for each cache; 0: none")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of a minute; its figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
     parser.add_argument("--write", action="store_true", help="compute nothing, write table and pictures again")
     args = parser.parse_args()
     if args.quick:
@@ -422,7 +432,7 @@ def main() -> None:
 def run(lab: Lab, args: argparse.Namespace) -> None:
     choose, report = replace(CHOOSE, images=args.choose_images), replace(REPORT, images=args.images)
     budgets = list(dict.fromkeys(max(1, lab.grid.rows // share) for share in args.shares))
-    field = contenders(args.policies)
+    field = contenders(args.policies)[: len(FIRST) if args.quick else None]
     print(
         f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
         f"{len(lab.data['rows'])} rows are there. Stop at any time, and go on with the same command."

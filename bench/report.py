@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bench.quality import Lab
 
 Row = dict[str, Any]
-OURS = ("line", "fold", "random")  # every other policy is a rival
+OURS = ("line", "fold", "random", "full")  # every other policy is a rival
 PUBLISHED = "line (published)"
 PICTURED = (0, 2, 3, 5, 6, 7, 9, 11)  # classes on the sheet, one a column
 
