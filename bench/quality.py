@@ -48,6 +48,7 @@ from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
 
 ROOT = Path(__file__).parents[1]
+SCRATCH = ROOT / "out" / "quality"  # codes, of no use to anybody else
 SHARES = (6, 12, 4, 8, 24, 2)  # one over the share of lines kept, in the order of computing
 FIRST = ("line", "fold", "random")
 ANCHORS, RECENT = 4, (0, 1, 2)
@@ -121,7 +122,7 @@ class Lab:
             raise UserError(f"{files.decoder.name}: draws texts; the lab measures models that draw classes.")
         self.files, self.out = files, out
         self.file = out / f"quality-{self.model.info.name}.json"
-        self.scratch = ROOT / "out" / "quality"
+        self.scratch = SCRATCH
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.grid = self.model.decoder.grid
         self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in APART])
