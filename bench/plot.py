@@ -35,11 +35,9 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
     style = dict(STYLE)
     for name, look in zip(field.rivals(max(1, field.lines // 6))[:2], RIVALS, strict=False):
         style[name] = look
-    figure, axes = plt.subplots(figsize=(10, 6.6), dpi=130)
+    figure, axes = plt.subplots(figsize=(10, 7.2), dpi=120)
     ends = []
-    shown = (
-        [n for n in field.names if n != "line"] if any(n == "line (published)" for n in field.names) else field.names
-    )
+    shown = [n for n in field.names if n != "line"]  # which lies on the published rule
     for name in sorted(shown, key=lambda n: n in style):  # what is highlighted lies on top
         rows = [field.rows[name, b] for b in field.budgets if (name, b) in field.rows]
         x = np.array([100 * r["bytes"] / whole for r in rows])
@@ -58,19 +56,16 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
         ends.append((name, x[-1], y[-1], colour if strong else "#7a7f86", strong))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    marks = [b for b in field.budgets]
-    axes.set_xticks([100 * shape.bytes(lab.grid, CachePlan("line", b), 1) / whole for b in marks],
-                    [f"{100 * shape.bytes(lab.grid, CachePlan('line', b), 1) / whole:.0f} %\n{field.share(b)}"
-                     for b in marks])  # fmt: skip
+    taken = [100 * shape.bytes(lab.grid, CachePlan(budget=b), 1) / whole for b in field.budgets]
+    names = [f"{share:.0f} %\n{field.share(b)}" for share, b in zip(taken, field.budgets, strict=True)]
+    axes.set_xticks(taken, names)
     axes.minorticks_off()
     axes.set_xlabel(
-        "memory taken by the cache, of the full cache's; below it, the lines kept when a line has ended", color=INK
+        "memory that the cache takes, of the full one's; below, what is kept when a line has ended", color=INK
     )
     axes.set_ylabel("KL divergence from the full cache, nats a token", color=INK)
     images = next(iter(field.rows.values()))["images"]
-    title = (
-        f"{lab.model.info.name}: {images} held-out pictures, teacher-forced; bands are 95 % intervals; lower is better"
-    )
+    title = f"{lab.model.info.name}: {images} held-out pictures, teacher-forced, 95 % intervals; lower is better"
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.grid(True, which="major", color="#e6e8ea", lw=0.8, zorder=0)
     for side in ("top", "right"):
@@ -82,24 +77,29 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
 
 
 def _label(axes, ends: list[tuple[str, float, float, str, bool]]) -> None:
-    """A name at the left end of each line, pushed apart where they would lie on each other."""
+    """The names in a column at the left, each joined to the left end of its line."""
     if not ends:
         return
-    low, high = axes.get_ylim()
-    step = np.log(high / low) / 36
     left = min(x for _, x, *_ in ends)
-    ends = sorted(ends, key=lambda e: e[2])
-    want = np.array([np.log(y) for _, _, y, *_ in ends])
-    place = want.copy()
-    for _ in range(200):  # neighbours that are too near move apart by halves until none are
-        gaps = np.diff(place)
-        for i in np.where(gaps < step - 1e-9)[0]:
-            push = (step - gaps[i]) / 2
-            place[i] -= push
-            place[i + 1] += push
-    axes.set_xlim(left / 1.75, None)
-    for (name, x, y, colour, strong), at in zip(ends, np.exp(place), strict=True):
+    axes.set_xlim(left / 2, None)
+    low, high = np.log(axes.get_ylim())
+    ends = sorted(ends, key=lambda end: end[2])
+    places = _apart(np.log([y for _, _, y, *_ in ends]), low, high, (high - low) / max(38, len(ends)))
+    for (name, x, y, colour, strong), at in zip(ends, np.exp(places), strict=True):
         axes.annotate(
-            name, (x, y), (left / 1.12, at), color=colour, fontsize=10 if strong else 8.5, ha="right", va="center",
-            fontweight="bold" if strong else "normal", arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6},
+            name, (x, y), (left / 1.15, at), color=colour, fontsize=10 if strong else 8.5, ha="right", va="center",
+            fontweight="bold" if strong else "normal", zorder=4,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1 if strong else 0.5, "relpos": (1, 0.5)},
         )  # fmt: skip
+
+
+def _apart(want: np.ndarray, low: float, high: float, step: float) -> np.ndarray:
+    """Ascending places at least `step` apart and within the bounds, as near to those wanted as can be."""
+    blocks: list[list[float]] = []  # what has to move together: isotonic regression of what is left without the steps
+    for i, place in enumerate(want):
+        blocks.append([place - i * step])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    level = np.concatenate([np.full(len(block), np.mean(block)) for block in blocks])
+    most = high - (len(want) - 0.5) * step
+    return level.clip(low + step / 2, most) + step * np.arange(len(want))
