@@ -106,7 +106,7 @@ def generate(
             fed = token.repeat(cache.rows // images)
             logits = step(fed, index[number : number + 1], pad, columns[column : column + 1], cache)
         if row + 1 < grid.rows:
-            _end_line(cache, policy, row)
+            end_line(cache, policy, row)
         share, by_head = cache.share_held(images), cache.held_by_head(0)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
@@ -132,7 +132,7 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
     return above.expand(images, -1, -1)
 
 
-def _end_line(cache: LineCache, policy: Policy, row: int) -> None:
+def end_line(cache: LineCache, policy: Policy, row: int) -> None:
     """Bring the cache back to its budget and decide where the next line is written."""
     if cache.full or cache.mass is not None:
         view = cache.view(row)
