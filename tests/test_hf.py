@@ -22,12 +22,13 @@ transformers = pytest.importorskip("transformers", minversion="4.57", reason="tr
 
 from transformers import AttentionInterface, DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from linear_core.errors import UserError  # noqa: E402
 from linear_core.grid import Grid  # noqa: E402
-from linear_core.hf import NAME, LineCache  # noqa: E402
+from linear_core.hf import NAME, LineCache, line_attention  # noqa: E402
 from linear_core.plan import RELEASES, CachePlan, CacheShape  # noqa: E402
-from linear_core.policies import POLICIES  # noqa: E402
+from linear_core.policies import POLICIES, Policy  # noqa: E402
 from linear_core.prompts import Prompt  # noqa: E402
 from tests.test_oracles import predict  # noqa: E402
 from tests.tiny import policy  # noqa: E402
@@ -35,6 +36,7 @@ from tests.tiny import policy  # noqa: E402
 BOS, EOS, PAD, BOI = 0, 1, 2, 4
 WORDS, CODES, LAYERS = 40, 23, 2
 SIDE = 6
+GRANITE_SCALE = 0.7
 
 
 def text_sizes(key_heads: int) -> dict[str, int | str]:
@@ -80,6 +82,13 @@ def llama(key_heads: int) -> LlamaForCausalLM:
     return peaky(LlamaForCausalLM(transformers.LlamaConfig(**text_sizes(key_heads))))
 
 
+@cache
+def granite() -> torch.nn.Module:
+    """Shares key heads, and multiplies its scores by a number of its own."""
+    sizes = text_sizes(key_heads=2) | {"model_type": "granite", "attention_multiplier": GRANITE_SCALE}
+    return peaky(transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes)))
+
+
 @dataclass
 class Subject:
     """A model taken apart, so that one hand-written loop draws with each."""
@@ -90,6 +99,7 @@ class Subject:
     codes: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]
     groups: int = 1  # query heads a key head
+    scale: float = 1.0  # of its scores, over the usual one
 
 
 def subject(name: str) -> Subject:
@@ -98,12 +108,13 @@ def subject(name: str) -> Subject:
         core = model.model
         embed = model.prepare_embeddings_for_image_generation
         return Subject(model, core.language_model, model.get_input_embeddings(), embed, core.generation_head)
-    model = llama(key_heads=2 if name == "shared" else 4)
+    model = granite() if name == "granite" else llama(key_heads=2 if name == "shared" else 4)
     words = model.get_input_embeddings()
-    return Subject(model, model.model, words, words, model.lm_head, groups=2 if name == "shared" else 1)
+    groups, scale = 1 if name == "llama" else 2, GRANITE_SCALE * 6**0.5 if name == "granite" else 1.0
+    return Subject(model, model.model, words, words, model.lm_head, groups, scale)
 
 
-SUBJECTS = ("janus", "llama", "shared")
+SUBJECTS = ("janus", "llama", "shared", "granite")
 
 
 @dataclass
@@ -154,6 +165,7 @@ RUNS = [  # subject, policy, release, rows, cols, budget, anchors, recent
     *(("janus", name, release, SIDE, SIDE, 2, 2, 1) for name, release in product(POLICIES, RELEASES)),
     *(("llama", name, "strict", 7, 5, 3, 3, 1) for name in ("line", "h2o", "keydiff")),
     *(("shared", name, release, 7, 5, 2, 2, 1) for name, release in product(("line", "h2o"), RELEASES)),
+    ("granite", "line", "strict", 7, 5, 2, 2, 1),
     ("llama", "line", "lazy", 6, 1, 2, 1, 1),  # a single column
     ("llama", "line", "strict", 6, 5, 1, 0, 1),  # one line, the newest
     ("llama", "line", "strict", 6, 5, 5, 4, 2),  # a budget one short of the picture evicts nothing
@@ -270,6 +282,30 @@ def test_a_line_fed_at_once(name, release):
         fed += count
         torch.testing.assert_close(once.logits[-1], steps.logits[fed], atol=1e-5, rtol=1e-5)
     assert torch.equal(again.slots.index, past.slots.index)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_policies_see_the_queries(name, monkeypatch):
+    """A line's queries as attention gets them: the mean of those that share a key head, with the model's scale."""
+    what, given, shown = subject(name), [[] for _ in range(LAYERS)], []
+
+    def record(module, query, *args, **kwargs):
+        given[module.layer_idx].append(query)
+        return line_attention(module, query, *args, **kwargs)
+
+    def score(view):
+        shown.append(view.queries.clone())
+        return POLICIES["line"].score(view)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, record)
+    with policy("recorded", Policy(score, frozenset({"queries"}))):
+        past = LineCache(what.model, (SIDE, SIDE), CachePlan("recorded", 2, 2, 1))
+        draw(what, past, LENGTHS, some_tokens(2, SIDE * SIDE - 1))
+    queries = torch.stack([torch.cat(steps[1:], 2) for steps in given])  # L B Q T D, less the prompt's
+    expected = queries.unflatten(2, (-1, what.groups)).mean(3) * what.scale
+    for row, seen in enumerate(shown, start=2):
+        torch.testing.assert_close(seen, expected[:, :, :, row * SIDE : (row + 1) * SIDE], atol=1e-6, rtol=1e-6)
+    assert len(shown) == SIDE - 3
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------
@@ -423,7 +459,7 @@ def test_another_attention(other, fed):
 def test_attention_that_is_not_ours(monkeypatch):
     """A model that names our attention and uses its own is noticed in the prompt's forward, not by its pictures."""
     what = subject("llama")
-    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, NAME, sdpa_attention_forward)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, sdpa_attention_forward)
     past = LineCache(what.model, (SIDE, SIDE), CachePlan("full"))
     with pytest.raises(UserError, match="layer 0 did not attend through the line cache"):
         draw(what, past, LENGTHS, some_tokens(2, 0))
@@ -465,19 +501,6 @@ def test_models_that_do_not_fit():
     older = transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4))
     with pytest.raises(UserError, match="attention"):
         LineCache(older, (SIDE, SIDE), CachePlan("full"))
-
-
-def test_scores_of_another_scale():
-    """A model that scales its scores by a number of its own is followed, in attention and in what policies see."""
-    sizes = text_sizes(4) | {"model_type": "granite", "attention_multiplier": 0.7}
-    model = peaky(transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes)))
-    embed = model.get_input_embeddings()
-    what = Subject(model, model.model, embed, embed, model.lm_head)
-    tokens = some_tokens(2, SIDE * SIDE - 1)
-    ours = draw(what, past := LineCache(model, (SIDE, SIDE), CachePlan("full")), LENGTHS, tokens)
-    theirs = draw(what, DynamicCache(), LENGTHS, tokens)
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-5, rtol=1e-5)
-    assert past.slots.queries is None
 
 
 def test_without_transformers():
