@@ -225,7 +225,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("generate.py", "plan.check(grid)", "pass", "a plan that does not fit is not refused"),
+    ("generate.py", "plan.check(decoder.grid)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
@@ -258,7 +258,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("hf.py", "if self._fed + count > self.grid.tokens:", "if False:", "transformers: more tokens than the grid has"),
     ("hf.py", "if column + count > stride:", "if False:", "transformers: tokens across a line's end"),
     # -- the decoder
-    ("models/llamagen.py", ">= prompt.pad[:, None, None]", ">= 0 * prompt.pad[:, None, None]", "prefill sees padding"),
+    ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
         "share @ v, count[:, None].float())",
