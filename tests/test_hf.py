@@ -25,13 +25,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from linear_core.errors import UserError  # noqa: E402
+from linear_core.families.janus import place  # noqa: E402
 from linear_core.grid import Grid  # noqa: E402
 from linear_core.hf import NAME, LineCache, line_attention  # noqa: E402
-from linear_core.plan import RELEASES, CachePlan, CacheShape  # noqa: E402
+from linear_core.models.janus import Janus, JanusConfig  # noqa: E402
+from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan  # noqa: E402
 from linear_core.policies import POLICIES, Policy  # noqa: E402
-from linear_core.prompts import Prompt  # noqa: E402
+from linear_core.prompts import Prompt, token_prompt  # noqa: E402
 from tests.test_oracles import predict  # noqa: E402
-from tests.tiny import policy  # noqa: E402
+from tests.tiny import decode, policy  # noqa: E402
 
 BOS, EOS, PAD, BOI = 0, 1, 2, 4
 WORDS, CODES, LAYERS = 40, 23, 2
@@ -308,6 +310,50 @@ def test_policies_see_the_queries(name, monkeypatch):
     assert len(shown) == SIDE - 3
 
 
+# -- ours --------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def ours() -> Janus:
+    """Our own decoder with the weights of transformers' Janus."""
+    config = JanusConfig(LAYERS, 24, 4, 32, CODES, WORDS, code_dim=4, head_hidden=24)
+    model = Janus(config, Grid(SIDE, SIDE)).requires_grad_(False).eval()
+    weights, filled = model.state_dict(), 0
+    for key, tensor in janus().state_dict().items():
+        if (goes := place(key, config)) is not None:
+            weights[goes.name].chunk(goes.parts)[goes.part].copy_(goes.take(tensor))
+            filled += tensor.numel()
+    assert filled == sum(tensor.numel() for tensor in weights.values())
+    return model
+
+
+@pytest.mark.parametrize("lengths", [[5], [6, 4]], ids=["one", "unequal"])
+@pytest.mark.parametrize(("name", "release"), list(product(POLICIES, RELEASES)))
+def test_it_holds_what_our_own_janus_holds(name, release, lengths):
+    """Two loops, two decoders, one set of weights: codes, logits and the tokens held are the same after every token.
+
+    Ours drawn by `linear_core.generate`, transformers' by its own `generate`; greedy, with guidance.
+    """
+    plan, (ids, mask) = CachePlan(name, 2, 2, 1, release), words(lengths)
+    rows = [row[row.shape[0] - length :].tolist() for row, length in zip(ids, lengths, strict=True)]
+    away = [[row[0], *[PAD] * (len(row) - 2), row[-1]] for row in rows]
+    prompt = token_prompt(rows, negative=token_prompt(away))
+    expected = decode(ours(), prompt, plan, SamplePlan(guidance=5.0, temperature=0.0))
+
+    past, held, logits = LineCache(janus(), (SIDE, SIDE), plan), [], []
+    core = janus().model
+    hooks = (
+        core.language_model.register_forward_hook(lambda *_: held.append(past.slots.index.clone())),
+        core.generation_head.register_forward_hook(lambda _, given, out: logits.append(out)),
+    )
+    codes = generate(past, input_ids=ids, attention_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(codes, expected.tokens.flatten(1)) and len(codes.unique()) > SIDE
+    torch.testing.assert_close(torch.stack(logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+    assert torch.equal(torch.stack(held[1:]).sort(-1).values, torch.stack(expected.index).sort(-1).values)
+
+
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 
@@ -501,6 +547,30 @@ def test_models_that_do_not_fit():
     older = transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4))
     with pytest.raises(UserError, match="attention"):
         LineCache(older, (SIDE, SIDE), CachePlan("full"))
+
+
+def test_attention_that_does_more():
+    """What a model adds to its scores, and a line cache would leave out, is refused at the prompt."""
+    sizes = text_sizes(2) | {"model_type": "mistral", "sliding_window": 9}
+    config = transformers.MistralConfig(**sizes)
+    config.layer_types = None  # where a config names them, the LineCache is refused before
+    model = transformers.MistralForCausalLM(config).eval()
+    past = LineCache(model, (SIDE, SIDE), CachePlan("full"))
+    with torch.no_grad(), pytest.raises(UserError, match="sliding_window, which a line cache does not know"):
+        model(some_tokens(1, 4), past_key_values=past)
+
+
+def test_keys_and_values_of_unequal_size():
+    past = LineCache(subject("llama").model, (SIDE, SIDE), CachePlan("full"))
+    with pytest.raises(UserError, match="keys have 6 numbers a head and values 4"):
+        past.update(torch.zeros(1, 4, 3, 6), torch.zeros(1, 4, 3, 4), 0)
+
+
+def test_layers_on_several_devices():
+    what, past = begun()
+    past.slots.keys = past.slots.keys.to("meta")
+    with pytest.raises(UserError, match="layers lie on meta and cpu; put them on one device"):
+        feed(what, past)
 
 
 def test_without_transformers():
