@@ -61,8 +61,7 @@ class LineCache(Cache):
 
     def __init__(self, model: nn.Module, grid: tuple[int, int] | Grid, plan: CachePlan):
         super().__init__(layers=[])  # they are kept together, and every method that would look at them is below
-        self.grid = grid if isinstance(grid, Grid) else Grid(*grid)
-        self.plan, self.policy = plan, get_policy(plan.policy)
+        self.grid, self.plan, self.policy = _grid(grid), plan, get_policy(plan.policy)
         plan.check(self.grid)
         self._config = _switch(model, self.grid)
         self._layers = self._config.num_hidden_layers
@@ -86,15 +85,15 @@ class LineCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keys and values B H T D of a layer's new tokens, rotated. They return marked, for `attend` to find us."""
-        if self._announced != self._attended:
-            raise UserError(
-                f"model: layer {self._attended} did not attend through the line cache, so this model does not use the "
-                "attention that its config names; a line cache cannot serve it."
-            )
         if layer_idx != self._announced:
             raise UserError(
                 f"cache: layer {layer_idx} comes where layer {self._announced} is due; a forward was broken off, or "
                 "not every layer keeps keys; call reset() and begin the image again."
+            )
+        if self._announced != self._attended:
+            raise UserError(
+                f"model: layer {self._attended} did not attend through the line cache, so this model does not use the "
+                "attention that its config names; a line cache cannot serve it."
             )
         if layer_idx == 0:
             self._begin(key_states, value_states)
@@ -259,6 +258,16 @@ def line_attention(
 
 AttentionInterface.register(NAME, line_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # or a prompt would get no mask at all
+
+
+def _grid(given: tuple[int, int] | Grid) -> Grid:
+    if isinstance(given, Grid):
+        return given
+    try:
+        rows, cols = given
+    except (TypeError, ValueError) as error:
+        raise UserError(f"grid: {given!r} is not a number of rows and one of columns, such as (24, 24).") from error
+    return Grid(rows, cols)
 
 
 def _switch(model: nn.Module, grid: Grid) -> PretrainedConfig:

@@ -444,6 +444,9 @@ def feed(what: Subject, past: LineCache, rows: int = 2, count: int = 1) -> None:
 def test_a_grid_that_is_not_the_models():
     with pytest.raises(UserError, match=r"grid: this Janus draws 6 x 6 tokens, not 4 x 9"):
         LineCache(janus(), (4, 9), CachePlan(budget=2, recent=1))
+    for grid in (36, (6, 6, 6)):
+        with pytest.raises(UserError, match=r"is not a number of rows and one of columns"):
+            LineCache(janus(), grid, CachePlan(budget=2, recent=1))
 
 
 def test_more_tokens_than_the_grid_has():
@@ -511,13 +514,20 @@ def test_attention_that_is_not_ours(monkeypatch):
         draw(what, past, LENGTHS, some_tokens(2, 0))
 
 
-def test_a_forward_that_was_broken_off():
+@pytest.mark.parametrize(("layer", "due"), [(0, 1), (1, 2)])
+def test_a_forward_that_was_broken_off(layer, due, monkeypatch):
+    """Memory that runs out while a layer attends leaves a cache that says so, until it is reset."""
     what, past = begun()
-    hook = what.decoder.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+
+    def fail(module, *args, **kwargs):
+        if module.layer_idx == layer:
+            raise MemoryError
+        return line_attention(module, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, fail)
         feed(what, past)
-    hook.remove()
-    with pytest.raises(UserError, match="layer 0 comes where layer 1 is due"):
+    with pytest.raises(UserError, match=f"layer 0 comes where layer {due} is due"):
         feed(what, past)
     past.reset()
     draw(what, past, LENGTHS, some_tokens(2, 3))
