@@ -357,7 +357,7 @@ def test_it_holds_what_our_own_janus_holds(name, release, lengths):
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 
-def generate(past: LineCache | DynamicCache | None, rows: int = 2, **options) -> Tensor:
+def generate(past: LineCache | DynamicCache, rows: int = 2, **options) -> Tensor:
     ids, mask = words([5] * rows)
     ids[:, 1:3] += torch.arange(rows)[:, None]  # rows of their own
     inputs = {"input_ids": ids, "attention_mask": mask, "guidance_scale": 5, "do_sample": False} | options
@@ -368,8 +368,8 @@ def test_janus_generate():
     """generate(generation_mode="image") draws the same codes with everything kept, others with a few lines."""
     full = LineCache(janus(), (SIDE, SIDE), CachePlan("full"))
     few = LineCache(janus(), (SIDE, SIDE), CachePlan(budget=2, recent=1))
-    expected = generate(None)
-    assert torch.equal(generate(full), expected) and torch.equal(generate(DynamicCache()), expected)
+    expected = generate(DynamicCache())  # the static cache that it makes for itself is broken in 5.14
+    assert torch.equal(generate(full), expected)
     assert not torch.equal(generate(few), expected)
     assert few.slots.rows == 4, "guidance doubles the batch"
     assert few.slots.slots == 5 + 3 * SIDE and few.nbytes < full.nbytes
