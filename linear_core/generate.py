@@ -29,7 +29,7 @@ class Decoder(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def cache_shape(self) -> CacheShape: ...
+    def cache_shape(self, prompt: int) -> CacheShape: ...  # of a prompt with so many places
     def with_unconditional(self, prompt: Any) -> Any: ...
     def prefill(self, prompt: Any, cache: LineCache) -> Tensor: ...
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor: ...
@@ -60,17 +60,18 @@ def generate(
     captured). Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
     it holds.
     """
-    grid = decoder.grid.after(prompt.length)
     policy = get_policy(plan.policy)
-    plan.check(grid)
+    plan.check(decoder.grid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it names no image; give at least one class or text.")
-    given = _check_above(above, images, grid, decoder.codes)
+    given = _check_above(above, images, decoder.grid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
+    grid = decoder.grid.after(rows.length)
+    shape = decoder.cache_shape(rows.length)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    cache = LineCache(decoder.cache_shape(), rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
+    cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
     turn = partial(decoder.turn_ahead, grid)
     step = step or decoder.step
     noise = Noise(sample.seed, images, decoder.codes, device)
@@ -108,7 +109,7 @@ def generate(
             fed = token.repeat(cache.rows // images)
             logits = step(fed, index[number : number + 1], pad, columns[column : column + 1], cache)
         if row + 1 < grid.rows:
-            _end_line(cache, policy, row, turn)
+            end_line(cache, policy, row, turn)
         share, by_head = cache.share_held(images), cache.held_by_head(0)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
@@ -134,7 +135,7 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
     return above.expand(images, -1, -1)
 
 
-def _end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor, int], Tensor]) -> None:
+def end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor, int], Tensor]) -> None:
     """Bring the cache back to its budget and decide where the next line is written."""
     plan, grid, full = cache.plan, cache.grid, cache.full
     for layer in range(cache.shape.layers) if full or cache.mass is not None else ():

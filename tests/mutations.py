@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "imports")
+TESTS = ("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "hf", "imports")
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
@@ -315,10 +315,40 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("generate.py", "plan.check(grid)", "pass", "a plan that does not fit is not refused"),
+    ("generate.py", "plan.check(decoder.grid)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
+    # -- with transformers
+    ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
+    (
+        "hf.py",
+        "end_line(slots, self.policy, row - 1)",
+        "end_line(slots, self.policy, row)",
+        "transformers: a line ahead",
+    ),
+    ("hf.py", "v, _words(mask, k))", "v, torch.ones(k.shape[0], k.shape[2]))", "transformers: padding is visible"),
+    ("hf.py", "q, k, v, mask, scaling", "q, k, v, None, scaling", "transformers: a prompt attends to its padding"),
+    ("hf.py", "mean = grouped.mean(2)", "mean = grouped[:, :, 0]", "transformers: one query head scores for all"),
+    ("hf.py", "_scaled(q, scaling), k, v", "q, k, v", "transformers: the model's scale is ignored"),
+    (
+        "hf.py",
+        "bias.repeat(1, 1, groups, 1)",
+        "bias.repeat_interleave(groups, 2)",
+        "transformers: a line's masks mixed",
+    ),
+    (
+        "hf.py",
+        "else self.slots.grid.prompt + self._fed",
+        "else self.slots.extent",
+        "transformers: positions from slots",
+    ),
+    ("hf.py", "if len(self._index) > 1:", "if False:", "transformers: a line fed at once stays invisible"),
+    ("hf.py", "if self._announced != self._attended:", "if False:", "transformers: attention of its own unnoticed"),
+    ("hf.py", "!= NAME:\n            raise", "== 0:\n            raise", "transformers: a changed attention unnoticed"),
+    ("hf.py", "if layer_idx != self._announced:", "if False:", "transformers: a broken forward goes on"),
+    ("hf.py", "if self._fed + count > self.grid.tokens:", "if False:", "transformers: more tokens than the grid has"),
+    ("hf.py", "if column + count > stride:", "if False:", "transformers: tokens across a line's end"),
     # -- the decoder
-    ("models/llamagen.py", ">= prompt.pad[:, None, None]", ">= 0 * prompt.pad[:, None, None]", "prefill sees padding"),
+    ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
         "share @ v, count[:, None].float())",
