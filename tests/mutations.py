@@ -21,7 +21,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "hf", "imports")
+TESTS = (
+    "grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "llama", "memory", "hf",
+    "imports",
+)  # fmt: skip
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
@@ -321,8 +324,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
     (
         "hf.py",
-        "end_line(slots, self.policy, row - 1)",
-        "end_line(slots, self.policy, row)",
+        "end_line(slots, self.policy, row - 1, self._turn)",
+        "end_line(slots, self.policy, row, self._turn)",
         "transformers: a line ahead",
     ),
     ("hf.py", "v, _words(mask, k))", "v, torch.ones(k.shape[0], k.shape[2]))", "transformers: padding is visible"),
@@ -347,6 +350,24 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("hf.py", "if layer_idx != self._announced:", "if False:", "transformers: a broken forward goes on"),
     ("hf.py", "if self._fed + count > self.grid.tokens:", "if False:", "transformers: more tokens than the grid has"),
     ("hf.py", "if column + count > stride:", "if False:", "transformers: tokens across a line's end"),
+    # -- Llamas that draw
+    (
+        "blocks.py",
+        "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
+        "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
+        "halves turn backwards",
+    ),
+    ("blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
+    ("blocks.py", "q, k = self.q_norm(q), self.k_norm(k)", "q = self.q_norm(q)", "keys are not normalised"),
+    ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
+    ("models/llama.py", "torch.tensor([lines * grid.stride]", "torch.tensor([lines * grid.cols]", "the end of a line is not counted"),
+    ("models/llama.py", "return prompt.stack(prompt.negative)", "return prompt.stack(prompt)", "guided from itself"),
+    ("models/llama.py", "k[row], v[row]", "k[row], v[row.flip(0)]", "rows that are alike get another's values"),
+    ("models/llama.py", "x = self.embed_codes(tokens).to", "x = self.embed_tokens(tokens).to", "replay takes words"),
+    ("prompts/__init__.py", "torch.cat([empty, self.tokens], 1)", "torch.cat([self.tokens, empty], 1)", "padded right"),
+    ("generate.py", "seed=sample.seed + rows[0]", "seed=sample.seed", "parts of a batch draw the same pictures"),
+    ("generate.py", "above[list(rows)] if own else above", "above", "parts of a batch keep the first one's rows"),
+    ("memory.py", "needed(most + 1) <= room", "needed(most) <= room", "one image too many is drawn at once"),
     # -- the decoder
     ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (
