@@ -343,7 +343,11 @@ class View {
     setWidget(this.node, "stop_after", stop);
     setWidget(this.node, "seed", anew ? Math.floor(Math.random() * 2 ** 32) : this.state.run.seed);
     this.show();
+    const control = this.node.widgets?.find((/** @type {any} */ w) => w.name === "control_after_generate");
+    const was = control?.value;
+    if (control) control.value = "fixed"; // the page would draw another seed, after queueing or (by its settings) before
     await app.queuePrompt(0, 1);
+    if (control) control.value = was;
   }
 
   startOver() {

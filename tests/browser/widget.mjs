@@ -6,7 +6,7 @@ import { openPage, until } from "./page.mjs";
 const [url, renderer, ...more] = process.argv.slice(2);
 const option = (name, otherwise) => (more.includes(name) ? more[more.indexOf(name) + 1] : otherwise);
 const shots = option("--shots", "");
-const { page, problems, post, load, clear, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark") });
+const { page, problems, post, load, build, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark") });
 
 async function check(name, body) {
   const started = Date.now();
@@ -26,59 +26,9 @@ async function shot(name) {
   await page.screenshot({ path: `${shots}/${name}-${renderer}.png` });
 }
 
-/** Four nodes and a picture; `last` draws. */
-async function build(last) {
-  await clear();
-  await page.evaluate((last) => {
-    const { app, LiteGraph } = window;
-    const make = (type, x, y, size) => {
-      const node = LiteGraph.createNode(type);
-      node.pos = [x, y];
-      app.graph.add(node);
-      if (size) node.setSize([Math.max(size[0], node.size[0]), Math.max(size[1], node.size[1])]);
-      return node;
-    };
-    const slot = (node, name) => node.inputs.findIndex((i) => i.name === name);
-    const loader = make("LineAR_LoadModel", 90, 70, [300, 120]);
-    const cache = make("LineAR_LineCache", 90, 300, [300, 130]);
-    const prompt = make("LineAR_ClassPrompt", 90, 500, [300, 180]);
-    const node = make(last, 430, 70, [440, 700]);
-    loader.connect(0, node, slot(node, "model"));
-    cache.connect(0, node, slot(node, "cache"));
-    loader.connect(0, prompt, slot(prompt, "model"));
-    prompt.connect(0, node, slot(node, "prompt"));
-    if (last === "LineAR_Generate") {
-      const decode = make("LineAR_Decode", 920, 70);
-      const preview = make("PreviewImage", 920, 220, [280, 330]);
-      loader.connect(0, decode, slot(decode, "model"));
-      node.connect(0, decode, slot(decode, "tokens"));
-      decode.connect(0, preview, 0);
-    }
-    app.canvas.ds.scale = 1;
-    app.canvas.ds.offset = [-20, 10];
-    app.canvas.setDirty(true, true);
-    window.node = node;
-  }, last);
-  await placed();
-}
-
 const text = (selector) => page.locator(selector).first().innerText();
 const canvas = page.locator("canvas[role=img]");
 const status = page.locator(".status[role=status]").first();
-
-/** How many different colours the widget's canvas shows, and the mean of its grid. */
-const colours = () => canvas.evaluate((c) => {
-  const data = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
-  const seen = new Set();
-  let [sum, count] = [0, 0];
-  for (let i = 0; i < data.length; i += 4) {
-    if (data[i + 3] < 255) continue; // beside the grid
-    count += 3;
-    seen.add((data[i] << 16) | (data[i + 1] << 8) | data[i + 2]);
-    sum += data[i] + data[i + 1] + data[i + 2];
-  }
-  return { seen: seen.size, mean: sum / count };
-});
 
 await check("the page loads, and takes a graph", async () => {
   await load();
