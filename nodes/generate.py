@@ -8,11 +8,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.generate import Run, generate
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
-from . import host
-from .live import VIEW, Live, kept_codes, memory
+from .live import VIEW, draw, kept_codes
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -155,21 +153,9 @@ class Generate(io.ComfyNode):
         cache.check(info.grid)
         image.decoder.check(prompt)
         prompt = prompt.repeat(batch_size)
-        host.load(model.decoder, model.tokenizer, memory=memory(model, cache, sample, prompt.rows))
-
         above = _above(tokens, keep_rows, view, model)
-        run, lines = Run(), generate(image.decoder, prompt, cache, sample, above=above)
-        live = Live(model, cache, sample, prompt.rows, cls.hidden.unique_id)
-        try:
-            for line in lines:
-                run.add(line)
-                live.add(line)
-                if line.row + 1 == stop_after:
-                    break
-            shown = live.finish()
-        finally:
-            lines.close()  # it holds the key-value cache
-            live.close()
+        node = cls.hidden.unique_id
+        (run,), live = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
         return io.NodeOutput(
             Tokens(
                 codes=run.tokens,
@@ -181,7 +167,7 @@ class Generate(io.ComfyNode):
                 cache_bytes=run.lines[0].cache_bytes,
                 seconds=run.seconds,
             ),
-            ui=shown,
+            ui=live.shown,
         )
 
 

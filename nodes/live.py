@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
-from ..linear_core.generate import Run
+from ..linear_core.generate import Run, generate
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.preview import Preview
+from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
 from . import host
 from .sockets import Model
@@ -116,14 +117,14 @@ class Live:
         self.progress.update(len(self.lines))
         self._tell(self.trace.add(line))
 
-    def finish(self) -> dict[str, Any]:
-        """The last picture and the last event; returns what the node leaves on the page (its `ui`)."""
+    def finish(self) -> None:
+        """The last picture and the last event; `shown` is then what the node leaves on the page (its `ui`)."""
         picture = self.painter.last(self._job())
         self._show(picture, len(self.lines))
         self._tell(self.trace.finish())
-        return {"linear_ar": self.trace.events} | (
-            {"linear_ar_picture": [host.keep_for_the_page(picture)]} if self.beside is None else {}
-        )
+        self.shown: dict[str, Any] = {"linear_ar": self.trace.events}
+        if self.beside is None:
+            self.shown["linear_ar_picture"] = [host.keep_for_the_page(picture)]
 
     def close(self) -> None:
         self.painter.close()
@@ -198,6 +199,39 @@ class Painter:
                 return
             took = time.perf_counter() - begun
             self.next = time.perf_counter() + max(self.pause, took * (1 / self.share - 1))
+
+
+def draw(
+    model: Model,
+    prompt: Prompt,
+    plans: list[CachePlan],
+    sample: SamplePlan,
+    node_id: str,
+    *,
+    above: Tensor | None = None,
+    stop_after: int = 0,
+) -> tuple[list[Run], Live]:
+    """Draw with each of `plans` at the same time, and tell the page: of the last one, with the first on its left.
+
+    `above` are lines that stay, `stop_after` lines after which to stop (0: none). Returns the runs, and who told of it.
+    """
+    host.load(model.decoder, model.tokenizer, memory=sum(memory(model, plan, sample, prompt.rows) for plan in plans))
+    runs = [Run() for _ in plans]
+    drawing = [generate(model.image.decoder, prompt, plan, sample, above=above) for plan in plans]
+    live = Live(model, plans[-1], sample, prompt.rows, node_id, beside=runs[0].lines if len(runs) > 1 else None)
+    try:
+        for lines in zip(*drawing, strict=True):
+            for run, line in zip(runs, lines, strict=True):
+                run.add(line)
+            live.add(lines[-1])
+            if lines[-1].row + 1 == stop_after:
+                break
+        live.finish()
+    finally:
+        for lines in drawing:
+            lines.close()  # they hold the key-value caches
+        live.close()
+    return runs, live
 
 
 def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int) -> Tensor:

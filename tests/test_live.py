@@ -56,6 +56,9 @@ def test_the_page_is_told_of_every_row_and_the_node_keeps_it_all(one, comfy):  #
              if event == 4 or (event == events.EVENT and data["kind"] == "picture")]  # fmt: skip
     shown = [what[1] for what in order[::2]]
     assert order[1::2] == [4] * len(shown), "how many lines a picture shows is told before it"
+    who = [data[1] for event, data in comfy.sent if event == 4]
+    assert {(w["node_id"], w["prompt_id"]) for w in who} == {(stream[0]["node"], "job")}, "its job is named with it"
+    assert stream[0]["node"] not in {w["display_node_id"] for w in who}, "the page would draw it on the node as well"
     assert shown == sorted(shown) and shown[-1] == ROWS
 
 
@@ -153,6 +156,17 @@ def test_compare_is_two_generates(small, one, comfy):  # noqa: F811
     assert (previews and previews[0].width == 2 * previews[0].height * 2 // 1) or previews[0].width > previews[0].height
     with pytest.raises(UserError, match="keeps every line"):
         node.execute(cache=FULL, temperature=-1, top_k=-1, top_p=-1, **settings, **one)
+
+
+def test_compare_decodes_by_parts_where_memory_is_short(small, one, comfy, monkeypatch):  # noqa: F811
+    """As Decode does."""
+    sizes, tokenizer = [], one["model"].image.tokenizer
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda codes: sizes.append(codes.shape[:2]) or decode(codes))
+    comfy.free = 1
+    settings = {"seed": 5, "guidance": 1.0, "batch_size": 3, "temperature": -1, "top_k": -1, "top_p": -1}
+    NODES["LineAR_Compare"].execute(cache=CachePlan(budget=2, recent=1), **settings, **one)
+    assert sizes[-6:] == [(1, ROWS)] * 6, "three pictures of each, one at a time"
 
 
 # -- the sampler never waits ----------------------------------------------------------------------------------------

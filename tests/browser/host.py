@@ -226,7 +226,9 @@ class Replay:
             await asyncio.sleep(min(max(at - before, 0.001), STEP))
             before = at
             if "binary" in data:
-                await self.say(client, renamed_binary(base64.b64decode(data["binary"]), ids))
+                await self.say(
+                    client, renamed_binary(base64.b64decode(data["binary"]), ids, run["prompt_id"], prompt_id)
+                )
                 continue
             message = renamed(data, ids, run["prompt_id"], prompt_id)
             if message["type"] == "executed":
@@ -274,12 +276,12 @@ def renamed(data: Any, ids: dict[str, str], old: str, new: str) -> Any:
     return out
 
 
-def renamed_binary(data: bytes, ids: dict[str, str]) -> bytes:
+def renamed_binary(data: bytes, ids: dict[str, str], old: str, new: str) -> bytes:
     """A preview (type 4: the length of its notes, the notes, the picture) with the ids of this run."""
     kind, length = struct.unpack(">II", data[:8])
     if kind != 4:
         return data
-    notes = json.dumps(renamed(json.loads(data[8 : 8 + length]), ids, "", "")).encode()
+    notes = json.dumps(renamed(json.loads(data[8 : 8 + length]), ids, old, new)).encode()
     return struct.pack(">II", 4, len(notes)) + notes + data[8 + length :]
 
 

@@ -30,6 +30,9 @@ const text = (selector) => page.locator(selector).first().innerText();
 const canvas = page.locator("canvas[role=img]");
 const status = page.locator(".status[role=status]").first();
 
+/** Pictures that the page itself shows on the node, beside our widget. */
+const second = () => page.evaluate(() => document.querySelectorAll(`[data-node-id="${window.node.id}"] img`).length + (window.node.imgs?.length ?? 0));
+
 await check("the page loads, and takes a graph", async () => {
   await load();
   await build("LineAR_Generate");
@@ -57,6 +60,7 @@ await check("mid-run: the rows so far, the text line, the line being written", a
   await says(String.raw`^row 1[4-9]/24 · `);
   assert.match(await status.innerText(), /^row 1\d\/24 · \d+ tok\/s · cache 4 of 24 lines · [\d.]+ MiB of [\d.]+ · ETA /);
   await until(colours, ({ seen }) => seen > 60, "a picture is shown");
+  assert.equal(await second(), 0);
   await shot("mid");
   await post("/test/go", {});
   assert.equal(await end(), "execution_success");
@@ -66,8 +70,7 @@ await check("after the run: everything is there, and the host shows no second pi
   await says("^row 24/24 · ");
   assert.match(await status.innerText(), /^row 24\/24 · \d+ tok\/s · cache 4 of 24 lines/);
   await shot("after");
-  const pictures = await page.evaluate(() => document.querySelectorAll(`[data-node-id="${window.node.id}"] img`).length + (window.node.imgs?.length ?? 0));
-  assert.equal(pictures, 0);
+  assert.equal(await second(), 0);
 });
 
 await check("Image, Kept, Both: three looks, by pointer and by arrow keys", async () => {
