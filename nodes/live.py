@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import queue
-import threading
-import time
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +16,7 @@ from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
 from ..linear_core.generate import Run, generate
 from ..linear_core.plan import CachePlan, SamplePlan
-from ..linear_core.preview import Preview
+from ..linear_core.preview import Painter, Preview
 from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
 from . import host
@@ -106,7 +102,7 @@ class Live:
         self.progress = host.Progress(self.rows, node_id)
         self.trace = Trace(started(model, plan, sample, images))
         self.lines: list[Line] = []
-        self.painter = Painter(self._paint, self._show)
+        self.painter = Painter(self._paint, self._show, host.Interrupted)
         self._tell(self.trace.latest)
 
     def add(self, line: Line) -> None:
@@ -142,63 +138,6 @@ class Live:
 
     def _tell(self, event: dict[str, Any]) -> None:
         host.tell(EVENT, {"node": self.node_id, **event})
-
-
-class Painter:
-    """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
-    or while a picture is being made, is dropped."""
-
-    pause = 0.1  # seconds between pictures, at least
-    share = 0.1  # of the time that pictures may take, at most
-
-    def __init__(self, paint: Callable[[Any], Image.Image], show: Callable[[Image.Image, int], None]):
-        self.paint, self.show = paint, show
-        self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
-        self.next = 0.0
-        self.stopped: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
-        self.thread.start()
-
-    def offer(self, job: Any, lines: int) -> bool:
-        if time.perf_counter() < self.next:
-            return False
-        try:
-            self.jobs.put_nowait((job, lines))
-        except queue.Full:
-            return False
-        self.next = math.inf  # until this one is made
-        return True
-
-    def check(self) -> None:
-        """Raises ComfyUI's interrupt where the thread got it."""
-        if self.stopped is not None:
-            raise self.stopped
-
-    def last(self, job: Any) -> Image.Image:
-        """The picture that must not be dropped."""
-        self.close()
-        self.check()
-        return self.paint(job)
-
-    def close(self) -> None:
-        """Wait for the picture that is being made, if any, and end the thread."""
-        if self.thread.is_alive():
-            self.jobs.put(None)
-            self.thread.join()
-
-    def _work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            begun = time.perf_counter()
-            try:
-                self.show(self.paint(job[0]), job[1])
-            except host.Interrupted as stop:  # ComfyUI's layers ask for Stop on any thread, and it is told only once
-                self.stopped = stop
-                return
-            except Exception as error:  # the run is worth more than its preview; the last picture is made in any case
-                host.log.warning("LineAR: no preview (%s)", error)
-                return
-            took = time.perf_counter() - begun
-            self.next = time.perf_counter() + max(self.pause, took * (1 / self.share - 1))
 
 
 def draw(

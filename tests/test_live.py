@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from types import SimpleNamespace
@@ -183,8 +184,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
 
     shown = []
     painter = live.Painter(paint, lambda picture, lines: shown.append(lines))
-    painter.pause = painter.share = 0
-    painter.share = 1.0
+    painter.pause = 0
     begun = time.perf_counter()
     assert painter.offer(1, 1)
     assert [painter.offer(number, number) for number in range(2, 50)] == [False] * 48
@@ -195,15 +195,22 @@ def test_offers_are_dropped_while_a_picture_is_made():
 
 
 def test_pictures_take_their_share_of_the_time_and_no_more():
-    """After a picture that took long, the next one waits in proportion."""
+    """Within the allowance they follow each other; beyond it the next one waits in proportion to what they took."""
     shown = []
-    painter = live.Painter(lambda job: time.sleep(0.02), lambda picture, lines: shown.append(lines))
-    assert painter.offer(1, 1)
-    while not shown:
-        time.sleep(0.001)
-    time.sleep(0.01)
-    assert painter.next - time.perf_counter() > 0.1, "0.02 s of work is a tenth of 0.2 s"
-    assert not painter.offer(2, 2)
+    painter = live.Painter(lambda job: time.sleep(0.05), lambda picture, lines: shown.append(lines))
+    painter.pause, painter.allowance, painter.share = 0.01, 0.08, 0.1
+
+    def paint(number):
+        assert painter.offer(number, number)
+        while painter.next == math.inf:
+            time.sleep(0.001)
+        return painter.next
+
+    assert paint(1) - time.perf_counter() < 0.02, "the first is within the allowance"
+    time.sleep(0.02)
+    assert paint(2) >= painter.began + 0.2, "two took 0.1 s: 0.02 s beyond it, a tenth of 0.2 s"
+    assert painter.took == pytest.approx(0.1, abs=0.05) and shown == [1, 2]
+    assert not painter.offer(3, 3)
     painter.close()
 
 
