@@ -4,7 +4,7 @@
 
 Events are made and encoded to JSON as a host would send them; previews are decoded by the bundled tokenizer and encoded
 as JPEG, on their thread, the last one at the end. Every second of that counts, also where it runs beside the sampler.
-Random weights of the size of LlamaGen-B, the smallest that is published. Exit status 1: 2 % or more of the time of the run.
+Random weights of the size of LlamaGen-B, the smallest that is published. Exit status 1: 2 % of the time or more.
 """
 
 from __future__ import annotations
