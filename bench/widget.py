@@ -56,7 +56,7 @@ def run(model: LlamaGen, tokenizer: VQTokenizer, told: bool) -> tuple[float, flo
         return picture
 
     begun = time.perf_counter()
-    painter = Painter(paint, lambda picture, lines: None)
+    painter = Painter(paint, lambda picture, lines: None, grid.rows)
     for line in generate(model, class_prompt([0]), plan, SamplePlan(guidance=2.0)):
         if told:
             start = time.perf_counter()

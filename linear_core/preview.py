@@ -62,21 +62,22 @@ class Painter:
     """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
     or while a picture is being made, is dropped.
 
-    `paint` turns a job into a picture, `show` is given it with the number of lines; `stop` is what the host raises in
-    either when the user pressed Stop.
+    What a run of `rows` lines may spend on pictures is spread over all of it. `paint` makes a job a picture, `show`
+    gets it with the number of lines; `stop` is what the host raises in either when the user pressed Stop.
     """
 
     pause = 0.1  # seconds between pictures, at least
     allowance = 0.4  # seconds that the pictures of any run may take; a short one is to be seen as well
-    share = 0.01  # of the time that they may take beyond that
+    share = 0.01  # of the run's time that they may take beyond that
 
     def __init__(
         self,
         paint: Callable[[Any], Image.Image],
         show: Callable[[Image.Image, int], None],
+        rows: int,
         stop: type[BaseException] | tuple[()] = (),
     ):
-        self.paint, self.show, self.stop = paint, show, stop
+        self.paint, self.show, self.rows, self.stop = paint, show, rows, stop
         self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
         self.began, self.took, self.next = time.perf_counter(), 0.0, 0.0
         self.stopped: BaseException | None = None
@@ -122,5 +123,12 @@ class Painter:
                 log.warning("LineAR: no preview (%s)", error)
                 return
             now = time.perf_counter()
-            self.took += now - begun
-            self.next = max(now + self.pause, self.began + (self.took - self.allowance) / self.share)
+            self.next = now + self._wait(now - begun, now - self.began, job[1])
+
+    def _wait(self, took: float, elapsed: float, lines: int) -> float:
+        """Seconds until the next picture, after one of `lines` lines that took so long."""
+        self.took += took
+        to_come = elapsed * (self.rows / lines - 1)  # as the lines so far went
+        room = self.allowance + self.share * (elapsed + to_come) - self.took
+        each = took * (1 + self.rows / lines) / 2  # more lines take longer
+        return max(self.pause, to_come * min(1.0, each / max(room, 1e-9)))

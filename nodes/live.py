@@ -102,7 +102,7 @@ class Live:
         self.progress = host.Progress(self.rows, node_id)
         self.trace = Trace(started(model, plan, sample, images))
         self.lines: list[Line] = []
-        self.painter = Painter(self._paint, self._show, host.Interrupted)
+        self.painter = Painter(self._paint, self._show, self.rows, host.Interrupted)
         self._tell(self.trace.latest)
 
     def add(self, line: Line) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from types import SimpleNamespace
@@ -183,7 +182,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
         return Image.new("RGB", (1, 1), (job, 0, 0))
 
     shown = []
-    painter = live.Painter(paint, lambda picture, lines: shown.append(lines))
+    painter = live.Painter(paint, lambda picture, lines: shown.append(lines), 64)
     painter.pause = 0
     begun = time.perf_counter()
     assert painter.offer(1, 1)
@@ -194,28 +193,26 @@ def test_offers_are_dropped_while_a_picture_is_made():
     assert not painter.thread.is_alive()
 
 
-def test_pictures_take_their_share_of_the_time_and_no_more():
-    """Within the allowance they follow each other; beyond it the next one waits in proportion to what they took."""
-    shown = []
-    painter = live.Painter(lambda job: time.sleep(0.05), lambda picture, lines: shown.append(lines))
-    painter.pause, painter.allowance, painter.share = 0.01, 0.08, 0.1
-
-    def paint(number):
-        assert painter.offer(number, number)
-        while painter.next == math.inf:
-            time.sleep(0.001)
-        return painter.next
-
-    assert paint(1) - time.perf_counter() < 0.02, "the first is within the allowance"
-    time.sleep(0.02)
-    assert paint(2) >= painter.began + 0.2, "two took 0.1 s: 0.02 s beyond it, a tenth of 0.2 s"
-    assert painter.took == pytest.approx(0.1, abs=0.05) and shown == [1, 2]
-    assert not painter.offer(3, 3)
+@pytest.mark.parametrize(("seconds", "cost"), [(80.0, 0.1), (8.0, 0.06), (2.0, 0.01), (300.0, 5.0)])
+def test_pictures_take_their_share_of_the_time_spread_over_the_run(seconds, cost):
+    """A run of 64 even lines, whose whole picture costs so much: no more than is allowed, and some late in the run."""
+    painter = live.Painter(lambda job: None, lambda picture, lines: None, 64)
     painter.close()
+    at, pictures = 0.0, []
+    for lines in range(1, 65):
+        now = seconds * lines / 64
+        if now >= at:
+            took = cost * lines / 64
+            pictures.append(lines)
+            at = now + took + painter._wait(took, now + took, lines)
+    most = painter.allowance + painter.share * seconds
+    assert painter.took <= most + cost, "one picture may go beyond it"
+    if seconds < 100:
+        assert len(pictures) >= 8 and pictures[-1] > 48
 
 
 def test_a_preview_that_fails_does_not_end_the_run(caplog):
-    painter = live.Painter(lambda job: 1 / 0, lambda picture, lines: None)
+    painter = live.Painter(lambda job: 1 / 0, lambda picture, lines: None, 64)
     assert painter.offer(1, 1)
     painter.thread.join(5)
     assert "no preview" in caplog.text
