@@ -130,5 +130,5 @@ class Painter:
         self.took += took
         to_come = elapsed * (self.rows / lines - 1)  # as the lines so far went
         room = self.allowance + self.share * (elapsed + to_come) - self.took
-        each = took * (1 + self.rows / lines) / 2  # more lines take longer
-        return max(self.pause, to_come * min(1.0, each / max(room, 1e-9)))
+        # This picture's share of the room is its share of the time to come; the first is slow, so a fifth at most.
+        return max(self.pause, to_come * (min(0.2, took / room) if room > 0 else 1.0))
