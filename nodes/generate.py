@@ -8,13 +8,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import Line
-from ..linear_core.generate import Run, generate, in_waves, together
-from ..linear_core.memory import fits
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
-from . import host
-from .live import VIEW, Live, kept_codes, memory, whole
+from .live import VIEW, draw, kept_codes
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -159,32 +155,8 @@ class Generate(io.ComfyNode):
         image.decoder.check(prompt)
         prompt = prompt.repeat(batch_size)
         above = _above(tokens, keep_rows, view, model)
-
-        def needed(images: int) -> int:
-            return memory(model, cache, sample, prompt, images)
-
-        at_once = fits(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
-        host.load(model.decoder, model.tokenizer, memory=needed(at_once))
-        parts = list(in_waves(prompt, sample, above, at_once))
-        drawn: list[list[Line]] = []
-        for number, (some, own, upper) in enumerate(parts):
-            lines = generate(image.decoder, some, cache, own, above=upper)
-            live = Live(model, cache, own, some, cls.hidden.unique_id, part=number, parts=len(parts))
-            try:
-                for line in lines:
-                    live.add(line)
-                    if line.row + 1 == stop_after:
-                        break
-                shown = live.finish()
-            finally:
-                lines.close()  # it holds the key-value cache
-                live.close()
-            drawn.append(live.lines)
-        if len(parts) > 1:
-            shown = whole(model, cache, sample, prompt, drawn)
-        run = Run()
-        for line in together(drawn):
-            run.add(line)
+        node = cls.hidden.unique_id
+        (run,), _, shown = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
         return io.NodeOutput(
             Tokens(
                 codes=run.tokens,

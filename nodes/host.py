@@ -176,15 +176,16 @@ class Progress:
 
 
 def preview(node_id: str, picture: Image.Image) -> None:
-    """Send a picture to our widget on a node as ComfyUI sends its own previews, but for no node to draw by itself."""
+    """Send a picture to our widget on a node as ComfyUI sends its own previews, job and all, so that its list of jobs
+    and its App mode show it too. Only a node would show it twice: the one named to display it does not exist."""
     server = PromptServer.instance
     if feature_flags.supports_feature(server.sockets_metadata, server.client_id, "supports_preview_metadata"):
         who = {
             "node_id": node_id,
             "real_node_id": node_id,
-            "display_node_id": "",
+            "display_node_id": "linear_ar",
             "parent_node_id": "",
-            "prompt_id": "",
+            "prompt_id": server.last_prompt_id,
         }
         kind = BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA
         server.send_sync(kind, (("JPEG", picture, None), who), server.client_id)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import queue
-import threading
-import time
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,10 +14,10 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
-from ..linear_core.generate import Run, together
-from ..linear_core.memory import run_bytes
+from ..linear_core.generate import Run, generate, in_waves, together
+from ..linear_core.memory import fits, run_bytes
 from ..linear_core.plan import CachePlan, SamplePlan
-from ..linear_core.preview import Preview
+from ..linear_core.preview import Painter, Preview
 from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
 from . import host
@@ -114,7 +110,7 @@ class Live:
         self.progress = host.Progress(parts * self.rows, node_id)
         self.trace = Trace(started(model, plan, sample, prompt))
         self.lines: list[Line] = []
-        self.painter = Painter(self._paint, self._show)
+        self.painter = Painter(self._paint, self._show, self.rows, host.Interrupted)
         self._tell(self.trace.latest)
 
     def add(self, line: Line) -> None:
@@ -125,12 +121,12 @@ class Live:
         self.progress.update(self.before + len(self.lines), self.text)
         self._tell(self.trace.add(line))
 
-    def finish(self) -> dict[str, Any]:
-        """The last picture and the last event; returns what the node leaves on the page (its `ui`)."""
+    def finish(self) -> None:
+        """The last picture and the last event; `shown` is then what the node leaves on the page (its `ui`)."""
         picture = self.painter.last(self._job())
         self._show(picture, len(self.lines))
         self._tell(self.trace.finish())
-        return left(self.trace, None if self.beside is not None else picture)
+        self.shown = left(self.trace, None if self.beside is not None else picture)
 
     def close(self) -> None:
         self.painter.close()
@@ -157,71 +153,64 @@ def left(trace: Trace, picture: Image.Image | None) -> dict[str, Any]:
     )
 
 
-def whole(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, parts: list[list[Line]]) -> dict[str, Any]:
-    """The same for a batch that was drawn in parts: afterwards the page has all of it, as one run."""
-    trace = Trace(started(model, plan, sample, prompt, max(len(lines[0].tokens) for lines in parts)))
-    lines = together(parts)
-    for line in lines:
-        trace.add(line)
-    trace.finish()
-    return left(trace, sheet(_pictures(model.image.tokenizer, tuple(lines), model.image.info.grid.rows)))
+def draw(
+    model: Model,
+    prompt: Prompt,
+    plans: list[CachePlan],
+    sample: SamplePlan,
+    node_id: str,
+    *,
+    above: Tensor | None = None,
+    stop_after: int = 0,
+) -> tuple[list[Run], Started, dict[str, Any]]:
+    """Draw with each of `plans` at the same time, and tell the page: of the last one, with the first on its left.
 
+    `above` are lines that stay, `stop_after` lines after which to stop (0: none). A batch that does not fit the host's
+    memory is drawn in parts. Returns the runs, what the last one was, and what the node leaves on the page.
+    """
+    image = model.image
 
-class Painter:
-    """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
-    or while a picture is being made, is dropped."""
+    def needed(images: int) -> int:
+        return sum(memory(model, plan, sample, prompt, images) for plan in plans)
 
-    pause = 0.1  # seconds between pictures, at least
-    share = 0.1  # of the time that pictures may take, at most
-
-    def __init__(self, paint: Callable[[Any], Image.Image], show: Callable[[Image.Image, int], None]):
-        self.paint, self.show = paint, show
-        self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
-        self.next = 0.0
-        self.stopped: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
-        self.thread.start()
-
-    def offer(self, job: Any, lines: int) -> bool:
-        if time.perf_counter() < self.next:
-            return False
+    at_once = fits(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
+    host.load(model.decoder, model.tokenizer, memory=needed(at_once))
+    parts = list(in_waves(prompt, sample, above, at_once))
+    drawn: list[list[list[Line]]] = [[] for _ in plans]  # by plan and part
+    for number, (some, own, upper) in enumerate(parts):
+        runs = [Run() for _ in plans]
+        drawing = [generate(image.decoder, some, plan, own, above=upper) for plan in plans]
+        beside = runs[0].lines if len(plans) > 1 else None
+        live = Live(model, plans[-1], own, some, node_id, beside, part=number, parts=len(parts))
         try:
-            self.jobs.put_nowait((job, lines))
-        except queue.Full:
-            return False
-        self.next = math.inf  # until this one is made
-        return True
-
-    def check(self) -> None:
-        """Raises ComfyUI's interrupt where the thread got it."""
-        if self.stopped is not None:
-            raise self.stopped
-
-    def last(self, job: Any) -> Image.Image:
-        """The picture that must not be dropped."""
-        self.close()
-        self.check()
-        return self.paint(job)
-
-    def close(self) -> None:
-        """Wait for the picture that is being made, if any, and end the thread."""
-        if self.thread.is_alive():
-            self.jobs.put(None)
-            self.thread.join()
-
-    def _work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            begun = time.perf_counter()
-            try:
-                self.show(self.paint(job[0]), job[1])
-            except host.Interrupted as stop:  # ComfyUI's layers ask for Stop on any thread, and it is told only once
-                self.stopped = stop
-                return
-            except Exception as error:  # the run is worth more than its preview; the last picture is made in any case
-                host.log.warning("LineAR: no preview (%s)", error)
-                return
-            took = time.perf_counter() - begun
-            self.next = time.perf_counter() + max(self.pause, took * (1 / self.share - 1))
+            for lines in zip(*drawing, strict=True):
+                for run, line in zip(runs, lines, strict=True):
+                    run.add(line)
+                live.add(lines[-1])
+                if lines[-1].row + 1 == stop_after:
+                    break
+            live.finish()
+        finally:
+            for lines in drawing:
+                lines.close()  # they hold the key-value caches
+            live.close()
+        for every, run in zip(drawn, [*(run.lines for run in runs[:-1]), live.lines], strict=True):
+            every.append(run)
+    joined = [Run() for _ in plans]
+    for run, lines_of_parts in zip(joined, drawn, strict=True):
+        for line in together(lines_of_parts):
+            run.add(line)
+    shown = live.shown
+    trace = live.trace
+    if len(parts) > 1:  # afterwards the page has all of the batch, as one run
+        trace = Trace(started(model, plans[-1], sample, prompt, at_once))
+        lines = together(drawn[-1])
+        for line in lines:
+            trace.add(line)
+        trace.finish()
+        picture = sheet(_pictures(image.tokenizer, tuple(lines), image.info.grid.rows)) if len(plans) == 1 else None
+        shown = left(trace, picture)
+    return joined, trace.started, shown
 
 
 def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int) -> Tensor:

@@ -22,9 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
-    "grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "llama", "memory", "hf",
-    "imports",
-)  # fmt: skip
+    *("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "replay", "events"),
+    *("llama", "memory", "hf", "imports"),
+)
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
@@ -360,7 +360,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
     ("blocks.py", "q, k = self.q_norm(q), self.k_norm(k)", "q = self.q_norm(q)", "keys are not normalised"),
     ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
-    ("models/llama.py", "torch.tensor([lines * grid.stride]", "torch.tensor([lines * grid.cols]", "the end of a line is not counted"),
+    (
+        "models/llama.py",
+        "torch.tensor([lines * grid.stride]",
+        "torch.tensor([lines * grid.cols]",
+        "the end of a line is not counted",
+    ),
     ("models/llama.py", "return prompt.stack(prompt.negative)", "return prompt.stack(prompt)", "guided from itself"),
     ("models/llama.py", "k[row], v[row]", "k[row], v[row.flip(0)]", "rows that are alike get another's values"),
     ("models/llama.py", "x = self.embed_codes(tokens).to", "x = self.embed_tokens(tokens).to", "replay takes words"),
@@ -368,6 +373,71 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("generate.py", "seed=sample.seed + rows[0]", "seed=sample.seed", "parts of a batch draw the same pictures"),
     ("generate.py", "above[list(rows)] if own else above", "above", "parts of a batch keep the first one's rows"),
     ("memory.py", "needed(most + 1) <= room", "needed(most) <= room", "one image too many is drawn at once"),
+    # -- lines that are given
+    (
+        "cache.py",
+        "overwritten[:, :, None] <= order",
+        "overwritten[:, :, None] < order",
+        "feed: the slot it writes over",
+    ),
+    ("cache.py", '.masked_fill(gone, float("-inf"))', "", "feed: victims are seen to the line's end"),
+    (
+        "cache.py",
+        '.masked_fill(order[None] > order[:, None], float("-inf"))',
+        "",
+        "feed: tokens see those after them",
+    ),
+    ("cache.py", "        self.write(layer, columns, k, v, q)\n", "", "feed: given lines are not written"),
+    (
+        "models/llamagen.py",
+        "x = self.tok_embeddings(tokens).to(self.dtype)",
+        "cache.advance(index, columns)\n        x = self.tok_embeddings(tokens).to(self.dtype)",
+        "feed: slots open before the layers",
+    ),
+    ("generate.py", "tokens.copy_(given[:, row])", "tokens.copy_(given[:, 0])", "the first given line for all"),
+    ("generate.py", "value=grid.eol", "value=0", "given lines end in a code"),
+    ("generate.py", "index[grid.stride * row :][: grid.stride]", "index[: grid.stride]", "given lines: first places"),
+    ("generate.py", "line.repeat(", "line.repeat_interleave(", "given lines: halves get each other's tokens"),
+    ("generate.py", "range(grid.stride if replayed else 0", "range(0", "given lines are drawn over"),
+    ("generate.py", "or rows >= grid.rows", "or rows > grid.rows", "all lines may be given"),
+    ("generate.py", "int(above.min()) < 0 or", "", "given codes below 0"),
+    ("generate.py", "int(above.max()) >= codes", "int(above.max()) > codes", "given codes: one too far"),
+    ("generate.py", "above.expand(images", "above[:1].expand(images", "given lines: the first picture's for all"),
+    ("generate.py", "if not line.replayed]", "]", "speed counts given lines"),
+    # -- what the page is told
+    ("events.py", "else share != self._shares", "else share > 0", "told: not what has fallen to nothing"),
+    ("events.py", "(line.share[: run.shown] * 255).round()", "(line.share[: run.shown] * 255)", "told: shares cut off"),
+    (
+        "events.py",
+        "before[..., line.row * stride : (line.row + 1) * stride] = True",
+        "pass",
+        "told: not what left on its own line",
+    ),
+    ("events.py", "gone = before & ~line.by_head", "gone = ~line.by_head", "told: evicted again on every line"),
+    ("events.py", "[NONE] * (most - count)", "[0] * (most - count)", "told: lists filled up with token 0"),
+    ("events.py", "if most * counts.numel() == len(numbers):", "if True:", "told: uneven lists run together"),
+    (
+        "events.py",
+        "self._shares, self._by_head, self._layered = share, line.by_head, layers",
+        "self._shares, self._by_head = share, line.by_head",
+        "told: layers against the first line",
+    ),
+    (
+        "events.py",
+        "self._shares, self._by_head, self._layered = share, line.by_head, layers",
+        "self._shares, self._layered = share, layers",
+        "told: heads against the first line",
+    ),
+    (
+        "events.py",
+        "changed[: run.rows * run.cols] |= some.any(0)",
+        "pass",
+        "told: layers whose change cancels out are left out",
+    ),
+    ("events.py", "drawn = [row for row in self._rows if not row.replayed]", "drawn = self._rows", "told: false speed"),
+    ("events.py", "tokens <= HEAD_BYTES", "tokens < HEAD_BYTES", "told: heads up to, not including, the limit"),
+    ("events.py", "or len(codes) != images * rows * cols", "", "codes handed back: any number of them"),
+    ("events.py", "if row.row + 1 < row.rows)", ")", "told: the last line counts as held"),
     # -- the decoder
     ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (
@@ -391,7 +461,7 @@ def occurrences(file: str, old: str, root: Path = ROOT) -> int:
 
 def copy_tree(target: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "assets", "*.safetensors", "node_modules")
-    for folder in ("linear_core", "tests"):
+    for folder in ("linear_core", "tests", "web"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", target)
 
