@@ -17,7 +17,7 @@ from .errors import UserError
 from .generate import Run, generate
 from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles, ModelInfo
-from .plan import PRESETS, RELEASES, CachePlan, SamplePlan
+from .plan import PRESETS, RELEASES, STORAGES, CachePlan, SamplePlan
 from .policies import POLICIES
 from .preview import EMPTY, decode
 from .prompts import Prompt, class_prompt
@@ -209,7 +209,7 @@ def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
     given = {
         k: getattr(args, k)
-        for k in ("policy", "budget", "anchors", "recent", "release")
+        for k in ("policy", "budget", "anchors", "recent", "release", "storage")
         if getattr(args, k) is not None
     }
     plan = PRESETS[args.preset]
@@ -260,7 +260,11 @@ def _describe(plan: CachePlan, info: ModelInfo) -> str:
     if not plan.evicts(info.grid):
         return "full cache"
     unusual = plan.release != CachePlan(plan.policy).release
-    return f"{plan.budget} of {info.grid.rows} lines, {plan.policy}" + (f", {plan.release}" if unusual else "")
+    return (
+        f"{plan.budget} of {info.grid.rows} lines, {plan.policy}"
+        + (f", {plan.release}" if unusual else "")
+        + (", 8 bits" if plan.storage == "int8" else "")
+    )
 
 
 def _ratio(plan: CachePlan, info: ModelInfo) -> str:
@@ -312,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         help="victims vanish (strict), stay until overwritten (lazy) "
         "or go on in a neighbour (fold); auto: fold for policy fold, strict for others",
     )
+    group.add_argument("--storage", choices=STORAGES, help="as computed (full) or in 8 bits a number (int8)")
 
     sample = argparse.ArgumentParser(add_help=False)
     group = sample.add_argument_group("sampling", "the model's own defaults, unless given")

@@ -15,6 +15,7 @@ from .attention import line_probabilities
 from .fold import fold
 from .grid import Grid
 from .plan import CachePlan, CacheShape
+from .storage import STORAGE
 from .view import View
 
 
@@ -41,8 +42,9 @@ class LineCache:
         layers, heads, dim, stride = shape.layers, shape.heads, shape.dim, grid.stride
         self.slots = shape.prompt + plan.lines(grid) * stride
         held = (layers, rows, heads, self.slots)
-        self.keys = torch.zeros(*held, dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*held, dim, dtype=dtype, device=device)
+        self.keys, self.values = (
+            STORAGE[plan.storage](held[:3], self.slots, stride, dim, dtype, device) for _ in range(2)
+        )
         self.nbytes = self.keys.nbytes + self.values.nbytes  # as allocated, whatever rows are kept later
         self.bias = torch.full(held, float("-inf"), dtype=dtype, device=device)
         self.index = torch.full(held, -1, dtype=torch.int32, device=device)
@@ -67,8 +69,8 @@ class LineCache:
     def write_prompt(self, layer: int, k: Tensor, v: Tensor, weight: Tensor) -> None:
         """k, v B H P D into the prompt's P slots; `weight` B P tokens each, 0 for padding."""
         end = self.shape.prompt
-        self.keys[layer, :, :, :end] = k
-        self.values[layer, :, :, :end] = v
+        self.keys.place(layer, k)
+        self.values.place(layer, v)
         self.bias[layer, :, :, :end] = weight.log().to(self.bias.dtype)[:, None]
         places = torch.arange(end, dtype=torch.int32, device=self.index.device)
         self.index[layer, :, :, :end] = torch.where(weight > 0, places, -1)[:, None]
@@ -83,16 +85,16 @@ class LineCache:
 
     def write(self, layer: int, column: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
         """k, v, q B H T D of the tokens at `column`."""
-        slot = self.target[layer].index_select(2, column)[..., None].expand_as(k)
-        self.keys[layer].scatter_(2, slot, k)
-        self.values[layer].scatter_(2, slot, v)
+        slot = self.target[layer].index_select(2, column)
+        self.keys.write(layer, slot, column, k)
+        self.values.write(layer, slot, column, v)
         if self.queries is not None:
             self.queries[layer].index_copy_(2, column, q)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys B H S D, values B H S D and bias B H S of everything written so far."""
         end = self.extent
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], self.bias[layer, :, :, :end]
+        return self.keys.read(layer, end), self.values.read(layer, end), self.bias[layer, :, :, :end]
 
     def feed(self, layer: int, columns: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v, q B H T D of a line's tokens at once and return what each of these queries sees.
@@ -101,8 +103,8 @@ class LineCache:
         it, then the line up to itself. Keys and values B H S+T D, bias B H T S+T. `advance` comes after all layers.
         """
         end, count = self.extent, columns.shape[0]
-        keys = torch.cat([self.keys[layer, :, :, :end], k], 2)
-        values = torch.cat([self.values[layer, :, :, :end], v], 2)
+        keys = torch.cat([self.keys.read(layer, end), k], 2)
+        values = torch.cat([self.values.read(layer, end), v], 2)
         old = self.bias[layer, :, :, :end]
         order = torch.arange(count, device=old.device)
         slot = self.target[layer].index_select(2, columns)
@@ -118,24 +120,29 @@ class LineCache:
     def extend(self) -> None:
         """The next line goes to slots never used before."""
         stride = self.grid.stride
+        if self.extent > self.shape.prompt:  # there was a line before this one
+            for layer in range(self.shape.layers):
+                self._settle(layer)
         self.target.copy_(torch.arange(self.extent, self.extent + stride, device=self.target.device))
         self.extent += stride
+        for layer in range(self.shape.layers):
+            self._aim(layer)
 
     def view(self, row: int, layer: int, turn: Callable[[Tensor, int], Tensor] | None = None) -> View:
         """What one layer holds now that line `row` is complete: a view with L = 1.
 
         Brings attention mass up to date, so call it once a line. `turn`: see View.
         """
+        self._settle(layer)
         end, one = self.extent, slice(layer, layer + 1)
-        keys, bias, index = self.keys[one, ..., :end, :], self.bias[one, ..., :end], self.index[one, ..., :end]
+        keys, values = self.keys.read(layer, end)[None], self.values.read(layer, end)[None]
+        bias, index = self.bias[one, ..., :end], self.index[one, ..., :end]
         queries = None if self.queries is None else self.queries[one]
         mass = None
         if self.mass is not None:
             mass = self.mass[one, ..., :end]
             mass += line_probabilities(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
-        return View(
-            keys, self.values[one, ..., :end, :], bias, index, queries, mass, self.grid, row, layer, turn, self.survey
-        )
+        return View(keys, values, bias, index, queries, mass, self.grid, row, layer, turn, self.survey)
 
     def release(self, view: View, victims: Tensor) -> None:
         """`victims` int64 1 B H V, least useful first, are let go in the layer that `view` shows; -1: none.
@@ -147,23 +154,34 @@ class LineCache:
         leaving = _mark(victims, end)
         if self.count is not None:
             folded = fold(view, victims.clamp(min=0), self.count[one, ..., :end])
-            self.keys[one, ..., :end, :] = folded.keys.to(self.keys.dtype)
-            self.values[one, ..., :end, :] = folded.values.to(self.values.dtype)
+            self.keys.change(view.layer, folded.keys[0], folded.changed[0])
+            self.values.change(view.layer, folded.values[0], folded.changed[0])
             self.bias[one, ..., :end] = folded.bias.to(self.bias.dtype)
             self.count[one, ..., :end] = folded.count.masked_fill(leaving, 1.0)  # what comes there stands for itself
         self.target[one] = victims[..., -stride:]
+        self._aim(view.layer)
         if self.mass is not None:
             self.mass[one, ..., :end].masked_fill_(leaving, 0.0)
         hidden = _mark(victims[..., :-stride], end) if self.plan.release == "lazy" else leaving
         self.bias[one, ..., :end].masked_fill_(hidden, float("-inf"))
         self.index[one, ..., :end].masked_fill_(hidden, -1)
 
+    def _settle(self, layer: int) -> None:
+        for stored in (self.keys, self.values):
+            stored.settle(layer, self.target[layer])
+
+    def _aim(self, layer: int) -> None:
+        for stored in (self.keys, self.values):
+            stored.aim(layer, self.target[layer])
+
     # -- the batch ---------------------------------------------------------------------------------------------------
 
     def keep_rows(self, rows: int) -> None:
         """Go on with the first `rows` sequences only: guidance has ended. Saves work; the memory stays taken."""
         self.rows = rows
-        for name in ("keys", "values", "bias", "index", "queries", "mass", "count", "survey", "target"):
+        self.keys.keep(rows)
+        self.values.keep(rows)
+        for name in ("bias", "index", "queries", "mass", "count", "survey", "target"):
             if (buffer := getattr(self, name)) is not None:
                 setattr(self, name, buffer[:, :rows])
 

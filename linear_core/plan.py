@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .errors import UserError
 from .grid import Grid
 
+STORAGES = ("full", "int8")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens. A head has room for HEADROOM times the budget, and the
 # budget is what they keep on average: shapes stay the same for all heads, at the price of room that is not used.
@@ -26,6 +27,7 @@ class CachePlan:
              overwrites it, least useful first. "fold": a victim is added to the kept slot nearest to it, which then
              stands for both. "auto": fold for the policy that chooses for it, strict for all others; what was chosen
              replaces it. All take the same memory.
+    storage  "full": keys and values as they are computed. "int8": complete lines in 8 bits a number.
     """
 
     policy: str = "line"
@@ -33,6 +35,7 @@ class CachePlan:
     anchors: int = 4
     recent: int = 2
     release: str = "auto"
+    storage: str = "full"
 
     def __post_init__(self) -> None:
         if self.release == "auto":
@@ -45,6 +48,8 @@ class CachePlan:
             raise UserError(f"recent: {self.recent} lines is negative; choose 0 or more.")
         if self.release not in RELEASES:
             raise UserError(f"release: '{self.release}' is unknown; choose one of auto, {', '.join(RELEASES)}.")
+        if self.storage not in STORAGES:
+            raise UserError(f"storage: '{self.storage}' is unknown; choose one of {', '.join(STORAGES)}.")
 
     def lines(self, grid: Grid) -> int:
         """Lines of image tokens that each head has room for: the budget and the line being written.
@@ -141,4 +146,7 @@ class CacheShape:
     def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache, as allocated before the first token."""
         slots = self.prompt + plan.lines(grid) * grid.stride
-        return 2 * self.layers * rows * self.heads * self.dim * slots * self.bytes_per_number
+        heads = 2 * self.layers * rows * self.heads  # keys and values
+        if plan.storage == "int8":  # a byte a number and a scale of two; the line being written in full besides
+            return heads * slots * (self.dim + 2) + self.line_bytes(grid, rows)
+        return heads * slots * self.dim * self.bytes_per_number

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linear_core.plan import PRESETS, RELEASES, CachePlan
+from ..linear_core.plan import PRESETS, RELEASES, STORAGES, CachePlan
 from ..linear_core.policies import POLICIES
 from .live import MEMORY
 from .sockets import CACHE
@@ -55,6 +55,14 @@ def _custom() -> list[io.Input]:
             tooltip="auto: fold for the policy 'fold', strict for all others. strict: dropped tokens vanish at once, "
             "as published. lazy: each is seen until the next line overwrites it, least useful first. fold: each goes "
             "on in the kept token most like it, which then counts for both. All take the same memory.",
+        ),
+        io.Combo.Input(
+            "storage",
+            options=list(STORAGES),
+            default=plan.storage,
+            tooltip="full: keys and values as they are computed. int8: in a byte a number, except for the line being "
+            "drawn; half to three quarters of the memory in half precision, at a cost in quality too small to see, and "
+            "some in speed.",
         ),
     ]
 

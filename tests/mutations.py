@@ -21,11 +21,44 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("grid", "plan", "policies", "cache", "fold", "sampling", "oracles", "generate", "imports")
+TESTS = ("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "imports")
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
+    # -- storage
+    (
+        "storage.py",
+        "return held.scatter(2, slot, self.fresh[layer])",
+        "return held",
+        "int8: the line being written is not seen",
+    ),
+    ("storage.py", "self.scale[layer].scatter_(2, target[..., None], scale)", "pass", "int8: scales are not settled"),
+    (
+        "storage.py",
+        "self.fresh[layer] = self._unpack(",
+        "self._unpack(",
+        "int8: victims vanish before they are written over",
+    ),
+    ("storage.py", ".amax(-1, keepdim=True)", ".mean(-1, keepdim=True)", "int8: great numbers are cut off"),
+    (
+        "cache.py",
+        "        self._settle(layer)\n        end, one",
+        "        end, one",
+        "int8: a complete line is not kept",
+    ),
+    (
+        "cache.py",
+        "                self._settle(layer)\n        self.target.copy_",
+        "                pass\n        self.target.copy_",
+        "int8: first lines are not kept",
+    ),
+    (
+        "plan.py",
+        "(self.dim + 2) + self.line_bytes(grid, rows)",
+        "(self.dim + 2)",
+        "int8: the line being written is not counted",
+    ),
     # -- folding
     (
         "fold.py",

@@ -34,7 +34,7 @@ def write_token(cache: LineCache, number: int) -> None:
     column = torch.tensor([number % cache.grid.stride])
     cache.advance(torch.tensor([cache.grid.prompt + number]), column)
     for layer in range(LAYERS):
-        k = content(number, layer).to(cache.keys.dtype)
+        k = content(number, layer).to(cache.bias.dtype)
         cache.write(layer, column, k, -k, k + 0.5)
 
 
@@ -44,7 +44,7 @@ def write_line(cache: LineCache, row: int) -> None:
 
 
 def write_prompt(cache: LineCache, weight: list[list[float]] | None = None) -> None:
-    k = torch.ones(ROWS, HEADS, PROMPT, DIM, dtype=cache.keys.dtype)
+    k = torch.ones(ROWS, HEADS, PROMPT, DIM, dtype=cache.bias.dtype)
     for layer in range(LAYERS):
         cache.write_prompt(layer, k, -k, torch.tensor(weight or [[1.0] * PROMPT] * ROWS))
 
@@ -71,7 +71,7 @@ def test_memory_is_what_the_plan_said(grid, plan, dtype):
     """Keys and values take `CacheShape.bytes` exactly, from before the first token to after the last."""
     cache = make(grid, plan, dtype=dtype)
     expected = cache.shape.bytes(grid.after(PROMPT), plan, ROWS)
-    storage = cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
+    storage = cache.keys.numbers.untyped_storage().nbytes() + cache.values.numbers.untyped_storage().nbytes()
     assert cache.nbytes == storage == expected
     write_prompt(cache)
     cache.extend()
@@ -175,7 +175,7 @@ def test_victims_slots_are_the_next_lines(release):
         assert torch.equal(cache.index, expected)
         assert torch.equal(cache.bias == -math.inf, expected < 0)
         for layer in range(LAYERS):
-            k = cache.keys[layer].gather(2, place[layer][..., None].expand(-1, -1, -1, DIM))
+            k = cache.keys.numbers[layer].gather(2, place[layer][..., None].expand(-1, -1, -1, DIM))
             assert torch.equal(k, content(6 + column, layer))
 
 
@@ -237,11 +237,16 @@ def test_keep_rows_keeps_the_first():
     let_go(cache, victims)
     cache.survey = torch.rand(LAYERS, ROWS, HEADS)
     names = ("keys", "values", "bias", "index", "queries", "mass", "survey", "target")
-    before = {name: getattr(cache, name).clone() for name in names}
+
+    def buffers() -> dict[str, Tensor]:
+        found = {name: getattr(cache, name) for name in names}
+        return {name: found[name] if name not in ("keys", "values") else found[name].numbers for name in names}
+
+    before = {name: buffer.clone() for name, buffer in buffers().items()}
     cache.keep_rows(1)
     assert cache.rows == 1
-    for name in names:
-        assert torch.equal(getattr(cache, name), before[name][:, :1]), name
+    for name, buffer in buffers().items():
+        assert torch.equal(buffer, before[name][:, :1]), name
     column = torch.tensor([0])
     cache.advance(torch.tensor([PROMPT + 6]), column)
     cache.write(1, column, *(torch.full((1, HEADS, 1, DIM), 9.0) for _ in range(3)))

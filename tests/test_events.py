@@ -251,7 +251,14 @@ def test_the_memory_line_is_the_formula():
     cases = []
     for shape in (CacheShape(8, 8, 32, 1, 4), CacheShape(36, 20, 64, 1, 2), CacheShape(24, 32, 100, 120, 2)):
         for grid in (Grid(24, 24), Grid(16, 16), Grid(32, 20, eol=7), Grid(3, 5)):
-            for plan in [*PRESETS.values(), *map(CachePlan, POLICIES), CachePlan(budget=200), CachePlan("adakv", 11)]:
+            for plan in [
+                *PRESETS.values(),
+                *map(CachePlan, POLICIES),
+                CachePlan(budget=200),
+                CachePlan("adakv", 11),
+                CachePlan("fold", 3, storage="int8"),
+                CachePlan("headkv", 3, storage="int8"),
+            ]:
                 for rows in (1, 2, 16):
                     sizes = {"rows": grid.rows, "stride": grid.stride}
                     cases.append([asdict(shape), sizes, asdict(plan), rows, shape.bytes(grid, plan, rows)])

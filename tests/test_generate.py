@@ -292,7 +292,7 @@ def test_nothing_is_left_in_memory(how):
     def step(token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
         nonlocal calls
         calls += 1
-        caches[:] = weakref.ref(cache), weakref.ref(cache.keys), weakref.ref(cache.queries)
+        caches[:] = weakref.ref(cache), weakref.ref(cache.keys.numbers), weakref.ref(cache.queries)
         if how == "failed" and calls == 8:
             raise ZeroDivisionError
         return model.step(token, index, pad, column, cache)
@@ -326,7 +326,7 @@ def test_no_gradient_is_recorded():
     """Weights that could learn cost nothing: neither logits nor the cache carry a history."""
     recorder = decode(llamagen(4, 3).requires_grad_(True), class_prompt([1]), PLAN, GUIDED)
     assert not any(logits.requires_grad for logits in recorder.logits)
-    assert not recorder.cache.keys.requires_grad and not recorder.cache.values.requires_grad
+    assert not recorder.cache.keys.numbers.requires_grad and not recorder.cache.values.numbers.requires_grad
 
 
 # -- what it refuses ---------------------------------------------------------------------------------------------------

@@ -638,7 +638,7 @@ class Memory {
     const shape = known.models[widgetValue(loader, "model") ?? Object.keys(known.models)[0]];
     const preset = widgetValue(this.node, "preset");
     const own = (/** @type {string} */ name) => widgetValue(this.node, `preset.${name}`) ?? widgetValue(this.node, name);
-    const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")) };
+    const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage") };
     if (!shape || !plan.policy || !plan.budget) return null;
     const prompt = origin(user, "prompt");
     const more = String(widgetValue(prompt, "more_classes") ?? "").split("\n").filter((line) => line.trim()).length;

@@ -270,7 +270,9 @@ export function cacheBytes(shape, grid, plan, sequences) {
   const kept = UNEVEN.includes(plan.policy) ? 2 * plan.budget : plan.budget;
   const lines = plan.policy === "full" ? grid.rows : Math.min(kept + 1, grid.rows);
   const slots = shape.prompt + lines * grid.stride;
-  return 2 * shape.layers * sequences * shape.heads * shape.dim * slots * shape.bytes_per_number;
+  const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
+  const line = heads * shape.dim * grid.stride * shape.bytes_per_number;
+  return plan.storage === "int8" ? heads * slots * (shape.dim + 2) + line : heads * shape.dim * slots * shape.bytes_per_number;
 }
 
 /**

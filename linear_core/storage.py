@@ -1,0 +1,110 @@
+"""Storage: how the numbers of slots are kept. L layers, B rows of the batch, H heads, S slots, T tokens, D numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Full:
+    """Keys, or values, as they were computed."""
+
+    def __init__(self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device):
+        self.numbers = torch.zeros(*lead, slots, dim, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    def read(self, layer: int, end: int) -> Tensor:
+        """B H S D of the first `end` slots."""
+        return self.numbers[layer, :, :, :end]
+
+    def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
+        """x B H T D of the line's tokens at `column` into `slot` B H T."""
+        self.numbers[layer].scatter_(2, slot[..., None].expand_as(x), x)
+
+    def place(self, layer: int, x: Tensor) -> None:
+        """x B H P D into the first P slots."""
+        self.numbers[layer, :, :, : x.shape[2]] = x
+
+    def change(self, layer: int, x: Tensor, where: Tensor) -> None:
+        """x B H S D into the slots that `where` (bool B H S) names."""
+        held = self.numbers[layer, :, :, : x.shape[2]]
+        held.copy_(torch.where(where[..., None], x.to(held.dtype), held))
+
+    def settle(self, layer: int, target: Tensor) -> None:
+        """The line that went to `target` (B H C slots) is complete."""
+
+    def aim(self, layer: int, target: Tensor) -> None:
+        """The next line will go to `target`; what lies there may be read until it is written over."""
+
+    def keep(self, rows: int) -> None:
+        """Only the first rows of the batch from now on."""
+        self.numbers = self.numbers[:, :rows]
+
+
+class Int8(Full):
+    """Eight bits a number and a scale for each head's slot; the line that is being written stays as it was computed.
+
+    A complete line no longer changes, so it is rounded once, to the nearest of 255 steps of its greatest number (and
+    again where something is folded into it). Takes D + 2 bytes where Full takes 2 D in half precision.
+    """
+
+    def __init__(self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device):
+        self.numbers = torch.zeros(*lead, slots, dim, dtype=torch.int8, device=device)
+        self.scale = torch.zeros(*lead, slots, 1, dtype=torch.float16, device=device)
+        self.fresh = torch.zeros(*lead, stride, dim, dtype=dtype, device=device)
+        self.target = torch.zeros(*lead, stride, dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes + self.scale.nbytes + self.fresh.nbytes
+
+    def read(self, layer: int, end: int) -> Tensor:
+        held = self._unpack(self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end])
+        slot = self.target[layer][..., None].expand_as(self.fresh[layer])
+        return held.scatter(2, slot, self.fresh[layer])
+
+    def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
+        self.fresh[layer].index_copy_(2, column, x)
+
+    def place(self, layer: int, x: Tensor) -> None:
+        end = x.shape[2]
+        self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x)
+
+    def change(self, layer: int, x: Tensor, where: Tensor) -> None:
+        numbers, scale = _pack(x)
+        for held, new in ((self.numbers, numbers), (self.scale, scale)):
+            old = held[layer, :, :, : x.shape[2]]
+            old.copy_(torch.where(where[..., None], new, old))
+
+    def settle(self, layer: int, target: Tensor) -> None:
+        numbers, scale = _pack(self.fresh[layer])
+        self.numbers[layer].scatter_(2, target[..., None].expand_as(numbers), numbers)
+        self.scale[layer].scatter_(2, target[..., None], scale)
+
+    def aim(self, layer: int, target: Tensor) -> None:
+        self.target[layer] = target
+        slot = target[..., None]
+        numbers = self.numbers[layer].gather(2, slot.expand_as(self.fresh[layer]))
+        self.fresh[layer] = self._unpack(numbers, self.scale[layer].gather(2, slot))
+
+    def keep(self, rows: int) -> None:
+        for name in ("numbers", "scale", "fresh", "target"):
+            setattr(self, name, getattr(self, name)[:, :rows])
+
+    def _unpack(self, numbers: Tensor, scale: Tensor) -> Tensor:
+        dtype = self.fresh.dtype
+        return numbers.to(dtype) * scale.to(dtype)
+
+
+def _pack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x ... D as int8 and one scale in half precision each: ... 1."""
+    x = x.float()
+    # Rounded up to the half-precision number above, so that the greatest number stays within 127 steps.
+    scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + 2**-10)).half()
+    return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+STORAGE = {"full": Full, "int8": Int8}
