@@ -100,7 +100,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache.py",
-        "self.values[one, ..., :end, :] = folded.values.to(self.values.dtype)",
+        "self.values.change(view.layer, folded.values[0], folded.changed[0])",
         "pass",
         "folded values are lost",
     ),
@@ -121,8 +121,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache.py", "self.bias.scatter_(3, slot, 0.0)", "pass", "a new token stays invisible"),
     (
         "cache.py",
-        "self.values[layer].scatter_(2, slot, v)",
-        "self.values[layer].scatter_(2, slot, k)",
+        "self.values.write(layer, slot, column, v)",
+        "self.values.write(layer, slot, column, k)",
         "values are keys",
     ),
     ("cache.py", "self.queries[layer].index_copy_(2, column, q)", "pass", "the line's queries are not stored"),
