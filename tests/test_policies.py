@@ -584,6 +584,9 @@ def test_adakv_lets_a_layers_heads_compete():
     scores = torch.arange(42.0).flip(0).view(1, 1, 2, 21)
     keep = POLICIES["adakv"].keep(view, scores, FREE)
     assert keep.flatten().tolist() == [18, 6]  # 0.8 x 20 + 0.2 x 12 = 18.4, 0.8 x 4 + 0.2 x 12 = 5.6
+    newest = torch.cat([torch.full((1, 1, 1, 21), 10.0), torch.full((1, 1, 1, 21), 5.0)], 2)
+    newest[0, 0, 0, 17:] = 0.0  # worthless, but it stays: head 0 still has its 16 best tokens besides
+    assert POLICIES["adakv"].keep(view, newest, replace(FREE, recent=1)).flatten().tolist() == [18, 6]
     protected = POLICIES["adakv"].keep(view, scores, replace(FREE, anchors=4, recent=2))
     assert protected.flatten().tolist() == [12, 12], "twelve of each are protected, so nothing is left to compete for"
 
