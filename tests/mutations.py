@@ -362,7 +362,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "pass",
         "adakv: protected tokens compete",
     ),
-    ("policies/adakv.py", "scores = scores.gather(-1, newest_first)", "pass", "adakv: ties go by slot"),
     ("policies/pyramidkv.py", "2 - 1 / BETA, 1 / BETA", "1 / BETA, 2 - 1 / BETA", "pyramidkv: upside down"),
     (
         "policies/prefixkv.py",
