@@ -48,7 +48,7 @@ class LineCache:
         self.nbytes = self.keys.nbytes + self.values.nbytes  # as allocated, whatever rows are kept later
         self.bias = torch.full(held, float("-inf"), dtype=dtype, device=device)
         self.index = torch.full(held, -1, dtype=torch.int32, device=device)
-        self.queries = self.mass = self.count = None
+        self.queries = self.mass = self.count = self.survey = None
         if reads & {"queries", "mass", "ahead"}:
             self.queries = torch.zeros(layers, rows, heads, stride, dim, dtype=dtype, device=device)
         if "mass" in reads:
@@ -142,28 +142,29 @@ class LineCache:
         if self.mass is not None:
             mass = self.mass[one, ..., :end]
             mass += line_probabilities(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
-        return View(keys, values, bias, index, queries, mass, self.grid, row, layer, turn)
+        return View(keys, values, bias, index, queries, mass, self.grid, row, layer, turn, self.survey)
 
     def release(self, view: View, victims: Tensor) -> None:
-        """`victims` int64 1 B H C, least useful first, are the slots of the next line in the layer that `view` shows.
+        """`victims` int64 1 B H V, least useful first, are let go in the layer that `view` shows; -1: none.
 
-        Strict: they are invisible from now on. Lazy: each stays visible until it is overwritten. Fold: each goes on in
-        the kept slot nearest to it.
+        The last of them are the slots of the next line. Strict: all are invisible from now on. Lazy: each of those
+        stays visible until it is overwritten. Fold: each goes on in the kept slot nearest to it.
         """
-        one, end = slice(view.layer, view.layer + 1), self.extent
+        one, end, stride = slice(view.layer, view.layer + 1), self.extent, self.grid.stride
+        leaving = _mark(victims, end)
         if self.count is not None:
-            folded = fold(view, victims, self.count[one, ..., :end])
+            folded = fold(view, victims.clamp(min=0), self.count[one, ..., :end])
             self.keys.change(view.layer, folded.keys[0], folded.changed[0])
             self.values.change(view.layer, folded.values[0], folded.changed[0])
             self.bias[one, ..., :end] = folded.bias.to(self.bias.dtype)
-            self.count[one, ..., :end] = folded.count.scatter(3, victims, 1.0)  # what comes there stands for itself
-        self.target[one] = victims
+            self.count[one, ..., :end] = folded.count.masked_fill(leaving, 1.0)  # what comes there stands for itself
+        self.target[one] = victims[..., -stride:]
         self._aim(view.layer)
         if self.mass is not None:
-            self.mass[one].scatter_(3, victims, 0.0)
-        if self.plan.release != "lazy":
-            self.bias[one].scatter_(3, victims, float("-inf"))
-            self.index[one].scatter_(3, victims, -1)
+            self.mass[one, ..., :end].masked_fill_(leaving, 0.0)
+        hidden = _mark(victims[..., :-stride], end) if self.plan.release == "lazy" else leaving
+        self.bias[one, ..., :end].masked_fill_(hidden, float("-inf"))
+        self.index[one, ..., :end].masked_fill_(hidden, -1)
 
     def _settle(self, layer: int) -> None:
         for stored in (self.keys, self.values):
@@ -180,7 +181,7 @@ class LineCache:
         self.rows = rows
         self.keys.keep(rows)
         self.values.keep(rows)
-        for name in ("bias", "index", "queries", "mass", "count", "target"):
+        for name in ("bias", "index", "queries", "mass", "count", "survey", "target"):
             if (buffer := getattr(self, name)) is not None:
                 setattr(self, name, buffer[:, :rows])
 
@@ -199,3 +200,9 @@ class LineCache:
         place = (self.index[:, row].long() - self.grid.prompt).clamp(min=-1) + 1
         held = place.new_zeros(*place.shape[:2], self.grid.tokens + 1, dtype=torch.bool)
         return held.scatter_(2, place, True)[..., 1:]
+
+
+def _mark(victims: Tensor, slots: int) -> Tensor:
+    """Which of so many slots are named by `victims` ... V, -1 naming none: bool ... S."""
+    marks = torch.zeros(*victims.shape[:-1], slots + 1, dtype=torch.bool, device=victims.device)
+    return marks.scatter_(-1, victims + 1, True)[..., 1:]

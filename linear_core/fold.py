@@ -36,7 +36,7 @@ class Folded:
 
 
 def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
-    """Add each victim (int64 L B H C, slots) to the kept image slot whose key is nearest.
+    """Add each victim (int64 L B H V, slots; the prompt's give nothing) to the kept image slot whose key is nearest.
 
     count  L B H S, tokens that each slot stands for now
 
@@ -54,7 +54,7 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     kept = view.candidates().scatter(-1, victims, False)
     distance = distances(of_victims(keys), keys).masked_fill(~kept[..., None, :], float("inf"))
     nearest = _least(distance, view.index[..., None, :])
-    there = view.index.gather(-1, victims) >= 0  # a slot may be empty
+    there = view.candidates().gather(-1, victims)  # a slot may be empty
     # One row of 0 and 1 for each victim. A product with it adds up the same way every time; scattering does not.
     gives = (torch.arange(slots, device=nearest.device) == nearest) & there[..., None]
     move = gives.to(keys.dtype).transpose(-1, -2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from .memory import waves
 from .plan import CachePlan, CacheShape, SamplePlan
 from .policies import Policy, choose, get_policy
 from .sampling import Noise, guide, pick, restrict
+from .view import View
 
 
 class Decoder(Protocol):
@@ -138,14 +139,26 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
 
 def end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor, int], Tensor]) -> None:
     """Bring the cache back to its budget and decide where the next line is written."""
-    plan, grid, full = cache.plan, cache.grid, cache.full
-    for layer in range(cache.shape.layers) if full or cache.mass is not None else ():
-        view = cache.view(row, layer, turn)
+    plan, grid = cache.plan, cache.grid
+    full = plan.evicts(grid) and row >= plan.budget
+    if not full and cache.mass is None:
+        cache.extend()
+        return
+    if full:
+        cache.extent = cache.slots  # more than now where heads keep unequal numbers: some need their room from here on
+    views: Iterable[View] = (cache.view(row, layer, turn) for layer in range(cache.shape.layers))
+    if full and policy.survey is not None and cache.survey is None:
+        views = list(views)
+        cache.survey = torch.cat([policy.survey(view) for view in views])
+        views = [replace(view, survey=cache.survey) for view in views]
+    for view in views:  # looked at in any case: that is what attention mass is counted by
         if full:
             scores = policy.score(view)
+            keep = None if policy.keep is None else policy.keep(view, scores, plan)
             victims = choose(
-                scores, view, grid.stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt
-            )
+                scores, view, grid.stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt,
+                keep=keep,
+            )  # fmt: skip
             cache.release(view, victims)
     if not full:
         cache.extend()

@@ -9,6 +9,10 @@ from .grid import Grid
 
 STORAGES = ("full", "int8")
 RELEASES = ("strict", "lazy", "fold")
+# Policies under which heads keep unequal numbers of tokens. A head has room for HEADROOM times the budget, and the
+# budget is what they keep on average: shapes stay the same for all heads, at the price of room that is not used.
+UNEVEN = frozenset({"adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"})
+HEADROOM = 2
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,16 @@ class CachePlan:
             raise UserError(f"storage: '{self.storage}' is unknown; choose one of {', '.join(STORAGES)}.")
 
     def lines(self, grid: Grid) -> int:
-        """Lines of image tokens that the cache has room for: the budget and the line being written."""
-        return grid.rows if self.policy == "full" else min(self.budget + 1, grid.rows)
+        """Lines of image tokens that each head has room for: the budget and the line being written.
+
+        Policies that share the budget out unevenly have room for HEADROOM times the budget.
+        """
+        kept = self.budget * (HEADROOM if self.policy in UNEVEN else 1)
+        return grid.rows if self.policy == "full" else min(kept + 1, grid.rows)
 
     def evicts(self, grid: Grid) -> bool:
-        return self.lines(grid) < grid.rows
+        """Whether the picture has more lines than the budget and the line being written."""
+        return self.policy != "full" and self.budget + 1 < grid.rows
 
     def check(self, grid: Grid) -> None:
         """Raise UserError where the protected tokens alone exceed the budget on this grid."""

@@ -30,6 +30,7 @@ class View:
     layer         number of the first layer shown
     turn          turns queries as if they stood so many lines later: the model's rotation; None unless the policy reads
                   "ahead"
+    survey        all layers B ..., what the policy's survey found at the first eviction; None unless it has one
     """
 
     keys: Tensor
@@ -42,7 +43,8 @@ class View:
     row: int
     layer: int = 0
     turn: Callable[[Tensor, int], Tensor] | None = None
-    _outlooks: dict[tuple[int, ...], Outlook] = field(default_factory=dict, repr=False, compare=False)
+    survey: Tensor | None = None
+    _outlooks: dict[tuple[int, ...], Outlook] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def newest(self) -> int:

@@ -268,9 +268,11 @@ def test_the_memory_line_is_the_formula():
         for grid in (Grid(24, 24), Grid(16, 16), Grid(32, 20, eol=7), Grid(3, 5)):
             for plan in [
                 *PRESETS.values(),
-                CachePlan("streaming", 11),
+                *map(CachePlan, POLICIES),
                 CachePlan(budget=200),
+                CachePlan("adakv", 11),
                 CachePlan("fold", 3, storage="int8"),
+                CachePlan("headkv", 3, storage="int8"),
             ]:
                 for rows in (1, 2, 16):
                     sizes = {"rows": grid.rows, "stride": grid.stride}

@@ -239,7 +239,7 @@ def test_rows_heads_and_layers_fold_apart():
     names = ("keys", "values", "bias", "index", "queries")
     for dim, size in enumerate(view.index.shape[:3]):
         for place in range(size):
-            alone = replace(view, **{n: getattr(view, n).narrow(dim, place, 1) for n in names}, _outlooks={})
+            alone = replace(view, **{n: getattr(view, n).narrow(dim, place, 1) for n in names})
             folded = fold(alone, victims.narrow(dim, place, 1), ones(alone))
             for part in ("keys", "values", "bias", "count"):
                 torch.testing.assert_close(getattr(folded, part), getattr(together, part).narrow(dim, place, 1))
@@ -251,7 +251,7 @@ def test_a_run_folds_what_was_chosen():
 
     def watch(cache: LineCache, view: View, victims: Tensor) -> None:
         old = view.keys.clone()
-        expected = fold(replace(view, _outlooks={}), victims, cache.count[view.layer][None].clone())
+        expected = fold(replace(view), victims, cache.count[view.layer][None].clone())
         release(cache, view, victims)
         layer = view.layer
         torch.testing.assert_close(cache.keys.numbers[layer], expected.keys[0])
@@ -296,6 +296,6 @@ def test_the_score_is_the_least_cost_of_a_merge():
     older = [1, 9, 2, 8, 4, 6, 8, 2, 16, 4, 32]  # of equals the older is stronger, so each could go into an older one
     unit = scores[1]
     assert scores[1:] == pytest.approx([unit * d * d for d in older]) and scores[0] > 1e30, "the strongest stays"
-    quiet = replace(even, bias=even.bias.index_fill(-1, torch.tensor([13]), -20.0), _outlooks={})
+    quiet = replace(even, bias=even.bias.index_fill(-1, torch.tensor([13]), -20.0))
     again = POLICIES["fold"].score(quiet)[0, 0, 0, 2:].tolist()
     assert again[-1] < scores[-1] / 4

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.plan import RELEASES, CachePlan, SamplePlan
+from linear_core.plan import RELEASES, UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import class_prompt
 from linear_core.view import View
@@ -155,9 +155,16 @@ def predict(recorder: Recorder, plan: CachePlan, layer: int, row: int, head: int
             anchors = range(length, length + plan.anchors)
             newest = range(length + (line - plan.recent) * grid.stride, length + line * grid.stride)
             free = [i for i in held if i >= length and i not in anchors and i not in newest]
-            doomed = sorted(free, key=lambda i: (score[i], i))[: grid.stride]
-            if plan.release != "lazy":
-                held = held - set(doomed)
+            keep = plan.budget * grid.stride
+            if line - 1 in recorder.keep:
+                keep = int(recorder.keep[line - 1][layer, row, head])
+            images = sum(i >= length for i in held)
+            assert keep <= images, "no head is to keep more than it has"
+            victims = sorted(free, key=lambda i: (score[i], i))[: images - keep]
+            # A lazy victim stays until it is overwritten; those in excess of a line's slots have no one to wait for.
+            held = held - set(victims[: -grid.stride] if plan.release == "lazy" else victims)
+            assert len(victims) == images - keep
+            doomed = [-1] * (grid.stride - len(victims)) + victims[-grid.stride :]
         if doomed:
             held = held - {doomed[column]}
         held = held | {length + number}
@@ -197,15 +204,38 @@ def test_never_more_than_prompt_budget_and_one_line(which):
     name, release, case = which
     recorder = run(*which)
     stride = recorder.cache.grid.stride
-    lines = case.rows if name == "full" else min(case.budget + 1, case.rows)
+    room = 2 * case.budget if name in UNEVEN else case.budget
+    lines = case.rows if name == "full" else min(room + 1, case.rows)
     most = recorder.prompt_slots + lines * stride
     assert recorder.cache.slots == most
     for number, index in enumerate(recorder.index):
         held = (index[..., recorder.prompt_slots :] >= 0).sum(-1)
         assert int(held.max()) <= lines * stride
         line, column = divmod(number, stride)
-        if release != "lazy" and line >= lines:
-            assert (held == case.budget * stride + column + 1).all()
+        if name not in ("full", "flat", "coarse") and line > case.budget:
+            if release != "lazy":
+                heads = held if name not in UNEVEN else held.double().mean((0, 2))
+                assert (heads == case.budget * stride + column + 1).all()
+            elif name not in UNEVEN:
+                assert (held == (case.budget + 1) * stride).all()
+
+
+@every_run
+def test_heads_keep_what_was_shared_out(which):
+    """Under uneven budgets a head keeps at least what is protected and at most twice the budget, as decided."""
+    recorder = run(*which)
+    plan, stride = recorder.cache.plan, recorder.cache.grid.stride
+    assert bool(recorder.keep) == (plan.policy in UNEVEN and plan.evicts(recorder.cache.grid))
+    for row, keep in recorder.keep.items():
+        assert keep.dtype == torch.int64
+        assert int(keep.min()) >= plan.anchors + plan.recent * stride
+        assert int(keep.max()) <= 2 * plan.budget * stride
+        among = (2,) if plan.policy in ("adakv", "headkv") else (0, 2)  # a layer's heads, or all layers'
+        assert (keep.double().mean(among) == plan.budget * stride).all()
+        if plan.release != "lazy":
+            held = (recorder.index[(row + 1) * stride][..., recorder.prompt_slots :] >= 0).sum(-1)
+            rows = held.shape[1]  # guidance may have ended
+            assert torch.equal(held - 1, keep[:, :rows])
 
 
 @every_run

@@ -10,11 +10,25 @@ import torch
 from torch import Tensor
 
 from linear_core.grid import Grid
-from linear_core.policies import POLICIES, choose
+from linear_core.plan import UNEVEN, CachePlan, SamplePlan
+from linear_core.policies import POLICIES, Policy, choose
+from linear_core.policies.adakv import adakv
+from linear_core.policies.criticalkv import criticalkv
+from linear_core.policies.rank import rank
+from linear_core.policies.reach import reach
+from linear_core.policies.share_out import share_out, share_out_layers
 from linear_core.policies.snapkv import WINDOW
+from linear_core.policies.stratified import stratified
+from linear_core.prompts import class_prompt
 from linear_core.view import View
+from tests.tiny import decode, llamagen, policy
 
 INF = float("inf")
+
+
+def louder(queries: Tensor, lines: int) -> Tensor:
+    """Stands for a model's rotation."""
+    return queries * (1 + lines / 16)
 
 
 def make(
@@ -39,12 +53,28 @@ def make(
         queries = queries.float()
         queries = queries.expand(1, 1, 1, *queries.shape) if queries.ndim == 2 else queries[None, :, None]
     row = (int(named.max()) - prompt) // cols
-    return View(keys, keys, bias, named, queries, mass, Grid(rows, cols, prompt=prompt), row)
+    return View(keys, keys, bias, named, queries, mass, Grid(rows, cols, prompt=prompt), row, turn=louder)
+
+
+def surveyed(name: str, view: View) -> View:
+    """As the loop shows it: with what the policy's survey finds, if it has one."""
+    survey = POLICIES[name].survey
+    return view if survey is None else replace(view, survey=survey(view))
+
+
+def scores_of(name: str, view: View) -> Tensor:
+    return POLICIES[name].score(surveyed(name, view))
+
+
+def keep_of(name: str, view: View, plan: CachePlan) -> Tensor:
+    """Tokens that each head keeps: L B H."""
+    view = surveyed(name, view)
+    return POLICIES[name].keep(view, POLICIES[name].score(view), plan)
 
 
 def score(name: str, view: View) -> list[float]:
     """Scores of the first row, in slot order."""
-    return POLICIES[name].score(view)[0, 0, 0].tolist()
+    return scores_of(name, view)[0, 0, 0].tolist()
 
 
 def one_hot(*places: int, size: int = 8, length: float = 10.0) -> Tensor:
@@ -69,8 +99,9 @@ def random_view(batch: int = 3, heads: int = 3, layers: int = 2, prompt: int = 3
     bias = torch.zeros(index.shape).masked_fill(index < 0, -INF)
     bias[:, :, :, prompt - 1] = math.log(4)
     queries = torch.randn(*lead, cols, 6, generator=source)
+    queries[1:] *= 2  # some layers look more closely
     mass = torch.rand(index.shape, generator=source) * 3
-    return View(keys, values, bias, index, queries, mass, Grid(9, cols, prompt=prompt), row)
+    return View(keys, values, bias, index, queries, mass, Grid(9, cols, prompt=prompt), row, turn=louder)
 
 
 def slice_view(view: View, dim: int, place: int) -> View:
@@ -95,7 +126,7 @@ every_policy = pytest.mark.parametrize("name", POLICIES)
 def test_scores_have_the_shape_of_the_slots_and_no_nan(name):
     """L B H S, and a finite number for every image token held, empty slots and padding or not."""
     view = random_view()
-    scores = POLICIES[name].score(view)
+    scores = scores_of(name, view)
     assert scores.shape == view.index.shape
     assert scores[view.candidates()].isfinite().all()
 
@@ -104,19 +135,19 @@ def test_scores_have_the_shape_of_the_slots_and_no_nan(name):
 def test_a_batch_is_scored_as_its_singles(name):
     """A row's scores do not depend on who else is in the batch."""
     view = random_view()
-    scores = POLICIES[name].score(view)
+    scores = scores_of(name, view)
     for row in range(view.index.shape[1]):
-        torch.testing.assert_close(scores[:, row : row + 1], POLICIES[name].score(slice_view(view, 1, row)))
+        torch.testing.assert_close(scores[:, row : row + 1], scores_of(name, slice_view(view, 1, row)))
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("tova", "random")])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("tova", "random", "vase", "hack")])
 def test_layers_and_heads_are_scored_apart(name):
-    """A head's scores are its own. (TOVA means its heads to agree; a random score is made from the head's number.)"""
+    """A head's scores are its own. (TOVA means its heads to agree, HACK compares them; chance counts them.)"""
     view = random_view()
-    scores = POLICIES[name].score(view)
+    scores = scores_of(name, view)
     for dim in (0, 2):
         for place in range(view.index.shape[dim]):
-            alone = POLICIES[name].score(slice_view(view, dim, place))
+            alone = scores_of(name, slice_view(view, dim, place))
             torch.testing.assert_close(scores.narrow(dim, place, 1), alone)
 
 
@@ -131,8 +162,8 @@ def test_slots_are_in_no_order(name):
     moved = {part: getattr(view, part)[..., order] for part in ("bias", "index", "mass")}
     moved |= {part: getattr(view, part)[..., order, :] for part in ("keys", "values")}
     there = view.index[..., order] >= 0
-    expected = POLICIES[name].score(view)[..., order]
-    torch.testing.assert_close(POLICIES[name].score(replace(view, **moved))[there], expected[there])
+    expected = scores_of(name, view)[..., order]
+    torch.testing.assert_close(scores_of(name, replace(view, **moved))[there], expected[there])
 
 
 @every_policy
@@ -141,7 +172,7 @@ def test_a_longer_prompt_moves_nothing(name):
     view = random_view(prompt=3)
     further = view.index + 4 * (view.index >= 3)
     longer = replace(view, index=further.int(), grid=view.grid.after(7))
-    before, after = (POLICIES[name].score(v).float().masked_fill(~v.candidates(), INF) for v in (view, longer))
+    before, after = (scores_of(name, v).float().masked_fill(~v.candidates(), INF) for v in (view, longer))
     assert torch.equal(before.argsort(dim=-1, stable=True), after.argsort(dim=-1, stable=True))
 
 
@@ -151,18 +182,62 @@ def test_a_policy_reads_only_what_it_declares(name):
     view = random_view()
     reads = POLICIES[name].reads
     bare = replace(
-        view, queries=view.queries if "queries" in reads else None, mass=view.mass if "mass" in reads else None
+        view,
+        queries=view.queries if reads & {"queries", "ahead"} else None,
+        mass=view.mass if "mass" in reads else None,
+        turn=view.turn if "ahead" in reads else None,
     )
-    assert torch.equal(POLICIES[name].score(bare), POLICIES[name].score(view))
+    assert torch.equal(scores_of(name, bare), scores_of(name, view))
 
 
 @every_policy
 def test_a_view_is_only_looked_at(name):
     """Scoring writes to nothing."""
     view, same = random_view(), random_view()
-    POLICIES[name].score(view)
+    scores_of(name, view)
     for part in ("keys", "values", "bias", "index", "queries", "mass"):
         assert torch.equal(getattr(view, part), getattr(same, part)), part
+
+
+@pytest.mark.parametrize("name", sorted(UNEVEN))
+def test_what_heads_keep_depends_on_what_they_hold_and_nothing_else(name):
+    """Not on who else is in the batch, in which slots tokens lie, or how long the prompt is."""
+    plan = CachePlan(name, budget=2, anchors=2, recent=1)
+    view = random_view()
+    keep = keep_of(name, view, plan)
+    assert keep.shape == view.index.shape[:3] and keep.dtype == torch.int64
+    for row in range(view.index.shape[1]):
+        assert torch.equal(keep[:, row : row + 1], keep_of(name, slice_view(view, 1, row), plan))
+    slots = torch.randperm(view.index.shape[-1], generator=torch.Generator().manual_seed(1))
+    moved = {part: getattr(view, part)[..., slots] for part in ("bias", "index", "mass")}
+    moved |= {part: getattr(view, part)[..., slots, :] for part in ("keys", "values")}
+    assert torch.equal(keep, keep_of(name, replace(view, **moved), plan))
+    further = view.index + 4 * (view.index >= 3)
+    longer = replace(view, index=further.int(), grid=view.grid.after(7))
+    assert torch.equal(keep, keep_of(name, longer, plan))
+    assert len(keep[:, 0].unique()) > 1, "and it does differ"
+    per_layer = keep.sum(2) if name in ("adakv", "headkv") else keep.sum((0, 2))[None] / 2
+    assert (per_layer == 3 * 2 * 9).all(), "the budget is what they keep on average"
+
+
+@every_policy
+def test_a_layer_is_judged_alike_alone_and_among_all(name):
+    """The loop shows one layer after the other, with its number and with what the survey found in all of them."""
+    view, plan = surveyed(name, random_view(layers=3)), CachePlan(name, budget=2, anchors=2, recent=1)
+    scores = POLICIES[name].score(view)
+    for layer in range(3):
+        one = replace(slice_view(view, 0, layer), layer=layer)
+        alone = POLICIES[name].score(one)
+        torch.testing.assert_close(alone, scores[layer : layer + 1])
+        if POLICIES[name].keep:
+            assert torch.equal(
+                POLICIES[name].keep(one, alone, plan), POLICIES[name].keep(view, scores, plan)[layer][None]
+            )
+
+
+def test_the_plan_knows_who_needs_room():
+    """plan.py, which knows no torch, names the policies whose heads keep unequal numbers."""
+    assert {name for name, policy in POLICIES.items() if policy.keep} == UNEVEN
 
 
 # -- one by one --------------------------------------------------------------------------------------------------------
@@ -341,6 +416,273 @@ def test_random_is_the_same_for_every_image_and_different_elsewhere():
     assert r.abs().max() < 6 / tokens**0.5
 
 
+def test_cake_keeps_what_queries_disagree_about():
+    """By hand: token 5 gets half of every query's attention, 15 half of the first two's, 25 half of the last two's.
+
+    Means are 1/2, 1/4, 1/4 and variances 0, 1/16, 1/16; each is spread over five neighbours.
+    """
+    axes = {5: 1, 15: 2, 25: 3}
+    view = make(
+        one_hot(*[axes.get(i, 0) for i in range(33)]),
+        cols=4,
+        queries=one_hot(1, 1, 1, 1) + one_hot(2, 2, 3, 3),
+    )
+    scores = score("cake", view)
+    disputed = (0.25 + 200 / 16) / 5
+    for token in range(1, 33):
+        near = [i for i in axes if abs(i - token) <= 2]
+        expected = 0 if not near else 0.5 / 5 if near == [5] else disputed
+        assert scores[token] == pytest.approx(expected, abs=1e-5), token
+    assert score("line", view)[5] > score("line", view)[15]
+
+
+def stacked(*views: View, dim: int) -> View:
+    whole = views[0]
+    for view in views[1:]:
+        whole = side_by_side(whole, view, dim)
+    return whole
+
+
+def looking(*queries: int, rows: int = 5, row: int | None = None) -> View:
+    """Lines of four, all there. Token i has axis i; query c of the last line looks at token queries[c], -1: at all."""
+    size = 1 + rows * 4
+    return make(
+        one_hot(*range(size), size=size, length=20.0), cols=4, queries=one_hot(*queries, size=size, length=20.0)
+    )
+
+
+NEAR, FAR, EVEN = (14, 14, 14, 14), (2, 2, 2, 2), (-1, -1, -1, -1)
+FREE = CachePlan(budget=3, anchors=0, recent=0)
+
+
+def test_cake_prefers_layers_of_wide_and_restless_attention():
+    """One layer always looks at one token; in the other each query looks at a pair of its own: it gets what it can."""
+    restless = replace(looking(1, 2, 3, 4), queries=looking(1, 2, 3, 4).queries + looking(5, 6, 7, 8).queries)
+    assert keep_of("cake", stacked(looking(*FAR), restless, dim=0), FREE).flatten().tolist() == [4, 20]
+    assert keep_of("cake", stacked(restless, restless, dim=0), FREE).flatten().tolist() == [12, 12]
+
+
+def test_expected_attention_is_that_of_a_gaussian():
+    """By another road: mean and covariance of the queries turned a line ahead, as matrices, and the value's length."""
+    view = random_view()
+    queries = louder(view.queries, 1).double()
+    mean = queries.mean(-2, keepdim=True)
+    covariance = (queries - mean).mT @ (queries - mean) / queries.shape[-2]
+    keys = view.keys.double()
+    exponent = (keys * mean).sum(-1) / 6**0.5 + ((keys @ covariance) * keys).sum(-1) / 12 + view.bias
+    expected = exponent.exp() / exponent.exp().sum(-1, keepdim=True) * view.values.double().norm(dim=-1)
+    torch.testing.assert_close(scores_of("expected", view).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_next_looks_from_the_next_line():
+    """The line looks at token 5; turned a line on, its queries look at token 6."""
+    view = replace(looking(5, 5, 5, 5), turn=lambda queries, lines: queries.roll(lines, -1))
+    assert score("line", view).index(max(score("line", view))) == 5
+    assert score("next", view).index(max(score("next", view))) == 6
+    assert score("next", view)[6] == pytest.approx(1)
+
+
+def test_criticalkv_weighs_the_second_half_by_values():
+    """Attention falls from token 1 to 12 and values rise. Of a budget of 8 the first 4 go by attention alone."""
+    keys = -torch.arange(13.0)[:, None]
+    size = torch.arange(13.0).mul(2).exp().masked_fill(torch.arange(13) < 5, 0.0)
+    view = replace(make(keys, cols=4, queries=torch.ones(4, 1)), values=size.view(1, 1, 1, -1, 1))
+    ranking = sorted(range(1, 13), key=lambda i: -score("criticalkv", view)[i])
+    assert set(ranking[:4]) == {1, 2, 3, 4}
+    assert ranking[4:] == [12, 11, 10, 9, 8, 7, 6, 5]
+
+
+def test_vase_spares_the_longest_values():
+    """Two of 160 tokens: whatever the draw, and whatever anybody looks at."""
+    view = make(one_hot(*[i % 5 for i in range(161)]), cols=8, queries=one_hot(*[1] * 8), rows=30)
+    values = torch.ones_like(view.values)
+    values[..., (7, 33), :] = 9.0
+    for row in range(20):
+        scores = torch.tensor(score("vase", replace(view, values=values, row=19 - row % 2, layer=row)))
+        assert sorted(scores[1:].topk(2).indices.add(1).tolist()) == [7, 33]
+
+
+def test_vase_draws_in_proportion_to_the_score():
+    """Of two tokens looked at as 3 to 1 the first wins three times of four: within 4 sigma of 1,000 draws."""
+    keys = torch.zeros(1001, 1)
+    keys[::2] = math.log(3)  # every other token is looked at three times as much as its neighbour
+    view = replace(make(keys[:, :], cols=1, queries=torch.ones(1, 1), rows=1001), row=1000)
+    wins, draws = 0, 2
+    for layer in range(draws):
+        scores = torch.tensor(score("vase", replace(view, values=torch.ones_like(view.keys), layer=layer)))[1:]
+        low, high = scores.view(-1, 2)[8:].unbind(-1)  # the first few are spared: their values are as long as any
+        wins += int((high > low).sum())
+    total = draws * 492
+    assert wins / total == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / total) ** 0.5)
+
+
+def test_stratified_forgets_no_band():
+    """All attention is on the last two lines of 16, yet of every two lines the best four tokens come first."""
+    keys = torch.linspace(0, 9, 65)[:, None]
+    view = make(keys, cols=4, queries=torch.full((4, 1), 5.0), rows=20)
+    scores = torch.tensor(score("stratified", view))[1:].view(8, 8)  # band, token
+    plain = torch.tensor(score("line", view))[1:].view(8, 8)
+    safe = torch.zeros(8, 8, dtype=torch.bool).scatter_(1, plain.topk(4).indices, True)  # 60 / 2 / 8 is 3.75 each
+    assert scores[safe].min() > scores[~safe].max()
+    assert scores[~safe].argsort().tolist() == plain[~safe].argsort().tolist(), "the rest goes by attention"
+
+
+def test_reach_is_attention_above_the_two_newest_lines():
+    """Of five lines the first three are far; what the prompt draws is left out."""
+    prompt = looking(0, 0, 0, 0)
+    both = replace(prompt, queries=prompt.queries + looking(12, 12, 12, 12).queries)
+    split = replace(both, queries=both.queries + looking(13, 13, 13, 13).queries)
+    for view, expected in (
+        (looking(*FAR), 1),
+        (looking(12, 12, 12, 12), 1),
+        (looking(13, 13, 13, 13), 0),
+        (both, 1),
+        (split, 0.5),
+    ):
+        assert float(reach(view)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssd_keeps_windows_in_spatial_heads_and_hitters_in_semantic_ones():
+    """Two heads: one looks at its neighbourhood, one at the second token. Both have drawn most attention on token 7."""
+    view = stacked(looking(*NEAR), looking(*FAR), dim=2)
+    mass = torch.full(view.index.shape, 0.1)
+    mass[..., 7] = 50.0
+    spatial, semantic = scores_of("ssd", replace(view, mass=mass))[0, 0]
+    assert spatial.argsort().tolist() == list(range(21))
+    assert int(semantic.argmax()) == 7
+    assert torch.equal(semantic, POLICIES["h2o"].score(replace(view, mass=mass))[0, 0, 1])
+
+
+def test_hack_gives_structure_five_times_as_much():
+    """Queries of one head all look at token 2, those of the other each at one of its own."""
+    view = replace(stacked(looking(*FAR), looking(1, 2, 3, 4), dim=2), mass=torch.rand(1, 1, 2, 21))
+    alike, diagonal = scores_of("hack", view)[0, 0]
+    assert torch.equal(alike, POLICIES["h2o"].score(view)[0, 0, 0])
+    assert torch.equal(diagonal, POLICIES["line"].score(view)[0, 0, 1])
+    assert keep_of("hack", view, FREE).flatten().tolist() == [4, 20]
+    layers = replace(stacked(looking(1, 2, 3, 4), looking(*FAR), dim=0), mass=torch.rand(2, 1, 1, 21))
+    assert keep_of("hack", layers, FREE).flatten().tolist() == [20, 4], "heads of all layers share one budget"
+
+
+def test_hack_does_not_take_the_order_of_a_line_for_structure():
+    """What differs between queries because the first cannot see the last is no variance."""
+    view = replace(stacked(looking(17, 18, 19, 20), looking(1, 2, 3, 4), dim=2), mass=torch.rand(1, 1, 2, 21))
+    assert POLICIES["hack"].survey(view).flatten().tolist() == pytest.approx([0, 4 * (1 / 4 - 1 / 16)], abs=1e-5)
+
+
+def test_headkv_gives_to_heads_that_look_far():
+    """One head looks near and one far: a fifth of the budget of 12 each, and the rest to the latter."""
+    view = stacked(looking(*NEAR), looking(*FAR), dim=2)
+    assert keep_of("headkv", view, replace(FREE, budget=2)).flatten().tolist() == [2, 14]  # 1.6 and 14.4
+    assert keep_of("headkv", stacked(looking(*NEAR), looking(*FAR), dim=0), FREE).flatten().tolist() == [12, 12]
+    assert torch.equal(scores_of("headkv", view), scores_of("stratified", view))
+
+
+def test_adakv_lets_a_layers_heads_compete():
+    """All of one head's 20 tokens beat the other's: 20 and 4 of the 24 there are to keep, a fifth shared beforehand."""
+    view = stacked(looking(*EVEN), looking(*EVEN), dim=2)
+    scores = torch.arange(42.0).flip(0).view(1, 1, 2, 21)
+    keep = POLICIES["adakv"].keep(view, scores, FREE)
+    assert keep.flatten().tolist() == [18, 6]  # 0.8 x 20 + 0.2 x 12 = 18.4, 0.8 x 4 + 0.2 x 12 = 5.6
+    newest = torch.cat([torch.full((1, 1, 1, 21), 10.0), torch.full((1, 1, 1, 21), 5.0)], 2)
+    newest[0, 0, 0, 17:] = 0.0  # worthless, but it stays: head 0 still has its 16 best tokens besides
+    assert POLICIES["adakv"].keep(view, newest, replace(FREE, recent=1)).flatten().tolist() == [18, 6]
+    protected = POLICIES["adakv"].keep(view, scores, replace(FREE, anchors=4, recent=2))
+    assert protected.flatten().tolist() == [12, 12], "twelve of each are protected, so nothing is left to compete for"
+
+
+def test_pyramidkv_narrows_with_depth():
+    """Five layers, 80 tokens on average: 156 in the first and 4 in the last."""
+    empty = torch.zeros(5, 1, 1, 221, 1)
+    view = View(empty, empty, empty[..., 0], torch.arange(221).expand(5, 1, 1, -1), empty[:, :, :, :20], None,
+                Grid(30, 20, prompt=1), 10)  # fmt: skip
+    keep = keep_of("pyramidkv", view, CachePlan("pyramidkv", budget=4, anchors=0, recent=0))
+    assert keep.flatten().tolist() == [156, 118, 80, 42, 4]
+    keep = keep_of("pyramidkv", view, CachePlan("pyramidkv", budget=4, anchors=0, recent=3))
+    assert keep[-1] == 60 and keep.sum() == 400, "what is protected stays in every layer"
+
+
+def test_prefixkv_lets_layers_retain_equal_shares():
+    """One layer looks everywhere, one at one token. Retaining alike takes 12 tokens and 1 of 13 (40 x 3/9).
+
+    Of 24 to keep that is 22 and 2; there are 20 yet, so it is 20 and 4.
+    """
+    view = stacked(looking(*EVEN), looking(*FAR), dim=0)
+    assert keep_of("prefixkv", view, FREE).flatten().tolist() == [20, 4]
+    survey = POLICIES["prefixkv"].survey(view)
+    assert survey[1, 0].tolist() == pytest.approx([0] + [1] * 19)
+    assert (survey[0, 0].diff() > 0).all()
+
+
+# -- sharing out -------------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_in_proportion_within_bounds_and_exact():
+    """Every whole number of tokens, whatever the weights: none lost, none too many, nobody out of bounds."""
+    source = torch.Generator().manual_seed(4)
+    view = looking(*EVEN)
+    for case in range(200):
+        count, budget = 1 + case % 7, 1 + case % 3
+        plan = CachePlan(budget=budget, anchors=case % 4, recent=min(case % 2, budget - 1))
+        weights = (torch.rand(3, count, generator=source) ** (case % 9)).clamp(min=1e-3)
+        held = torch.randint(plan.budget * 4, 21, (3, count), generator=source)
+        keep = share_out(weights, held, view, plan)
+        assert (keep.sum(-1) == count * budget * 4).all()
+        assert (keep <= held).all() and (keep <= 8 * budget).all()
+        assert (keep >= plan.anchors + 4 * plan.recent).all()
+        free = (keep > plan.anchors + 4 * plan.recent) & (keep < held.clamp(max=8 * budget))
+        for row in range(3):
+            ratio = keep[row][free[row]] / weights[row][free[row]]
+            spare = 1 / weights[row][free[row]]  # one token more or less
+            assert ratio.numel() == 0 or (ratio - spare).max() <= (ratio + spare).min()
+    assert share_out(torch.zeros(1, 4), 20, view, FREE).flatten().tolist() == [12] * 4, "nobody's claim is no claim"
+
+
+def test_a_head_can_always_keep_its_share_of_all_layers():
+    """From line to line: what a head keeps is there, since it kept as much before or is a line richer."""
+    weights = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(2)) ** 6
+    view, plan = looking(*EVEN), CachePlan(budget=3, anchors=2, recent=1)
+    held = torch.full((4, 2, 3), 16)
+    for row in range(3, 20):
+        now = replace(view, grid=Grid(30, 4, prompt=1), row=row)
+        keep = torch.cat([share_out_layers(weights, replace(slice_layer(now), layer=n), plan) for n in range(4)])
+        assert (keep <= held).all() and (keep.sum((0, 2)) == 12 * 12).all()
+        held = keep + 4
+    assert int(keep.max()) == 24, "twice the budget at the end"
+
+
+def slice_layer(view: View) -> View:
+    return replace(view, index=view.index[:1])
+
+
+def test_ranks_are_places_within_groups():
+    """Against sorted(), with ties: the newest leads."""
+    source = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (2, 3, 40), generator=source).float()
+    group = torch.randint(0, 5, (2, 3, 40), generator=source)
+    index = torch.stack([torch.randperm(40, generator=source) for _ in range(6)]).view(2, 3, 40)
+    for named, places in ((group, rank(scores, index, group)), (torch.zeros_like(group), rank(scores, index))):
+        for b in range(2):
+            for h in range(3):
+                for slot in range(40):
+                    rivals = [s for s in range(40) if named[b, h, s] == named[b, h, slot]]
+                    best = sorted(rivals, key=lambda s: (-scores[b, h, s], -index[b, h, s]))
+                    assert places[b, h, slot] == best.index(slot)
+
+
+def test_policies_are_composed_by_wrapping():
+    """A line of Python makes a policy of three papers, which runs as any other and keeps to its budget."""
+    composed = adakv(criticalkv(stratified(POLICIES["h2o"])))
+    assert composed.reads == {"mass"} and composed.keep is POLICIES["adakv"].keep
+    model, sample = llamagen(7, 5), SamplePlan(guidance=1.0)
+    with policy("adakv", composed):
+        run = decode(model, class_prompt([1, 3]), CachePlan("adakv", budget=3, anchors=2, recent=1), sample)
+    plain = decode(model, class_prompt([1, 3]), CachePlan("adakv", budget=3, anchors=2, recent=1), sample)
+    assert len(torch.cat(list(run.keep.values())).unique()) > 1
+    assert not torch.equal(run.logits[-1], plain.logits[-1])
+    assert isinstance(composed, Policy)
+
+
 # -- choose ------------------------------------------------------------------------------------------------------------
 
 
@@ -413,3 +755,18 @@ def test_every_head_chooses_for_itself():
                 expected = sorted(free, key=lambda s: (index[s] >= 0, worth[s] if index[s] >= 0 else 0, index[s]))[:9]
                 got = slots[layer, row, head].tolist()
                 assert set(got[:2]) == set(expected[:2]) and got[2:] == expected[2:], "two empty slots, then by worth"
+
+
+def test_heads_that_keep_more_let_fewer_go():
+    """Least useful first, the next line's slots last; none comes before. Empty slots are written to first."""
+    view = make(torch.zeros(9, 2), cols=2, index=[0, 1, 2, 3, 4, 5, 6, -1, -1])
+    scores = torch.tensor([0.0, 6, 5, 4, 3, 2, 1, 0, 0])[None, None, None]
+    settings = {"anchors": 0, "recent": 0, "prompt_slots": 1}
+    for keep, expected in (
+        (6, [-1] * 6 + [7, 8]),
+        (5, [-1] * 5 + [7, 8, 6]),
+        (3, [-1] * 3 + [7, 8, 6, 5, 4]),
+        (0, [7, 8, 6, 5, 4, 3, 2, 1]),
+    ):
+        slots = choose(scores, view, 2, **settings, keep=torch.tensor([[[keep]]]))
+        assert slots.flatten().tolist() == expected

@@ -177,6 +177,7 @@ class Recorder:
     bias: list[Tensor] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # row -> scores and index, L B H S
+    keep: dict[int, Tensor] = field(default_factory=dict)  # row -> tokens that each head is to keep, L B H
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
@@ -237,6 +238,11 @@ def decode(
         recorder.scores[view.row] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
         return scores
 
-    with policy(plan.policy, replace(original, score=score)):
+    def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+        told = original.keep(view, scores, plan)
+        recorder.keep[view.row] = torch.cat([*([recorder.keep[view.row]] if view.row in recorder.keep else []), told])
+        return told
+
+    with policy(plan.policy, replace(original, score=score, keep=original.keep and keep)):
         recorder.lines.extend(generate(recorder, prompt, plan, sample))
     return recorder

@@ -256,6 +256,9 @@ export const keptRows = (text) => Number(/^\d+x(\d+)x\d+:/.exec(String(text ?? "
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
+/** Policies that share the budget out unevenly have room for twice the budget in every head: plan.py's UNEVEN. */
+const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
+
 /**
  * Bytes of the whole cache, as linear_core.plan.CacheShape.bytes has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, dim: number, prompt: number, bytes_per_number: number }} shape
@@ -264,7 +267,8 @@ export const keptRows = (text) => Number(/^\d+x(\d+)x\d+:/.exec(String(text ?? "
  * @param {number} sequences  images, twice with guidance
  */
 export function cacheBytes(shape, grid, plan, sequences) {
-  const lines = plan.policy === "full" ? grid.rows : Math.min(plan.budget + 1, grid.rows);
+  const kept = UNEVEN.includes(plan.policy) ? 2 * plan.budget : plan.budget;
+  const lines = plan.policy === "full" ? grid.rows : Math.min(kept + 1, grid.rows);
   const slots = shape.prompt + lines * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
   const line = heads * shape.dim * grid.stride * shape.bytes_per_number;

@@ -1,52 +1,67 @@
 """The registry: name -> Policy. The name is the widget's option, the README's row and the bench's row.
 
 A policy is a function from a View to scores L B H S; higher is worth keeping. Protection of the prompt, the anchors
-and the recent lines, and the number of victims, are not its business (`choose`).
+and the recent lines, and the number of victims, are not its business (`choose`). Some also say how many tokens each
+head keeps (`Policy.keep`), and some wrap others (`adakv`, `criticalkv`, `stratified`, `vase`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from ..errors import UserError
-from ..view import View
+from .adakv import adakv
+from .cake import cake
 from .choose import choose
+from .criticalkv import criticalkv
+from .expected import expected
 from .fold import fold
 from .full import full
 from .h2o import h2o
+from .hack import hack
+from .headkv import headkv
 from .keydiff import keydiff
 from .line import line
+from .next_line import next_line
+from .policy import Policy
+from .prefixkv import prefixkv
+from .pyramidkv import pyramidkv
 from .random import random
+from .reach import reach
 from .rkv import rkv
 from .snapkv import snapkv
+from .ssd import ssd
+from .stratified import stratified
 from .streaming import streaming
 from .tova import tova
+from .vase import vase
 
 __all__ = ["POLICIES", "Policy", "choose", "get_policy"]
 
-
-@dataclass(frozen=True)
-class Policy:
-    """`score`, and what it `reads` beyond keys, values and indices: "queries", "mass", "ahead" (View.outlook)."""
-
-    score: Callable[[View], Tensor]
-    reads: frozenset[str] = frozenset()
-
+QUERIES, MASS, AHEAD = (frozenset({name}) for name in ("queries", "mass", "ahead"))
+_LINE = Policy(line, QUERIES)
 
 POLICIES: dict[str, Policy] = {
-    "line": Policy(line, frozenset({"queries"})),
-    "fold": Policy(fold, frozenset({"ahead"})),
+    "line": _LINE,
+    "fold": Policy(fold, AHEAD),
     "full": Policy(full),
     "streaming": Policy(streaming),
-    "h2o": Policy(h2o, frozenset({"mass"})),
-    "snapkv": Policy(snapkv, frozenset({"queries"})),
-    "tova": Policy(tova, frozenset({"queries"})),
-    "rkv": Policy(rkv, frozenset({"queries"})),
+    "h2o": Policy(h2o, MASS),
+    "snapkv": Policy(snapkv, QUERIES),
+    "tova": Policy(tova, QUERIES),
+    "rkv": Policy(rkv, QUERIES),
     "keydiff": Policy(keydiff),
     "random": Policy(random),
+    "next": Policy(next_line, AHEAD),
+    "expected": Policy(expected, AHEAD),
+    "criticalkv": criticalkv(_LINE),
+    "vase": vase(_LINE),
+    "stratified": stratified(_LINE),
+    "ssd": Policy(ssd, QUERIES | MASS, survey=reach),
+    "adakv": adakv(_LINE),
+    "cake": cake,
+    "hack": hack,
+    "headkv": headkv,
+    "prefixkv": prefixkv,
+    "pyramidkv": pyramidkv,
 }
 
 

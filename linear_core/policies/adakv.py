@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..plan import CachePlan
+from ..view import View
+from .choose import protect
+from .policy import Policy
+from .share_out import share_out
+
+FLOOR = 0.2
+
+
+def adakv(policy: Policy) -> Policy:
+    """Ada-KV around a policy whose heads' scores compare: a layer's heads share one budget.
+
+    Paper: Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", arXiv 2407.11550.
+    Score: the policy's own. Budgets: of all a layer's tokens the best stay, whichever head they belong to; a fifth of
+    the budget is shared evenly beforehand (the paper's safeguard). Decided anew at every line, protected tokens first.
+    Reads: what the policy reads.
+    """
+    return replace(policy, keep=keep)
+
+
+def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+    budget = plan.budget * view.grid.stride
+    scores = protect(scores, view.index, view, plan.anchors, plan.recent)
+    scores = scores.masked_fill(~view.candidates(), float("-inf"))
+    heads, slots = scores.shape[-2:]
+    best = scores.flatten(-2).argsort(dim=-1, descending=True, stable=True)[..., : heads * budget]
+    head = best // slots
+    counts = scores.new_zeros(scores.shape[:-1]).scatter_add_(-1, head, torch.ones_like(head, dtype=scores.dtype))
+    return share_out((1 - FLOOR) * counts + FLOOR * budget, view.candidates().sum(-1), view, plan)

@@ -1,0 +1,51 @@
+"""HACK, carried over to raster lines: heads that all queries use alike keep little, heads with structure much.
+
+Paper: Qin et al., "Head-Aware KV Cache Compression for Efficient Visual Autoregressive Modeling", arXiv 2504.09261.
+Score: in contextual heads attention received so far (`h2o`), in structural heads the line's attention (`line`).
+Contextual is the half of all layers' heads whose attention columns vary least over queries. The paper classifies once,
+on samples; here the first lines decide. It works on scales: the first scales and the newest, which structural heads
+always keep, are here the anchors and the recent lines.
+Budgets: a structural head keeps 5 times what a contextual one does, after the paper's finding that these bear 90 %
+compression and those 50 %. Its last step, merging what leaves, is left to the release. Reads: queries, mass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import CachePlan
+from ..view import View
+from .h2o import h2o
+from .line import line
+from .policy import Policy
+from .share_out import share_out_layers
+
+STRUCTURAL = 5.0
+
+
+def variance(view: View) -> Tensor:
+    """How much a head's attention depends on which query asks: variance over queries, summed over tokens, L B H.
+
+    Tokens of the finished line do not count: its first queries cannot see them.
+    """
+    older = view.candidates() & (view.index < view.grid.index(view.row))
+    return (view.attention(lambda p: p.var(2, correction=0)) * older).sum(-1)
+
+
+def contextual(view: View) -> Tensor:
+    """The half of all layers' heads whose attention varies least: bool layers B H."""
+    assert view.survey is not None
+    return view.survey <= view.survey.transpose(0, 1).flatten(1).median(-1).values[:, None]
+
+
+def score(view: View) -> Tensor:
+    alike = contextual(view)[view.layer :][: len(view.index)]
+    return torch.where(alike[..., None], h2o(view), line(view))
+
+
+def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+    return share_out_layers(torch.where(contextual(view), 1.0, STRUCTURAL), view, plan)
+
+
+hack = Policy(score, frozenset({"queries", "mass"}), keep, variance)

@@ -1,0 +1,34 @@
+"""HeadKV: within a layer heads that look far keep much and heads that look nearby little.
+
+Paper: Liang et al., "HeadKV", arXiv 2605.20600, known to us by its abstract: heads are classified online, on early
+tokens, and eviction is stratified. Not the HeadKV of language models.
+Score: `stratified` around `line`.
+Budgets: in proportion to `reach` when the cache first overflows; a fifth is shared evenly. Shares instead of two
+classes are our reading. Reads: queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..plan import CachePlan
+from ..view import View
+from .line import line
+from .policy import Policy
+from .reach import reach
+from .share_out import share_out
+from .stratified import stratified
+
+FLOOR = 0.2
+
+
+def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+    assert view.survey is not None
+    weights = view.survey[view.layer :][: len(view.index)]
+    weights = (1 - FLOOR) * weights / weights.mean(-1, keepdim=True).clamp(min=1e-30) + FLOOR
+    return share_out(weights, view.candidates().sum(-1), view, plan)
+
+
+headkv = replace(stratified(Policy(line, frozenset({"queries"}))), keep=keep, survey=reach)

@@ -1,0 +1,43 @@
+"""PrefixKV: every layer keeps the same share of its attention, which takes some many tokens and others few.
+
+Paper: Wang et al., "PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient
+Generation", arXiv 2412.03409.
+Score: `line`'s. The paper averages heads; here, as in `line`, each head chooses its own tokens.
+Budgets: the paper searches for the share of attention that all layers can retain within the total. Sorting all layers'
+tokens by the share retained before them gives the same at once. Measured when the cache first overflows, at the ratio
+of the budget to the whole picture; the paper does it offline, on prompts. Reads: queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import CachePlan
+from ..view import View
+from .line import line
+from .policy import Policy
+from .share_out import share_out_layers
+
+
+def surpassed(view: View) -> Tensor:
+    """For each image token of a layer the share of attention on those that drew more, the most attended first: L B N.
+
+    Attention is the line's to the picture. Each head's tokens are sorted by their own, then heads are averaged.
+    """
+    attention = view.attention(lambda p: p.mean(2), image_only=True)
+    falling = attention.sort(dim=-1, descending=True).values[..., : (view.row + 1) * view.grid.stride].mean(2)
+    return falling.cumsum(-1) - falling
+
+
+def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+    assert view.survey is not None
+    layers, _, tokens = view.survey.shape
+    pooled = view.survey.transpose(0, 1).flatten(1)
+    best = pooled.argsort(dim=-1, stable=True)[:, : max(1, round(layers * tokens * plan.share(view.grid)))]
+    layer = best // tokens
+    counts = pooled.new_zeros(len(pooled), layers).scatter_add_(-1, layer, torch.ones_like(layer, dtype=pooled.dtype))
+    return share_out_layers(counts.T[..., None].expand(-1, -1, view.index.shape[2]), view, plan)
+
+
+prefixkv = Policy(line, frozenset({"queries"}), keep, surpassed)

@@ -1,0 +1,35 @@
+"""PyramidKV: budgets fall with depth.
+
+Paper: Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 2406.02069.
+Score: `snapkv`'s.
+Budgets: on a straight line from the first layer to the last, which has 1/20 of the mean and the first 2 minus that, as
+published; nobody less than what is protected. That attention narrows with depth was found in language models.
+Reads: queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import CachePlan
+from ..view import View
+from .policy import Policy
+from .share_out import share_out_layers
+from .snapkv import snapkv
+
+BETA = 20
+
+
+def count_layers(view: View) -> Tensor:
+    """1 for each head, L B H: all layers' answers together say how many layers there are."""
+    return torch.ones(view.index.shape[:3], device=view.index.device)
+
+
+def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+    assert view.survey is not None
+    slope = torch.linspace(2 - 1 / BETA, 1 / BETA, len(view.survey), device=view.survey.device)
+    return share_out_layers(slope[:, None, None] * view.survey, view, plan)
+
+
+pyramidkv = Policy(snapkv, frozenset({"queries"}), keep, count_layers)
