@@ -188,14 +188,25 @@ def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]
     ]
 
 
+def chromium() -> str | None:
+    """The Chromium of this machine."""
+    return next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+
+
+def browser_missing() -> str:
+    """Which program the browser tests lack; empty when they can run."""
+    if not chromium():
+        return "Chromium was not found"
+    return "" if shutil.which("node") else "node was not found; Node.js 20 or newer drives Chromium"
+
+
 def browser_parts(python: Path) -> list[tuple[Path, list]]:
     """What the browser tests need beside Chromium and Node.js: where each part goes, and what fetches it.
 
-    Nothing where those two are not installed or nobody asked with LINEAR_BROWSER_TESTS=1: the tests then say so.
+    Nothing where those two are not installed: the tests then say so.
     """
     npm, folder = shutil.which("npm"), VENV / "browser"
-    asked = os.environ.get("LINEAR_BROWSER_TESTS")
-    if not (asked and npm and shutil.which("node") and any(shutil.which(name) for name in CHROMIUM)):
+    if browser_missing() or not npm:
         return []
     quiet = ["--disable-pip-version-check", "--quiet", "--no-deps"]
     parts = [
@@ -223,6 +234,8 @@ def test(args: argparse.Namespace, extra: list[str]) -> int:
         status = run(command, cwd=ROOT)
         summary.append(f"{name:12} {'failed' if status else 'passed'}")
         failed = failed or status != 0
+    if lacking := browser_missing():
+        summary.append(f"{'browser':12} not run: {lacking}")
     say("\n".join(["\n== summary", *summary]))
     return int(failed)
 

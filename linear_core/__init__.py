@@ -17,6 +17,7 @@ Numbers (no torch):  errors  grid  plan  events
 Tensors (no models): view  cache  policies/  attention  sampling  blocks
 Models (no loop):    models/  prompts/  vq/  weights
 Time:                generate  preview  heatmap
+Elsewhere:           hf (the cache for those who stay with transformers)
 For people:          library (files to a model)  text (words to a prompt)  published (names, places)  convert
                      download (the only connection)  __main__ (the command line)
 

@@ -16,6 +16,7 @@ from .cache import LineCache
 from .errors import UserError
 from .events import Line
 from .grid import Grid
+from .memory import waves
 from .plan import CachePlan, CacheShape, SamplePlan
 from .policies import Policy, choose, get_policy
 from .sampling import Noise, guide, pick, restrict
@@ -30,7 +31,7 @@ class Decoder(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def cache_shape(self) -> CacheShape: ...
+    def cache_shape(self, prompt: int) -> CacheShape: ...  # of a prompt with so many places
     def with_unconditional(self, prompt: Any) -> Any: ...
     def prefill(self, prompt: Any, cache: LineCache) -> Tensor: ...
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor: ...
@@ -63,17 +64,18 @@ def generate(
     captured). Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
     it holds.
     """
-    grid = decoder.grid.after(prompt.length)
     policy = get_policy(plan.policy)
-    plan.check(grid)
+    plan.check(decoder.grid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it names no image; give at least one class or text.")
-    given = _check_above(above, images, grid, decoder.codes)
+    given = _check_above(above, images, decoder.grid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
+    grid = decoder.grid.after(rows.length)
+    shape = decoder.cache_shape(rows.length)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    cache = LineCache(decoder.cache_shape(), rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
+    cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
     turn = partial(decoder.turn_ahead, grid)
     step = step or decoder.step
     noise = Noise(sample.seed, images, decoder.codes, device)
@@ -111,7 +113,7 @@ def generate(
             fed = token.repeat(cache.rows // images)
             logits = step(fed, index[number : number + 1], pad, columns[column : column + 1], cache)
         if row + 1 < grid.rows:
-            _end_line(cache, policy, row, turn)
+            end_line(cache, policy, row, turn)
         share, by_head = cache.share_held(images), cache.held_by_head(0)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
@@ -137,7 +139,7 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
     return above.expand(images, -1, -1)
 
 
-def _end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor, int], Tensor]) -> None:
+def end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor, int], Tensor]) -> None:
     """Bring the cache back to its budget and decide where the next line is written."""
     plan, grid = cache.plan, cache.grid
     full = plan.evicts(grid) and row >= plan.budget
@@ -162,6 +164,35 @@ def _end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor
             cache.release(view, victims)
     if not full:
         cache.extend()
+
+
+def in_waves(
+    prompt: Any, sample: SamplePlan, above: Tensor | None, at_once: int
+) -> Iterator[tuple[Any, SamplePlan, Tensor | None]]:
+    """A batch too large for the memory, in parts of at most `at_once` images: what to hand `generate` for each.
+
+    Every image keeps the seed that it has in the whole, so its picture is the same.
+    """
+    for rows in waves(prompt.rows, at_once):
+        own = above is not None and len(above) > 1
+        yield prompt.take(rows), replace(sample, seed=sample.seed + rows[0]), above[list(rows)] if own else above
+
+
+def together(parts: list[list[Line]]) -> list[Line]:
+    """The lines of a batch that was drawn in parts: as if at once, but for the time, and the cache of the largest."""
+
+    def one(lines: tuple[Line, ...]) -> Line:
+        images = [len(line.tokens) for line in lines]
+        return replace(
+            lines[0],
+            tokens=torch.cat([line.tokens for line in lines]),
+            share=torch.cat([line.share for line in lines]),
+            held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
+            seconds=sum(line.seconds for line in lines),
+            cache_bytes=max(line.cache_bytes for line in lines),
+        )
+
+    return [one(lines) for lines in zip(*parts, strict=True)]
 
 
 class Run:

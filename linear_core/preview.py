@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from .events import Line
 from .vq.tokenizer import VQTokenizer, to_pixels
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
 EMPTY = 0.35  # grey of what is not drawn yet
 
 
@@ -44,3 +56,79 @@ def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
     """The pictures, each one full decode: codes int64 B rows cols -> float32 B H W 3 in 0..1, on the CPU."""
     device = tokenizer.device
     return torch.cat([to_pixels(tokenizer.decode(part.to(device))).cpu() for part in tokens.split(batch)])
+
+
+class Painter:
+    """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
+    or while a picture is being made, is dropped.
+
+    What a run of `rows` lines may spend on pictures is spread over all of it. `paint` makes a job a picture, `show`
+    gets it with the number of lines; `stop` is what the host raises in either when the user pressed Stop.
+    """
+
+    pause = 0.1  # seconds between pictures, at least
+    allowance = 0.4  # seconds that the pictures of any run may take; a short one is to be seen as well
+    share = 0.01  # of the run's time that they may take beyond that
+
+    def __init__(
+        self,
+        paint: Callable[[Any], Image.Image],
+        show: Callable[[Image.Image, int], None],
+        rows: int,
+        stop: type[BaseException] | tuple[()] = (),
+    ):
+        self.paint, self.show, self.rows, self.stop = paint, show, rows, stop
+        self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
+        self.began, self.took, self.next = time.perf_counter(), 0.0, 0.0
+        self.stopped: BaseException | None = None
+        self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
+        self.thread.start()
+
+    def offer(self, job: Any, lines: int) -> bool:
+        if time.perf_counter() < self.next:
+            return False
+        try:
+            self.jobs.put_nowait((job, lines))
+        except queue.Full:
+            return False
+        self.next = math.inf  # until this one is made
+        return True
+
+    def check(self) -> None:
+        """Raises the host's stop where the thread got it."""
+        if self.stopped is not None:
+            raise self.stopped
+
+    def last(self, job: Any) -> Image.Image:
+        """The picture that must not be dropped."""
+        self.close()
+        self.check()
+        return self.paint(job)
+
+    def close(self) -> None:
+        """Wait for the picture that is being made, if any, and end the thread."""
+        if self.thread.is_alive():
+            self.jobs.put(None)
+            self.thread.join()
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            begun = time.perf_counter()
+            try:
+                self.show(self.paint(job[0]), job[1])
+            except self.stop as stop:  # the host's layers ask for Stop on any thread, and it is told only once
+                self.stopped = stop
+                return
+            except Exception as error:  # the run is worth more than its preview; the last picture is made in any case
+                log.warning("LineAR: no preview (%s)", error)
+                return
+            now = time.perf_counter()
+            self.next = now + self._wait(now - begun, now - self.began, job[1])
+
+    def _wait(self, took: float, elapsed: float, lines: int) -> float:
+        """Seconds until the next picture, after one of `lines` lines that took so long."""
+        self.took += took
+        to_come = elapsed * (self.rows / lines - 1)  # as the lines so far went
+        room = self.allowance + self.share * (elapsed + to_come) - self.took
+        # This picture's share of the room is its share of the time to come; the first is slow, so a fifth at most.
+        return max(self.pause, to_come * (min(0.2, took / room) if room > 0 else 1.0))

@@ -7,13 +7,11 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
-from ..linear_core.generate import Run, generate
 from ..linear_core.plan import CachePlan
-from ..linear_core.preview import decode
 from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
 from . import host
-from .live import COMPARE, SIZE, Live, memory, report
+from .live import COMPARE, SIZE, draw, report
 from .sockets import CACHE, MODEL, PROMPT, Model
 
 OWN = -1  # in place of a number: what the model was published with
@@ -91,29 +89,11 @@ class Compare(io.ComfyNode):
         cache.check(info.grid)
         image.decoder.check(prompt)
         prompt = prompt.repeat(batch_size)
-        plans = CachePlan("full"), cache
-        needed = sum(memory(model, plan, sample, prompt.rows) for plan in plans)
-        host.load(model.decoder, model.tokenizer, memory=needed)
-
-        runs = full, few = Run(), Run()
-        both = [generate(image.decoder, prompt, plan, sample) for plan in plans]
-        live = Live(model, cache, sample, prompt.rows, cls.hidden.unique_id, beside=full.lines)
-        try:
-            for lines in zip(*both, strict=True):
-                for run, line in zip(runs, lines, strict=True):
-                    run.add(line)
-                live.add(lines[1])
-            shown = live.finish()
-        finally:
-            for lines in both:
-                lines.close()
-            live.close()
-        pictures = [decode(image.tokenizer, run.tokens) for run in runs]
+        (full, few), begun, shown = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
+        pictures = [model.pictures(run.tokens) for run in (full, few)]
         shown["linear_ar_pairs"] = [
-            [host.keep_for_the_page(to_image(picture, SIZE)) for picture in pair]
+            [host.keep_for_the_page(to_image(picture.cpu(), SIZE)) for picture in pair]
             for pair in zip(*pictures, strict=True)
         ]
         label = f"{cache.budget} of {info.grid.rows} lines"
-        return io.NodeOutput(
-            *map(host.to_intermediate, pictures), report(full, few, live.trace.started, label), ui=shown
-        )
+        return io.NodeOutput(*pictures, report(full, few, begun, label), ui=shown)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
-from ..linear_core.preview import decode
-from . import host
 from .sockets import MODEL, TOKENS, Model, Tokens
 
 
@@ -40,8 +38,4 @@ class Decode(io.ComfyNode):
                 f"tokens: {tokens.model} drew them from {tokens.codebook} codes, but the tokenizer of {info.name} has "
                 f"{tokenizer.config.codes}; connect the model that drew them."
             )
-        images, rows, cols = tokens.codes.shape
-        each = model.picture_bytes(rows, cols)
-        host.load(model.tokenizer, memory=each)
-        at_once = max(1, min(images, 16, host.free_memory() // 2 // each))
-        return io.NodeOutput(host.to_intermediate(decode(tokenizer, tokens.codes, at_once)))
+        return io.NodeOutput(model.pictures(tokens.codes))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import queue
-import threading
-import time
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,9 +14,11 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
-from ..linear_core.generate import Run
+from ..linear_core.generate import Run, generate, in_waves, together
+from ..linear_core.memory import fits, run_bytes
 from ..linear_core.plan import CachePlan, SamplePlan
-from ..linear_core.preview import Preview
+from ..linear_core.preview import Painter, Preview
+from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
 from . import host
 from .sockets import Model
@@ -44,10 +42,16 @@ def _widget(name: str) -> Any:
 VIEW, COMPARE, MEMORY = _widget("LINEAR_VIEW"), _widget("LINEAR_COMPARE"), _widget("LINEAR_MEMORY")
 
 
-def started(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> Started:
-    """What a run is, in the words of the events."""
-    decoder, grid = model.image.decoder, model.image.info.grid
-    shape, rows = decoder.cache_shape(), images * (2 if sample.guided else 1)
+def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
+    """How many the cache holds, and how many places each one's prompt takes."""
+    return (2 * prompt.rows, prompt.longest) if sample.guided else (prompt.rows, prompt.length)
+
+
+def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
+    """What a run is, in the words of the events. `at_once` of its images are in the cache together, by default all."""
+    decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows
+    rows, places = _sequences(sample, prompt.take(range(at_once or images)))
+    shape = decoder.cache_shape(places)
     return Started(
         run=uuid.uuid4().hex[:12],
         rows=grid.rows,
@@ -70,25 +74,22 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> S
     )
 
 
-def memory(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> int:
-    """Bytes a run takes beside the weights: the cache and its bookkeeping, logits and noise, and a preview."""
-    info, decoder = model.image.info, model.image.decoder
-    rows = images * (2 if sample.guided else 1)
-    shape, stride = decoder.cache_shape(), info.grid.stride
-    held = shape.bytes(info.grid, plan, rows)
-    # Beside keys and values a slot has a bias, an index, a score and its order; a line has its queries.
-    slots = held // (2 * shape.dim * shape.bytes_per_number)
-    beside = slots * (shape.bytes_per_number + 4 + 4 + 8) + shape.line_bytes(info.grid, rows) // 2
-    attention = rows * shape.heads * stride * (slots // (shape.layers * rows * shape.heads)) * 4 * 2  # at a line's end
-    logits = rows * info.config.codes * 4 * 8  # guided, sorted, softened: about eight copies
+def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, images: int | None = None) -> int:
+    """Bytes a run takes beside the weights, a preview included; `images` of the prompt's at once, by default all."""
+    info = model.image.info
+    images = images or prompt.rows
+    rows, places = _sequences(sample, prompt)
+    rows = rows // prompt.rows * images
+    shape = model.image.decoder.cache_shape(places)
     preview = min(images, IMAGES) * model.picture_bytes(info.grid.rows, info.grid.cols)
-    return held + beside + attention + logits + preview
+    return run_bytes(shape, info.grid, plan, rows, info.config.codes) + preview
 
 
 class Live:
     """Tells the page of a run while it happens, and of the whole of it afterwards.
 
     `beside` are the lines of another run, appended to as they come: the preview shows that one on the left.
+    `part` of `parts`: a batch that does not fit is drawn in several, each of which the page sees as a run of its own.
     """
 
     def __init__(
@@ -96,16 +97,20 @@ class Live:
         model: Model,
         plan: CachePlan,
         sample: SamplePlan,
-        images: int,
+        prompt: Prompt,
         node_id: str,
         beside: list[Line] | None = None,
+        part: int = 0,
+        parts: int = 1,
     ):
         self.node_id, self.rows, self.tokenizer = node_id, model.image.info.grid.rows, model.image.tokenizer
         self.beside = beside
-        self.progress = host.Progress(self.rows, node_id)
-        self.trace = Trace(started(model, plan, sample, images))
+        self.before = part * self.rows
+        self.text = f"part {part + 1} of {parts}, {prompt.rows} pictures at a time" if parts > 1 else ""
+        self.progress = host.Progress(parts * self.rows, node_id)
+        self.trace = Trace(started(model, plan, sample, prompt))
         self.lines: list[Line] = []
-        self.painter = Painter(self._paint, self._show)
+        self.painter = Painter(self._paint, self._show, self.rows, host.Interrupted)
         self._tell(self.trace.latest)
 
     def add(self, line: Line) -> None:
@@ -113,17 +118,15 @@ class Live:
         self.lines.append(line)
         self.painter.offer(self._job(), len(self.lines))
         self.painter.check()
-        self.progress.update(len(self.lines))
+        self.progress.update(self.before + len(self.lines), self.text)
         self._tell(self.trace.add(line))
 
-    def finish(self) -> dict[str, Any]:
-        """The last picture and the last event; returns what the node leaves on the page (its `ui`)."""
+    def finish(self) -> None:
+        """The last picture and the last event; `shown` is then what the node leaves on the page (its `ui`)."""
         picture = self.painter.last(self._job())
         self._show(picture, len(self.lines))
         self._tell(self.trace.finish())
-        return {"linear_ar": self.trace.events} | (
-            {"linear_ar_picture": [host.keep_for_the_page(picture)]} if self.beside is None else {}
-        )
+        self.shown = left(self.trace, None if self.beside is not None else picture)
 
     def close(self) -> None:
         self.painter.close()
@@ -143,61 +146,71 @@ class Live:
         host.tell(EVENT, {"node": self.node_id, **event})
 
 
-class Painter:
-    """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
-    or while a picture is being made, is dropped."""
+def left(trace: Trace, picture: Image.Image | None) -> dict[str, Any]:
+    """What a node leaves on the page (its `ui`): all events, and the picture where it shows one."""
+    return {"linear_ar": trace.events} | (
+        {} if picture is None else {"linear_ar_picture": [host.keep_for_the_page(picture)]}
+    )
 
-    pause = 0.1  # seconds between pictures, at least
-    share = 0.1  # of the time that pictures may take, at most
 
-    def __init__(self, paint: Callable[[Any], Image.Image], show: Callable[[Image.Image, int], None]):
-        self.paint, self.show = paint, show
-        self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
-        self.next = 0.0
-        self.stopped: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
-        self.thread.start()
+def draw(
+    model: Model,
+    prompt: Prompt,
+    plans: list[CachePlan],
+    sample: SamplePlan,
+    node_id: str,
+    *,
+    above: Tensor | None = None,
+    stop_after: int = 0,
+) -> tuple[list[Run], Started, dict[str, Any]]:
+    """Draw with each of `plans` at the same time, and tell the page: of the last one, with the first on its left.
 
-    def offer(self, job: Any, lines: int) -> bool:
-        if time.perf_counter() < self.next:
-            return False
+    `above` are lines that stay, `stop_after` lines after which to stop (0: none). A batch that does not fit the host's
+    memory is drawn in parts. Returns the runs, what the last one was, and what the node leaves on the page.
+    """
+    image = model.image
+
+    def needed(images: int) -> int:
+        return sum(memory(model, plan, sample, prompt, images) for plan in plans)
+
+    at_once = fits(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
+    host.load(model.decoder, model.tokenizer, memory=needed(at_once))
+    parts = list(in_waves(prompt, sample, above, at_once))
+    drawn: list[list[list[Line]]] = [[] for _ in plans]  # by plan and part
+    for number, (some, own, upper) in enumerate(parts):
+        runs = [Run() for _ in plans]
+        drawing = [generate(image.decoder, some, plan, own, above=upper) for plan in plans]
+        beside = runs[0].lines if len(plans) > 1 else None
+        live = Live(model, plans[-1], own, some, node_id, beside, part=number, parts=len(parts))
         try:
-            self.jobs.put_nowait((job, lines))
-        except queue.Full:
-            return False
-        self.next = math.inf  # until this one is made
-        return True
-
-    def check(self) -> None:
-        """Raises ComfyUI's interrupt where the thread got it."""
-        if self.stopped is not None:
-            raise self.stopped
-
-    def last(self, job: Any) -> Image.Image:
-        """The picture that must not be dropped."""
-        self.close()
-        self.check()
-        return self.paint(job)
-
-    def close(self) -> None:
-        """Wait for the picture that is being made, if any, and end the thread."""
-        if self.thread.is_alive():
-            self.jobs.put(None)
-            self.thread.join()
-
-    def _work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            begun = time.perf_counter()
-            try:
-                self.show(self.paint(job[0]), job[1])
-            except host.Interrupted as stop:  # ComfyUI's layers ask for Stop on any thread, and it is told only once
-                self.stopped = stop
-                return
-            except Exception as error:  # the run is worth more than its preview; the last picture is made in any case
-                host.log.warning("LineAR: no preview (%s)", error)
-                return
-            took = time.perf_counter() - begun
-            self.next = time.perf_counter() + max(self.pause, took * (1 / self.share - 1))
+            for lines in zip(*drawing, strict=True):
+                for run, line in zip(runs, lines, strict=True):
+                    run.add(line)
+                live.add(lines[-1])
+                if lines[-1].row + 1 == stop_after:
+                    break
+            live.finish()
+        finally:
+            for lines in drawing:
+                lines.close()  # they hold the key-value caches
+            live.close()
+        for every, run in zip(drawn, [*(run.lines for run in runs[:-1]), live.lines], strict=True):
+            every.append(run)
+    joined = [Run() for _ in plans]
+    for run, lines_of_parts in zip(joined, drawn, strict=True):
+        for line in together(lines_of_parts):
+            run.add(line)
+    shown = live.shown
+    trace = live.trace
+    if len(parts) > 1:  # afterwards the page has all of the batch, as one run
+        trace = Trace(started(model, plans[-1], sample, prompt, at_once))
+        lines = together(drawn[-1])
+        for line in lines:
+            trace.add(line)
+        trace.finish()
+        picture = sheet(_pictures(image.tokenizer, tuple(lines), image.info.grid.rows)) if len(plans) == 1 else None
+        shown = left(trace, picture)
+    return joined, trace.started, shown
 
 
 def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..linear_core.library import ImageModel
 from ..linear_core.plan import CachePlan
+from ..linear_core.preview import decode
 from . import host
 
 MODEL = io.Custom("LINEAR_MODEL")
@@ -29,6 +30,14 @@ class Model:
         """Room for decoding one picture of rows x cols tokens: about twelve feature maps of the widest level."""
         config = self.image.tokenizer.config
         return 12 * rows * cols * config.factor**2 * config.decoder_widths[-1] * 4
+
+    def pictures(self, codes: Tensor) -> Tensor:
+        """Codes B rows cols as an IMAGE, float32 B H W 3: as many at a time as half of the free memory takes."""
+        images, rows, cols = codes.shape
+        each = self.picture_bytes(rows, cols)
+        host.load(self.tokenizer, memory=each)
+        at_once = max(1, min(images, 16, host.free_memory() // 2 // each))
+        return host.to_intermediate(decode(self.image.tokenizer, codes, at_once))
 
 
 @dataclass(frozen=True)

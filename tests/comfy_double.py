@@ -260,7 +260,7 @@ def modules() -> dict[str, ModuleType]:
     utils = module("comfy.utils", ProgressBar=ProgressBar)
     patcher = module("comfy.model_patcher", ModelPatcher=Patcher)
     server = SimpleNamespace(
-        client_id="page", sockets_metadata={},
+        client_id="page", sockets_metadata={}, last_prompt_id="job",
         send_sync=lambda event, data, sid: host.sent.append((event, data)),
         send_progress_text=lambda text, node_id, sid: host.sent.append(("text", text)),
     )  # fmt: skip

@@ -26,7 +26,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "ar-line-cache"
@@ -87,13 +90,17 @@ class Server:
                     return
         raise AssertionError("the connection was closed before the prompt had ended")
 
-    def pictures(self, prompt_id: str) -> list[list[Path]]:
-        """Files that each node of a finished prompt saved or put into the temporary folder."""
+    def pictures(self, prompt_id: str, kind: str = "images") -> list[list[Path]]:
+        """Files that each node of a finished prompt saved or put into the temporary folder.
+
+        "linear_ar_pairs": those that Compare left under its slider, the first picture's from both caches.
+        """
         for _ in range(100):  # the history is written a moment after the end is told
             if prompt_id in (history := self.get(f"/history/{prompt_id}")):
                 break
             time.sleep(0.05)
-        named = [output["images"] for output in history[prompt_id]["outputs"].values() if output.get("images")]
+        named = [output[kind] for output in history[prompt_id]["outputs"].values() if output.get(kind)]
+        named = [images[0] if isinstance(images[0], list) else images for images in named]
         return [[self.base / i["type"] / i["subfolder"] / i["filename"] for i in images] for images in named]
 
 
@@ -199,6 +206,28 @@ class Socket:
                 yield json.loads(whole) if kind == 1 else whole
 
 
+def thumbnail(server: Server, prompt_id: str) -> Image.Image:
+    """What a workflow draws: one picture of each node that saves, or what Compare shows under its slider."""
+    from PIL import Image, ImageDraw
+
+    for pair in server.pictures(prompt_id, "linear_ar_pairs"):
+        small, right = (Image.open(path).convert("RGB") for path in pair)
+        middle = small.width // 2
+        small.paste(right.crop((middle, 0, *right.size)), (middle, 0))
+        draw = ImageDraw.Draw(small)
+        draw.line((middle, 0, middle, small.height), fill="black", width=8)
+        draw.line((middle, 0, middle, small.height), fill="white", width=4)
+        draw.ellipse((middle - 12, small.height // 2 - 12, middle + 12, small.height // 2 + 12), "white", "black", 2)
+        for text, at, anchor in (("full cache", 10, "la"), ("few lines", small.width - 10, "ra")):
+            draw.text((at, 8), text, "white", font_size=22, anchor=anchor, stroke_width=2, stroke_fill="black")
+        return small
+    pictures = [Image.open(files[0]).convert("RGB") for files in server.pictures(prompt_id)]
+    small = Image.new("RGB", (sum(p.width + 8 for p in pictures) - 8, pictures[0].height), "white")
+    for i, picture in enumerate(pictures):
+        small.paste(picture, (sum(p.width + 8 for p in pictures[:i]), 0))
+    return small
+
+
 def record() -> None:
     """Write the fixture, and a thumbnail of what each workflow draws."""
     from PIL import Image
@@ -208,18 +237,15 @@ def record() -> None:
         GOLDEN.write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{GOLDEN.relative_to(ROOT)}: {len(info)} nodes")
         for path in sorted(WORKFLOWS.glob("api/*.json")):
-            if path.stem.startswith("llamagen_"):
+            if path.stem.startswith(("llamagen_", "janus_")):
                 continue  # without published weights there is no picture to show; theirs show the graph
             *_, end = server.run(json.loads(path.read_text(encoding="utf-8")))
             assert end["type"] == "execution_success", end
-            pictures = [Image.open(files[0]).convert("RGB") for files in server.pictures(end["data"]["prompt_id"])]
-            small = Image.new("RGB", (sum(p.width + 8 for p in pictures) - 8, pictures[0].height), "white")
-            for i, picture in enumerate(pictures):  # one of each node that saves
-                small.paste(picture, (sum(p.width + 8 for p in pictures[:i]), 0))
+            small = thumbnail(server, end["data"]["prompt_id"])
             small.thumbnail((480, 320), Image.Resampling.LANCZOS)
-            thumbnail = WORKFLOWS / f"{path.stem}.jpg"
-            small.save(thumbnail, quality=88, optimize=True)
-            print(f"{thumbnail.relative_to(ROOT)}: {thumbnail.stat().st_size / 1e3:.0f} kB")
+            target = WORKFLOWS / f"{path.stem}.jpg"
+            small.save(target, quality=88, optimize=True)
+            print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "imports")
+TESTS = (
+    *("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "replay", "events"),
+    *("llama", "memory", "hf", "imports"),
+)
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
@@ -100,7 +103,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache.py",
-        "self.values[one, ..., :end, :] = folded.values.to(self.values.dtype)",
+        "self.values.change(view.layer, folded.values[0], folded.changed[0])",
         "pass",
         "folded values are lost",
     ),
@@ -121,8 +124,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache.py", "self.bias.scatter_(3, slot, 0.0)", "pass", "a new token stays invisible"),
     (
         "cache.py",
-        "self.values[layer].scatter_(2, slot, v)",
-        "self.values[layer].scatter_(2, slot, k)",
+        "self.values.write(layer, slot, column, v)",
+        "self.values.write(layer, slot, column, k)",
         "values are keys",
     ),
     ("cache.py", "self.queries[layer].index_copy_(2, column, q)", "pass", "the line's queries are not stored"),
@@ -362,7 +365,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "pass",
         "adakv: protected tokens compete",
     ),
-    ("policies/adakv.py", "scores = scores.gather(-1, newest_first)", "pass", "adakv: ties go by slot"),
     ("policies/pyramidkv.py", "2 - 1 / BETA, 1 / BETA", "1 / BETA, 2 - 1 / BETA", "pyramidkv: upside down"),
     (
         "policies/prefixkv.py",
@@ -438,10 +440,128 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("generate.py", "plan.check(grid)", "pass", "a plan that does not fit is not refused"),
+    ("generate.py", "plan.check(decoder.grid)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
+    # -- with transformers
+    ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
+    (
+        "hf.py",
+        "end_line(slots, self.policy, row - 1, self._turn)",
+        "end_line(slots, self.policy, row, self._turn)",
+        "transformers: a line ahead",
+    ),
+    ("hf.py", "v, _words(mask, k))", "v, torch.ones(k.shape[0], k.shape[2]))", "transformers: padding is visible"),
+    ("hf.py", "q, k, v, mask, scaling", "q, k, v, None, scaling", "transformers: a prompt attends to its padding"),
+    ("hf.py", "mean = grouped.mean(2)", "mean = grouped[:, :, 0]", "transformers: one query head scores for all"),
+    ("hf.py", "_scaled(q, scaling), k, v", "q, k, v", "transformers: the model's scale is ignored"),
+    (
+        "hf.py",
+        "bias.repeat(1, 1, groups, 1)",
+        "bias.repeat_interleave(groups, 2)",
+        "transformers: a line's masks mixed",
+    ),
+    (
+        "hf.py",
+        "else self.slots.grid.prompt + self._fed",
+        "else self.slots.extent",
+        "transformers: positions from slots",
+    ),
+    ("hf.py", "if len(self._index) > 1:", "if False:", "transformers: a line fed at once stays invisible"),
+    ("hf.py", "if self._announced != self._attended:", "if False:", "transformers: attention of its own unnoticed"),
+    ("hf.py", "!= NAME:\n            raise", "== 0:\n            raise", "transformers: a changed attention unnoticed"),
+    ("hf.py", "if layer_idx != self._announced:", "if False:", "transformers: a broken forward goes on"),
+    ("hf.py", "if self._fed + count > self.grid.tokens:", "if False:", "transformers: more tokens than the grid has"),
+    ("hf.py", "if column + count > stride:", "if False:", "transformers: tokens across a line's end"),
+    # -- Llamas that draw
+    (
+        "blocks.py",
+        "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
+        "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
+        "halves turn backwards",
+    ),
+    ("blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
+    ("blocks.py", "q, k = self.q_norm(q), self.k_norm(k)", "q = self.q_norm(q)", "keys are not normalised"),
+    ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
+    (
+        "models/llama.py",
+        "torch.tensor([lines * grid.stride]",
+        "torch.tensor([lines * grid.cols]",
+        "the end of a line is not counted",
+    ),
+    ("models/llama.py", "return prompt.stack(prompt.negative)", "return prompt.stack(prompt)", "guided from itself"),
+    ("models/llama.py", "k[row], v[row]", "k[row], v[row.flip(0)]", "rows that are alike get another's values"),
+    ("models/llama.py", "x = self.embed_codes(tokens).to", "x = self.embed_tokens(tokens).to", "replay takes words"),
+    ("prompts/__init__.py", "torch.cat([empty, self.tokens], 1)", "torch.cat([self.tokens, empty], 1)", "padded right"),
+    ("generate.py", "seed=sample.seed + rows[0]", "seed=sample.seed", "parts of a batch draw the same pictures"),
+    ("generate.py", "above[list(rows)] if own else above", "above", "parts of a batch keep the first one's rows"),
+    ("memory.py", "needed(most + 1) <= room", "needed(most) <= room", "one image too many is drawn at once"),
+    # -- lines that are given
+    (
+        "cache.py",
+        "overwritten[:, :, None] <= order",
+        "overwritten[:, :, None] < order",
+        "feed: the slot it writes over",
+    ),
+    ("cache.py", '.masked_fill(gone, float("-inf"))', "", "feed: victims are seen to the line's end"),
+    (
+        "cache.py",
+        '.masked_fill(order[None] > order[:, None], float("-inf"))',
+        "",
+        "feed: tokens see those after them",
+    ),
+    ("cache.py", "        self.write(layer, columns, k, v, q)\n", "", "feed: given lines are not written"),
+    (
+        "models/llamagen.py",
+        "x = self.tok_embeddings(tokens).to(self.dtype)",
+        "cache.advance(index, columns)\n        x = self.tok_embeddings(tokens).to(self.dtype)",
+        "feed: slots open before the layers",
+    ),
+    ("generate.py", "tokens.copy_(given[:, row])", "tokens.copy_(given[:, 0])", "the first given line for all"),
+    ("generate.py", "value=grid.eol", "value=0", "given lines end in a code"),
+    ("generate.py", "index[grid.stride * row :][: grid.stride]", "index[: grid.stride]", "given lines: first places"),
+    ("generate.py", "line.repeat(", "line.repeat_interleave(", "given lines: halves get each other's tokens"),
+    ("generate.py", "range(grid.stride if replayed else 0", "range(0", "given lines are drawn over"),
+    ("generate.py", "or rows >= grid.rows", "or rows > grid.rows", "all lines may be given"),
+    ("generate.py", "int(above.min()) < 0 or", "", "given codes below 0"),
+    ("generate.py", "int(above.max()) >= codes", "int(above.max()) > codes", "given codes: one too far"),
+    ("generate.py", "above.expand(images", "above[:1].expand(images", "given lines: the first picture's for all"),
+    ("generate.py", "if not line.replayed]", "]", "speed counts given lines"),
+    # -- what the page is told
+    ("events.py", "else share != self._shares", "else share > 0", "told: not what has fallen to nothing"),
+    ("events.py", "(line.share[: run.shown] * 255).round()", "(line.share[: run.shown] * 255)", "told: shares cut off"),
+    (
+        "events.py",
+        "before[..., line.row * stride : (line.row + 1) * stride] = True",
+        "pass",
+        "told: not what left on its own line",
+    ),
+    ("events.py", "gone = before & ~line.by_head", "gone = ~line.by_head", "told: evicted again on every line"),
+    ("events.py", "[NONE] * (most - count)", "[0] * (most - count)", "told: lists filled up with token 0"),
+    ("events.py", "if most * counts.numel() == len(numbers):", "if True:", "told: uneven lists run together"),
+    (
+        "events.py",
+        "self._shares, self._by_head, self._layered = share, line.by_head, layers",
+        "self._shares, self._by_head = share, line.by_head",
+        "told: layers against the first line",
+    ),
+    (
+        "events.py",
+        "self._shares, self._by_head, self._layered = share, line.by_head, layers",
+        "self._shares, self._layered = share, layers",
+        "told: heads against the first line",
+    ),
+    (
+        "events.py",
+        "changed[: run.rows * run.cols] |= some.any(0)",
+        "pass",
+        "told: layers whose change cancels out are left out",
+    ),
+    ("events.py", "drawn = [row for row in self._rows if not row.replayed]", "drawn = self._rows", "told: false speed"),
+    ("events.py", "tokens <= HEAD_BYTES", "tokens < HEAD_BYTES", "told: heads up to, not including, the limit"),
+    ("events.py", "or len(codes) != images * rows * cols", "", "codes handed back: any number of them"),
+    ("events.py", "if row.row + 1 < row.rows)", ")", "told: the last line counts as held"),
     # -- the decoder
-    ("models/llamagen.py", ">= prompt.pad[:, None, None]", ">= 0 * prompt.pad[:, None, None]", "prefill sees padding"),
+    ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
         "share @ v, count[:, None].float())",
@@ -463,7 +583,7 @@ def occurrences(file: str, old: str, root: Path = ROOT) -> int:
 
 def copy_tree(target: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "assets", "*.safetensors", "node_modules")
-    for folder in ("linear_core", "tests"):
+    for folder in ("linear_core", "tests", "web"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", target)
 

@@ -6,74 +6,85 @@ Node.js is put into .venv/browser by `python3 dev.py test`; without them these t
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 import dev
+from tests.browser.chromium import Chromium, missing, page_of, replaying, script
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = Path(os.environ.get("LINEAR_BROWSER", ROOT / ".venv" / "browser"))
-CHROMIUM = next((path for name in dev.CHROMIUM if (path := shutil.which(name))), None)
-PAGE = "comfyui_frontend_package/static"
+SECONDS = 240  # a run takes 12 on a quiet machine
+needs_aiohttp = pytest.mark.skipif(not importlib.util.find_spec("aiohttp"), reason="aiohttp is not installed")
 
 
-def missing() -> str:
-    """What the browser tests lack; empty when they can run."""
-    if not os.environ.get("LINEAR_BROWSER_TESTS"):
-        return "they take minutes; LINEAR_BROWSER_TESTS=1 python3 dev.py test runs them"
-    for found, what in (
-        (CHROMIUM, "Chromium was not found"),
-        (shutil.which("node"), "Node.js was not found"),
-        ((PARTS / "node_modules" / "playwright-core").is_dir(), f"there is no playwright-core in {PARTS}"),
-        (importlib.util.find_spec("aiohttp"), "aiohttp is not installed"),
-    ):
-        if not found:
-            return f"{what}; `python3 dev.py test` installs what can be installed"
-    return ""
+@pytest.fixture(scope="module")
+def chromium():
+    """One for all runs."""
+    browser = Chromium()
+    yield browser
+    browser.close()
 
 
+@needs_aiohttp
 @pytest.mark.browser
 @pytest.mark.skipif(bool(missing()), reason=missing() or "never")
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
 @pytest.mark.parametrize("version", dev.FRONTENDS)
-def test_the_widgets_in_the_page(version, renderer, tmp_path):
+def test_the_widgets_in_the_page(version, renderer, chromium, tmp_path):
     """tests/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
-    page = PARTS / f"frontend-{version}" / PAGE
-    if not (page / "index.html").is_file():
-        pytest.skip(f"there is no page {version} in {PARTS}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    host = subprocess.Popen([sys.executable, ROOT / "tests" / "browser" / "host.py", str(port), page])
-    try:
-        for _ in range(100):
-            try:
-                urllib.request.urlopen(f"{url}/system_stats", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        shots = Path(os.environ.get("LINEAR_SHOTS", tmp_path)) / version
-        shots.mkdir(parents=True, exist_ok=True)
-        command = ["node", ROOT / "tests" / "browser" / "widget.mjs", url, renderer, "--shots", shots]
-        env = {**os.environ, "PLAYWRIGHT": str(PARTS), "CHROMIUM": CHROMIUM or ""}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    finally:
-        host.terminate()
-        host.wait()
-    checks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [check for check in checks if not check["ok"]] == [], done.stderr[-2000:]
-    assert done.returncode == 0 and len(checks) >= 12, done.stderr[-2000:]
+    if not (page_of(version) / "index.html").is_file():
+        pytest.skip(f"there is no page {version}: {page_of(version)}")
+    shots = Path(os.environ.get("LINEAR_SHOTS", tmp_path)) / version
+    shots.mkdir(parents=True, exist_ok=True)
+    with replaying(page_of(version)) as url:
+        run = ("widget.mjs", url, renderer, "--shots", shots)
+        status, lines, console = script(*run, chromium=chromium, seconds=SECONDS)
+    checks = [json.loads(line) for line in lines]
+    last = checks[-1] if checks else "nothing"
+    assert status != 124, f"ended after {SECONDS} s in {last}; the page said: {console[-3000:]}"
+    passed = [check for check in checks if check.get("ok")]
+    assert status == 0 and len(passed) >= 13, f"{last}; the page said: {console[-3000:]}"
+
+
+@needs_aiohttp
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing()), reason=missing() or "never")
+def test_a_script_that_hangs_is_ended_with_its_browser(chromium, tmp_path):
+    """And the next one finds a new browser."""
+    hangs = tmp_path / "hangs.mjs"
+    hangs.write_text("console.log('begun'); console.error('said'); setInterval(() => {}, 1000);", encoding="utf-8")
+    before = chromium.endpoint
+    assert script(hangs, chromium=chromium, seconds=2) == (124, ["begun"], "said\n")
+    assert chromium.process is None
+    assert chromium.endpoint != before
+
+
+@needs_aiohttp
+def test_the_host_knows_a_page_that_was_loaded_again(tmp_path):
+    """Its new connection may be there before the old one has ended, under the same name."""
+    from aiohttp import ClientSession
+    from aiohttp.test_utils import TestServer
+
+    from tests.browser.host import Replay
+
+    async def reload() -> str:
+        async with TestServer(Replay(tmp_path).app()) as server, ClientSession() as page:
+            old = await page.ws_connect(server.make_url("/ws?clientId=page"))
+            new = await page.ws_connect(server.make_url("/ws?clientId=page"))
+            await old.close()
+            await asyncio.sleep(0.1)
+            prompt = {"1": {"class_type": "LineAR_Generate", "inputs": {}}}
+            await page.post(server.make_url("/prompt"), json={"prompt": prompt, "client_id": "page"})
+            while (message := await new.receive_json(timeout=5))["type"] != "execution_start":
+                pass
+            return message["data"]["prompt_id"]
+
+    assert asyncio.run(reload()) == "run-1"
 
 
 def test_the_fixture_is_small_and_whole():

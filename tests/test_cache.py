@@ -235,7 +235,8 @@ def test_keep_rows_keeps_the_first():
     """The conditional rows go on as they were, in every buffer; the unconditional ones are gone."""
     cache, victims = filled("strict")
     let_go(cache, victims)
-    names = ("keys", "values", "bias", "index", "queries", "mass", "target")
+    cache.survey = torch.rand(LAYERS, ROWS, HEADS)
+    names = ("keys", "values", "bias", "index", "queries", "mass", "survey", "target")
 
     def buffers() -> dict[str, Tensor]:
         found = {name: getattr(cache, name) for name in names}

@@ -146,6 +146,25 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     assert "ruff format  passed" in summary
     assert "node --test  not run: " in summary
     assert "pytest       passed" in summary
+    assert "browser      not run: Chromium was not found" in summary
+
+
+def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypatch):
+    """Each page that is supported, and what drives it; nothing where one of the programs is missing."""
+    present = {"chromium", "node", "npm"}
+    monkeypatch.setattr(dev.shutil, "which", lambda name: f"/bin/{name}" if name in present else None)
+    assert dev.browser_missing() == ""
+    parts = dict(dev.browser_parts(Path("python")))
+    folder = dev.VENV / "browser"
+    assert set(parts) == {
+        folder / "node_modules" / "playwright-core",
+        *(folder / f"frontend-{version}" for version in dev.FRONTENDS),
+    }
+    for program in sorted(present):
+        present.discard(program)
+        assert dev.browser_parts(Path("python")) == []
+        assert bool(dev.browser_missing()) == (program != "npm")
+        present.add(program)
 
 
 def test_javascript_tests_say_why_they_do_not_run():

@@ -173,10 +173,25 @@ def test_lists_of_unequal_length_are_filled_up():
     assert unpack(event["evicted"]) == [1, NONE, *[NONE] * 8, 0, 1]
 
 
+def test_layers_that_change_places():
+    """A cell that another layer holds now is told, though as many hold it; what did not change is not told again."""
+    _, told = trace("class", "line", "strict", detail="layers")
+    trace_ = Trace(told.started)
+    share = torch.zeros(2, 6, 5)
+    share[0, 0, :2] = 0.5
+    for row, layer in enumerate([0, 1, 1]):
+        held = torch.zeros(2, 3, 30, dtype=torch.bool)
+        held[layer, :, 0] = held[0, :, 1] = True
+        trace_.add(Line(row, 6, torch.zeros(2, 5).long(), share, 5.0, 1.0, 7, held))
+    assert [unpack(event["cells"]) for event in trace_.events[1:]] == [[0, 1], [0], []]
+    assert [unpack(event["by_layer"], "B") for event in trace_.events[1:]] == [[255, 255, 0, 0], [0, 255], []]
+
+
 def test_detail_goes_by_size():
     """The bundled model and LlamaGen L tell of every head; XL at 24 x 24 would send more than history should hold."""
     assert events.detail(6, 6, 576) == events.detail(24, 16, 576) == "heads"
     assert events.detail(36, 20, 576) == "layers"
+    assert 2 * 16 * 16 * 1024 == events.HEAD_BYTES and events.detail(16, 16, 1024) == "heads", "up to the limit"
 
 
 def test_json_and_size():
@@ -257,6 +272,7 @@ def test_the_memory_line_is_the_formula():
                 CachePlan(budget=200),
                 CachePlan("adakv", 11),
                 CachePlan("fold", 3, storage="int8"),
+                CachePlan("headkv", 3, storage="int8"),
             ]:
                 for rows in (1, 2, 16):
                     sizes = {"rows": grid.rows, "stride": grid.stride}

@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from linear_core.events import pack, unpack
+from tests.browser.chromium import Chromium, missing, script
 from tests.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, Server, comfyui, ours
 
 pytestmark = [
@@ -99,6 +102,53 @@ def test_a_workflow_runs(server, path):
     shown = [m for m in messages if isinstance(m, bytes) and int.from_bytes(m[:4], "big") == PREVIEW]
     assert len(shown) >= 2 * len(drawing), "rows are shown while they come"
     assert complaints(server.log) == []
+
+
+def rows_told(messages: list, node: str) -> list[dict]:
+    """The event of every row of a node."""
+    told = [m["data"] for m in messages if isinstance(m, dict) and m["type"] == EVENT]
+    return [event for event in told if event["kind"] == "row" and event["node"] == node]
+
+
+def test_rows_that_the_widget_hands_back_stay_and_the_rest_is_drawn_anew(server):
+    """Reroll: the codes of the rows above come back in `view`. Keep: with as many rows to stop after, none is drawn."""
+    prompt = prompt_of(WORKFLOWS / "api" / "first_image.json", 4004)
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == "LineAR_Generate"]
+    whole = rows_told(finish(server, prompt)[0], key)
+
+    def again(rows: int, **inputs: int) -> tuple[list[dict], Image.Image]:
+        codes = [code for row in whole[:rows] for code in unpack(row["tokens"])]
+        kept = {"keep_rows": rows, "view": f"1x{rows}x{len(codes) // rows}:{pack(codes)}"}
+        asked = {**prompt, key: {**prompt[key], "inputs": {**prompt[key]["inputs"], **kept, **inputs}}}
+        messages, end = finish(server, asked)
+        assert end["type"] == "execution_success", end
+        return rows_told(messages, key), Image.open(server.pictures(end["data"]["prompt_id"])[0][0])
+
+    told, picture = again(12, seed=4005)
+    assert [row["replayed"] for row in told] == [True] * 12 + [False] * 12
+    assert [row["tokens"] for row in told[:12]] == [row["tokens"] for row in whole[:12]]
+    assert [row["tokens"] for row in told[12:]] != [row["tokens"] for row in whole[12:]]
+    told, _ = again(13)
+    same = [{key: row[key] for key in ("tokens", "cells", "shares", "evicted")} for row in told]
+    assert same == [{key: row[key] for key in ("tokens", "cells", "shares", "evicted")} for row in whole]
+    told, top = again(5, stop_after=5)
+    assert len(told) == 5 and all(row["replayed"] for row in told)
+    assert top.size == (picture.width, picture.height * 5 // ROWS)
+    assert complaints(server.log) == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing()), reason=missing() or "never")
+@pytest.mark.parametrize("renderer", ["legacy", "vue"])
+def test_reroll_keep_and_going_on_downward_in_the_page(server, renderer, tmp_path):
+    """tests/browser/live.mjs: a person's presses, and the codes that come of them."""
+    chromium, shots = Chromium(), os.environ.get("LINEAR_SHOTS", tmp_path)
+    try:
+        run = ("live.mjs", server.url, renderer, "--shots", shots)
+        status, lines, console = script(*run, chromium=chromium, seconds=300)
+    finally:
+        chromium.close()
+    assert status == 0, f"{lines[-1:]}; the page said: {console[-3000:]}"
 
 
 def test_stop_takes_effect_within_a_row_and_leaves_a_host_that_goes_on(server):

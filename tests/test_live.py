@@ -56,6 +56,9 @@ def test_the_page_is_told_of_every_row_and_the_node_keeps_it_all(one, comfy):  #
              if event == 4 or (event == events.EVENT and data["kind"] == "picture")]  # fmt: skip
     shown = [what[1] for what in order[::2]]
     assert order[1::2] == [4] * len(shown), "how many lines a picture shows is told before it"
+    who = [data[1] for event, data in comfy.sent if event == 4]
+    assert {(w["node_id"], w["prompt_id"]) for w in who} == {(stream[0]["node"], "job")}, "its job is named with it"
+    assert stream[0]["node"] not in {w["display_node_id"] for w in who}, "the page would draw it on the node as well"
     assert shown == sorted(shown) and shown[-1] == ROWS
 
 
@@ -155,6 +158,17 @@ def test_compare_is_two_generates(small, one, comfy):  # noqa: F811
         node.execute(cache=FULL, temperature=-1, top_k=-1, top_p=-1, **settings, **one)
 
 
+def test_compare_decodes_by_parts_where_memory_is_short(small, one, comfy, monkeypatch):  # noqa: F811
+    """As Decode does."""
+    sizes, tokenizer = [], one["model"].image.tokenizer
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda codes: sizes.append(codes.shape[:2]) or decode(codes))
+    comfy.free = 1
+    settings = {"seed": 5, "guidance": 1.0, "batch_size": 3, "temperature": -1, "top_k": -1, "top_p": -1}
+    NODES["LineAR_Compare"].execute(cache=CachePlan(budget=2, recent=1), **settings, **one)
+    assert sizes[-6:] == [(1, ROWS)] * 6, "three pictures of each, one at a time"
+
+
 # -- the sampler never waits ----------------------------------------------------------------------------------------
 
 
@@ -168,9 +182,8 @@ def test_offers_are_dropped_while_a_picture_is_made():
         return Image.new("RGB", (1, 1), (job, 0, 0))
 
     shown = []
-    painter = live.Painter(paint, lambda picture, lines: shown.append(lines))
-    painter.pause = painter.share = 0
-    painter.share = 1.0
+    painter = live.Painter(paint, lambda picture, lines: shown.append(lines), 64)
+    painter.pause = 0
     begun = time.perf_counter()
     assert painter.offer(1, 1)
     assert [painter.offer(number, number) for number in range(2, 50)] == [False] * 48
@@ -180,21 +193,26 @@ def test_offers_are_dropped_while_a_picture_is_made():
     assert not painter.thread.is_alive()
 
 
-def test_pictures_take_their_share_of_the_time_and_no_more():
-    """After a picture that took long, the next one waits in proportion."""
-    shown = []
-    painter = live.Painter(lambda job: time.sleep(0.02), lambda picture, lines: shown.append(lines))
-    assert painter.offer(1, 1)
-    while not shown:
-        time.sleep(0.001)
-    time.sleep(0.01)
-    assert painter.next - time.perf_counter() > 0.1, "0.02 s of work is a tenth of 0.2 s"
-    assert not painter.offer(2, 2)
+@pytest.mark.parametrize(("seconds", "cost"), [(80.0, 0.1), (8.0, 0.06), (2.0, 0.01), (300.0, 5.0)])
+def test_pictures_take_their_share_of_the_time_spread_over_the_run(seconds, cost):
+    """A run of 64 even lines, whose whole picture costs so much: no more than is allowed, and some late in the run."""
+    painter = live.Painter(lambda job: None, lambda picture, lines: None, 64)
     painter.close()
+    at, pictures = 0.0, []
+    for lines in range(1, 65):
+        now = seconds * lines / 64
+        if now >= at:
+            took = cost * lines / 64
+            pictures.append(lines)
+            at = now + took + painter._wait(took, now + took, lines)
+    most = painter.allowance + painter.share * seconds
+    assert painter.took <= most + cost, "one picture may go beyond it"
+    if seconds < 100:
+        assert len(pictures) >= 8 and pictures[-1] > 48
 
 
 def test_a_preview_that_fails_does_not_end_the_run(caplog):
-    painter = live.Painter(lambda job: 1 / 0, lambda picture, lines: None)
+    painter = live.Painter(lambda job: 1 / 0, lambda picture, lines: None, 64)
     assert painter.offer(1, 1)
     painter.thread.join(5)
     assert "no preview" in caplog.text

@@ -15,6 +15,7 @@ from linear_core.policies import POLICIES, Policy, choose
 from linear_core.policies.adakv import adakv
 from linear_core.policies.criticalkv import criticalkv
 from linear_core.policies.rank import rank
+from linear_core.policies.reach import reach
 from linear_core.policies.share_out import share_out, share_out_layers
 from linear_core.policies.snapkv import WINDOW
 from linear_core.policies.stratified import stratified
@@ -217,6 +218,21 @@ def test_what_heads_keep_depends_on_what_they_hold_and_nothing_else(name):
     assert len(keep[:, 0].unique()) > 1, "and it does differ"
     per_layer = keep.sum(2) if name in ("adakv", "headkv") else keep.sum((0, 2))[None] / 2
     assert (per_layer == 3 * 2 * 9).all(), "the budget is what they keep on average"
+
+
+@every_policy
+def test_a_layer_is_judged_alike_alone_and_among_all(name):
+    """The loop shows one layer after the other, with its number and with what the survey found in all of them."""
+    view, plan = surveyed(name, random_view(layers=3)), CachePlan(name, budget=2, anchors=2, recent=1)
+    scores = POLICIES[name].score(view)
+    for layer in range(3):
+        one = replace(slice_view(view, 0, layer), layer=layer)
+        alone = POLICIES[name].score(one)
+        torch.testing.assert_close(alone, scores[layer : layer + 1])
+        if POLICIES[name].keep:
+            assert torch.equal(
+                POLICIES[name].keep(one, alone, plan), POLICIES[name].keep(view, scores, plan)[layer][None]
+            )
 
 
 def test_the_plan_knows_who_needs_room():
@@ -511,6 +527,21 @@ def test_stratified_forgets_no_band():
     assert scores[~safe].argsort().tolist() == plain[~safe].argsort().tolist(), "the rest goes by attention"
 
 
+def test_reach_is_attention_above_the_two_newest_lines():
+    """Of five lines the first three are far; what the prompt draws is left out."""
+    prompt = looking(0, 0, 0, 0)
+    both = replace(prompt, queries=prompt.queries + looking(12, 12, 12, 12).queries)
+    split = replace(both, queries=both.queries + looking(13, 13, 13, 13).queries)
+    for view, expected in (
+        (looking(*FAR), 1),
+        (looking(12, 12, 12, 12), 1),
+        (looking(13, 13, 13, 13), 0),
+        (both, 1),
+        (split, 0.5),
+    ):
+        assert float(reach(view)) == pytest.approx(expected, abs=1e-4)
+
+
 def test_ssd_keeps_windows_in_spatial_heads_and_hitters_in_semantic_ones():
     """Two heads: one looks at its neighbourhood, one at the second token. Both have drawn most attention on token 7."""
     view = stacked(looking(*NEAR), looking(*FAR), dim=2)
@@ -553,6 +584,9 @@ def test_adakv_lets_a_layers_heads_compete():
     scores = torch.arange(42.0).flip(0).view(1, 1, 2, 21)
     keep = POLICIES["adakv"].keep(view, scores, FREE)
     assert keep.flatten().tolist() == [18, 6]  # 0.8 x 20 + 0.2 x 12 = 18.4, 0.8 x 4 + 0.2 x 12 = 5.6
+    newest = torch.cat([torch.full((1, 1, 1, 21), 10.0), torch.full((1, 1, 1, 21), 5.0)], 2)
+    newest[0, 0, 0, 17:] = 0.0  # worthless, but it stays: head 0 still has its 16 best tokens besides
+    assert POLICIES["adakv"].keep(view, newest, replace(FREE, recent=1)).flatten().tolist() == [18, 6]
     protected = POLICIES["adakv"].keep(view, scores, replace(FREE, anchors=4, recent=2))
     assert protected.flatten().tolist() == [12, 12], "twelve of each are protected, so nothing is left to compete for"
 

@@ -163,14 +163,50 @@ function setWidget(node, name, value) {
 
 const widgetValue = (/** @type {any} */ node, /** @type {string} */ name) => node?.widgets?.find((/** @type {any} */ w) => w.name === name)?.value;
 
-// -- Generate: the view -----------------------------------------------------------------------------------------------
+// -- what both views share --------------------------------------------------------------------------------------------
 
-class View {
+/** A widget that is told of runs: `fresh` clears what it shows of the last one, `show` brings it up to date. */
+class Told {
   /** @param {any} node */
   constructor(node) {
     this.node = node;
     this.state = EMPTY;
-    this.kept = ""; // the widget's value: rows handed back to Generate
+    this.kept = ""; // the widget's value
+    this.pending = 0;
+  }
+
+  get running() {
+    return !!this.state.run && !this.state.finished && !this.state.stopped;
+  }
+
+  /** @param {any} event */
+  event(event) {
+    const before = this.state.run?.run;
+    this.state = reduce(this.state, event);
+    if (event.kind === "started" || this.state.run?.run !== before) this.fresh();
+    this.show();
+  }
+
+  /** A preview of the host as a picture; null where it is none, or a newer one has come meanwhile. @param {Blob} blob */
+  async newest(blob) {
+    const number = ++this.pending;
+    const bitmap = await createImageBitmap(blob).catch(() => null);
+    if (number === this.pending) return bitmap;
+    bitmap?.close();
+    return null;
+  }
+
+  fresh() {}
+
+  show() {}
+}
+
+// -- Generate: the view -----------------------------------------------------------------------------------------------
+
+class View extends Told {
+  /** @param {any} node */
+  constructor(node) {
+    super(node);
     this.mode = "both";
     this.look = { row: -1, layer: -1, head: -1 };
     this.hover = -1;
@@ -180,7 +216,6 @@ class View {
     this.picture = null;
     this.pictured = 0; // lines the picture shows
     this.coming = 0; // lines the next one will show
-    this.pending = 0;
 
     this.paper = paper((ctx, width, height) => this.paint(ctx, width, height));
     const { canvas } = this.paper;
@@ -215,17 +250,10 @@ class View {
     this.show();
   }
 
-  get running() {
-    return !!this.state.run && !this.state.finished && !this.state.stopped;
-  }
-
   /** @param {any} event */
   event(event) {
-    const before = this.state.run?.run;
-    this.state = reduce(this.state, event);
-    if (event.kind === "started" || this.state.run?.run !== before) this.fresh();
+    super.event(event);
     if (event.kind === "picture") this.coming = event.lines;
-    this.show();
   }
 
   fresh() {
@@ -260,9 +288,8 @@ class View {
 
   /** A preview of the host. @param {Blob} blob @param {number} [lines] */
   async setPicture(blob, lines = this.coming) {
-    const number = ++this.pending;
-    const bitmap = await createImageBitmap(blob).catch(() => null);
-    if (!bitmap || number !== this.pending) return bitmap?.close(); // a newer one has come
+    const bitmap = await this.newest(blob);
+    if (!bitmap) return;
     this.picture?.close();
     this.picture = bitmap;
     this.pictured = lines;
@@ -343,7 +370,11 @@ class View {
     setWidget(this.node, "stop_after", stop);
     setWidget(this.node, "seed", anew ? Math.floor(Math.random() * 2 ** 32) : this.state.run.seed);
     this.show();
+    const control = this.node.widgets?.find((/** @type {any} */ w) => w.name === "control_after_generate");
+    const was = control?.value;
+    if (control) control.value = "fixed"; // the page would draw another seed, after queueing or (by its settings) before
     await app.queuePrompt(0, 1);
+    if (control) control.value = was;
   }
 
   startOver() {
@@ -439,19 +470,16 @@ class View {
 
 // -- Compare: the slider ----------------------------------------------------------------------------------------------
 
-class Slider {
+class Slider extends Told {
   /** @param {any} node */
   constructor(node) {
-    this.node = node;
-    this.state = EMPTY;
-    this.kept = "";
+    super(node);
     this.at = 0.5; // where the two meet, as a share of the picture's width
     this.number = 0;
     /** @type {[ImageBitmap, ImageBitmap][]} */
     this.pairs = [];
     /** @type {ImageBitmap | null} */
     this.live = null;
-    this.pending = 0;
     this.paper = paper((ctx, width, height) => this.paint(ctx, width, height));
     const { canvas } = this.paper;
     canvas.classList.add("slide");
@@ -476,19 +504,7 @@ class Slider {
     this.show();
   }
 
-  get running() {
-    return !!this.state.run && !this.state.finished && !this.state.stopped;
-  }
-
-  /** @param {any} event */
-  event(event) {
-    const before = this.state.run?.run;
-    this.state = reduce(this.state, event);
-    if (event.kind === "started" || this.state.run?.run !== before) this.clear();
-    this.show();
-  }
-
-  clear() {
+  fresh() {
     this.pairs.flat().forEach((bitmap) => bitmap.close());
     this.pairs = [];
     this.live?.close();
@@ -506,16 +522,15 @@ class Slider {
       return createImageBitmap(await answer.blob());
     })))).catch(() => null);
     if (!pairs || number !== this.pending) return;
-    this.clear();
+    this.fresh();
     this.pairs = /** @type {any} */ (pairs);
     this.show();
   }
 
   /** @param {Blob} blob */
   async setPicture(blob) {
-    const number = ++this.pending;
-    const bitmap = await createImageBitmap(blob).catch(() => null);
-    if (!bitmap || number !== this.pending) return bitmap?.close();
+    const bitmap = await this.newest(blob);
+    if (!bitmap) return;
     this.live?.close();
     this.live = bitmap;
     this.show();
@@ -648,7 +663,8 @@ class Memory {
     const images = Math.max(1, rows) * (Number(widgetValue(user, "batch_size")) || 1);
     const guidance = Number(widgetValue(user, "guidance") ?? -1);
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
-    return { shape, plan, sequences: images * (guided ? 2 : 1) };
+    const weights = shape.weights?.[widgetValue(loader, "weight_dtype") ?? "default"];
+    return { shape, plan, weights, sequences: images * (guided ? 2 : 1) };
   }
 
   show() {
@@ -659,7 +675,7 @@ class Memory {
     let memory = { text, fits: true, share: 0 };
     if (sizes) {
       const bytes = (/** @type {any} */ plan) => cacheBytes(sizes.shape, sizes.shape, plan, sizes.sequences);
-      memory = memoryText(bytes(sizes.plan), bytes({ policy: "full", budget: 1 }), FREE.bytes);
+      memory = memoryText(bytes(sizes.plan), bytes({ policy: "full", budget: 1 }), FREE.bytes, sizes.weights);
     }
     if (this.status.textContent === memory.text) return;
     this.status.textContent = memory.text;

@@ -29,8 +29,6 @@ def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     budget = plan.budget * view.grid.stride
     scores = protect(scores, view.index, view, plan.anchors, plan.recent)
     scores = scores.masked_fill(~view.candidates(), float("-inf"))
-    newest_first = view.index.argsort(dim=-1, descending=True, stable=True)  # ties must not depend on slots
-    scores = scores.gather(-1, newest_first)
     heads, slots = scores.shape[-2:]
     best = scores.flatten(-2).argsort(dim=-1, descending=True, stable=True)[..., : heads * budget]
     head = best // slots

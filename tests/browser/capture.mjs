@@ -1,24 +1,13 @@
-// Pictures of the Generate node, one after every row, for pictures.py.   node capture.mjs URL FOLDER
-import { createRequire } from "node:module";
-import { pathToFileURL } from "node:url";
+// Pictures of the Generate node, one after every row, for pictures.py.
+//   node capture.mjs URL FOLDER      PLAYWRIGHT, ENDPOINT: see page.mjs
+import { openPage } from "./page.mjs";
 
 const [url, folder] = process.argv.slice(2);
-const { chromium } = createRequire(pathToFileURL(`${process.env.PLAYWRIGHT}/x.js`))("playwright-core");
-const post = (path, data) => fetch(url + path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(data) });
-await post("/api/settings", {
-  "Comfy.TutorialCompleted": true, "Comfy.InstalledVersion": "1.58.1", "Comfy.Release.ShowUpdates": false, "Comfy.VueNodes.Enabled": true,
-  "Comfy.Workflow.ShowMissingNodesWarning": false, "Comfy.Minimap.Visible": false, "Comfy.Graph.CanvasInfo": false,
-});
-const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-gpu"] });
-const page = await browser.newPage({ viewport: { width: 1180, height: 940 } });
-await page.route("**/*", (r) => (new URL(r.request().url()).hostname === "127.0.0.1" || /^(data|blob):/.test(r.request().url()) ? r.continue() : r.abort()));
-await page.goto(url, { waitUntil: "domcontentloaded" });
-await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.LineAR_Generate);
-await page.waitForTimeout(1500);
-await page.evaluate(async () => {
+const { page, post, load, clear, painted, placed, says, queue, end, close } = await openPage(url, { width: 1180, height: 940 });
+await load();
+await clear();
+await page.evaluate(() => {
   const { app, LiteGraph } = window;
-  app.graph.clear();
-  await new Promise((done) => setTimeout(done, 400));
   const make = (type, x, y, size) => {
     const node = LiteGraph.createNode(type);
     node.pos = [x, y];
@@ -41,29 +30,30 @@ await page.evaluate(async () => {
   app.canvas.ds.scale = 1;
   app.canvas.ds.offset = [70, 120];
   app.canvas.setDirty(true, true);
-  await new Promise((done) => setTimeout(done, 1200));
 });
-const said = (row) => page.waitForFunction((row) => [...document.querySelectorAll("div")].some((d) => d.shadowRoot?.querySelector(".status[role=status]")?.textContent.startsWith(`row ${row}/`)), row);
+await placed();
 const box = await page.evaluate(() => {
   const all = [...document.querySelectorAll("div")].find((d) => d.shadowRoot?.querySelector("canvas[role=img]"));
   const { x, y, width, height } = all.getBoundingClientRect();
   return { x, y, width, height };
 });
 await post("/test/hold", { row: 1 });
-await page.evaluate(() => window.app.queuePrompt(0));
+await queue();
 for (let row = 1; row <= 24; row++) {
-  await said(row);
-  await page.waitForTimeout(180);
+  await says(`^row ${row}/24`);
+  await painted();
   await page.screenshot({ path: `${folder}/row-${String(row).padStart(2, "0")}.png`, clip: box });
   if (row === 15) await page.screenshot({ path: `${folder}/widget.png`, clip: { x: 76, y: 84, width: 850, height: 830 } });
   await post("/test/hold", { row: row + 1 });
 }
+const kept = page.waitForResponse(/\/view\?filename=linear_/);
 await post("/test/go", {});
-await page.waitForTimeout(1500);
+await Promise.all([kept, end()]);
 await page.getByRole("button", { name: "replay" }).waitFor();
 for (const [i, mode] of ["Kept", "Image", "Both"].entries()) {
   await page.getByRole("radio", { name: mode, exact: true }).click();
-  await page.waitForTimeout(250);
+  await painted();
   await page.screenshot({ path: `${folder}/row-9${i}.png`, clip: box });
 }
-await browser.close();
+await close();
+process.exit(0);

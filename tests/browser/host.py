@@ -13,6 +13,8 @@ import base64
 import json
 import struct
 import sys
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from aiohttp import WSMsgType, web
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PACK = "ar-line-cache"
-STEP = 0.06  # seconds between messages, at most
+STEP = 0.02  # seconds between messages, at most
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self'; connect-src 'self' data:; frame-src 'self'; object-src 'self';"
@@ -162,7 +164,7 @@ class Replay:
     async def ws(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(max_msg_size=0)
         await socket.prepare(request)
-        sid = request.query.get("clientId") or f"page{len(self.sockets)}"
+        sid = request.query.get("clientId") or uuid.uuid4().hex
         self.sockets[sid] = socket
         await socket.send_json(
             {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": sid}}
@@ -170,7 +172,8 @@ class Replay:
         async for message in socket:
             if message.type == WSMsgType.TEXT and json.loads(message.data).get("type") == "feature_flags":
                 await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
-        self.sockets.pop(sid, None)
+        if self.sockets.get(sid) is socket:  # a page that was loaded again has its new one under the same name by now
+            del self.sockets[sid]
         return socket
 
     # -- a run -------------------------------------------------------------------------------------------------------
@@ -206,8 +209,15 @@ class Replay:
         task.add_done_callback(self.playing.discard)
         return web.json_response({"prompt_id": prompt_id, "number": len(self.prompts), "node_errors": {}})
 
+    async def say(self, client: str, message: dict | bytes) -> None:
+        """To the page that queued; one that has gone hears nothing."""
+        socket = self.sockets.get(client)
+        if socket is not None:
+            with suppress(ConnectionError):
+                await (socket.send_bytes(message) if isinstance(message, bytes) else socket.send_json(message))
+
     async def play(self, run: dict, asked: dict, prompt_id: str) -> None:
-        ids = {}
+        ids, client = {}, asked.get("client_id")
         for old, node in run["prompt"].items():
             new = next((i for i, n in asked["prompt"].items() if n["class_type"] == node["class_type"]), None)
             ids[old] = new if new is not None else old
@@ -215,16 +225,15 @@ class Replay:
         for at, data in run["frames"]:
             await asyncio.sleep(min(max(at - before, 0.001), STEP))
             before = at
-            socket = self.sockets.get(asked.get("client_id")) or next(iter(self.sockets.values()), None)
-            if socket is None:
-                return
             if "binary" in data:
-                await socket.send_bytes(renamed_binary(base64.b64decode(data["binary"]), ids))
+                await self.say(
+                    client, renamed_binary(base64.b64decode(data["binary"]), ids, run["prompt_id"], prompt_id)
+                )
                 continue
             message = renamed(data, ids, run["prompt_id"], prompt_id)
             if message["type"] == "executed":
                 outputs[message["data"]["node"]] = message["data"]["output"]
-            await socket.send_json(message)
+            await self.say(client, message)
             while message["type"] == "linear_ar.line" and message["data"].get("row", -1) + 1 == self.hold_after:
                 self.hold.clear()
                 await self.hold.wait()
@@ -232,10 +241,10 @@ class Replay:
                     break
             if self.stop.is_set():
                 done = {"prompt_id": prompt_id, "node_id": ids["4"], "node_type": "LineAR_Generate", "executed": []}
-                await socket.send_json({"type": "execution_interrupted", "data": done})
+                await self.say(client, {"type": "execution_interrupted", "data": done})
                 break
         idle = {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}}}
-        await socket.send_json(idle)
+        await self.say(client, idle)
         entry = [len(self.prompts), prompt_id, asked["prompt"], asked.get("extra_data", {}), []]
         self.history[prompt_id] = {
             "prompt": entry,
@@ -267,12 +276,12 @@ def renamed(data: Any, ids: dict[str, str], old: str, new: str) -> Any:
     return out
 
 
-def renamed_binary(data: bytes, ids: dict[str, str]) -> bytes:
+def renamed_binary(data: bytes, ids: dict[str, str], old: str, new: str) -> bytes:
     """A preview (type 4: the length of its notes, the notes, the picture) with the ids of this run."""
     kind, length = struct.unpack(">II", data[:8])
     if kind != 4:
         return data
-    notes = json.dumps(renamed(json.loads(data[8 : 8 + length]), ids, "", "")).encode()
+    notes = json.dumps(renamed(json.loads(data[8 : 8 + length]), ids, old, new)).encode()
     return struct.pack(">II", 4, len(notes)) + notes + data[8 + length :]
 
 

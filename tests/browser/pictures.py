@@ -5,32 +5,25 @@ python tests/browser/pictures.py     (after `python3 dev.py test`, which fetches
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import dev  # noqa: E402
-
-PARTS = Path(os.environ.get("LINEAR_BROWSER", ROOT / ".venv" / "browser"))
-PORT = 8497
+from tests.browser.chromium import Chromium, page_of, replaying, script  # noqa: E402
 
 
 def main() -> None:
-    page = PARTS / f"frontend-{dev.FRONTENDS[0]}" / "comfyui_frontend_package" / "static"
-    host = subprocess.Popen([sys.executable, HERE / "host.py", str(PORT), page])
+    chromium = Chromium()
     try:
-        time.sleep(4)
-        with tempfile.TemporaryDirectory() as folder:
-            env = {**os.environ, "PLAYWRIGHT": str(PARTS)}
-            subprocess.run(["node", HERE / "capture.mjs", f"http://127.0.0.1:{PORT}", folder], env=env, check=True)
+        with replaying(page_of(dev.FRONTENDS[0])) as url, tempfile.TemporaryDirectory() as folder:
+            status, _, console = script("capture.mjs", url, folder, chromium=chromium, seconds=300)
+            if status:
+                raise SystemExit(console)
             docs = ROOT / "docs"
             docs.mkdir(exist_ok=True)
             with Image.open(Path(folder) / "widget.png") as still:
@@ -41,8 +34,7 @@ def main() -> None:
                 docs / "run.webp", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=70, method=6
             )
     finally:
-        host.terminate()
-        host.wait()
+        chromium.close()
     for name in ("widget.png", "run.webp"):
         print(f"docs/{name}: {(docs / name).stat().st_size / 1e3:.0f} kB")
 

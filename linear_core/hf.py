@@ -1,0 +1,335 @@
+"""The line cache for people who stay with transformers: a Cache to pass as `past_key_values`.
+
+    cache = LineCache(model, grid=(24, 24), plan=CachePlan(budget=4))
+    model.generate(**inputs, generation_mode="image", past_key_values=cache)
+
+transformers hands a cache keys and values and attends by itself. A line cache must also see the queries, and attention
+must see what each slot weighs, so the model is switched to an attention of ours, registered under NAME: `update` marks
+the keys with their cache, and where attention meets such keys it reads the slots instead. For all other keys, and for
+the prompt, it is transformers' own "sdpa". Keys, values, policies and the choice of victims are those of the loop.
+
+Works with transformers 4.57 and with 5.5 and newer (5.4 draws no Janus images, with any cache).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import attention
+from .cache import LineCache as Slots
+from .errors import UserError
+from .generate import end_line
+from .grid import Grid
+from .plan import CachePlan, CacheShape
+from .policies import get_policy
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.cache_utils import Cache
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+except ImportError as error:
+    raise UserError(
+        f"linear_core.hf: needs transformers 4.57 or newer ({error}); install it, or use linear_core.generate, which "
+        "needs none."
+    ) from error
+
+NAME = "line_cache"
+FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what else some models add to their attention
+
+
+class LineCache(Cache):
+    """Keys and values of one image per row of the batch: the prompt, `plan.budget` lines and the one being written.
+
+    model  a transformers model with a Llama-like decoder in it; its attention is switched to NAME
+    grid   rows and columns of the image's tokens, or a Grid where lines end with a token of their own
+    plan   policy, budget, anchors, recent lines, release
+
+    The first forward is the prompt, all of it. What its last token does not see is padding, which no image token sees
+    either; what masks say later is not read. From then on every token is an image token: one at a time, or several of
+    one line. Guidance that doubles the batch needs nothing more. `reset` before the next image.
+
+    Where several query heads share a key head, policies are shown the mean of their queries.
+
+    `slots` is the cache itself once the prompt is in, with `index` L B H S: the tokens held. Raises UserError where the
+    model, the grid or the order of tokens does not fit.
+    """
+
+    def __init__(self, model: nn.Module, grid: tuple[int, int] | Grid, plan: CachePlan):
+        super().__init__(layers=[])  # they are kept together, and every method that would look at them is below
+        self.grid, self.plan, self.policy = _grid(grid), plan, get_policy(plan.policy)
+        plan.check(self.grid)
+        self._decoder = _switch(model, self.grid)
+        self._layers = self._decoder.config.num_hidden_layers
+        self._reads = self.policy.reads | ({"ahead"} if plan.release == "fold" else set())
+        if "ahead" in self._reads and _turner(self._decoder) is None:
+            raise UserError(
+                f"model: how {type(self._decoder).__name__} turns its queries is not known, which folding needs; "
+                "choose another policy, with release strict or lazy."
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the image; the next forward is a prompt."""
+        self.slots: Slots | None = None
+        self._fed: int | None = None  # image tokens so far; None until the prompt is in
+        self._index = self._column = torch.empty(0, dtype=torch.int64)  # of the image tokens in this forward
+        self._announced = self._attended = 0  # layers of this forward
+
+    @property
+    def nbytes(self) -> int:
+        """Keys and values as allocated; 0 before the prompt."""
+        return 0 if self.slots is None else self.slots.nbytes
+
+    # -- what transformers asks --------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values B H T D of a layer's new tokens, rotated. They return marked, for `attend` to find us."""
+        if layer_idx != self._announced:
+            raise UserError(
+                f"cache: layer {layer_idx} comes where layer {self._announced} is due; a forward was broken off, or "
+                "not every layer keeps keys; call reset() and begin the image again."
+            )
+        if self._announced != self._attended:
+            raise UserError(
+                f"model: layer {self._attended} did not attend through the line cache, so this model does not use the "
+                "attention that its config names; a line cache cannot serve it."
+            )
+        if layer_idx == 0:
+            self._begin(key_states, value_states)
+        self._announced += 1
+        key_states.line_cache = self
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, held or not: positions go on from here."""
+        return 0 if self._fed is None else self.slots.grid.prompt + self._fed
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys a mask would have to speak of. transformers 4 gives the new tokens' places, 5 their number."""
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.get_seq_length() + new, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The most tokens a sequence may have; -1 before the prompt's length is known."""
+        return -1 if self.slots is None else self.slots.grid.prompt + self.grid.tokens
+
+    get_max_cache_shape = get_max_length  # its name up to 5.12
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.slots is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        return False  # what was written over is gone
+
+    def __len__(self) -> int:
+        return self._layers
+
+    def __repr__(self) -> str:
+        return f"LineCache({self.grid.rows} x {self.grid.cols}, {self.plan})"
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError(
+            "cache: the rows and tokens of a line cache stay as they are; use num_beams=1, no assistant model, and the "
+            "same batch from the prompt on."
+        )
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
+
+    # -- a forward ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, k: Tensor, v: Tensor) -> None:
+        """Decide what the tokens of this forward are, and end a line that is complete."""
+        if (found := self._decoder.config._attn_implementation) != NAME:
+            raise UserError(
+                f"model: its attention was changed to '{found}' after the LineCache was made; make a new one after the "
+                "last change."
+            )
+        if torch.is_grad_enabled() and k.requires_grad:
+            raise UserError("cache: slots are written over, so gradients are lost; decode under torch.no_grad().")
+        rows, _, count, _ = k.shape
+        if self._fed is None:
+            self._open(k, v)
+            return
+        slots, stride = self.slots, self.grid.stride
+        if rows != slots.rows:
+            raise UserError(
+                f"cache: it holds {slots.rows} sequences and {rows} are fed; call reset() before another batch."
+            )
+        if self._fed + count > self.grid.tokens:
+            raise UserError(
+                f"grid: {self.grid.rows} x {self.grid.cols} ends after {self.grid.tokens} tokens, and {self._fed} are "
+                f"in the cache when {count} more come; call reset() before another image, or give the model's grid."
+            )
+        row, column = divmod(self._fed, stride)
+        if column + count > stride:
+            raise UserError(
+                f"cache: {count} tokens come at column {column} of a line of {stride}; feed tokens of one line at a "
+                "time, and call reset() before another prompt."
+            )
+        if column == 0 and row > 0:
+            end_line(slots, self.policy, row - 1, self._turn)
+        self._column = torch.arange(column, column + count, device=k.device)
+        self._index = self._column + slots.grid.index(row)
+        if count == 1:
+            slots.advance(self._index, self._column)
+
+    def _open(self, k: Tensor, v: Tensor) -> None:
+        """Allocate for the prompt whose keys and values these are."""
+        rows, heads, prompt, dim = k.shape
+        if v.shape != k.shape:
+            raise UserError(f"model: keys have {dim} numbers a head and values {v.shape[3]}; a line cache needs equal.")
+        shape = CacheShape(self._layers, heads, dim, prompt, k.element_size())
+        self.slots = Slots(
+            shape,
+            rows,
+            self.grid.after(prompt),
+            self.plan,
+            dtype=k.dtype,
+            device=k.device,
+            reads=self._reads,
+        )
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Write one layer's k, v B H T D to its slots and attend with q B Q T D, Q a multiple of H -> B T Q D."""
+        if dropout:
+            raise UserError("model: it is in training mode; call model.eval() before drawing.")
+        if foreign := [name for name in FOREIGN if kwargs.get(name) is not None]:
+            raise UserError(f"model: its attention uses {foreign[0]}, which a line cache does not know.")
+        slots, layer = self.slots, self._attended
+        if k.device != slots.bias.device:
+            raise UserError(f"model: its layers lie on {slots.bias.device} and {k.device}; put them on one device.")
+        if self._fed is None:
+            slots.write_prompt(layer, k, v, _words(mask, k))
+            out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
+        else:
+            out = self._attend_slots(layer, _scaled(q, scaling), k, v)
+        self._attended += 1
+        if self._attended == self._layers:
+            self._end()
+        return out, None
+
+    def _attend_slots(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slots, groups = self.slots, q.shape[1] // k.shape[1]
+        grouped = q.unflatten(1, (-1, groups))  # B H G T D
+        mean = grouped.mean(2)
+        if q.shape[2] == 1:
+            slots.write(layer, self._column, k, v, mean)
+            keys, values, bias = slots.read(layer)
+        else:
+            keys, values, bias = slots.feed(layer, self._column, k, v, mean)
+            bias = bias.repeat(1, 1, groups, 1)
+        out = attention.attend(grouped.flatten(2, 3), keys, values, bias)
+        return out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).contiguous()
+
+    def _turn(self, queries: Tensor, lines: int) -> Tensor:
+        """Rotated queries L B H C D as if they stood so many lines later: the model's own rotation, once more."""
+        rotary, rotate = self._decoder.rotary_emb, _turner(self._decoder)
+        place = torch.tensor([[lines * self.grid.stride]], device=queries.device)
+        cos, sin = rotary(queries, place)
+        turned, _ = rotate(flat := queries.flatten(0, 1), flat, cos, sin)
+        # Some rotations also lengthen, which must not happen twice.
+        return turned.view_as(queries) / getattr(rotary, "attention_scaling", 1.0)
+
+    def _end(self) -> None:
+        """Every layer has its tokens."""
+        self._announced = self._attended = 0
+        if self._fed is None:
+            self.slots.extend()
+            self._fed = 0
+            return
+        if len(self._index) > 1:
+            self.slots.advance(self._index, self._column)
+        self._fed += len(self._index)
+
+
+def line_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention that the model is switched to: a LineCache's for its keys, transformers' "sdpa" for any others."""
+    cache = getattr(key, "line_cache", None)
+    attend = sdpa_attention_forward if cache is None else cache.attend
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, line_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # or a prompt would get no mask at all
+
+
+def _grid(given: tuple[int, int] | Grid) -> Grid:
+    if isinstance(given, Grid):
+        return given
+    try:
+        rows, cols = given
+    except (TypeError, ValueError) as error:
+        raise UserError(f"grid: {given!r} is not a number of rows and one of columns, such as (24, 24).") from error
+    return Grid(rows, cols)
+
+
+def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
+    """Give the decoder inside `model` our attention; returns the decoder. Raises UserError where it cannot work."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text] if text else []
+    if not decoders:
+        raise UserError(f"model: {type(model).__name__} is no transformers model with a decoder; give the whole model.")
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UserError(f"model: it has layers of kind {', '.join(sorted(kinds))}; a line cache needs full attention.")
+    if config.model_type == "janus":
+        side = config.vq_config.num_patches
+        if (grid.rows, grid.cols) != (side, side):
+            raise UserError(f"grid: this Janus draws {side} x {side} tokens, not {grid.rows} x {grid.cols}.")
+    try:
+        decoders[0].set_attn_implementation(NAME)
+    except ValueError as error:
+        raise UserError(f"model: its attention cannot be replaced ({error}).") from error
+    if text._attn_implementation != NAME:
+        raise UserError(f"model: {type(decoders[0]).__name__} does not let its attention be replaced.")
+    return decoders[-1]
+
+
+def _turner(decoder: PreTrainedModel) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """How the model rotates queries and keys: what transformers keeps beside every decoder with RoPE."""
+    rotate = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+    return rotate if hasattr(decoder, "rotary_emb") else None
+
+
+def _words(mask: Tensor | None, k: Tensor) -> Tensor:
+    """Which prompt tokens are no padding, as weights B P: those that the last one sees.
+
+    mask  B 1 P P, bool or added to the scores; None: causal
+    """
+    rows, _, places, _ = k.shape
+    if mask is None:
+        return torch.ones(rows, places, device=k.device)
+    last = mask[:, 0, -1, :places]
+    seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    return seen.expand(rows, -1).float()
+
+
+def _scaled(q: Tensor, scaling: float | None) -> Tensor:
+    """Queries that give the model's scores when divided by the root of their size, as the core does."""
+    usual = q.shape[-1] ** -0.5
+    return q if scaling is None or math.isclose(scaling, usual, rel_tol=1e-6) else q * (scaling / usual)

@@ -1,0 +1,137 @@
+// ComfyUI's real page in a Chromium that runs already (chromium.py), and what every script does there.
+//   PLAYWRIGHT: the folder with node_modules/playwright-core      ENDPOINT: where that Chromium listens
+import { createRequire } from "node:module";
+import { pathToFileURL } from "node:url";
+
+const { chromium } = createRequire(pathToFileURL(`${process.env.PLAYWRIGHT}/x.js`))("playwright-core");
+
+/** A page of `url` with nothing of earlier ones. Its console goes to stderr; `problems` are those that name this pack.
+ * @param {string} url @param {{ vue?: boolean, theme?: string, width?: number, height?: number }} [how] */
+export async function openPage(url, { vue = true, theme = "dark", width = 1280, height = 860 } = {}) {
+  const post = (path, data) => fetch(url + path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(data) });
+  await post("/api/settings", {
+    "Comfy.TutorialCompleted": true, "Comfy.InstalledVersion": "1.58.1", "Comfy.Release.ShowUpdates": false, "Comfy.Workflow.Persist": true,
+    "Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": theme, "Comfy.Minimap.Visible": false, "Comfy.Graph.CanvasInfo": false,
+    "Comfy.Workflow.ShowMissingNodesWarning": false, "Comfy.Workflow.ShowMissingModelsWarning": false, // of the default graph
+  });
+  const browser = await chromium.connectOverCDP(process.env.ENDPOINT);
+  const context = await browser.newContext({ viewport: { width, height } });
+  const page = await context.newPage();
+  page.setDefaultTimeout(40000);
+  const problems = [];
+  const ours = (text) => /linear|line_cache|ar-line-cache/i.test(text);
+  const noted = (text, where) => {
+    console.error(text.slice(0, 400));
+    if (ours(text + where)) problems.push(text);
+  };
+  page.on("console", (m) => ["error", "warning"].includes(m.type()) && noted(m.text(), m.location().url));
+  page.on("pageerror", (e) => noted(e.stack ?? e.message, ""));
+
+  /** Load the page, to the point at which it could run a graph. */
+  async function load() {
+    await page.goto(url, { waitUntil: "domcontentloaded" });
+    await page.waitForFunction(() => {
+      const { app, LiteGraph } = window;
+      return app?.graph && (app.vueAppReady ?? true) && app.api.socket?.readyState === 1 && app.api.clientId && LiteGraph?.registered_node_types?.LineAR_Generate;
+    });
+  }
+
+  /** Take every node away, and wait until the page has: only then new ones may get their numbers. */
+  async function clear() {
+    await page.evaluate(() => window.app.graph.clear());
+    await page.waitForFunction(() => !document.querySelector("[data-node-id]") && ![...document.querySelectorAll("div")].some((d) => d.shadowRoot?.querySelector("canvas")));
+  }
+
+  /** Two frames later everything that was asked for is on the screen. */
+  const painted = () => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+
+  /** Wait until our widget's canvas has its place, and keeps it. */
+  async function placed() {
+    const canvas = page.locator("canvas[role=img], canvas[role=slider]").first();
+    await canvas.waitFor({ state: "attached" });
+    let last = "";
+    await until(() => canvas.evaluate((c) => JSON.stringify(c.getBoundingClientRect())), (now) => {
+      const same = now === last && JSON.parse(now).width > 100;
+      last = now;
+      return same;
+    }, "the widget has its place", painted);
+  }
+
+  /** Wait until a widget's text line says so. @param {string} pattern */
+  const says = (pattern) => page.waitForFunction((pattern) => [...document.querySelectorAll("div")].some((d) => new RegExp(pattern).test(d.shadowRoot?.querySelector(".status[role=status]")?.textContent ?? "")), pattern);
+
+  /** Four nodes and a picture; `last`, the name of a node, draws. @param {string} last */
+  async function build(last) {
+    await clear();
+    await page.evaluate((last) => {
+      const { app, LiteGraph } = window;
+      const make = (type, x, y, size) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = [x, y];
+        app.graph.add(node);
+        if (size) node.setSize([Math.max(size[0], node.size[0]), Math.max(size[1], node.size[1])]);
+        return node;
+      };
+      const slot = (node, name) => node.inputs.findIndex((i) => i.name === name);
+      const loader = make("LineAR_LoadModel", 90, 70, [300, 120]);
+      const cache = make("LineAR_LineCache", 90, 300, [300, 130]);
+      const prompt = make("LineAR_ClassPrompt", 90, 500, [300, 180]);
+      const node = make(last, 430, 70, [440, 700]);
+      loader.connect(0, node, slot(node, "model"));
+      cache.connect(0, node, slot(node, "cache"));
+      loader.connect(0, prompt, slot(prompt, "model"));
+      prompt.connect(0, node, slot(node, "prompt"));
+      if (last === "LineAR_Generate") {
+        const decode = make("LineAR_Decode", 920, 70);
+        const preview = make("PreviewImage", 920, 220, [280, 330]);
+        loader.connect(0, decode, slot(decode, "model"));
+        node.connect(0, decode, slot(decode, "tokens"));
+        decode.connect(0, preview, 0);
+      }
+      app.canvas.ds.scale = 1;
+      app.canvas.ds.offset = [-20, 10];
+      app.canvas.setDirty(true, true);
+      window.node = node;
+    }, last);
+    await placed();
+  }
+
+  /** How many different colours the widget's canvas shows, and the mean of its grid. */
+  const colours = () => page.locator("canvas[role=img]").evaluate((c) => {
+    const data = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+    const seen = new Set();
+    let [sum, count] = [0, 0];
+    for (let i = 0; i < data.length; i += 4) {
+      if (data[i + 3] < 255) continue; // beside the grid
+      count += 3;
+      seen.add((data[i] << 16) | (data[i + 1] << 8) | data[i + 2]);
+      sum += data[i] + data[i + 1] + data[i + 2];
+    }
+    return { seen: seen.size, mean: sum / count };
+  });
+
+  /** Queue the graph; `end` then waits for how it ends. */
+  const listen = () => page.evaluate(() => {
+    window.ended = "";
+    for (const type of ["execution_success", "execution_error", "execution_interrupted"]) window.app.api.addEventListener(type, () => (window.ended = type), { once: true });
+  });
+  async function queue() {
+    await listen();
+    await page.evaluate(() => window.app.queuePrompt(0));
+  }
+  const end = async () => (await page.waitForFunction(() => window.ended)).jsonValue();
+
+  return { page, problems, post, load, clear, build, colours, painted, placed, says, listen, queue, end, close: () => context.close() };
+}
+
+/** Read again and again until `good` says yes of what was read; returns that.
+ * @template T @param {() => Promise<T>} read @param {(value: T) => boolean} good @param {string} what @param {() => Promise<any>} [pause] */
+export async function until(read, good, what, pause = () => new Promise((done) => setTimeout(done, 30))) {
+  const last = Date.now() + 40000;
+  for (;;) {
+    const value = await read();
+    if (good(value)) return value;
+    if (Date.now() > last) throw new Error(`waited 40 s: ${what}; last was ${JSON.stringify(value)}`);
+    await pause();
+  }
+}
