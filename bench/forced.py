@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linear_core.attention import line_probabilities
 from linear_core.cache import LineCache
-from linear_core.generate import Decoder, _end_line
+from linear_core.generate import Decoder, end_line
 from linear_core.grid import Grid
 from linear_core.plan import CachePlan
 from linear_core.policies import get_policy
@@ -43,8 +43,8 @@ def forced_logits(
     plan.check(grid)
     policy = get_policy(plan.policy)
     reads = reads | policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    cache = LineCache(decoder.cache_shape(), prompt.rows, grid, plan, dtype=decoder.dtype, device=decoder.device,
-                      reads=reads)  # fmt: skip
+    shape = decoder.cache_shape(prompt.length)
+    cache = LineCache(shape, prompt.rows, grid, plan, dtype=decoder.dtype, device=decoder.device, reads=reads)
     turn = partial(decoder.turn_ahead, grid)
     columns = torch.arange(grid.stride, device=decoder.device)
     lines = codes.to(decoder.device)
@@ -56,7 +56,7 @@ def forced_logits(
         logits.append(decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, every=True))
         look(row, cache)
         if row + 1 < grid.rows:
-            _end_line(cache, policy, row, turn)
+            end_line(cache, policy, row, turn)
     expected = torch.cat(logits, 1)[:, : grid.tokens]  # those after token n - 1 are of token n
     return expected.unflatten(1, (grid.rows, grid.stride))[:, :, : grid.cols].flatten(1, 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -10,8 +11,6 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-
-from linear_core.plan import CachePlan
 
 if TYPE_CHECKING:
     from bench.quality import Lab
@@ -30,8 +29,6 @@ GREY, INK = "#b4b8bd", "#202226"
 
 def plot(field: Field, lab: Lab, path: Path) -> None:
     """One PNG, readable at the width of a README."""
-    shape = lab.model.decoder.cache_shape()
-    whole = shape.bytes(lab.grid, CachePlan("full"), 1)
     style = dict(STYLE)
     for name, look in zip(field.rivals(max(1, field.lines // 6))[:2], RIVALS, strict=False):
         style[name] = look
@@ -40,7 +37,7 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
     shown = [n for n in field.names if n != "line"]  # which lies on the published rule
     for name in sorted(shown, key=lambda n: n in style):  # what is highlighted lies on top
         rows = [field.rows[name, b] for b in field.budgets if (name, b) in field.rows]
-        x = np.array([100 * r["bytes"] / whole for r in rows])
+        x = np.array([taken(r) for r in rows])
         y, ci = (np.array([r[k] for r in rows]) for k in ("kl", "kl_ci"))
         keep = y > 1e-6  # nothing lost has no place on a logarithmic axis
         x, y, ci = x[keep], y[keep], np.nan_to_num(ci[keep])
@@ -56,9 +53,9 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
         ends.append((name, x[-1], y[-1], colour if strong else "#7a7f86", strong))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    taken = [100 * shape.bytes(lab.grid, CachePlan(budget=b), 1) / whole for b in field.budgets]
-    names = [f"{share:.0f} %\n{field.share(b)}" for share, b in zip(taken, field.budgets, strict=True)]
-    axes.set_xticks(taken, names)
+    usual = [mode(taken(r) for (_, b), r in field.rows.items() if b == budget) for budget in field.budgets]
+    names = [f"{percent:.0f} %\n{field.share(b)}" for percent, b in zip(usual, field.budgets, strict=True)]
+    axes.set_xticks(usual, names)
     axes.minorticks_off()
     axes.set_xlabel(
         "memory that the cache takes, of the full one's; below, what is kept when a line has ended", color=INK
@@ -74,6 +71,11 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def taken(row: dict) -> float:
+    """Memory of a row's cache, per cent of the full one's."""
+    return 100 * row["bytes"] / row["bytes_full"]
 
 
 def _label(axes, ends: list[tuple[str, float, float, str, bool]]) -> None:

@@ -60,6 +60,9 @@ APART = {"__main__", "convert", "download", "errors", "events", "heatmap", "libr
 DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others
 DRAWN_BATCH, DRAWN_SEED, OTHER_SEED = 12, 5000, 905_000
 
+TEXTS = ("a red fox in the snow", "a lighthouse at dusk", "a bowl of oranges", "a steam train in the mountains",
+         "an old sailor", "a city street in the rain", "a field of sunflowers", "a glass chess set")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Split:
@@ -118,15 +121,17 @@ class Lab:
 
     def __init__(self, files: ModelFiles, out: Path, grid: tuple[int, int] | None = None):
         self.model = load_model(files, grid=grid)
-        if self.model.info.text:
-            raise UserError(f"{files.decoder.name}: draws texts; the lab measures models that draw classes.")
+        info = self.model.info
+        if info.text and not info.own_words:
+            raise UserError(f"{info.name}: needs a text encoder; measure a model of classes or of own words.")
+        self.kinds = len(TEXTS) if info.text else info.config.classes
         self.files, self.out = files, out
         self.file = out / f"quality-{self.model.info.name}.json"
         self.scratch = SCRATCH
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.grid = self.model.decoder.grid
         self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in APART])
-        self.weights = hash_of([files.decoder, files.tokenizer])
+        self.weights = hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
         self.data: dict[str, Any] = {"circumstances": {}, "bars": [], "rows": [], "samples": [], "pairs": []}
         if self.file.exists():
             self.data |= json.loads(self.file.read_text(encoding="utf-8"))
@@ -139,6 +144,15 @@ class Lab:
     def bundled(self) -> bool:
         return self.files == bundled_files()
 
+    def prompt(self, kinds: list[int]) -> Prompt:
+        """One picture for each class, or text, by number."""
+        return self.model.prompt([TEXTS[k] for k in kinds]) if self.model.info.text else class_prompt(kinds)
+
+    def name(self, kind: int) -> str:
+        """Of a class or a text."""
+        info = self.model.info
+        return TEXTS[kind] if info.text else info.classes[kind] if info.classes else f"class {kind}"
+
     def held_out(self, split: Split) -> tuple[Prompt, Tensor]:
         """Prompts and codes B rows cols of a split."""
         if split not in self.codes:
@@ -147,7 +161,7 @@ class Lab:
                 labels, codes = self.scenes(split) if self.bundled else self.own(split)
                 save_file({"labels": labels, "codes": codes.contiguous()}, path)
             stored = load_file(path)
-            self.codes[split] = class_prompt(stored["labels"].tolist()), stored["codes"]
+            self.codes[split] = self.prompt(stored["labels"].tolist()), stored["codes"]
         return self.codes[split]
 
     def scenes(self, split: Split) -> tuple[Tensor, Tensor]:
@@ -160,9 +174,9 @@ class Lab:
         return torch.from_numpy(labels), codes
 
     def own(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Pictures that the model draws itself with the full cache, of classes that the seed chooses."""
+        """Pictures that the model draws itself with the full cache, of classes or texts that the seed chooses."""
         source = np.random.default_rng(split.seed)
-        labels = torch.from_numpy(source.integers(0, self.model.info.config.classes, split.images))
+        labels = torch.from_numpy(source.integers(0, self.kinds, split.images))
         return labels, self.draw(CachePlan("full"), labels.tolist(), split.seed)
 
     def reference(self, split: Split, start: int, prompt: Prompt, codes: Tensor) -> Reference:
@@ -206,7 +220,7 @@ class Lab:
                 break
         begun = time.perf_counter()
         found = self.measure(plan, split)
-        shape = self.model.decoder.cache_shape()
+        shape = self.model.decoder.cache_shape(self.held_out(split)[0].length)
         token_bytes = 2 * shape.layers * shape.heads * shape.dim * shape.bytes_per_number
         row = {
             "names": [name],
@@ -218,6 +232,7 @@ class Lab:
             "tokens": found["tokens"],
             "bytes_held": round((shape.prompt + found["tokens"]) * token_bytes),
             "bytes": shape.bytes(self.grid, plan, 1),
+            "bytes_full": shape.bytes(self.grid, CachePlan("full"), 1),
             "seconds": round(time.perf_counter() - begun, 1),
             "date": date.today().isoformat(),
             "core": self.core,
@@ -277,7 +292,7 @@ class Lab:
         for start in range(0, len(labels), DRAWN_BATCH):
             run, part = Run(), labels[start : start + DRAWN_BATCH]
             for line in generate(
-                self.model.decoder, class_prompt(part), plan, replace(self.model.info.defaults, seed=seed + start)
+                self.model.decoder, self.prompt(part), plan, replace(self.model.info.defaults, seed=seed + start)
             ):
                 run.add(line)
             drawn.append(run.tokens)
@@ -285,7 +300,7 @@ class Lab:
 
     def sample(self, plan: CachePlan, count: int, seed: int, core: str | None = None) -> Tensor:
         """`count` pictures' codes, classes in turn; kept in the scratch folder for the code and weights they are of."""
-        labels = [i % self.model.info.config.classes for i in range(count)]
+        labels = [i % self.kinds for i in range(count)]
         what = json.dumps([asdict(plan), count, seed, core or self.core, self.weights])
         path = self.scratch / f"drawn-{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors"
         if not path.exists():
@@ -309,6 +324,10 @@ class Lab:
         part = self.file.with_suffix(".part")
         part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
         part.replace(self.file)
+
+
+def contents(path: Path) -> list[Path]:
+    return sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
 
 
 def hash_of(files: list[Path]) -> str:
@@ -398,7 +417,7 @@ class Judge:
 
     def figures(self, codes: Tensor) -> dict[str, Any]:
         features, classes = self.look(codes)
-        right = int((classes == torch.arange(len(codes)) % self.lab.model.info.config.classes).sum())
+        right = int((classes == torch.arange(len(codes)) % self.lab.kinds).sum())
         return {
             "accuracy": right / len(codes),
             "accuracy_ci": share_interval(right, len(codes)),
@@ -409,7 +428,9 @@ class Judge:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a class-conditional checkpoint (default: the bundled model)")
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint, file or folder, of classes or of own words (default: the bundled one)"
+    )
     parser.add_argument("--grid", type=int, nargs=2, help="rows and columns, where the file does not say")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets, one over the share of lines")

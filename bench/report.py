@@ -199,7 +199,7 @@ def drawn(field: Field, samples: list[Row]) -> list[str]:
 def sheet(lab: Lab, path: Path) -> None:
     """The same classes and noise under every cache that drew."""
     info, samples = lab.model.info, lab.data["samples"]
-    columns = [c for c in PICTURED if c < min(info.config.classes, samples[0]["images"])] or [0]
+    columns = [c for c in PICTURED if c < min(lab.kinds, samples[0]["images"])] or [0]
     rows = []
     for s in samples:
         if s["seed"] != samples[0]["seed"]:
@@ -209,5 +209,6 @@ def sheet(lab: Lab, path: Path) -> None:
         right = f", class right in {s['accuracy']:.0%} of {s['images']}" if "accuracy" in s else ""
         said = "" if s["policy"] == "full" else f", {s['agreement']:.0%} of codes as with the full cache"
         rows.append((s["name"], what + said + right, decode(lab.model.tokenizer, codes)))
-    names = [info.classes[c] if info.classes else str(c) for c in columns]
-    save(contact_sheet(rows, names, 192), path, {"seed": samples[0]["seed"], "model": info.name})
+    save(
+        contact_sheet(rows, [lab.name(c) for c in columns], 192), path, {"seed": samples[0]["seed"], "model": info.name}
+    )
