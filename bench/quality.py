@@ -49,7 +49,7 @@ from linear_core.prompts import Prompt, class_prompt
 
 ROOT = Path(__file__).parents[1]
 SCRATCH = ROOT / "out" / "quality"  # codes, of no use to anybody else
-SHARES = (6, 12, 4, 8, 24, 2)  # one over the share of lines kept, in the order of computing
+SHARES = (6, 12, 2, 4, 24, 8)  # one over the share of lines kept, in the order of computing
 FIRST = ("line", "fold", "random")
 ANCHORS, RECENT = 4, (0, 1, 2)
 BATCH = 8  # pictures at a time: what they need stays in a processor's cache
@@ -113,7 +113,7 @@ def contenders(policies: list[str]) -> list[Contender]:
     ]
     names = {c.policy for c in special}
     others = [Contender(name) for name in POLICIES if name not in names and name != "full"]
-    return [c for c in special[:4] + others + special[4:] if c.policy in policies]
+    return [c for c in special[:6] + others + special[6:] if c.policy in policies]
 
 
 class Lab:
@@ -459,16 +459,22 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
         f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
         f"{len(lab.data['rows'])} rows are there. Stop at any time, and go on with the same command."
     )
-    if not args.write:
-        for near in (budgets[:2], budgets[2:]):  # what is asked for most often comes first
+    if args.write:
+        tell(write_report(lab))
+        return
+    for stage in (budgets[:2], budgets[2:]):  # what is asked for most often comes first
+        for budget in stage:
             for contender in field:
-                for budget in near:
+                if contender.policy != "full" or budget == budgets[0]:  # its budget is the whole picture
                     lab.row(contender.name, lab.chosen(contender, budget, choose), report)
-        if args.samples:
-            draw_all(lab, budgets[:2], choose, report, args.policies, args.samples)
-    lab.save()
-    for path in write_report(lab):
-        print(f"wrote {path}")
+        if args.samples and stage == budgets[:2]:
+            draw_all(lab, stage, choose, report, args.policies, args.samples)
+        tell(write_report(lab))
+
+
+def tell(written: list[Path]) -> None:
+    for path in written:
+        print(f"wrote {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from linear_core.library import ModelFiles
 from linear_core.plan import CachePlan, SamplePlan
 from tests import official
 from tests.test_replay import setting
-from tests.tiny import CODES, decode, llamagen
+from tests.tiny import CODES, decode, janus, llamagen, words
 
 PLANS = [
     CachePlan("line", 2, 2, 1),
@@ -34,11 +34,11 @@ PLANS = [
 
 def drawn(model: str, plan: CachePlan):
     """A picture drawn token by token, without guidance, and everything that was seen on the way."""
-    decoder, prompt = setting(model)
+    decoder, prompt = (janus(6, 4, dtype=torch.float64), words([4, 2])) if model == "janus" else setting(model)
     return decoder, prompt, decode(decoder, prompt, plan, SamplePlan(seed=3, guidance=1.0))
 
 
-@pytest.mark.parametrize("model", ["class", "text", "toy eol"])
+@pytest.mark.parametrize("model", ["class", "text", "toy eol", "janus"])
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.policy} {plan.release}")
 def test_forced_logits_are_those_of_decoding(model, plan):
     """A line at a time gives, for the codes that were drawn, the logits that they were drawn from."""
