@@ -371,7 +371,7 @@ def best_others(rows: list[dict[str, Any]], budget: int, count: int) -> list[str
 def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policies: list[str], count: int) -> None:
     """Pictures under a few caches with the same noise, and what the classifier makes of them."""
     full = CachePlan("full")
-    lab.data["samples"] = []
+    rows = {sample_key(s): s for s in lab.data["samples"] if (s["images"], s["core"]) == (count, lab.core)}
     wanted = [("full", full, DRAWN_SEED), ("full, other noise", full, OTHER_SEED)]
     for budget in budgets:
         names = [*(n for n in DRAWN if n in policies), *best_others(lab.data["rows"], budget, 2)]
@@ -394,9 +394,14 @@ def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policie
             "agreement_ci": half_width(same),
             **(judge.figures(codes) if judge else {}),
         }
-        lab.data["samples"].append(row)
+        rows[sample_key(row)] = row
+        lab.data["samples"] = list(rows.values())
         lab.save()
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+def sample_key(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["name"], row["budget"], row["seed"]
 
 
 class Judge:

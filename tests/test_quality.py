@@ -163,6 +163,10 @@ def test_one_command_and_once_more(files, tmp_path, monkeypatch, capsys):
     assert {plan.policy for plan in measured} == {"tova"}
     again = json.loads(results.read_text(encoding="utf-8"))["rows"]
     assert again[: len(data["rows"])] == data["rows"]
+    call(monkeypatch, *command, "--policies", "tova", "--shares", 6)
+    final = json.loads(results.read_text(encoding="utf-8"))
+    assert [s["name"] for s in final["samples"]][: len(data["samples"])] == [s["name"] for s in data["samples"]]
+    assert "tova" in {s["name"] for s in final["samples"]} and final["rows"] == again
 
 
 def test_rows_of_other_code_are_tried_before_they_are_kept(files, tmp_path, monkeypatch, capsys):
