@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 if TYPE_CHECKING:
     from bench.quality import Lab
@@ -56,6 +57,8 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
     usual = [mode(taken(r) for (_, b), r in field.rows.items() if b == budget) for budget in field.budgets]
     names = [f"{percent:.0f} %\n{field.share(b)}" for percent, b in zip(usual, field.budgets, strict=True)]
     axes.set_xticks(usual, names)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
     axes.set_xlabel(
         "memory that the cache takes, of the full one's; below, what is kept when a line has ended", color=INK
@@ -83,7 +86,7 @@ def _label(axes, ends: list[tuple[str, float, float, str, bool]]) -> None:
     if not ends:
         return
     left = min(x for _, x, *_ in ends)
-    axes.set_xlim(left / 2, None)
+    axes.set_xlim(left / 1.7, None)
     low, high = np.log(axes.get_ylim())
     ends = sorted(ends, key=lambda end: end[2])
     places = _apart(np.log([y for _, _, y, *_ in ends]), low, high, (high - low) / max(38, len(ends)))
