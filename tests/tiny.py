@@ -219,6 +219,28 @@ def policy(name: str, value: Policy) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def watched(name: str) -> Iterator[tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]]:
+    """Write down what a policy says: by line its scores and the index of the slots, and what each head is to keep."""
+    original, scores, keeps = POLICIES[name], {}, {}
+
+    def score(view: View) -> Tensor:
+        given = original.score(view)
+        told = given.float().clone(), view.index.clone()
+        before = scores.get(view.row)
+        assert view.layer == (0 if before is None else len(before[0])), "a policy is asked once a line, layer by layer"
+        scores[view.row] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
+        return given
+
+    def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+        told = original.keep(view, scores, plan)
+        keeps[view.row] = torch.cat([*([keeps[view.row]] if view.row in keeps else []), told])
+        return told
+
+    with policy(name, replace(original, score=score, keep=original.keep and keep)):
+        yield scores, keeps
+
+
 def decode(
     decoder: Decoder,
     prompt: Prompt,
@@ -228,21 +250,6 @@ def decode(
 ) -> Recorder:
     """Run the whole loop and return everything that happened, with the scores that the policy gave."""
     recorder = Recorder(decoder) if edit is None else Recorder(decoder, edit)
-    original = POLICIES[plan.policy]
-
-    def score(view: View) -> Tensor:
-        scores = original.score(view)
-        told = scores.float().clone(), view.index.clone()
-        before = recorder.scores.get(view.row)
-        assert view.layer == (0 if before is None else len(before[0])), "a policy is asked once a line, layer by layer"
-        recorder.scores[view.row] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
-        return scores
-
-    def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
-        told = original.keep(view, scores, plan)
-        recorder.keep[view.row] = torch.cat([*([recorder.keep[view.row]] if view.row in recorder.keep else []), told])
-        return told
-
-    with policy(plan.policy, replace(original, score=score, keep=original.keep and keep)):
+    with watched(plan.policy) as (recorder.scores, recorder.keep):
         recorder.lines.extend(generate(recorder, prompt, plan, sample))
     return recorder
