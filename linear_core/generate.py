@@ -88,23 +88,25 @@ def generate(
             logits = decoder.feed(
                 line.repeat(cache.rows // images, 1), index[grid.stride * row :][: grid.stride], pad, columns, cache
             )
-        for column in range(grid.stride if replayed else 0, grid.stride):
+        for column in range(grid.cols if replayed else 0, grid.cols):
             number = row * grid.stride + column
-            forced = grid.forced(column)
-            if forced is None:
-                scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
-                scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
-                token = pick(scores, noise.exponential(number), sample.temperature)
-                tokens[:, column] = token
-            else:
-                token = torch.full((images,), forced, dtype=torch.int64, device=device)
-            if number + 1 == grid.tokens:
+            scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
+            scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
+            token = pick(scores, noise.exponential(number), sample.temperature)
+            tokens[:, column] = token
+            fed = grid.fed_with(column)  # a line's end is known, so nobody has to wait for its logits
+            if number + fed == grid.tokens:
                 break  # nothing is drawn after it
-            if cache.rows > images and not sample.guides(number + 1):
+            if cache.rows > images and not sample.guides(number + fed):
                 cache.keep_rows(images)
                 pad = pad[:images]
-            fed = token.repeat(cache.rows // images)
-            logits = step(fed, index[number : number + 1], pad, columns[column : column + 1], cache)
+            token = token.repeat(cache.rows // images)
+            places, ahead = index[number : number + fed], columns[column : column + fed]
+            if fed == 1:
+                logits = step(token, places, pad, ahead, cache)
+            else:
+                line_end = F.pad(token[:, None], (0, 1), value=grid.eol)
+                logits = decoder.feed(line_end, places, pad, ahead, cache)
         if row + 1 < grid.rows:
             _end_line(cache, policy, row)
         share, by_head = cache.share_held(images), cache.held_by_head(0)

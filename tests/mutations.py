@@ -211,11 +211,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "mass of the first lines is forgotten",
     ),
     ("generate.py", "token.repeat(", "token.repeat_interleave(", "halves are fed each other's tokens"),
+    (
+        "generate.py",
+        "(0, 1), value=grid.eol)\n                logits",
+        "(0, 1))\n                logits",
+        "a line ends with code 0",
+    ),
     ("generate.py", "noise.exponential(number)", "noise.exponential(column)", "noise repeats on every row"),
     ("generate.py", "pad = pad[:images]", "pad = pad[images:]", "the padding of the wrong half goes on"),
     (
         "generate.py",
-        "if cache.rows > images and not sample.guides(number + 1):",
+        "if cache.rows > images and not sample.guides(number + fed):",
         "if False:",
         "the unconditional half is computed to the end",
     ),

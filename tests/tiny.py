@@ -121,6 +121,12 @@ class Toy:
             seen.append(attend(q[layer], *cache.read(layer)))
         return self.say(torch.stack(seen))[:, 0]
 
+    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
+        q, k, v = self.look_up(tokens, index, pad)
+        seen = [attend(q[n], *cache.feed(n, columns, k[n], v[n], q[n])) for n in range(self.layers)]
+        cache.advance(index, columns)
+        return self.say(torch.stack(seen))[:, -1]
+
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
         """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""
         tokens = torch.cat([prompt.tokens, tokens], 1)
@@ -141,7 +147,7 @@ class Recorder:
 
     decoder: Decoder
     edit: Callable[[int, Tensor], Tensor] = lambda number, logits: logits
-    logits: list[Tensor] = field(default_factory=list)  # B V of each image token
+    logits: list[Tensor] = field(default_factory=list)  # B V of each image token; nan where nobody asked for them
     fed: list[Tensor] = field(default_factory=list)  # B, each token fed
     index: list[Tensor] = field(default_factory=list)  # L B H S after each token fed
     bias: list[Tensor] = field(default_factory=list)
@@ -162,6 +168,22 @@ class Recorder:
         self.index.append(cache.index.clone())
         self.bias.append(cache.bias.clone())
         self.logits.append(self.edit(len(self.fed), logits))
+        return self.logits[-1]
+
+    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
+        """A line's last code and its end are written down as two steps; given lines, which begin at column 0, are not."""
+        before = cache.index.clone(), cache.bias.clone()
+        logits = self.decoder.feed(tokens, index, pad, columns, cache)
+        if int(columns[0]) == 0:
+            return logits
+        for n in range(len(columns)):
+            slot = cache.target[..., columns[: n + 1]]
+            self.fed.append(tokens[:, n].clone())
+            self.index.append(before[0].scatter(3, slot, index[: n + 1].int().expand_as(slot)))
+            self.bias.append(before[1].scatter(3, slot, 0.0))
+            self.logits.append(torch.full_like(logits, float("nan")))
+        assert torch.equal(self.index[-1], cache.index) and torch.equal(self.bias[-1], cache.bias)
+        self.logits[-1] = self.edit(len(self.fed), logits)
         return self.logits[-1]
 
     @property
