@@ -171,7 +171,7 @@ class Recorder:
         return self.logits[-1]
 
     def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
-        """A line's last code and its end are written down as two steps; given lines, which begin at column 0, are not."""
+        """A line's last code and its end are written down as two steps; given lines, from column 0 on, are not."""
         before = cache.index.clone(), cache.bias.clone()
         logits = self.decoder.feed(tokens, index, pad, columns, cache)
         if int(columns[0]) == 0:
