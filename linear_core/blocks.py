@@ -38,18 +38,57 @@ def turn_pairs(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Projections only; key names are LlamaGen's."""
+@lru_cache(maxsize=8)
+def _speeds(dim: int, base: float, device: torch.device) -> Tensor:
+    """Radians a position for each pair: float32 dim/2."""
+    return base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
 
-    def __init__(self, width: int, heads: int, ops: Ops = nn):
+
+def rope_1d(position: Tensor, dim: int, base: float) -> Tensor:
+    """Llama's rotary table, cosine and sine per pair, of whole-numbered positions of any shape: float32 ... dim/2 2."""
+    angle = position.float()[..., None] * _speeds(dim, base, position.device)
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def turn_halves(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate pairs half a head apart, (x0 xD/2), (x1 xD/2+1), … of x ... T D by `table` ... T D/2 2, in float32.
+
+    How transformers keeps a Llama's heads; `turn_pairs` is how Meta, and LlamaGen after it, does.
+    """
+    cos, sin = table.unbind(-1)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm of each head's numbers, with a weight and a bias of its own for every head."""
+
+    def __init__(self, heads: int, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads, dim))
+        self.bias = nn.Parameter(torch.zeros(heads, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x B H T D."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight[:, None] + self.bias[:, None]
+
+
+class Attention(nn.Module):
+    """Projections only, and a norm of queries and keys where the model has one; key names are LlamaGen's."""
+
+    def __init__(self, width: int, heads: int, ops: Ops = nn, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.wqkv = ops.Linear(width, 3 * width, bias=False)
         self.wo = ops.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = (HeadNorm(heads, width // heads) if qk_norm else None for _ in range(2))
 
     def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
         """x B T W."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return self.wo(attend(turn(q), turn(k), v).transpose(1, 2).flatten(2))
 
 
@@ -69,9 +108,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, B T W -> B T W."""
 
-    def __init__(self, width: int, heads: int, hidden: int, eps: float, ops: Ops = nn):
+    def __init__(self, width: int, heads: int, hidden: int, eps: float, ops: Ops = nn, qk_norm: bool = False):
         super().__init__()
-        self.attention = Attention(width, heads, ops)
+        self.attention = Attention(width, heads, ops, qk_norm)
         self.feed_forward = FeedForward(width, hidden, ops)
         self.attention_norm = ops.RMSNorm(width, eps=eps)
         self.ffn_norm = ops.RMSNorm(width, eps=eps)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from . import library
 from .errors import UserError
+from .families import llamagen
 from .models.llamagen import LlamaGen
 from .vq.tokenizer import VQTokenizer
-from .weights import Weights, matching, read_weights
+from .weights import Places, Weights, matching, read_weights
 
 Notes = dict[str, str]
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of number formats, in safetensors
@@ -59,6 +60,8 @@ def convert(
 
 def _decoder(weights: Weights, grid: tuple[int, int] | None, tokenizer: str | None) -> tuple[dict[str, Tensor], Notes]:
     info = library.describe(weights, grid)
+    if info.family is not llamagen.FAMILY:
+        raise weights.problem(f"is a {info.family.name}, which says what it is; only LlamaGen's files need converting.")
     with torch.device("meta"):
         network = LlamaGen(info.config, info.grid, nn)
     sampling = asdict(info.defaults)
@@ -72,7 +75,7 @@ def _decoder(weights: Weights, grid: tuple[int, int] | None, tokenizer: str | No
         "sampling": json.dumps(sampling),
     }
     kept = {k: weights.metadata[k] for k in ("classes", "licence") if k in weights.metadata}
-    return matching(network, weights, library.NOT_WEIGHTS), notes | kept
+    return _matching(network, weights, llamagen.place), notes | kept
 
 
 def _tokenizer(
@@ -80,7 +83,7 @@ def _tokenizer(
 ) -> tuple[dict[str, Tensor], Notes]:
     if grid or tokenizer:
         raise weights.problem("is a tokenizer, which has neither a grid nor a tokenizer; leave them out.")
-    config, ignore = library.describe_tokenizer(weights)
+    config, places = library.describe_tokenizer(weights)
     with torch.device("meta"):
         network = VQTokenizer(config, nn)
     notes = {
@@ -90,7 +93,11 @@ def _tokenizer(
         "factor": str(config.factor),
     }
     kept = {k: weights.metadata[k] for k in ("licence",) if k in weights.metadata}
-    return matching(network, weights, ignore), notes | kept
+    return _matching(network, weights, places), notes | kept
+
+
+def _matching(network: nn.Module, weights: Weights, places: Places) -> dict[str, Tensor]:
+    return {place.name: weights.tensors[key] for key, place in matching(network, weights, places).items()}
 
 
 def _write(

@@ -28,7 +28,7 @@ class Decoder(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def cache_shape(self) -> CacheShape: ...
+    def cache_shape(self, prompt: int) -> CacheShape: ...  # of a prompt with so many places
     def with_unconditional(self, prompt: Any) -> Any: ...
     def prefill(self, prompt: Any, cache: LineCache) -> Tensor: ...
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor: ...
@@ -58,18 +58,17 @@ def generate(
     captured). Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
     it holds.
     """
-    grid = decoder.grid.after(prompt.length)
     policy = get_policy(plan.policy)
-    plan.check(grid)
+    plan.check(decoder.grid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it names no image; give at least one class or text.")
-    given = _check_above(above, images, grid, decoder.codes)
+    given = _check_above(above, images, decoder.grid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
-    cache = LineCache(
-        decoder.cache_shape(), rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=policy.reads
-    )
+    grid = decoder.grid.after(rows.length)
+    shape = decoder.cache_shape(rows.length)
+    cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=policy.reads)
     step = step or decoder.step
     noise = Noise(sample.seed, images, decoder.codes, device)
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)

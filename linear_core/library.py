@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,50 +14,28 @@ from torch import nn
 from . import published
 from .blocks import Ops
 from .errors import UserError
-from .grid import Grid
-from .models.llamagen import LlamaGen, LlamaGenConfig, read_config
-from .plan import CacheShape, SamplePlan
+from .families import Family, ModelInfo, janus, llamagen
+from .prompts import Prompt
+from .prompts.words import Words
 from .vq.tokenizer import VQConfig, VQTokenizer
 from .vq.tokenizer import read_config as read_vq_config
-from .weights import SUFFIXES, Weights, fill, read_weights
+from .weights import SUFFIXES, Place, Places, Weights, fill, read_weights, unless, whole
 
+FAMILIES = (llamagen.FAMILY, janus.FAMILY)
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = "landscapes"
-SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
+WORDS = "tokenizer.json"  # in the folder of a model that has a text tokenizer of its own
 
-# What files carry besides the weights of a network: the rotary table, a counter and losses of training.
-NOT_WEIGHTS = ("freqs_cis",)
+# What a VQ tokenizer's file carries besides its weights: a counter and losses of training.
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's two checkpoints."""
+    """A model's two checkpoints, files or folders; the same one where the decoder's holds the tokenizer too."""
 
     decoder: Path
     tokenizer: Path
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is known of a model before its weights are read."""
-
-    name: str
-    config: LlamaGenConfig
-    grid: Grid
-    classes: tuple[str, ...]
-    defaults: SamplePlan
-    weight_bytes: int  # on disk
-    tokenizer: str = ""  # name of the tokenizer that belongs to it, without a file's ending
-
-    @property
-    def text(self) -> bool:
-        """Whether a text says what to draw, not a class."""
-        return not self.config.classes
-
-    def cache_shape(self, dtype: torch.dtype) -> CacheShape:
-        c = self.config
-        return CacheShape(c.layers, c.heads, c.width // c.heads, LlamaGen.prompt_slots, dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -66,13 +43,26 @@ class ImageModel:
     """A decoder and the tokenizer whose codes it draws."""
 
     info: ModelInfo
-    decoder: LlamaGen
+    decoder: Any  # what linear_core.generate.Decoder says
     tokenizer: VQTokenizer
     files: ModelFiles = field(repr=False)
 
     def label(self, name: str) -> int:
         """The class id of a class's name or number."""
         return class_label(self.info, name)
+
+    @cached_property
+    def words(self) -> Words:
+        """The model's own text tokenizer."""
+        return Words(whole(self.files.decoder) / WORDS)
+
+    def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
+        """One image for each text, guided away from `negative`; for models with a text tokenizer of their own."""
+        if not self.info.own_words:
+            raise UserError(f"text: {self.info.name} does not read texts by itself; it needs a text encoder.")
+        if not texts:
+            raise UserError("text: it is empty; write what the picture shall show.")
+        return self.info.family.prompt(self.words, texts, negative, self.info)
 
 
 def bundled_files() -> ModelFiles:
@@ -103,88 +93,34 @@ def class_label(info: ModelInfo, name: str) -> int:
 
 
 def read_info(path: str | Path, grid: tuple[int, int] | None = None) -> ModelInfo:
-    """Sizes, grid and classes of the decoder checkpoint at `path`, from its header alone.
+    """Sizes, grid and classes of the decoder checkpoint at `path`, a file or a folder, from its header alone.
 
-    The grid is not among a published file's weights: it comes from our own files' metadata, else from the file's name
-    (c2i_B_256, …), else from `grid` (rows, cols). Two that disagree are an error.
+    `grid` (rows, cols) is for files that do not tell their own; two that disagree are an error.
     """
     return describe(_read(path, shapes_only=True), grid)
 
 
 def _read(path: str | Path, *, shapes_only: bool = False) -> Weights:
-    path = Path(path)
-    if not path.is_file() and (source := published.where(path.name)):
+    path = whole(Path(path))
+    if not path.exists() and (source := published.where(path.name)):
         raise UserError(f"{path}: there is no such file; {source}.")
     return read_weights(path, shapes_only=shapes_only)
 
 
-@cache
-def imagenet_classes() -> tuple[str, ...]:
-    """The names of ImageNet's 1000 classes, by id: what published class-conditional files draw."""
-    return tuple(json.loads((ASSETS / "imagenet_classes.json").read_text(encoding="utf-8"))["names"])
-
-
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
     """What `read_info` tells, of a checkpoint that was read."""
-    shapes = weights.shapes
-    if "tok_embeddings.weight" not in shapes or not any(k.startswith("cls_embedding.") for k in shapes):
-        raise weights.problem(
-            f"is not an image decoder that LineAR knows ({_looks_like(shapes)}); choose a LlamaGen file."
-        )
-    notes = weights.metadata
-    try:
-        config = read_config(shapes, int(notes["heads"]) if "heads" in notes else None)
-        classes = tuple(json.loads(notes["classes"])) if "classes" in notes else _class_names(config)
-        defaults = SamplePlan(**json.loads(notes["sampling"])) if "sampling" in notes else _defaults(config)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise weights.problem(f"its header does not describe a LlamaGen ({error}).") from error
-    except UserError as error:
-        raise weights.problem(str(error)) from error
-    kind = _kind(config)
-    tokenizer = Path(notes.get("tokenizer", published.TOKENIZERS[kind])).stem
-    return ModelInfo(
-        weights.path.stem, config, _grid(weights, kind, grid), classes, defaults, weights.nbytes, tokenizer
+    return family_of(weights).describe(weights, grid)
+
+
+def family_of(weights: Weights) -> Family:
+    """Which kind of model a checkpoint is. Raises UserError where it is none that is known here."""
+    for family in FAMILIES:
+        if family.knows(weights):
+            return family
+    raise weights.problem(
+        f"is not an image decoder that LineAR knows ({_looks_like(weights.shapes)}); choose a model of "
+        f"{' or '.join(family.name for family in FAMILIES)}."
     )
-
-
-def _kind(config: LlamaGenConfig) -> str:
-    return "c2i" if config.classes else "t2i"
-
-
-def _class_names(config: LlamaGenConfig) -> tuple[str, ...]:
-    names = imagenet_classes()
-    return names if config.classes == len(names) else ()
-
-
-def _defaults(config: LlamaGenConfig) -> SamplePlan:
-    """LlamaGen's published sampling settings."""
-    return SamplePlan(guidance=4.0, top_k=2000) if config.classes else SamplePlan(guidance=7.5, top_k=1000)
-
-
-def _grid(weights: Weights, kind: str, asked: tuple[int, int] | None) -> Grid:
-    """From our own metadata, else from the file's name, else as asked; two answers that differ are an error."""
-    noted, pixels = weights.metadata.get("grid"), published.pixels_in(weights.path.stem, kind)
-    if noted is not None:
-        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", noted)
-        if match is None:
-            raise weights.problem(f"its note of the grid, '{noted}', is not one such as 24x24; convert the file again.")
-        found, source = (int(match[1]), int(match[2])), "was made for"
-    elif pixels is not None:
-        found, source = (SIDES[pixels],) * 2, f"says {pixels} pixels in its name, which is"
-    elif asked is not None:
-        return Grid(*asked)
-    else:
-        sizes = " or ".join(str(side) for side in published.PIXELS[kind])
-        raise weights.problem(
-            f"does not say which grid it was made for; name the file after its pixels ({sizes}, as in "
-            f"{kind}_XL_{published.PIXELS[kind][-1]}) or give the grid."
-        )
-    if asked and asked != found:
-        raise weights.problem(
-            f"{source} a grid of {found[0]} x {found[1]} tokens, not {asked[0]} x {asked[1]}; leave the grid "
-            "to the file" + ("." if noted else ", or rename it.")
-        )
-    return Grid(*found)
 
 
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
@@ -210,25 +146,46 @@ def load_model(
     dtype         what the decoder computes in
     weight_dtype  what its large matrices are kept in, where `ops` are layers that cast; None: the same
     """
-    weights = _read(files.decoder)
+    weights = _read(files.decoder, shapes_only=True)
     info = describe(weights, grid)
     tokenizer = load_tokenizer(files.tokenizer, device=device, ops=ops)
     _check_tokenizer(info, tokenizer, files)
-    with torch.device("meta"):
-        decoder = LlamaGen(info.config, info.grid, ops)
-    stored = (lambda name, tensor: weight_dtype if _is_large(name, tensor) else None) if weight_dtype else None
-    fill(decoder, weights, dtype, ignore=NOT_WEIGHTS, stored=stored)
+    decoder = _decoder(info, ops)
+    fill(decoder, weights, dtype, lambda key: info.family.place(key, info.config), _stored(weight_dtype))
     decoder.compute_dtype = dtype if weight_dtype else None
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
 
 
+def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
+    """Memory that a decoder's weights take once it is loaded with these formats (see `load_model`)."""
+    stored = _stored(weight_dtype)
+    weights = _decoder(info, nn).state_dict().items()
+    return sum(t.numel() * ((stored(name, t) if stored else None) or dtype).itemsize for name, t in weights)
+
+
+def _decoder(info: ModelInfo, ops: Ops) -> Any:
+    with torch.device("meta"):
+        return info.family.build(info.config, info.grid, ops)
+
+
+def _stored(weight_dtype: torch.dtype | None) -> Any:
+    return weight_dtype and (lambda name, tensor: weight_dtype if _is_large(name, tensor) else None)
+
+
 def _is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder; the rest is worth its bytes."""
-    return name.startswith("layers.") and tensor.ndim == 2
+    return name.startswith("layers.") and tensor.ndim == 2 and "norm" not in name
 
 
 def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles) -> None:
     """Refuse another model's tokenizer, even one with as many codes: its codes mean something else."""
+    if info.family.vq is not None:
+        if whole(files.tokenizer) == whole(files.decoder):
+            return
+        raise UserError(
+            f"{files.tokenizer.name}: is another model's tokenizer, and {info.name} brings its own; choose that "
+            "(automatic)."
+        )
     if tokenizer.config.codes != info.config.codes:
         raise UserError(
             f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
@@ -237,7 +194,8 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
     if files.tokenizer.stem == info.tokenizer or info.config.codes != published.CODES:
         return
     ours, theirs = published.kind_in(info.tokenizer), published.kind_in(files.tokenizer.stem)
-    if tokenizer.config.factor != published.FACTOR or (ours and theirs and ours != theirs):
+    other = files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
+    if tokenizer.config.factor != published.FACTOR or other:
         raise UserError(
             f"{files.tokenizer.name}: is another model's tokenizer; {files.decoder.name} draws the codes of "
             f"{info.tokenizer}: choose that one"
@@ -246,12 +204,15 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
 
 
 def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, among: Iterable[Path] = ()) -> Path:
-    """The tokenizer that belongs to the checkpoint at `decoder`: beside it, or one of `among`.
+    """The tokenizer that belongs to the checkpoint at `decoder`: in it, beside it, or one of `among`.
 
     Raises UserError that says where it was expected and where to get it.
     """
     decoder = Path(decoder)
-    stem = read_info(decoder, grid).tokenizer
+    info = read_info(decoder, grid)
+    if info.family.vq is not None:
+        return decoder
+    stem = info.tokenizer
     beside = (decoder.with_name(stem + suffix) for suffix in SUFFIXES)
     for path in (*beside, *among):
         if path.stem == stem and path.is_file():
@@ -264,12 +225,12 @@ def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, amo
 
 
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:
-    """A VQ tokenizer in LlamaGen's layout, with its encoder where the file has one."""
-    weights = _read(path)
-    config, ignore = describe_tokenizer(weights)
+    """A VQ tokenizer in LlamaGen's layout, or the one in a model's checkpoint, with its encoder where there is one."""
+    weights = _read(path, shapes_only=True)
+    config, places = describe_tokenizer(weights)
     with torch.device("meta"):
         tokenizer = VQTokenizer(config, ops)
-    fill(tokenizer, weights, torch.float32, ignore=ignore)
+    fill(tokenizer, weights, torch.float32, places)
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
@@ -277,22 +238,29 @@ def is_tokenizer(weights: Weights) -> bool:
     return "quantize.embedding.weight" in weights.tensors
 
 
-def describe_tokenizer(weights: Weights) -> tuple[VQConfig, tuple[str, ...]]:
-    """Sizes of a VQ tokenizer's checkpoint, and what its keys begin with that are no weights of it."""
-    shapes = weights.shapes
-    if not is_tokenizer(weights) or "decoder.conv_in.weight" not in shapes:
+def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
+    """Sizes of a VQ tokenizer's checkpoint, and where its weights go."""
+    names = next((family.vq for family in FAMILIES if family.vq and family.knows(weights)), None)
+    ours = {key: names(key) if names else key for key in weights.tensors}
+    shapes = {ours[key]: shape for key, shape in weights.shapes.items() if ours[key] is not None}
+    if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
         raise weights.problem(
-            f"is not a VQ tokenizer that LineAR knows ({len(shapes)} weights); "
+            f"is not a VQ tokenizer that LineAR knows ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."
         )
     try:
         config = read_vq_config(shapes)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
-    return config, VQ_NOT_WEIGHTS + (() if config.encoder_widths else ("encoder.", "quant_conv."))
+    wanted = unless(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
+
+    def places(key: str) -> Place | None:
+        return None if ours[key] is None else wanted(ours[key])
+
+    return config, places
 
 
 def find_checkpoints(folders: list[Path]) -> list[Path]:
-    """Every checkpoint below `folders`, sorted by name."""
+    """Every checkpoint below `folders`, a model of several files as its folder, sorted by name."""
     found = {p for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES}
-    return sorted(found)
+    return sorted({whole(path) for path in found})

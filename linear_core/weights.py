@@ -1,10 +1,11 @@
-"""Files to state dicts: safetensors and published `.pt` files, never running anything they contain."""
+"""Files to state dicts: safetensors, published `.pt` files and folders of shards, never running what they contain."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,23 @@ from torch import Tensor, nn
 from .errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of a folder: which weight is in which file
+SINGLES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
 NESTS = ("model", "module", "state_dict")  # what published training scripts wrap a state dict in
 HARMLESS = [argparse.Namespace]  # what they save beside it; it holds attributes and runs nothing
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint: tensors by name (on the meta device when only shapes were asked for) and the file's own notes."""
+    """A checkpoint: tensors by name (on the meta device when only shapes were asked for) and the file's own notes.
+
+    files  that it consists of: itself, or the shards of a folder
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    files: tuple[Path, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -36,23 +43,75 @@ class Weights:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    @property
+    def name(self) -> str:
+        """What people call it: the folder's name, or the file's without its ending."""
+        return self.path.stem if self.path.suffix.lower() in SUFFIXES else self.path.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of a model's folder; nothing where there is none."""
+        file = self.path / "config.json"
+        if not file.is_file():
+            return {}
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file}: is not what a model's config looks like; download it again.") from error
+
+    def stream(self, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """The `wanted` weights one by one. One file at a time is open, and nothing of it is kept."""
+        for file in self.files:
+            read = _each_of_safetensors if file.suffix.lower() == ".safetensors" else _each_of_pickle
+            yield from read(file, wanted)
+
     def problem(self, what: str) -> UserError:
         """`what` as an error that names the file."""
         return UserError(f"{self.path.name}: {what}")
 
 
 def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
-    """The checkpoint at `path`, on the CPU; `shapes_only` reads no weights. Raises UserError naming the file."""
+    """The checkpoint at `path`, a file or a folder of shards, on the CPU; `shapes_only` reads no weights.
+
+    Raises UserError naming the file.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path.name}: not a checkpoint; expected a file ending in {', '.join(SUFFIXES)}.")
-    if path.suffix.lower() == ".safetensors":
-        tensors, metadata = _read_safetensors(path, shapes_only)
-    else:
-        tensors, metadata = _read_pickle(path, shapes_only), {}
-    return Weights(path, tensors, metadata)
+    files = shards(path) if path.is_dir() else (path,)
+    tensors, metadata = {}, {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: there is no such file.")
+        if file.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{file.name}: not a checkpoint; expected a file ending in {', '.join(SUFFIXES)}.")
+        if file.suffix.lower() == ".safetensors":
+            found, notes = _read_safetensors(file, shapes_only)
+        else:
+            found, notes = _read_pickle(file, shapes_only), {}
+        tensors |= found
+        metadata |= notes
+    return Weights(path, tensors, metadata, files)
+
+
+def whole(path: Path) -> Path:
+    """The model that the file at `path` belongs to: its folder where that is one of several files, else the file."""
+    folder = path.parent
+    part = path.name in SINGLES or any((folder / name).is_file() for name in INDEXES)
+    return folder if part and (folder / "config.json").is_file() else path
+
+
+def shards(folder: Path) -> tuple[Path, ...]:
+    """The files that a model's folder consists of, as its index lists them. Raises UserError where there are none."""
+    for index in (folder / name for name in INDEXES):
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{index}: does not list the model's files; download it again.") from error
+            return tuple(folder / Path(name).name for name in sorted(names))
+    for name in SINGLES:
+        if (folder / name).is_file():
+            return (folder / name,)
+    raise UserError(f"{folder / SINGLES[0]}: there is no such file, and no index of several; download the model again.")
 
 
 _DTYPES = {
@@ -80,6 +139,17 @@ def _read_safetensors(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor],
         ) from error
 
 
+def _each_of_safetensors(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if name in wanted:
+                yield name, file.get_tensor(name)
+
+
+def _each_of_pickle(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, tensor) for name, tensor in _read_pickle(path, False).items() if name in wanted)
+
+
 def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
@@ -103,37 +173,72 @@ def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def matching(module: nn.Module, weights: Weights, ignore: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Those of `weights` that `module` takes. Keys starting with one of `ignore` are skipped.
+@dataclass(frozen=True)
+class Place:
+    """Where a file's weight goes: the row block `part`, of `parts` equal ones, of the module's weight `name`.
 
-    Every missing, unknown or mis-shaped key is an error: half a model draws noise.
+    `take` says what of it goes there, where that is not all.
     """
-    tensors = {k: v for k, v in weights.tensors.items() if not k.startswith(ignore)}
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+Places = Callable[[str], Place | None]  # for a key of the file; None: not read
+
+
+def unless(*beginnings: str) -> Places:
+    """Every weight under its own name, but for those whose names begin so."""
+    return lambda key: None if key.startswith(beginnings) else Place(key)
+
+
+def matching(module: nn.Module, weights: Weights, places: Places = Place) -> dict[str, Place]:
+    """Where those of `weights` go that `module` takes, by the file's names.
+
+    Every missing, unknown or mis-shaped weight is an error: half a model draws noise.
+    """
+    found = {key: place for key in weights.tensors if (place := places(key)) is not None}
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if unknown := sorted(key for key, place in found.items() if place.name not in expected):
+        raise weights.problem(f"has {len(unknown)} weights this model does not know, the first is '{unknown[0]}'.")
+    taken = [(place.name, place.part) for place in found.values()]
+    parts = {place.name: place.parts for place in found.values()}
+    missing = sorted(name for name in expected for part in range(parts.get(name, 1)) if (name, part) not in taken)
     if missing:
         raise weights.problem(f"lacks {len(missing)} of {len(expected)} weights, the first is '{missing[0]}'.")
-    if unknown:
-        raise weights.problem(f"has {len(unknown)} weights this model does not know, the first is '{unknown[0]}'.")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise weights.problem(f"'{name}' is {list(tensors[name].shape)} where {list(shape)} was expected.")
-        if not tensors[name].is_floating_point():
-            raise weights.problem(f"'{name}' holds {tensors[name].dtype} where numbers with a fraction were expected.")
-    return {name: tensors[name] for name in expected}
+    for key, place in found.items():
+        rows, *rest = expected[place.name] or (1,)
+        shape = [rows // place.parts, *rest] if expected[place.name] else []
+        if list(place.take(weights.tensors[key]).shape) != shape:
+            raise weights.problem(f"'{key}' is {list(weights.tensors[key].shape)} where {shape} was expected.")
+        if not weights.tensors[key].is_floating_point():
+            kind = weights.tensors[key].dtype
+            raise weights.problem(f"'{key}' holds {kind} where numbers with a fraction were expected.")
+    return found
 
 
 def fill(
     module: nn.Module,
     weights: Weights,
     dtype: torch.dtype,
-    ignore: tuple[str, ...] = (),
+    places: Places = Place,
     stored: Callable[[str, Tensor], torch.dtype | None] | None = None,
 ) -> None:
-    """Put `weights` into `module`, built on the meta device, as `dtype`, or as what `stored` names for a tensor.
+    """Put `weights` into `module`, built on the meta device, as `dtype`, or as what `stored` names for a weight.
 
-    See `matching` for what is refused.
+    One of the file's tensors at a time is in memory beside the module. See `matching` for what is refused.
     """
-    tensors = matching(module, weights, ignore)
-    kept = {k: (stored(k, v) if stored else None) or dtype for k, v in tensors.items()}
-    module.load_state_dict({k: v.to(kept[k]) for k, v in tensors.items()}, assign=True)
+    found = matching(module, weights, places)
+    empty = module.state_dict()
+    filled: dict[str, Tensor] = {}
+    for key, tensor in weights.stream(found):
+        place = found[key]
+        if place.name not in filled:
+            like = empty[place.name]
+            kept = (stored(place.name, like) if stored else None) or dtype
+            filled[place.name] = torch.empty(like.shape, dtype=kept)
+        target = filled[place.name]
+        (target.chunk(place.parts)[place.part] if place.parts > 1 else target).copy_(place.take(tensor))
+    module.load_state_dict(filled, assign=True)

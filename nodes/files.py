@@ -10,16 +10,9 @@ import torch
 
 from ..linear_core import published
 from ..linear_core.errors import UserError
-from ..linear_core.library import (
-    BUNDLED,
-    ModelFiles,
-    ModelInfo,
-    bundled_files,
-    find_tokenizer,
-    imagenet_classes,
-    is_tokenizer,
-    read_info,
-)
+from ..linear_core.families import ModelInfo
+from ..linear_core.families.llamagen import imagenet_classes
+from ..linear_core.library import BUNDLED, ModelFiles, bundled_files, find_tokenizer, is_tokenizer, read_info
 from ..linear_core.text import TextFiles, find_text_encoder, is_text_encoder
 from ..linear_core.weights import read_weights
 from . import host

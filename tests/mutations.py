@@ -231,10 +231,10 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("generate.py", "plan.check(grid)", "pass", "a plan that does not fit is not refused"),
+    ("generate.py", "plan.check(decoder.grid)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
     # -- the decoder
-    ("models/llamagen.py", ">= prompt.pad[:, None, None]", ">= 0 * prompt.pad[:, None, None]", "prefill sees padding"),
+    ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
         "share @ v, count[:, None].float())",

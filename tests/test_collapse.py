@@ -22,7 +22,7 @@ class Uncollapsed(LlamaGen):
 
     prompt_slots = CAPTION
 
-    def cache_shape(self) -> CacheShape:
+    def cache_shape(self, prompt: int) -> CacheShape:
         c = self.config
         return CacheShape(c.layers, c.heads, c.width // c.heads, CAPTION, 4)
 

@@ -37,7 +37,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sampling": (set(), TENSORS),
     "blocks": (set(), TENSORS),
     # models
-    "models.*": ({"attention", "blocks", "cache", "errors", "grid", "plan", "prompts", "prompts.*"}, TENSORS),
+    "models.*": (
+        {"attention", "blocks", "cache", "errors", "grid", "plan", "prompts", "prompts.*", "models.llama"},
+        TENSORS,
+    ),
     "prompts.*": ({"errors", "prompts", "prompts.*"}, TENSORS | {"transformers", "tokenizers", "sentencepiece"}),
     "vq.*": ({"vq.*"}, TENSORS),
     "weights": ({"errors"}, TENSORS | {"safetensors"}),
@@ -47,8 +50,28 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "preview": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     "heatmap": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     # people
-    "library": ({"blocks", "errors", "grid", "models.*", "plan", "prompts", "published", "vq.*", "weights"}, TENSORS),
-    "convert": ({"errors", "library", "models.*", "vq.*", "weights"}, TENSORS),
+    "families.__init__": ({"grid", "plan", "prompts", "prompts.*", "weights"}, TENSORS),
+    "families.*": (
+        {
+            "families",
+            "families.*",
+            "blocks",
+            "errors",
+            "grid",
+            "models.*",
+            "plan",
+            "prompts",
+            "prompts.*",
+            "published",
+            "weights",
+        },
+        TENSORS,
+    ),
+    "library": (
+        {"blocks", "errors", "families", "families.*", "prompts", "prompts.*", "published", "vq.*", "weights"},
+        TENSORS,
+    ),
+    "convert": ({"errors", "families.*", "library", "models.*", "vq.*", "weights"}, TENSORS),
     "text": ({"errors", "prompts", "prompts.*", "published", "weights"}, TENSORS),
     "download": ({"errors", "published"}, {"requests"}),
     "sheet": (set(), TENSORS | {"numpy", "PIL"}),

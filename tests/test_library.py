@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linear_core import library
 from linear_core.errors import UserError
+from linear_core.families import llamagen as family
 from linear_core.library import ModelFiles, load_model, read_info
 from linear_core.prompts import class_prompt
 from linear_core.weights import read_weights
@@ -47,7 +48,7 @@ def test_safetensors(files: ModelFiles) -> None:
 @pytest.mark.parametrize("nest", ["", "model", "module", "state_dict"])
 def test_published_nesting(files: ModelFiles, nest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw (FSDP), model, module (deepspeed) and state_dict; with the RoPE table that some files carry."""
-    monkeypatch.setitem(library.SIDES, 256, upstream.GRID)
+    monkeypatch.setitem(family.SIDES, 256, upstream.GRID)
     from linear_core.models import llamagen
 
     monkeypatch.setitem(llamagen.HEADS, upstream.DIM, upstream.HEADS)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linear_core import library
+from linear_core.families.llamagen import imagenet_classes
 from tests import comfy_double, official
 from tests.comfy_double import PACK, host, object_info
 
@@ -84,7 +85,7 @@ def test_classes_of_imagenet_by_name() -> None:
     bundled = library.read_info(library.bundled_files().decoder).classes
     assert info["default"] == bundled[0]
     assert [n for n in info["options"] if n in bundled] == list(bundled)
-    assert set(library.imagenet_classes()) <= set(info["options"])
+    assert set(imagenet_classes()) <= set(info["options"])
     assert len(set(info["options"])) == len(info["options"])
 
 

@@ -5,8 +5,8 @@ A  Eviction is masking: decoding through the cache gives the logits of one uncac
 B  The cache holds what was chosen: from the scores that the policy gave, plain Python sets predict which indices each
    layer, row and head holds after every token. Proves the record that the first oracle trusts.
 
-Both look at the same runs: every policy, strict and lazy, with guidance rows, on several grids and budgets, for two
-models that have little in common (LlamaGen, and the Toy of tests/tiny.py).
+Both look at the same runs: every policy, strict and lazy, with guidance rows, on several grids and budgets, for models
+that have little in common (LlamaGen, Janus, and the Toy of tests/tiny.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import class_prompt
 from linear_core.view import View
 from tests.mutations import MUTATIONS, occurrences
-from tests.tiny import Recorder, Toy, caption_prompt, decode, llamagen, policy
+from tests.tiny import Recorder, Toy, caption_prompt, decode, janus, llamagen, policy, words
 
 
 class Case(NamedTuple):
@@ -49,6 +49,8 @@ GRIDS = [
     Case("class", 1, 6, 1, 0, 0),  # a single line
     Case("class", 6, 1, 2, 1, 1),  # a single column
     Case("text", 6, 5, 2, 3, 1),  # captions of 7 and 4 tokens, left-padded to 7
+    Case("janus", 6, 5, 2, 3, 1),  # prompts of 6 and 4 tokens, a slot for each, positions that leave out padding
+    Case("janus qk", 5, 4, 2, 2, 1),  # and queries and keys normalised
     Case("toy", 5, 4, 2, 2, 1),  # a slot for every prompt token, some of them padding
     Case("toy eol", 5, 4, 2, 2, 1),  # and an end-of-line token
 ]
@@ -58,6 +60,7 @@ RUNS = (
     + [("h2o", "strict", case) for case in GRIDS if case.model != "class"]
     + [(name, "lazy", Case("text", 4, 5, 1, 1, 0)) for name in POLICIES if name != "line"]
     + [(name, "strict", Case("toy eol", 6, 3, 2, 2, 1)) for name in POLICIES if name != "line"]
+    + [(name, "lazy", Case("janus", 4, 5, 1, 1, 0)) for name in POLICIES if name != "line"]
     + [(name, release, MAIN) for name in ("flat", "coarse") for release in RELEASES]
 )
 # Two policies full of ties, to see who goes first among equals.
@@ -78,6 +81,8 @@ def run(name: str, release: str, case: Case) -> Recorder:
         decoder, prompt = llamagen(case.rows, case.cols), class_prompt([1, 3])
     elif case.model == "text":
         decoder, prompt = llamagen(case.rows, case.cols, text=True), caption_prompt([7, 4])
+    elif case.model.startswith("janus"):
+        decoder, prompt = janus(case.rows, case.cols, qk_norm=case.model == "janus qk"), words([6, 4])
     else:
         decoder = Toy(case.rows, case.cols, length=4, eol=case.model == "toy eol")
         prompt = decoder.prompt([4, 2])

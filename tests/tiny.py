@@ -20,14 +20,16 @@ from linear_core.cache import LineCache
 from linear_core.events import Line
 from linear_core.generate import generate
 from linear_core.grid import Grid
+from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
-from linear_core.prompts import Prompt
+from linear_core.prompts import Prompt, token_prompt
 from linear_core.view import View
 
 CLASSES, CODES = 5, 23
 CAPTION, CAPTION_DIM = 7, 6  # slots of a caption, numbers a slot
+WORDS = 13  # tokens that Janus' prompts are made of
 
 
 def llamagen(
@@ -39,14 +41,38 @@ def llamagen(
     config = LlamaGenConfig(layers, width, heads, hidden, CODES, **kind)
     model = LlamaGen(config, Grid(rows, cols)).requires_grad_(False).eval()
     deviation = {"wqkv": 0.3, "w2": 0.1, "output": 0.4, "tok_embeddings": 1.0, "cls_embedding": 1.0}
+    return _filled(model, deviation, seed).to(dtype)
+
+
+def janus(
+    rows: int, cols: int, *, qk_norm: bool = False, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
+) -> Janus:
+    """Three heads of 8 numbers; 1-D RoPE, a codebook of 4 numbers an entry; on request norms of queries and keys."""
+    config = JanusConfig(layers, 24, 3, 32, CODES, WORDS, qk_norm=qk_norm, code_dim=4, head_hidden=20)
+    model = Janus(config, Grid(rows, cols)).requires_grad_(False).eval()
+    deviation = {"wqkv": 0.3, "w2": 0.1, "gen_head": 0.3, "gen_aligner": 0.5, "gen_embed": 1.0, "embed_tokens": 1.0}
+    return _filled(model, deviation, seed).to(dtype)
+
+
+def _filled(model: Any, deviation: dict[str, float], seed: int) -> Any:
     source = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         noise = torch.randn(tensor.shape, generator=source)
         if "norm" in name:
-            tensor.copy_(1 + 0.1 * noise)
+            tensor.copy_(0.1 * noise + (0 if name.endswith("bias") else 1))
         else:
             tensor.copy_(noise * next((d for part, d in deviation.items() if part in name), 0.2))
-    return model.to(dtype)
+    return model
+
+
+def words(lengths: list[int], seed: int = 0) -> Prompt:
+    """One prompt of text tokens a row, left-padded; guided from as long a one, of which only the ends are the same."""
+    rows = []
+    for length in lengths:
+        source = torch.Generator().manual_seed(seed + 100 * length)
+        rows.append([1, *torch.randint(4, WORDS, (length - 2,), generator=source).tolist(), 2])
+    nothing = [[1, *[3] * (length - 2), 2] for length in lengths]
+    return token_prompt(rows, negative=token_prompt(nothing))
 
 
 def caption_prompt(
@@ -87,7 +113,7 @@ class Toy:
             row[self.prompt_slots - length :] = torch.arange(length, 0, -1)
         return Prompt(tokens, torch.tensor([self.prompt_slots - length for length in lengths]))
 
-    def cache_shape(self) -> CacheShape:
+    def cache_shape(self, prompt: int = 0) -> CacheShape:
         return CacheShape(self.layers, self.heads, self.dim, self.prompt_slots, self.dtype.itemsize)
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
@@ -135,7 +161,7 @@ class Toy:
         return self.say(scores.softmax(-1) @ v)
 
 
-Decoder = LlamaGen | Toy
+Decoder = LlamaGen | Janus | Toy
 
 
 @dataclass
@@ -185,6 +211,11 @@ class Recorder:
         assert torch.equal(self.index[-1], cache.index) and torch.equal(self.bias[-1], cache.bias)
         self.logits[-1] = self.edit(len(self.fed), logits)
         return self.logits[-1]
+
+    @property
+    def prompt_slots(self) -> int:
+        """Slots that the prompt takes in the cache."""
+        return self.cache.shape.prompt
 
     @property
     def tokens(self) -> Tensor:

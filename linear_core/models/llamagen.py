@@ -37,6 +37,10 @@ class LlamaGenConfig:
     caption_slots: int = 0
     eps: float = 1e-5
 
+    def cache_shape(self, prompt: int, bytes_per_number: int) -> CacheShape:
+        """One slot for the prompt, however long: see LlamaGen."""
+        return CacheShape(self.layers, self.heads, self.width // self.heads, LlamaGen.prompt_slots, bytes_per_number)
+
 
 class ClassEmbedding(nn.Module):
     def __init__(self, classes: int, width: int, ops: Ops):
@@ -101,13 +105,15 @@ class LlamaGen(nn.Module):
     def codes(self) -> int:
         return self.config.codes
 
-    def cache_shape(self, dtype: torch.dtype | None = None) -> CacheShape:
-        c = self.config
-        return CacheShape(c.layers, c.heads, c.width // c.heads, self.prompt_slots, (dtype or self.dtype).itemsize)
+    def cache_shape(self, prompt: int = 1) -> CacheShape:
+        """`prompt` is its number of places, which LlamaGen's cache does not depend on."""
+        return self.config.cache_shape(prompt, self.dtype.itemsize)
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
-        """The rows of `prompt`, then as many unconditional ones with the same places empty, as published."""
+        """The rows of `prompt`, then its negative ones, else unconditional ones with the same places empty."""
         self.check(prompt)
+        if prompt.negative is not None:
+            return prompt.stack(prompt.negative)
         if self.config.classes:
             nothing = torch.full_like(prompt.tokens, self.config.classes)
         else:
@@ -140,7 +146,7 @@ class LlamaGen(nn.Module):
         """Logits B V of the first image token; the prompt's one slot is written."""
         self.check(prompt)
         x = self._embed(prompt)
-        visible = _visible(prompt)
+        visible = prompt.visible()
         seen = visible[:, -1:]  # by image tokens: everything but padding
         count = seen.sum((1, 2))
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, float("-inf"))
@@ -206,7 +212,7 @@ class LlamaGen(nn.Module):
         if visible is None and not bool(prompt.pad.any()):
             masks: list[Tensor | None] = [None] * len(self.layers)
         elif visible is None:
-            masks = [_visible(prompt, count)[:, None]] * len(self.layers)
+            masks = [prompt.visible(count)[:, None]] * len(self.layers)
         else:
             masks = list(visible)
         for block, mask in zip(self.layers, masks, strict=True):
@@ -216,13 +222,6 @@ class LlamaGen(nn.Module):
 
             x = block(x, lambda t: turn_pairs(t, table), attend_all)
         return self.output(self.norm(x))
-
-
-def _visible(prompt: Prompt, count: int | None = None) -> Tensor:
-    """Bool B N N: causal, padding hidden, every token sees itself. N is the prompt's length unless `count` says."""
-    place = torch.arange(count or prompt.length, device=prompt.tokens.device)
-    causal = place[None, :] <= place[:, None]
-    return causal & (place[None, None, :] >= prompt.pad[:, None, None]) | (place[None, :] == place[:, None])
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> LlamaGenConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor
 class Prompt:
     """One row an image; a decoder adds the unconditional rows itself.
 
-    tokens  what the model's embedding takes: class or token ids int64 B T, or features float B T D
-    pad     int64 B: how many of the T places, from the left, are empty
-    names   what the user asked for, one a row
+    tokens    what the model's embedding takes: class or token ids int64 B T, or features float B T D
+    pad       int64 B: how many of the T places, from the left, are empty
+    names     what the user asked for, one a row
+    negative  what guidance leads away from, one row for each of these, of any length; None: the decoder knows
     """
 
     tokens: Tensor
     pad: Tensor
     names: tuple[str, ...] = ()
+    negative: Prompt | None = None
 
     @property
     def rows(self) -> int:
@@ -31,17 +34,48 @@ class Prompt:
 
     def repeat(self, times: int) -> Prompt:
         """Every row `times` times, copies side by side."""
-        names = tuple(n for n in self.names for _ in range(times))
-        return Prompt(self.tokens.repeat_interleave(times, 0), self.pad.repeat_interleave(times, 0), names)
+        return self.take([row for row in range(self.rows) for _ in range(times)])
+
+    def take(self, rows: Sequence[int]) -> Prompt:
+        """The rows of these numbers, in this order."""
+        names = tuple(self.names[row] for row in rows) if self.names else ()
+        negative = self.negative and self.negative.take(rows)
+        chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.pad.device)
+        return Prompt(self.tokens[chosen], self.pad[chosen], names, negative)
 
     def stack(self, below: Prompt) -> Prompt:
-        """These rows, then `below`'s, of equal length."""
-        return Prompt(torch.cat([self.tokens, below.tokens]), torch.cat([self.pad, below.pad]), self.names)
+        """These rows, then `below`'s, the shorter ones padded on the left. Neither's negative rows."""
+        length = max(self.length, below.length)
+        above, below = self.padded(length), below.padded(length)
+        return Prompt(torch.cat([above.tokens, below.tokens]), torch.cat([above.pad, below.pad]), self.names)
+
+    def padded(self, length: int) -> Prompt:
+        """The same rows in `length` places."""
+        more = length - self.length
+        empty = self.tokens.new_zeros(self.rows, more, *self.tokens.shape[2:])
+        return Prompt(torch.cat([empty, self.tokens], 1), self.pad + more, self.names, self.negative)
 
     def to(self, device: torch.device | str) -> Prompt:
-        return Prompt(self.tokens.to(device), self.pad.to(device), self.names)
+        negative = self.negative and self.negative.to(device)
+        return Prompt(self.tokens.to(device), self.pad.to(device), self.names, negative)
+
+    def visible(self, count: int | None = None) -> Tensor:
+        """Which place sees which: bool B N N, causal, padding hidden, every place sees itself.
+
+        N is the prompt's length unless `count` says.
+        """
+        place = torch.arange(count or self.length, device=self.tokens.device)
+        causal = place[None, :] <= place[:, None]
+        return causal & (place[None, None, :] >= self.pad[:, None, None]) | (place[None, :] == place[:, None])
 
 
 def class_prompt(labels: list[int], names: tuple[str, ...] = ()) -> Prompt:
     """One image for each class id."""
     return Prompt(torch.tensor(labels, dtype=torch.int64)[:, None], torch.zeros(len(labels), dtype=torch.int64), names)
+
+
+def token_prompt(rows: Sequence[Sequence[int]], names: tuple[str, ...] = (), negative: Prompt | None = None) -> Prompt:
+    """One image for each row of token ids; rows of unequal length are padded on the left."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows])
+    return Prompt(tokens, torch.tensor([length - len(row) for row in rows]), names, negative)

@@ -1,0 +1,70 @@
+"""Families: the kinds of model there are. One file each says how a checkpoint of that kind is read and prompted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..grid import Grid
+from ..plan import CacheShape, SamplePlan
+from ..prompts import Prompt
+from ..prompts.words import Words
+from ..weights import Place, Weights
+
+PROMPT = 32  # places that a text of a sentence or two takes, for memory before the text is known
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model before its weights are read.
+
+    config  its sizes, a dataclass of linear_core/models: layers, width, heads, codes, classes, cache_shape
+    """
+
+    name: str
+    family: Family = field(repr=False)
+    config: Any
+    grid: Grid
+    classes: tuple[str, ...]
+    defaults: SamplePlan
+    weight_bytes: int  # on disk
+    tokenizer: str = ""  # name of the tokenizer that belongs to it, without a file's ending; "": it brings its own
+
+    @property
+    def text(self) -> bool:
+        """Whether a text says what to draw, not a class."""
+        return not self.config.classes
+
+    @property
+    def own_words(self) -> bool:
+        """Whether texts are for its own tokenizer, not for a text encoder."""
+        return self.family.prompt is not None
+
+    def cache_shape(self, dtype: torch.dtype, prompt: int = PROMPT) -> CacheShape:
+        """What decides the cache's memory; `prompt` is how many places the prompt has."""
+        return self.config.cache_shape(prompt, dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model.
+
+    knows     whether a checkpoint, by the names of its weights, is of this kind
+    describe  a checkpoint's header and the grid asked for (rows, cols) -> what is known; UserError where it is broken
+    build     sizes, grid and layers -> the decoder, on the device that is current
+    place     a key of the file and the sizes -> where it goes in the decoder; None: not read
+    vq        a key of the file -> its name in VQTokenizer, None: not of the tokenizer; where the file holds that too
+    prompt    the model's tokenizer, texts, what to be guided from ("": nothing) and the model -> one row for each text;
+              None: a class, or a text encoder, says what to draw
+    """
+
+    name: str
+    knows: Callable[[Weights], bool]
+    describe: Callable[[Weights, tuple[int, int] | None], ModelInfo]
+    build: Callable[..., Any]
+    place: Callable[[str, Any], Place | None]
+    vq: Callable[[str], str | None] | None = None
+    prompt: Callable[[Words, Sequence[str], str, ModelInfo], Prompt] | None = None

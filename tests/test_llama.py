@@ -1,0 +1,111 @@
+"""What Llama-like decoders add to LlamaGen's: 1-D RoPE, left padding, prompts that are computed once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_core.blocks import HeadNorm, rope_1d, turn_halves
+from linear_core.cache import LineCache
+from linear_core.errors import UserError
+from linear_core.grid import Grid
+from linear_core.plan import CachePlan, SamplePlan
+from linear_core.prompts import Prompt, class_prompt, token_prompt
+from tests.tiny import WORDS, decode, janus, words
+
+FULL = CachePlan("full")
+GUIDED = SamplePlan(seed=3, guidance=2.5)
+
+
+def test_turning_halves_by_hand() -> None:
+    """Number i turns with number i + D/2, by position / base ** (2 i / D); twice a position is twice the angle."""
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    place = torch.tensor([0, 1, 2, 7, 100])
+    turned = turn_halves(x, rope_1d(place, 8, 100.0))
+    for i in range(4):
+        angle = place * 100.0 ** (-2 * i / 8)
+        torch.testing.assert_close(turned[..., i], x[..., i] * angle.cos() - x[..., i + 4] * angle.sin())
+        torch.testing.assert_close(turned[..., i + 4], x[..., i + 4] * angle.cos() + x[..., i] * angle.sin())
+    again = turn_halves(turned, rope_1d(place, 8, 100.0))
+    torch.testing.assert_close(again, turn_halves(x, rope_1d(2 * place, 8, 100.0)), atol=1e-5, rtol=1e-5)
+
+
+def test_head_norm_by_hand() -> None:
+    norm, x = HeadNorm(3, 8), torch.randn(2, 3, 5, 8)
+    norm.weight.data.normal_()
+    norm.bias.data.normal_()
+    for head in range(3):
+        expected = F.layer_norm(x[:, head], (8,), norm.weight[head], norm.bias[head], 1e-5)
+        torch.testing.assert_close(norm(x)[:, head], expected)
+
+
+def test_queries_turned_to_the_next_line() -> None:
+    """As if the same queries, not yet rotated, had been rotated for a token one line further down."""
+    model, grid = janus(6, 5), Grid(6, 5, eol=9)  # six tokens a line
+    source = torch.Generator().manual_seed(1)
+    queries = torch.randn(2, 4, 3, grid.stride, 8, generator=source)  # L B H C D
+    place = torch.arange(20, 20 + grid.stride)
+    here, below = (turn_halves(queries, rope_1d(p, 8, 10000.0)) for p in (place, place + grid.stride))
+    torch.testing.assert_close(model.to_next_line(here, grid), below, atol=1e-5, rtol=1e-5)
+    assert (here - below).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_row_does_not_feel_its_padding(qk_norm: bool) -> None:
+    """Two prompts of different length in one batch: each gives the logits that it gives alone."""
+    model = janus(5, 4, qk_norm=qk_norm, dtype=torch.float64)
+    batch = decode(model, words([7, 3]), CachePlan(budget=2, anchors=1, recent=1), GUIDED)
+    for i, length in enumerate((7, 3)):
+        alone = decode(model, words([length]), CachePlan(budget=2, anchors=1, recent=1), SamplePlan(3 + i, 2.5))
+        assert torch.equal(alone.tokens[0], batch.tokens[i])
+        for a, b in zip(alone.logits, batch.logits, strict=True):
+            torch.testing.assert_close(a, b[[i, 2 + i]], atol=1e-6, rtol=1e-6)
+
+
+def test_rows_alike_are_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two texts of one length, four pictures each: two rows with the text and one without, in place of sixteen."""
+    model, seen = janus(4, 3), []
+    prompt = Prompt(*(getattr(words([5, 5]), name) for name in ("tokens", "pad")), (), words([5, 5]).negative)
+    prompt.tokens[1, 2] = (prompt.tokens[1, 2] - 3) % (WORDS - 4) + 4
+    embed = model.embed_tokens.forward
+
+    def watch(tokens: Tensor) -> Tensor:
+        seen.append(tokens.shape)
+        return embed(tokens)
+
+    monkeypatch.setattr(model.embed_tokens, "forward", watch)
+    rows = model.with_unconditional(prompt.repeat(4))
+    cache = LineCache(model.cache_shape(5), rows.rows, model.grid.after(5), FULL, dtype=torch.float32, device="cpu")
+    logits = model.prefill(rows, cache)
+    assert rows.rows == 16 and seen == [(3, 5)]
+    expected = model.forward(rows, torch.zeros(16, 0, dtype=torch.int64))[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(cache.keys[:, 8], cache.keys[:, 15]) and not torch.equal(cache.keys[:, 0], cache.keys[:, 4])
+
+
+def test_a_negative_prompt_may_be_longer_or_shorter() -> None:
+    """It takes the unconditional rows' place, at its own positions: the logits are those of the two alone."""
+    model, one = janus(4, 3, dtype=torch.float64), words([5])
+    for length in (3, 9):
+        away = words([length], seed=5)
+        prompt = Prompt(one.tokens, one.pad, (), Prompt(away.tokens, away.pad))
+        run = decode(model, prompt, FULL, GUIDED)
+        tokens = torch.stack(run.fed, 1)[:1]
+        for row, single in enumerate((one, away)):
+            expected = model.forward(Prompt(single.tokens, single.pad), tokens)[:, single.length - 1 :]
+            torch.testing.assert_close(torch.stack(run.logits, 1)[row], expected[0].float(), atol=1e-5, rtol=1e-5)
+        assert run.cache.shape.prompt == max(5, length)
+
+
+def test_prompts_of_other_models_are_refused() -> None:
+    model = janus(4, 3)
+    for prompt, word in (
+        (class_prompt([1]), "Text Prompt"),
+        (Prompt(torch.zeros(1, 4, 6), torch.zeros(1, dtype=torch.int64)), "connect this model"),
+        (token_prompt([[1, WORDS, 2]]), "own tokenizer"),
+        (token_prompt([[1, 2, 3]]), "not made for this model"),
+    ):
+        with pytest.raises(UserError, match=word):
+            decode(model, prompt, FULL, GUIDED)
