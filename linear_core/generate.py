@@ -59,14 +59,15 @@ def generate(
     it holds.
     """
     policy = get_policy(plan.policy)
-    plan.check(decoder.grid)
+    asked = prompt.grid or decoder.grid
+    plan.check(asked)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it names no image; give at least one class or text.")
-    given = _check_above(above, images, decoder.grid, decoder.codes)
+    given = _check_above(above, images, asked, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
-    grid = decoder.grid.after(rows.length)
+    grid = asked.after(rows.length)
     shape = decoder.cache_shape(rows.length)
     cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=policy.reads)
     step = step or decoder.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from math import log
 
+PIXELS = 16  # of a token, along each side
 STEP = 32  # Lumina-mGPT's sides are multiples of this
 ASPECT = 4  # at most, either way
 

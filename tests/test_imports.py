@@ -25,6 +25,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # numbers
     "errors": (set(), set()),
     "grid": ({"errors"}, set()),
+    "sizes": (set(), set()),
     "plan": ({"errors", "grid"}, set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     "published": ({"errors"}, set()),  # names of files, and where they are to be had
@@ -41,7 +42,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"attention", "blocks", "cache", "errors", "grid", "plan", "prompts", "prompts.*", "models.llama"},
         TENSORS,
     ),
-    "prompts.*": ({"errors", "prompts", "prompts.*"}, TENSORS | {"transformers", "tokenizers", "sentencepiece"}),
+    "prompts.*": (
+        {"errors", "grid", "prompts", "prompts.*", "sizes"},
+        TENSORS | {"transformers", "tokenizers", "sentencepiece"},
+    ),
     "vq.*": ({"vq.*"}, TENSORS),
     "weights": ({"errors"}, TENSORS | {"safetensors"}),
     # time
@@ -50,7 +54,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "preview": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     "heatmap": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     # people
-    "families.__init__": ({"grid", "plan", "prompts", "prompts.*", "weights"}, TENSORS),
+    "families.__init__": ({"errors", "grid", "plan", "prompts", "prompts.*", "sizes", "weights"}, TENSORS),
     "families.*": (
         {
             "families",
@@ -63,6 +67,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "prompts.*",
             "published",
+            "sizes",
+            "vq.*",
             "weights",
         },
         TENSORS,

@@ -1,12 +1,13 @@
-"""Lumina-mGPT and its kin: Chameleon, one vocabulary for text and pictures (github.com/Alpha-VLLM/Lumina-mGPT).
+"""Lumina-mGPT and its kin: Chameleon, one vocabulary for words and pictures (github.com/Alpha-VLLM/Lumina-mGPT).
 
-A Llama whose queries and keys go through a LayerNorm. An image code is a token like any other, so it is embedded by the
-prompt's table; of the head only the rows of the codes are kept, as nothing else can be drawn.
+A Llama whose queries and keys go through a LayerNorm. An image code is a token like any other, so the prompt's table
+embeds it too; of the head only the rows of the codes are kept, as nothing else may be drawn.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from ..blocks import Ops
@@ -14,20 +15,28 @@ from ..grid import Grid
 from .llama import Llama, LlamaConfig
 
 
+@dataclass(frozen=True)
+class LuminaConfig(LlamaConfig):
+    """`first` is the vocabulary's id of code 0; the others follow it."""
+
+    first: int = 4
+
+
 class Lumina(Llama):
     """Decoder for Lumina-mGPT-7B of every size, and for Anole.
 
-    `ids` are the vocabulary's ids of the codes, in order, and after them of the token that ends a line: a grid with
-    line ends calls that token by its place there, which is `codes`.
+    Codes, and the token that ends a line, are counted from code 0 of the vocabulary: the grid's `eol` is an id less
+    `first`.
     """
 
-    def __init__(self, config: LlamaConfig, grid: Grid, ops: Ops = nn):
+    config: LuminaConfig
+
+    def __init__(self, config: LuminaConfig, grid: Grid, ops: Ops = nn):
         super().__init__(config, grid, ops)
         self.lm_head = ops.Linear(config.width, config.codes, bias=False)
-        self.register_buffer("ids", torch.zeros(config.codes + 1, dtype=torch.int64))
 
     def embed_codes(self, tokens: Tensor) -> Tensor:
-        return self.embed_tokens(self.ids[tokens])
+        return self.embed_tokens(tokens + self.config.first)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

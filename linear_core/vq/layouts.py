@@ -1,34 +1,28 @@
-"""Key names of VQ tokenizers that were published in another layout than LlamaGen's: data, and one renaming.
+"""Key names of VQ tokenizers that were published in other layouts than LlamaGen's.
 
-Chameleon's (Lumina-mGPT, Anole) is taming-transformers': `decoder.up.0` is the *full* resolution, levels and the three
-blocks of the middle have names, and only the middle has attention (github.com/CompVis/taming-transformers,
-taming/modules/diffusionmodules/model.py).
+transformers (Janus) and taming-transformers (Chameleon's, for Lumina-mGPT and Anole) call the levels and the middle
+otherwise. The latter also counts the decoder's levels from the full resolution, where the others count from the lowest
+(github.com/CompVis/taming-transformers, taming/modules/diffusionmodules/model.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
-def is_taming(names: Iterable[str]) -> bool:
-    return any(re.match(r"decoder\.up\.0\.block\.0\.", name) for name in names)
+def renamed(key: str, top: int | None = None) -> str:
+    """What `VQTokenizer` calls a weight; `top` is the lowest resolution's level where the decoder counts downwards."""
+    key = re.sub(r"\bmid\.(block_1|attn_1|block_2)\b", lambda found: f"mid.{MIDDLE[found[1]]}", key)
+    if top is not None:
+        key = re.sub(r"\bdecoder\.up\.(\d+)\.", lambda found: f"decoder.up.{top - int(found[1])}.", key)
+    key = re.sub(r"\.(?:up|down)\.(\d+)\.block\.", r".conv_blocks.\1.res.", key)
+    return re.sub(r"\.(?:up|down)\.(\d+)\.", r".conv_blocks.\1.", key)
 
 
-def taming_to_ours(names: Iterable[str]) -> dict[str, str]:
-    """Each name of a taming-transformers file and what `VQTokenizer` calls it; other names stay as they are.
-
-    Levels of the decoder are counted from the lowest resolution here and from the highest there.
-    """
-    names = list(names)
-    top = max(int(found[1]) for name in names if (found := re.match(r"decoder\.up\.(\d+)\.", name)))
-
-    def ours(name: str) -> str:
-        name = re.sub(r"^(encoder|decoder)\.mid\.(\w+)", lambda m: f"{m[1]}.mid.{MIDDLE.get(m[2], m[2])}", name)
-        name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.conv_blocks.{top - int(m[1])}", name)
-        name = re.sub(r"^encoder\.down\.(\d+)", r"encoder.conv_blocks.\1", name)
-        return re.sub(r"^((?:en|de)coder\.conv_blocks\.\d+)\.block\.", r"\1.res.", name)
-
-    return {name: ours(name) for name in names}
+def taming_top(keys: Collection[str]) -> int | None:
+    """The lowest resolution's level in a taming-transformers file, whose level 0 has nothing to enlarge; else None."""
+    levels = [int(found[1]) for key in keys if (found := re.match(r"decoder\.up\.(\d+)\.", key))]
+    return None if not levels or "decoder.up.0.upsample.conv.weight" in keys else max(levels)
