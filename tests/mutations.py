@@ -231,7 +231,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("generate.py", "plan.check(decoder.grid)", "pass", "a plan that does not fit is not refused"),
+    ("generate.py", "plan.check(asked)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
     # -- the decoder
     ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),

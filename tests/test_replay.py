@@ -16,7 +16,7 @@ from linear_core.generate import Run, generate
 from linear_core.plan import RELEASES, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
-from tests.tiny import Recorder, Toy, caption_prompt, decode, llamagen
+from tests.tiny import Recorder, Toy, caption_prompt, decode, llamagen, lumina, lumina_words
 
 SAMPLE = SamplePlan(seed=5, guidance=2.5)
 
@@ -26,6 +26,8 @@ def setting(model: str) -> tuple:
         return llamagen(7, 5, dtype=torch.float64), class_prompt([1, 3])
     if model == "text":
         return llamagen(6, 4, text=True, dtype=torch.float64), caption_prompt([7, 4], dtype=torch.float64)
+    if model == "lumina":
+        return lumina(6, 4, dtype=torch.float64), lumina_words([6, 4])
     toy = Toy(6, 4, length=4, eol=model == "toy eol", dtype=torch.float64)
     return toy, toy.prompt([4, 2])
 
@@ -39,8 +41,10 @@ def drawn(model: str, policy: str, release: str, interval: int = -1) -> Recorder
 
 
 CASES = [("class", policy, release) for policy in POLICIES for release in RELEASES]
-CASES += [(model, policy, "lazy") for model in ("text", "toy", "toy eol") for policy in ("line", "h2o", "streaming")]
-CASES += [(model, "line", "strict") for model in ("text", "toy", "toy eol")]
+CASES += [
+    (model, policy, "lazy") for model in ("text", "lumina", "toy", "toy eol") for policy in ("line", "h2o", "streaming")
+]
+CASES += [(model, "line", "strict") for model in ("text", "lumina", "toy", "toy eol")]
 
 
 @pytest.mark.parametrize("first", [1, 3, 4, -1], ids=["one", "filling", "evicting", "all but one"])

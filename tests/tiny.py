@@ -22,6 +22,7 @@ from linear_core.generate import generate
 from linear_core.grid import Grid
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.models.lumina import Lumina, LuminaConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import Prompt, token_prompt
@@ -54,6 +55,13 @@ def janus(
     return _filled(model, deviation, seed).to(dtype)
 
 
+def lumina(rows: int, cols: int, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> Lumina:
+    """Three heads of 8 numbers with norms of queries and keys; codes are words 4 and on, the next one ends a line."""
+    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm=True, first=4)
+    model = Lumina(config, Grid(rows, cols, eol=CODES)).requires_grad_(False).eval()
+    return _filled(model, {"wqkv": 0.3, "w2": 0.1, "lm_head": 0.4, "embed_tokens": 1.0}, seed).to(dtype)
+
+
 def _filled(model: Any, deviation: dict[str, float], seed: int) -> Any:
     source = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
@@ -73,6 +81,12 @@ def words(lengths: list[int], seed: int = 0) -> Prompt:
         rows.append([1, *torch.randint(4, WORDS, (length - 2,), generator=source).tolist(), 2])
     nothing = [[1, *[3] * (length - 2), 2] for length in lengths]
     return token_prompt(rows, negative=token_prompt(nothing))
+
+
+def lumina_words(lengths: list[int], seed: int = 0) -> Prompt:
+    """The same guided from the last two tokens alone, as Lumina-mGPT's begin with the image."""
+    prompt = words(lengths, seed)
+    return replace(prompt, negative=token_prompt(prompt.tokens[:, -2:].tolist()))
 
 
 def caption_prompt(
@@ -161,7 +175,7 @@ class Toy:
         return self.say(scores.softmax(-1) @ v)
 
 
-Decoder = LlamaGen | Janus | Toy
+Decoder = LlamaGen | Janus | Lumina | Toy
 
 
 @dataclass
