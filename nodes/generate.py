@@ -148,6 +148,7 @@ class Generate(io.ComfyNode):
         stop_after: int = 0,
         view: str | None = None,
     ) -> io.NodeOutput:
+        model = model.shaped(prompt.grid)
         image, info = model.image, model.image.info
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if value >= 0}  # below 0: the model's own

@@ -87,6 +87,33 @@ def decoder(
     return weights
 
 
+def meta(weights: dict[str, Tensor], heads: int = 2) -> dict[str, Tensor]:
+    """The same model in Meta's layout (Anole's consolidated.pth): what RoPE turns together lies side by side."""
+    renamed = {
+        "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output", "model.layers": "layers",
+        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo", "self_attn.q_norm": "attention.q_normalization",
+        "self_attn.k_norm": "attention.k_normalization", "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    found = {}
+    for key, tensor in weights.items():
+        if "q_proj" in key or "k_proj" in key:
+            tensor = torch.cat([_side_by_side(head) for head in tensor.chunk(heads)])
+        elif "q_norm" in key or "k_norm" in key:
+            tensor = _side_by_side(tensor[0])
+        for theirs, ours in renamed.items():
+            key = key.replace(theirs, ours)
+        found[key] = tensor
+    return found | {"rope.freqs": torch.zeros(4)}
+
+
+def _side_by_side(head: Tensor) -> Tensor:
+    """Rows 0 … D/2 and D/2 … D of one head, in turns."""
+    return torch.stack(head.chunk(2), 1).flatten(0, 1)
+
+
 def write_model(folder: Path, weights: dict[str, Tensor], ids: dict[str, int], *, words: bool = True) -> Path:
     """A model's folder: two shards with their index, config.json and, as only one repository has it, the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -194,6 +194,17 @@ def test_a_size_it_does_not_draw(folder: Path) -> None:
     assert info.sized((1024, 576)).grid.cols == 64
 
 
+def test_a_prompt_of_another_model(models: Path) -> None:
+    """A grid that comes with a prompt is one of the model's own, line ends included."""
+    info = read_info(models / "Lumina-mGPT-7B-768")
+    (models / "Lumina-mGPT-7B-768").rename(models / "Lumina-mGPT-7B-1024")
+    large = read_info(models / "Lumina-mGPT-7B-1024")
+    assert info.shaped(None) is info and info.shaped(replace(info.grid, rows=112, cols=36)).grid.rows == 112
+    for grid in (large.grid, replace(info.grid, eol=None), replace(info.grid, rows=5)):
+        with pytest.raises(UserError, match=r"prompt: it asks for .* another model than Lumina-mGPT-7B-768"):
+            info.shaped(grid)
+
+
 def test_the_tokenizer_of_another_repository(models: Path) -> None:
     """Only the 768 repository has it; without it the error says so and names the file."""
     other = write(models / "Lumina-mGPT-7B-1024", words=False)

@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_core.blocks import rope_1d, turn_halves, turn_pairs
 from linear_core.cache import LineCache
+from linear_core.errors import UserError
 from linear_core.generate import generate
-from linear_core.library import ImageModel, ModelFiles, load_model
+from linear_core.grid import Grid
+from linear_core.library import ImageModel, ModelFiles, load_model, read_info
+from linear_core.models.lumina import Lumina
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, token_prompt
+from linear_core.weights import fill, read_weights
 from tests import lumina_official as official
 from tests import lumina_reference as upstream
 from tests.tiny import decode
@@ -175,6 +180,56 @@ def test_norms_kept_once_a_head(tmp_path: Path, model: ImageModel) -> None:
         model.decoder.state_dict().items(), other.decoder.state_dict().values(), strict=True
     ):
         assert torch.equal(ours, again), name
+
+
+# -- Anole -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_anole_in_metas_layout(tmp_path: Path, model: ImageModel, weights: dict[str, Tensor]) -> None:
+    """consolidated.pth, whose heads RoPE turns pair by pair: the model that transformers' layout gives.
+
+    The other road is one layer's scores, computed as Meta does from the file's own numbers.
+    """
+    file = tmp_path / "models" / "7b" / "consolidated.pth"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "tokenizer").mkdir()
+    loose = official.meta(weights, HEADS)
+    torch.save(loose, file)
+    torch.save({"state_dict": upstream.vq_weights()}, tmp_path / "tokenizer" / "vqgan.ckpt")
+    official.tokenizer(tmp_path / "tokenizer" / "text_tokenizer.json", IDS)
+    with pytest.raises(UserError, match=r"has 64 codes, but consolidated.pth draws from 8192"):
+        load_model(ModelFiles(file, tmp_path / "tokenizer" / "vqgan.ckpt"))  # a file says no vocabulary: the published
+    info = replace(read_info(file), config=model.info.config)
+    again = Lumina(info.config, info.grid)
+    fill(again, read_weights(file), torch.float32, lambda key: info.family.place(key, info.config))
+    for (name, ours), theirs in zip(again.state_dict().items(), model.decoder.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+    x = torch.randn(1, 7, HEADS * DIM, generator=torch.Generator().manual_seed(2))
+    table = rope_1d(torch.arange(7), DIM, 10000.0)
+    q, k = (
+        turn_pairs(
+            F.layer_norm((x @ loose[f"layers.0.attention.w{part}.weight"].T).unflatten(-1, (HEADS, DIM)), (DIM,),
+                         *(loose[f"layers.0.attention.{part}_normalization.{kind}"] for kind in ("weight", "bias")))
+            .transpose(1, 2), table)
+        for part in "qk"
+    )  # fmt: skip
+    seen: list[Tensor] = []
+    again.layers[0].attention(
+        x, lambda t: turn_halves(t, table), lambda q, k, v: seen.extend((q @ k.transpose(-1, -2), v)) or v
+    )
+    torch.testing.assert_close(seen[0], q @ k.transpose(-1, -2), atol=1e-3, rtol=1e-4)
+
+
+def test_anoles_prompt(model: ImageModel) -> None:
+    """One size, no line ends; unconditional rows hold the begin of the text and of the image."""
+    info = replace(model.info, grid=Grid(32, 32), sizes=())
+    prompt = info.family.prompt(model.words, TEXTS, "", info)
+    begin, image = IDS["<s>"], IDS["<racm3:break>"]
+    said = [model.words.ids(text) for text in TEXTS]
+    assert unpadded(prompt) == [[begin, *words, IDS["<reserved08706>"], image] for words in said]
+    assert unpadded(prompt.negative) == [[begin, image]] * 2 and prompt.grid is None
 
 
 # -- the VQ ------------------------------------------------------------------------------------------------------------

@@ -60,8 +60,16 @@ class ModelInfo:
         return self.shaped(replace(self.grid, rows=height // PIXELS, cols=width // PIXELS))
 
     def shaped(self, grid: Grid | None) -> ModelInfo:
-        """The same with the grid that a prompt asks for; None: its own."""
-        return self if grid is None else replace(self, grid=grid)
+        """The same with the grid that a prompt asks for; None: its own. Raises UserError where it draws no such."""
+        if grid is None:
+            return self
+        size = grid.cols * PIXELS, grid.rows * PIXELS
+        if size not in self.sizes or grid.eol != self.grid.eol:
+            raise UserError(
+                f"prompt: it asks for {size[0]} x {size[1]} pixels and was made for another model than {self.name}; "
+                "connect this model to its Text Prompt."
+            )
+        return replace(self, grid=grid)
 
     def cache_shape(self, dtype: torch.dtype, prompt: int = PROMPT) -> CacheShape:
         """What decides the cache's memory; `prompt` is how many places the prompt has."""

@@ -135,7 +135,8 @@ def _anole(weights: Weights, config: LuminaConfig, asked: tuple[int, int] | None
     if asked not in (None, (ANOLE_GRID.rows, ANOLE_GRID.cols)):
         raise weights.problem("is Anole, which draws 32 x 32 tokens only; leave the grid to the model.")
     defaults = SamplePlan(guidance=3.0, temperature=0.7, top_p=0.9)
-    return ModelInfo(weights.name, FAMILY, config, ANOLE_GRID, (), defaults, weights.nbytes, tokenizer="vqgan")
+    name = "Anole-7B" if weights.name == "consolidated" else weights.name
+    return ModelInfo(name, FAMILY, config, ANOLE_GRID, (), defaults, weights.nbytes, tokenizer="vqgan")
 
 
 def _lumina(weights: Weights, config: LuminaConfig, asked: tuple[int, int] | None, eol: int) -> ModelInfo:
