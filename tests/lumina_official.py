@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.lumina_reference import vq_weights
+
 CODES = 8192
 DIM = 128  # numbers a head
 
@@ -131,3 +133,17 @@ def write_model(folder: Path, weights: dict[str, Tensor], ids: dict[str, int], *
     if words:
         tokenizer(folder / "tokenizer.json", ids)
     return folder
+
+
+def write(models: Path) -> None:
+    """What a graph needs below ComfyUI's models folder, in bf16 to be smaller: about 20 MB.
+
+    Two decoders of one layer with the published vocabulary, of which one brings the tokenizer, and a VQ with all its
+    levels and codes, but fewer channels.
+    """
+    folder, ids = models / "ar_image", vocabulary()
+    weights = {name: tensor.bfloat16() for name, tensor in decoder(ids, layers=1, heads=1).items()}
+    write_model(folder / "Lumina-mGPT-7B-768", weights, ids)
+    write_model(folder / "Lumina-mGPT-7B-1024", weights, ids, words=False)
+    vq = vq_weights((16, 16, 32, 32, 64), blocks=2, codes=CODES, code_dim=32, z=32)
+    torch.save({"state_dict": {name: tensor.bfloat16() for name, tensor in vq.items()}}, folder / "vqgan.ckpt")

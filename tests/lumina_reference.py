@@ -49,11 +49,13 @@ def reference() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def vq_weights(seed: int = VQ_SEED) -> Weights:
+def vq_weights(
+    widths: tuple[int, ...] = WIDTHS, blocks: int = BLOCKS, codes: int = CODES, code_dim: int = CODE_DIM, z: int = Z
+) -> Weights:
     """State dict in the published layout: level 0 is the full resolution in both halves."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(VQ_SEED)
     weights: Weights = {}
-    last = len(WIDTHS) - 1
+    last = len(widths) - 1
 
     def conv(name: str, outer: int, inner: int, side: int = 1) -> None:
         weights[f"{name}.weight"] = _draw(rng, (outer, inner, side, side), (inner * side * side) ** -0.5)
@@ -72,35 +74,35 @@ def vq_weights(seed: int = VQ_SEED) -> Weights:
             conv(f"{name}.nin_shortcut", outer, inner)
 
     def middle(name: str) -> None:
-        residual(f"{name}.block_1", WIDTHS[-1], WIDTHS[-1])
-        norm(f"{name}.attn_1.norm", WIDTHS[-1])
+        residual(f"{name}.block_1", widths[-1], widths[-1])
+        norm(f"{name}.attn_1.norm", widths[-1])
         for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.attn_1.{part}", WIDTHS[-1], WIDTHS[-1])
-        residual(f"{name}.block_2", WIDTHS[-1], WIDTHS[-1])
+            conv(f"{name}.attn_1.{part}", widths[-1], widths[-1])
+        residual(f"{name}.block_2", widths[-1], widths[-1])
 
-    def level(name: str, inner: int, outer: int, blocks: int, resample: str) -> None:
-        for i in range(blocks):
+    def level(name: str, inner: int, outer: int, count: int, resample: str) -> None:
+        for i in range(count):
             residual(f"{name}.block.{i}", outer if i else inner, outer)
         if resample:
             conv(f"{name}.{resample}.conv", outer, outer, 3)
 
-    conv("encoder.conv_in", WIDTHS[0], 3, 3)
-    for i, width in enumerate(WIDTHS):
-        level(f"encoder.down.{i}", WIDTHS[max(i - 1, 0)], width, BLOCKS, "downsample" if i < last else "")
+    conv("encoder.conv_in", widths[0], 3, 3)
+    for i, width in enumerate(widths):
+        level(f"encoder.down.{i}", widths[max(i - 1, 0)], width, blocks, "downsample" if i < last else "")
     middle("encoder.mid")
-    norm("encoder.norm_out", WIDTHS[-1])
-    conv("encoder.conv_out", Z, WIDTHS[-1], 3)
+    norm("encoder.norm_out", widths[-1])
+    conv("encoder.conv_out", z, widths[-1], 3)
 
-    conv("decoder.conv_in", WIDTHS[-1], Z, 3)
+    conv("decoder.conv_in", widths[-1], z, 3)
     middle("decoder.mid")
-    for i, width in enumerate(WIDTHS):
-        level(f"decoder.up.{i}", WIDTHS[min(i + 1, last)], width, BLOCKS + 1, "upsample" if i else "")
-    norm("decoder.norm_out", WIDTHS[0])
-    conv("decoder.conv_out", 3, WIDTHS[0], 3)
+    for i, width in enumerate(widths):
+        level(f"decoder.up.{i}", widths[min(i + 1, last)], width, blocks + 1, "upsample" if i else "")
+    norm("decoder.norm_out", widths[0])
+    conv("decoder.conv_out", 3, widths[0], 3)
 
-    weights["quantize.embedding.weight"] = _draw(rng, (CODES, CODE_DIM), 0.4)
-    conv("quant_conv", CODE_DIM, Z)
-    conv("post_quant_conv", Z, CODE_DIM)
+    weights["quantize.embedding.weight"] = _draw(rng, (codes, code_dim), 0.4)
+    conv("quant_conv", code_dim, z)
+    conv("post_quant_conv", z, code_dim)
     weights["loss.logvar"] = torch.zeros(())
     return weights
 

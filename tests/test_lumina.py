@@ -182,7 +182,8 @@ def test_a_folder_that_does_not_say(models: Path) -> None:
     with pytest.raises(UserError, match=r"lumina: does not say how large.*512 or 768 or 1024"):
         read_info(other)
     assert read_info(other, (48, 48)).sizes == sizes(768)
-    assert read_info(other, (112, 36)).grid.rows == 112
+    tall = read_info(other, (112, 36))
+    assert tall.grid.rows == 112 and tall.sizes == sizes(1024)
 
 
 def test_a_size_it_does_not_draw(folder: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_prompt_of_another_model(models: Path) -> None:
     info = read_info(models / "Lumina-mGPT-7B-768")
     (models / "Lumina-mGPT-7B-768").rename(models / "Lumina-mGPT-7B-1024")
     large = read_info(models / "Lumina-mGPT-7B-1024")
-    assert info.shaped(None) is info and info.shaped(replace(info.grid, rows=112, cols=36)).grid.rows == 112
+    assert info.shaped(None) is info and info.shaped(replace(info.grid, rows=38, cols=56)).grid.rows == 38
     for grid in (large.grid, replace(info.grid, eol=None), replace(info.grid, rows=5)):
         with pytest.raises(UserError, match=r"prompt: it asks for .* another model than Lumina-mGPT-7B-768"):
             info.shaped(grid)
