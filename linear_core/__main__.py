@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import library, text
 from .convert import convert
 from .errors import UserError
-from .generate import Run, generate
+from .generate import Run, generate, in_waves, together
 from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles, ModelInfo
 from .plan import PRESETS, RELEASES, CachePlan, SamplePlan
@@ -25,12 +25,15 @@ from .sheet import contact_sheet, save, to_image
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = _parser().parse_args(argv)
+    if getattr(args, "where", None):
+        args.model = args.where
     try:
         args.command(args)
     except UserError as error:
@@ -52,9 +55,13 @@ def run_generate(args: argparse.Namespace) -> None:
     """Draw images and write each as a PNG."""
     model, plan = _load(args), _cache_plan(args)
     sample = _sample_plan(args, model.info)
-    prompt = _prompt(args, model.info)
+    prompt = _prompt(args, model)
     out = _out(args.out, model.info.name + ".png")
-    (run,) = _draw(model, prompt, [plan], sample)
+    run, parts = Run(), []
+    for some, own, _ in in_waves(prompt, sample, None, args.at_once or prompt.rows):
+        parts.append(_draw(model, some, [plan], own)[0].lines)
+    for line in together(parts):
+        run.add(line)
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
         pictures = heatmap(lifetime(run.shares), *_enlarged(pictures, args.size), pictures)
@@ -75,7 +82,7 @@ def run_compare(args: argparse.Namespace) -> None:
     """The full cache against a few lines: same seeds, one picture, one line of numbers each."""
     model, few = _load(args), _cache_plan(args)
     sample = _sample_plan(args, model.info)
-    prompt = _prompt(args, model.info)
+    prompt = _prompt(args, model)
     names = list(prompt.names)
     out = _out(args.out, "compare.png")
     full, run = _draw(model, prompt, [CachePlan(policy="full"), few], sample)
@@ -109,10 +116,13 @@ def run_plan(args: argparse.Namespace) -> None:
     few.check(info.grid)
     sample = _sample_plan(args, info)
     images = max(args.images, 1) * max(len(args.classes or args.texts or ["one"]), 1)
+    images = min(images, args.at_once or images)
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
+    weights = {name: library.decoder_bytes(info, dtype, kept) / MIB for name, kept in KEPT.items()}
     print(f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
           f"{info.config.heads} heads of {shape.dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk")  # fmt: skip
+    print("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
     print(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
     print(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
@@ -121,6 +131,8 @@ def run_plan(args: argparse.Namespace) -> None:
         print(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
     saved = 1 - shape.bytes(info.grid, few, rows) / shape.bytes(info.grid, full, rows)
     print(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
+    if info.own_words:
+        print(f"A prompt of {shape.prompt} tokens is reckoned with; a longer one takes a slot more for each.")
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -220,17 +232,24 @@ def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
     return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
 
 
-def _prompt(args: argparse.Namespace, info: ModelInfo) -> Prompt:
+def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
     """What --class or --text and --images ask for, one row an image."""
+    info = model.info
     if args.images < 1:
         raise UserError(f"images: {args.images} is none; choose 1 or more.")
-    if info.text:
+    if args.at_once < 0:
+        raise UserError(f"at-once: {args.at_once} is none; choose 1 or more, or 0 for all.")
+    if info.own_words:
+        if not args.texts:
+            raise UserError(f"text: {info.name} draws what a text says; add --text 'a red fox in the snow'.")
+        prompt = model.prompt(args.texts, args.negative)
+    elif info.text:
         if not args.texts or not args.text_encoder:
             raise UserError(
                 f"text: {info.name} draws what a text says; add --text 'a red fox in the snow' and --text-encoder "
                 "PATH, the folder of google/flan-t5-xl."
             )
-        prompt = text.prompt(args.texts, text.find_text_encoder(args.text_encoder))
+        prompt = text.prompt(args.texts, text.find_text_encoder(args.text_encoder), negative=args.negative)
     else:
         asked = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
         prompt = class_prompt([library.class_label(info, name) for name in asked], tuple(asked))
@@ -285,8 +304,9 @@ def _parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group("model")
+    group.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
     group.add_argument(
-        "--model", default=library.BUNDLED, metavar="FILE", help="decoder checkpoint; default: the bundled model"
+        "--model", default=library.BUNDLED, metavar="PATH", help="decoder's file or folder; default: the bundled model"
     )
     group.add_argument("--tokenizer", metavar="FILE", help="VQ tokenizer that belongs to it, where it is not beside it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, where neither the file nor its name tells")
@@ -310,8 +330,12 @@ def _parser() -> argparse.ArgumentParser:
         "--class", dest="classes", action="append", metavar="NAME", help="class name or number; repeat for more"
     )
     group.add_argument("--text", dest="texts", action="append", metavar="TEXT", help="what to draw; repeat for more")
-    group.add_argument("--text-encoder", metavar="PATH", help="FLAN-T5-XL's folder, or a text-encoder file")
+    group.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from, for all texts")
+    group.add_argument("--text-encoder", metavar="PATH", help="for LlamaGen: FLAN-T5-XL's folder or file")
     group.add_argument("--images", type=int, default=1, metavar="N", help="images of each class or text (default: 1)")
+    group.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="draw at most N images together; 0: all (default)"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="image i draws from seed N + i (default: 0)")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical 2 to 5")
     group.add_argument(

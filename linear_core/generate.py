@@ -15,6 +15,7 @@ from .cache import LineCache
 from .errors import UserError
 from .events import Line
 from .grid import Grid
+from .memory import waves
 from .plan import CachePlan, CacheShape, SamplePlan
 from .policies import Policy, choose, get_policy
 from .sampling import Noise, guide, pick, restrict
@@ -147,6 +148,35 @@ def _end_line(cache: LineCache, policy: Policy, row: int) -> None:
     cache.release(
         choose(scores, view, stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt)
     )
+
+
+def in_waves(
+    prompt: Any, sample: SamplePlan, above: Tensor | None, at_once: int
+) -> Iterator[tuple[Any, SamplePlan, Tensor | None]]:
+    """A batch too large for the memory, in parts of at most `at_once` images: what to hand `generate` for each.
+
+    Every image keeps the seed that it has in the whole, so its picture is the same.
+    """
+    for rows in waves(prompt.rows, at_once):
+        own = above is not None and len(above) > 1
+        yield prompt.take(rows), replace(sample, seed=sample.seed + rows[0]), above[list(rows)] if own else above
+
+
+def together(parts: list[list[Line]]) -> list[Line]:
+    """The lines of a batch that was drawn in parts: as if at once, but for the time, and the cache of the largest."""
+
+    def one(lines: tuple[Line, ...]) -> Line:
+        images = [len(line.tokens) for line in lines]
+        return replace(
+            lines[0],
+            tokens=torch.cat([line.tokens for line in lines]),
+            share=torch.cat([line.share for line in lines]),
+            held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
+            seconds=sum(line.seconds for line in lines),
+            cache_bytes=max(line.cache_bytes for line in lines),
+        )
+
+    return [one(lines) for lines in zip(*parts, strict=True)]
 
 
 class Run:

@@ -1,7 +1,8 @@
-"""What LlamaGen published: which files there are, what their names say, and where they can be had.
+"""What was published: which files there are, what their names say, and where they can be had.
 
-Numbers and names only; nothing here reads a file or the network. Pages: github.com/FoundationVision/LlamaGen (MIT)
-and, for the text encoder, huggingface.co/google/flan-t5-xl (Apache-2.0).
+Numbers and names only; nothing here reads a file or the network. Pages: github.com/FoundationVision/LlamaGen (MIT),
+for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), and github.com/deepseek-ai/Janus (code MIT, weights
+DeepSeek Model License).
 """
 
 from __future__ import annotations
@@ -79,9 +80,12 @@ class Release:
 
 
 # The commits: LlamaGen's as linked from github.com/hustvl/ControlAR/issues/10 (2025-04-29), flan-t5-xl's as pinned by
-# FoundationVision/Infinity and many others. None is known to us for llamagen_t2i, and for no file a hash.
+# FoundationVision/Infinity and many others. None is known to us for llamagen_t2i and Janus, and for no file a hash.
 C2I = Repository("FoundationVision/LlamaGen", "a86ad643a5bde5b5657a8aed7d5c9e2fc6f8c60f", "MIT")
 T2I = Repository("peizesun/llamagen_t2i", None, "MIT")
+JANUS = {name: Repository(f"deepseek-ai/{name}", None, "DeepSeek Model License") for name in (
+    "Janus-Pro-1B", "Janus-Pro-7B", "Janus-1.3B",
+)}  # fmt: skip
 T5 = Repository("google/flan-t5-xl", "7d6315df2c2fb742f0f5b556879d730926ca9001", "Apache-2.0")
 
 TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
@@ -90,6 +94,12 @@ TEXT_ENCODER = "flan-t5-xl"
 
 def _one(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
     return Release(path.removesuffix(".pt"), "ar_image", (Remote(repository, path, gigabytes),), needs)
+
+
+def _janus(name: str, *weights: tuple[str, float]) -> Release:
+    """A folder of its own: the decoder's file holds the tokenizers too."""
+    files = (("config.json", 0), ("tokenizer.json", 0), *weights)
+    return Release(name, "ar_image", tuple(Remote(JANUS[name], *file) for file in files), below=name)
 
 
 _T5_FILES = (
@@ -118,6 +128,13 @@ RELEASES: dict[str, Release] = {
         _one(C2I, "vq_ds16_c2i.pt", 0.28),
         _one(T2I, "vq_ds16_t2i.pt", 0.28),
         _one(C2I, "vq_ds8_c2i.pt", 0.28),
+        _janus("Janus-Pro-1B", ("pytorch_model.bin", 4.18)),
+        _janus(
+            "Janus-Pro-7B",
+            ("pytorch_model.bin.index.json", 0), ("pytorch_model-00001-of-00002.bin", 9.99),
+            ("pytorch_model-00002-of-00002.bin", 4.85),
+        ),
+        _janus("Janus-1.3B", ("model.safetensors", 4.18)),
         Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), below=TEXT_ENCODER),
     )
 }  # fmt: skip
@@ -125,8 +142,7 @@ RELEASES: dict[str, Release] = {
 
 def where(name: str) -> str:
     """Where the file called `name` can be had, as the end of a sentence; '' where we do not know."""
-    stem, _, _ = name.rpartition(".")
-    release = RELEASES.get(stem or name)
+    release = RELEASES.get(name) or RELEASES.get(name.rpartition(".")[0])
     return f"get it with the node Download AR Model or from {release.files[0].url}" if release else ""
 
 

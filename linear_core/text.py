@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -114,8 +114,9 @@ def prompt(
     files: TextFiles,
     place: Callable[[nn.Module], torch.device | str] = lambda encoder: "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    negative: str = "",
 ) -> Prompt:
-    """One image for each text.
+    """One image for each text, guided away from `negative`; without one, from what the model has learnt instead.
 
     place     brings the encoder to the device it shall run on, and says which; called only if a text is new
     progress  is told how many of the new texts are encoded, and of how many
@@ -123,7 +124,7 @@ def prompt(
     if not texts:
         raise UserError("text: it is empty; write what the picture shall show.")
     key = files.key
-    cleaned = [(key, clean(text)) for text in texts]
+    cleaned = [(key, clean(text)) for text in [*texts, *([negative] if negative else [])]]
     known = {name: _features[name] for name in cleaned if name in _features}
     missing = [name for name in dict.fromkeys(cleaned) if name not in known]
     if missing:
@@ -137,7 +138,9 @@ def prompt(
         _features.move_to_end(name)
     while len(_features) > REMEMBERED:
         _features.popitem(last=False)
-    return text_prompt([known[name] for name in cleaned], tuple(texts))
+    rows = [known[name] for name in cleaned]
+    away = text_prompt(rows[len(texts) :] * len(texts)) if negative else None
+    return replace(text_prompt(rows[: len(texts)], tuple(texts)), negative=away)
 
 
 def forget() -> None:

@@ -93,12 +93,12 @@ class Compare(io.ComfyNode):
         image.decoder.check(prompt)
         prompt = prompt.repeat(batch_size)
         plans = CachePlan("full"), cache
-        needed = sum(memory(model, plan, sample, prompt.rows) for plan in plans)
+        needed = sum(memory(model, plan, sample, prompt) for plan in plans)
         host.load(model.decoder, model.tokenizer, memory=needed)
 
         runs = full, few = Run(), Run()
         both = [generate(image.decoder, prompt, plan, sample) for plan in plans]
-        live = Live(model, cache, sample, prompt.rows, cls.hidden.unique_id, beside=full.lines)
+        live = Live(model, cache, sample, prompt, cls.hidden.unique_id, beside=full.lines)
         try:
             for lines in zip(*both, strict=True):
                 for run, line in zip(runs, lines, strict=True):

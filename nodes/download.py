@@ -26,17 +26,17 @@ class DownloadModel(io.ComfyNode):
             description="Fetches a published model from huggingface.co into ComfyUI's model folders and checks its "
             "hash. This is the only node of the pack that uses the network, and only when it is run. Press R "
             "afterwards, so that the lists show the new files.",
-            search_aliases=["download", "huggingface", "fetch model", "llamagen", "linear"],
+            search_aliases=["download", "huggingface", "fetch model", "llamagen", "janus", "linear"],
             inputs=[
                 io.Combo.Input(
                     "release",
                     options=list(RELEASES),
-                    tooltip=f"What to fetch. {sizes}. c2i: by class, t2i: by text; vq: tokenizers.",
+                    tooltip=f"What to fetch. {sizes}. c2i: by class, t2i and Janus: by text; vq: tokenizers.",
                 ),
                 io.Boolean.Input(
                     "with_needed",
                     default=True,
-                    tooltip="Fetch what the model cannot do without as well: its tokenizer (0.3 GB), and for texts "
+                    tooltip="Fetch what the model cannot do without as well: its tokenizer (0.3 GB), and for t2i "
                     "the text encoder flan-t5-xl (11.4 GB). Files that are there already are left alone.",
                 ),
             ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,9 +13,17 @@ from ..linear_core import published
 from ..linear_core.errors import UserError
 from ..linear_core.families import ModelInfo
 from ..linear_core.families.llamagen import imagenet_classes
-from ..linear_core.library import BUNDLED, ModelFiles, bundled_files, find_tokenizer, is_tokenizer, read_info
+from ..linear_core.library import (
+    BUNDLED,
+    ModelFiles,
+    bundled_files,
+    decoder_bytes,
+    find_tokenizer,
+    is_tokenizer,
+    read_info,
+)
 from ..linear_core.text import TextFiles, find_text_encoder, is_text_encoder
-from ..linear_core.weights import read_weights
+from ..linear_core.weights import read_weights, shards, whole
 from . import host
 
 BUNDLED_NAME = f"{BUNDLED} (bundled)"
@@ -22,22 +31,49 @@ AUTOMATIC = "automatic"
 
 
 @lru_cache(maxsize=256)
-def _is_tokenizer(path: str, size: int, changed: int) -> bool:
-    """Reads the file's header. `size` and `changed` are there so that a file that was replaced is read again."""
+def _kind(path: str, size: int, changed: int) -> str:
+    """What a checkpoint is. Reads its header; `size` and `changed` are there so that one replaced is read again."""
     try:
-        return is_tokenizer(read_weights(path, shapes_only=True))
+        weights = read_weights(path, shapes_only=True)
     except UserError:  # it is listed among the models, and choosing it says what is wrong
-        return False
+        return "decoder"
+    if is_text_encoder(Path(path)):
+        return "text encoder"
+    return "tokenizer" if is_tokenizer(weights) else "decoder"
+
+
+def _checkpoints() -> dict[str, Path]:
+    """What lies in the model folders, by the names that the widgets list; a model of several files is its folder."""
+    found: dict[str, Path] = {}
+    for name in host.filenames():
+        path = Path(host.full_path(name) or name)
+        if not path.is_file():
+            continue
+        folder, parent = whole(path), Path(name).parent
+        if folder != path and parent.name:
+            found.setdefault(parent.as_posix(), folder)
+        elif path.suffix != ".bin":  # by themselves these are seldom ours
+            found.setdefault(name, path)
+    return found
 
 
 def _listed() -> tuple[list[str], list[str]]:
     """Names of the decoders and of the tokenizers in the model folders."""
-    decoders, tokenizers = [], []
-    for name in host.filenames():
-        if path := host.full_path(name):
-            stat = Path(path).stat()
-            (tokenizers if _is_tokenizer(path, stat.st_size, stat.st_mtime_ns) else decoders).append(name)
-    return decoders, tokenizers
+    found: dict[str, list[str]] = {"decoder": [], "tokenizer": [], "text encoder": []}
+    for name, path in _checkpoints().items():
+        found[_kind(str(path), *_state(path))].append(name)
+    return found["decoder"], found["tokenizer"]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Changes when a checkpoint does: bytes, and the time of the newest of its files."""
+    stats = [file.stat() for file in (shards(path) if path.is_dir() else (path,)) if file.is_file()]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def fingerprint(files: ModelFiles) -> str:
+    """Changes when a file of the model does."""
+    return " ".join(str(number) for path in (files.decoder, files.tokenizer) for number in _state(path))
 
 
 def model_names() -> list[str]:
@@ -49,24 +85,24 @@ def tokenizer_names() -> list[str]:
 
 
 @lru_cache(maxsize=256)
-def _cache_sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, int] | None:
+def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, Any] | None:
     try:
         info = read_info(path)
     except UserError:  # choosing it says what is wrong
         return None
+    weights = {name: decoder_bytes(info, dtype, kept) for name, kept in host.WEIGHT_DTYPES.items()}
     grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride}
-    return {**asdict(info.cache_shape(dtype)), **grid, "guided": int(info.defaults.guided)}
+    guided = int(info.defaults.guided)
+    return {**asdict(info.cache_shape(dtype)), **grid, "guided": guided, "weights": weights}
 
 
-def cache_sizes() -> dict[str, dict[str, int]]:
-    """What decides the cache's memory for every model listed, for the memory line on the page."""
+def memory_sizes() -> dict[str, dict[str, Any]]:
+    """What decides the memory of every model listed, cache and weights, for the memory line on the page."""
     dtype, sizes = host.compute_dtype(), {}
     for name in model_names():
-        path = bundled_files().decoder if name == BUNDLED_NAME else host.full_path(name)
-        if path:
-            stat = Path(path).stat()
-            if found := _cache_sizes(str(path), dtype, stat.st_size, stat.st_mtime_ns):
-                sizes[name] = found
+        path = bundled_files().decoder if name == BUNDLED_NAME else _checkpoints().get(name)
+        if path and (found := _sizes(str(path), dtype, *_state(path))):
+            sizes[name] = found
     return sizes
 
 
@@ -97,9 +133,10 @@ def find_decoder(model: str) -> Path:
 
 
 def _find(name: str) -> Path:
-    path = host.full_path(name)
+    path = _checkpoints().get(name) or host.full_path(name)
     if path is None:
-        places = " or ".join(str(Path(folder) / name) for folder in host.folders())
+        there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
+        places = " or ".join(str(Path(folder) / name) for folder in there)
         raise UserError(
             f"{places}: there is no such file; {published.where(name) or 'put it there, or choose another'}."
         )

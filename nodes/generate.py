@@ -8,11 +8,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.generate import Run, generate
+from ..linear_core.events import Line
+from ..linear_core.generate import Run, generate, in_waves, together
+from ..linear_core.memory import fits
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from . import host
-from .live import VIEW, Live, kept_codes, memory
+from .live import VIEW, Live, kept_codes, memory, whole
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -48,9 +50,9 @@ class Generate(io.ComfyNode):
                     min=float(OWN),
                     max=30.0,
                     step=0.1,
-                    tooltip="How strongly the class is followed (classifier-free guidance scale). Typical: 2 to 5. "
+                    tooltip="How strongly the prompt is followed (classifier-free guidance scale). Typical: 2 to 5. "
                     "1 or less: none, which takes half the work and half the cache. -1: the model's own (the bundled "
-                    "one 3, LlamaGen 4 for classes and 7.5 for texts).",
+                    "one 3, LlamaGen 4 for classes and 7.5 for texts, Janus 5).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -67,7 +69,7 @@ class Generate(io.ComfyNode):
                     min=OWN,
                     max=65536,
                     tooltip="Draw from this many of the likeliest codes only. 0: all. -1: the model's own (the bundled "
-                    "one all, LlamaGen 2000 for classes and 1000 for texts).",
+                    "one and Janus all, LlamaGen 2000 for classes and 1000 for texts).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -83,7 +85,8 @@ class Generate(io.ComfyNode):
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Pictures of each class of the prompt, drawn together. Cache memory grows with it.",
+                    tooltip="Pictures of each class or text, drawn together; cache memory grows with it. A batch that "
+                    "does not fit into the free memory is drawn in parts; the pictures are the same.",
                 ),
                 io.Int.Input(
                     "guidance_interval",
@@ -156,21 +159,33 @@ class Generate(io.ComfyNode):
         cache.check(info.grid)
         image.decoder.check(prompt)
         prompt = prompt.repeat(batch_size)
-        host.load(model.decoder, model.tokenizer, memory=memory(model, cache, sample, prompt.rows))
-
         above = _above(tokens, keep_rows, view, model)
-        run, lines = Run(), generate(image.decoder, prompt, cache, sample, above=above)
-        live = Live(model, cache, sample, prompt.rows, cls.hidden.unique_id)
-        try:
-            for line in lines:
-                run.add(line)
-                live.add(line)
-                if line.row + 1 == stop_after:
-                    break
-            shown = live.finish()
-        finally:
-            lines.close()  # it holds the key-value cache
-            live.close()
+
+        def needed(images: int) -> int:
+            return memory(model, cache, sample, prompt, images)
+
+        at_once = fits(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
+        host.load(model.decoder, model.tokenizer, memory=needed(at_once))
+        parts = list(in_waves(prompt, sample, above, at_once))
+        drawn: list[list[Line]] = []
+        for number, (some, own, upper) in enumerate(parts):
+            lines = generate(image.decoder, some, cache, own, above=upper)
+            live = Live(model, cache, own, some, cls.hidden.unique_id, part=number, parts=len(parts))
+            try:
+                for line in lines:
+                    live.add(line)
+                    if line.row + 1 == stop_after:
+                        break
+                shown = live.finish()
+            finally:
+                lines.close()  # it holds the key-value cache
+                live.close()
+            drawn.append(live.lines)
+        if len(parts) > 1:
+            shown = whole(model, cache, sample, prompt, drawn)
+        run = Run()
+        for line in together(drawn):
+            run.add(line)
         return io.NodeOutput(
             Tokens(
                 codes=run.tokens,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 FOLDER = "ar_image"
-SUFFIXES = {".safetensors", ".pt"}
+JANUS = "Janus-Pro"  # below models/, where other packs have people put Janus' folders
+SUFFIXES = {".safetensors", ".pt", ".bin"}
 # What a page says that shows text under a node and leaves it at that. Earlier ones write it among the widgets' values
 # into the workflow, where it would become the value of the next widget that the node gets.
 SHOWS_TEXT = "supports_progress_text_metadata"
@@ -31,10 +32,13 @@ SHOWS_TEXT = "supports_progress_text_metadata"
 
 
 def register_folder() -> None:
-    """Make models/ar_image a model folder, beside those that extra_model_paths.yaml may have named before us."""
+    """Make models/ar_image a model folder, beside those that extra_model_paths.yaml may have named before us.
+
+    Folders of Janus that are there for another pack already need not be moved or fetched again.
+    """
     paths, suffixes = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-    ours = os.path.join(folder_paths.models_dir, FOLDER)
-    paths = paths if ours in paths else [*paths, ours]
+    ours = [os.path.join(folder_paths.models_dir, name) for name in (FOLDER, JANUS)]
+    paths = [*paths, *(path for path in ours if path not in paths)]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, suffixes | SUFFIXES)
 
 
@@ -126,6 +130,16 @@ def load(*models: ModelPatcher, memory: int) -> None:
 def free_memory() -> int:
     """Bytes that could be taken on the device."""
     return int(management.get_free_memory(management.get_torch_device()))
+
+
+def room(*models: ModelPatcher) -> int:
+    """Bytes that a run could take beside `models`, with everything else off the device that ComfyUI can take off."""
+    device = management.get_torch_device()
+    if device.type == "cpu":
+        return free_memory()  # models are in the computer's memory wherever they are used
+    loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
+    needed = sum(model.model_size() for model in models) * 1.1 + management.extra_reserved_memory()
+    return int(free_memory() + loaded - needed)
 
 
 def to_intermediate(picture: Tensor) -> Tensor:

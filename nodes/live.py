@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
-from ..linear_core.generate import Run
+from ..linear_core.generate import Run, together
+from ..linear_core.memory import run_bytes
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.preview import Preview
+from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
 from . import host
 from .sockets import Model
@@ -44,10 +46,16 @@ def _widget(name: str) -> Any:
 VIEW, COMPARE, MEMORY = _widget("LINEAR_VIEW"), _widget("LINEAR_COMPARE"), _widget("LINEAR_MEMORY")
 
 
-def started(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> Started:
-    """What a run is, in the words of the events."""
-    decoder, grid = model.image.decoder, model.image.info.grid
-    shape, rows = decoder.cache_shape(), images * (2 if sample.guided else 1)
+def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
+    """How many the cache holds, and how many places each one's prompt takes."""
+    return (2 * prompt.rows, prompt.longest) if sample.guided else (prompt.rows, prompt.length)
+
+
+def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
+    """What a run is, in the words of the events. `at_once` of its images are in the cache together, by default all."""
+    decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows
+    rows, places = _sequences(sample, prompt.take(range(at_once or images)))
+    shape = decoder.cache_shape(places)
     return Started(
         run=uuid.uuid4().hex[:12],
         rows=grid.rows,
@@ -70,25 +78,22 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> S
     )
 
 
-def memory(model: Model, plan: CachePlan, sample: SamplePlan, images: int) -> int:
-    """Bytes a run takes beside the weights: the cache and its bookkeeping, logits and noise, and a preview."""
-    info, decoder = model.image.info, model.image.decoder
-    rows = images * (2 if sample.guided else 1)
-    shape, stride = decoder.cache_shape(), info.grid.stride
-    held = shape.bytes(info.grid, plan, rows)
-    # Beside keys and values a slot has a bias, an index, a score and its order; a line has its queries.
-    slots = held // (2 * shape.dim * shape.bytes_per_number)
-    beside = slots * (shape.bytes_per_number + 4 + 4 + 8) + shape.line_bytes(info.grid, rows) // 2
-    attention = rows * shape.heads * stride * (slots // (shape.layers * rows * shape.heads)) * 4 * 2  # at a line's end
-    logits = rows * info.config.codes * 4 * 8  # guided, sorted, softened: about eight copies
+def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, images: int | None = None) -> int:
+    """Bytes a run takes beside the weights, a preview included; `images` of the prompt's at once, by default all."""
+    info = model.image.info
+    images = images or prompt.rows
+    rows, places = _sequences(sample, prompt)
+    rows = rows // prompt.rows * images
+    shape = model.image.decoder.cache_shape(places)
     preview = min(images, IMAGES) * model.picture_bytes(info.grid.rows, info.grid.cols)
-    return held + beside + attention + logits + preview
+    return run_bytes(shape, info.grid, plan, rows, info.config.codes) + preview
 
 
 class Live:
     """Tells the page of a run while it happens, and of the whole of it afterwards.
 
     `beside` are the lines of another run, appended to as they come: the preview shows that one on the left.
+    `part` of `parts`: a batch that does not fit is drawn in several, each of which the page sees as a run of its own.
     """
 
     def __init__(
@@ -96,14 +101,18 @@ class Live:
         model: Model,
         plan: CachePlan,
         sample: SamplePlan,
-        images: int,
+        prompt: Prompt,
         node_id: str,
         beside: list[Line] | None = None,
+        part: int = 0,
+        parts: int = 1,
     ):
         self.node_id, self.rows, self.tokenizer = node_id, model.image.info.grid.rows, model.image.tokenizer
         self.beside = beside
-        self.progress = host.Progress(self.rows, node_id)
-        self.trace = Trace(started(model, plan, sample, images))
+        self.before = part * self.rows
+        self.text = f"part {part + 1} of {parts}, {prompt.rows} pictures at a time" if parts > 1 else ""
+        self.progress = host.Progress(parts * self.rows, node_id)
+        self.trace = Trace(started(model, plan, sample, prompt))
         self.lines: list[Line] = []
         self.painter = Painter(self._paint, self._show)
         self._tell(self.trace.latest)
@@ -113,7 +122,7 @@ class Live:
         self.lines.append(line)
         self.painter.offer(self._job(), len(self.lines))
         self.painter.check()
-        self.progress.update(len(self.lines))
+        self.progress.update(self.before + len(self.lines), self.text)
         self._tell(self.trace.add(line))
 
     def finish(self) -> dict[str, Any]:
@@ -121,9 +130,7 @@ class Live:
         picture = self.painter.last(self._job())
         self._show(picture, len(self.lines))
         self._tell(self.trace.finish())
-        return {"linear_ar": self.trace.events} | (
-            {"linear_ar_picture": [host.keep_for_the_page(picture)]} if self.beside is None else {}
-        )
+        return left(self.trace, None if self.beside is not None else picture)
 
     def close(self) -> None:
         self.painter.close()
@@ -141,6 +148,23 @@ class Live:
 
     def _tell(self, event: dict[str, Any]) -> None:
         host.tell(EVENT, {"node": self.node_id, **event})
+
+
+def left(trace: Trace, picture: Image.Image | None) -> dict[str, Any]:
+    """What a node leaves on the page (its `ui`): all events, and the picture where it shows one."""
+    return {"linear_ar": trace.events} | (
+        {} if picture is None else {"linear_ar_picture": [host.keep_for_the_page(picture)]}
+    )
+
+
+def whole(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, parts: list[list[Line]]) -> dict[str, Any]:
+    """The same for a batch that was drawn in parts: afterwards the page has all of it, as one run."""
+    trace = Trace(started(model, plan, sample, prompt, max(len(lines[0].tokens) for lines in parts)))
+    lines = together(parts)
+    for line in lines:
+        trace.add(line)
+    trace.finish()
+    return left(trace, sheet(_pictures(model.image.tokenizer, tuple(lines), model.image.info.grid.rows)))
 
 
 class Painter:

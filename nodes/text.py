@@ -11,8 +11,9 @@ from torch import nn
 from ..linear_core.errors import UserError
 from ..linear_core.text import prompt
 from . import files, host
-from .sockets import PROMPT
+from .sockets import MODEL, PROMPT, Model
 
+NOT_LINKED = object()
 ACTIVATIONS = 2**28  # bytes; one text at a time takes a quarter of this
 
 
@@ -24,22 +25,39 @@ class TextPrompt(io.ComfyNode):
             display_name="Text Prompt",
             category="LineAR",
             description="Says in words what to draw, for models that were made for texts: one picture for each text. "
-            "The text encoder is loaded when a text is new and unloaded again.",
-            search_aliases=["text encode", "prompt", "t5", "flan-t5", "caption", "llamagen", "linear"],
+            "Janus reads texts by itself: connect it. For LlamaGen a text encoder is loaded when a text is new, and "
+            "unloaded again.",
+            search_aliases=["text encode", "prompt", "negative", "t5", "caption", "llamagen", "janus", "linear"],
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
                     options=files.text_encoder_names(),
-                    tooltip="FLAN-T5-XL: the folder of google/flan-t5-xl, or one encoder file, in models/text_encoders "
-                    "or models/ar_image. Download AR Model fetches it.",
+                    tooltip="For LlamaGen only: FLAN-T5-XL, the folder of google/flan-t5-xl or one encoder file, in "
+                    "models/text_encoders or models/ar_image. Download AR Model fetches it. Not used, and need not be "
+                    "there, where a model that reads texts by itself is connected (Janus).",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
                     placeholder="a red fox in the snow, early morning\n---\nanother picture of the same batch",
-                    tooltip="What to draw, in English. LlamaGen likes whole sentences; the first 120 tokens count "
-                    "(about 90 words). A line of --- begins another picture of the same batch.",
+                    tooltip="What to draw, in English. Whole sentences work best; of LlamaGen's texts the first 120 "
+                    "tokens count (about 90 words). A line of --- begins another picture of the same batch.",
+                ),
+                MODEL.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that will draw, from Load AR Model. Needed for Janus, whose own tokenizer reads "
+                    "the text; LlamaGen works without.",
+                ),
+                io.String.Input(
+                    "negative_text",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    placeholder="what to keep away from (empty: the model's own)",
+                    tooltip="What guidance leads away from, for all pictures. Empty: as the model was published "
+                    "(Janus: the text blotted out, LlamaGen: an embedding it has learnt). No effect without guidance.",
                 ),
             ],
             outputs=[PROMPT.Output(display_name="prompt", tooltip="For Generate: one row for each text, in order.")],
@@ -47,16 +65,26 @@ class TextPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder: str | None = None) -> bool | str:
-        """In place of the host's check, which only says that a name is not in the list."""
+    def validate_inputs(cls, text_encoder: str | None = None, model: object = NOT_LINKED) -> bool | str:
+        """In place of the host's check, which only says that a name is not in the list.
+
+        Whatever is linked is None here; with a model that reads texts by itself the encoder need not be there.
+        """
         try:
-            return text_encoder is None or bool(files.find_text_files(text_encoder))
+            return text_encoder is None or model is not NOT_LINKED or bool(files.find_text_files(text_encoder))
         except UserError as error:
             return str(error)
 
     @classmethod
-    def execute(cls, text_encoder: str, text: str) -> io.NodeOutput:
+    def execute(
+        cls, text_encoder: str, text: str, model: Model | None = None, negative_text: str = ""
+    ) -> io.NodeOutput:
         texts = [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]
+        negative = negative_text.strip()
+        if model is not None and not model.image.info.text:
+            raise UserError(f"model: {model.image.info.name} draws classes, not texts; connect it to Class Prompt.")
+        if model is not None and model.image.info.own_words:
+            return io.NodeOutput(model.image.prompt(texts, negative))
         found = files.find_text_files(text_encoder)
         bar = host.Progress(max(len(texts), 1), cls.hidden.unique_id)
         placed: list[host.ModelPatcher] = []
@@ -68,7 +96,7 @@ class TextPrompt(io.ComfyNode):
             return placed[0].load_device
 
         try:
-            return io.NodeOutput(prompt(texts, found, place, lambda done, total: bar.update(done)))
+            return io.NodeOutput(prompt(texts, found, place, lambda done, total: bar.update(done), negative))
         finally:
             for patcher in placed:
                 host.unload(patcher)

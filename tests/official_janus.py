@@ -65,6 +65,34 @@ def official(ours: dict[str, Tensor], vq: dict[str, Tensor]) -> dict[str, Tensor
     }
 
 
+def to_official(converted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A conversion's weights (deepseek-community) under the names they had before."""
+    named = {}
+    for name, tensor in converted.items():
+        for theirs, before in (
+            ("model.language_model.", "language_model.model."),
+            ("model.generation_embeddings.", "gen_embed."),
+            ("model.generation_aligner.fc1.", "gen_aligner.layers.0."),
+            ("model.generation_aligner.hidden_layers.0.", "gen_aligner.layers.2."),
+            ("model.generation_head.proj_out.", "gen_head.output_mlp_projector."),
+            ("model.generation_head.vision_head.", "gen_head.vision_head."),
+            ("model.vision_model.", "vision_model.vision_tower."),
+            ("model.aligner.fc1.", "aligner.layers.0."),
+            ("model.aligner.hidden_layers.0.", "aligner.layers.2."),
+            ("model.vqmodel.", "gen_vision_model."),
+            (".mid.block_1.", ".mid.0."),
+            (".mid.attn_1.", ".mid.1."),
+            (".mid.block_2.", ".mid.2."),
+            ("gen_vision_model.decoder.up.", "gen_vision_model.decoder.conv_blocks."),
+            ("gen_vision_model.encoder.down.", "gen_vision_model.encoder.conv_blocks."),
+        ):
+            name = name.replace(theirs, before)
+        if ".conv_blocks." in name:
+            name = name.replace(".block.", ".res.")
+        named["language_model.lm_head.weight" if name == "lm_head.weight" else name] = tensor
+    return named
+
+
 def text_tokenizer(path: Path, words: list[str] = WORDS, first: int = 0) -> None:
     """A tokenizer.json that knows bytes, and `words`, the special tokens, from id `first` on."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -126,6 +126,7 @@ test("memory before anything runs", () => {
   const few = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "line", budget: 4 }, 2);
   assert.deepEqual(memoryText(few, full, null), { text: "KV cache 2.1 MiB of 10.1 MiB, −79 %", fits: true, share: few / full });
   assert.equal(memoryText(few, full, 1e6).fits, false);
+  assert.match(memoryText(few, full, 1e12, 7.1e9).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 1e12).text, "KV cache 10.1 MiB, everything kept");
 });
 

@@ -648,7 +648,8 @@ class Memory {
     const images = Math.max(1, rows) * (Number(widgetValue(user, "batch_size")) || 1);
     const guidance = Number(widgetValue(user, "guidance") ?? -1);
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
-    return { shape, plan, sequences: images * (guided ? 2 : 1) };
+    const weights = shape.weights?.[widgetValue(loader, "weight_dtype") ?? "default"];
+    return { shape, plan, weights, sequences: images * (guided ? 2 : 1) };
   }
 
   show() {
@@ -659,7 +660,7 @@ class Memory {
     let memory = { text, fits: true, share: 0 };
     if (sizes) {
       const bytes = (/** @type {any} */ plan) => cacheBytes(sizes.shape, sizes.shape, plan, sizes.sequences);
-      memory = memoryText(bytes(sizes.plan), bytes({ policy: "full", budget: 1 }), FREE.bytes);
+      memory = memoryText(bytes(sizes.plan), bytes({ policy: "full", budget: 1 }), FREE.bytes, sizes.weights);
     }
     if (this.status.textContent === memory.text) return;
     this.status.textContent = memory.text;

@@ -270,12 +270,12 @@ export function cacheBytes(shape, grid, plan, sequences) {
 }
 
 /**
- * "KV cache 5.1 MiB of 24.3 MiB, −79 %", and whether it fits into `free` bytes.
- * @param {number} bytes @param {number} full @param {number | null} free
+ * "KV cache 5.1 MiB of 24.3 MiB, −79 % · weights 3.0 GB", and whether the cache fits into `free` bytes.
+ * @param {number} bytes @param {number} full @param {number | null} free @param {number} [weights]
  */
-export function memoryText(bytes, full, free) {
+export function memoryText(bytes, full, free, weights = 0) {
   const saved = Math.round((1 - bytes / full) * 100);
-  const text = `KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB, −${saved} %` : ", everything kept");
+  const text = `KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB, −${saved} %` : ", everything kept") + (weights ? ` · weights ${(weights / 1e9).toFixed(2)} GB` : "");
   const fits = free === null || bytes <= free * 0.9;
   return { text: fits ? text : `${text} · only ${mib(free ?? 0)} MiB free`, fits, share: bytes / full };
 }

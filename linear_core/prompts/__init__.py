@@ -36,6 +36,11 @@ class Prompt:
     def length(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def longest(self) -> int:
+        """Places that a row takes where guidance's rows are beside it."""
+        return max(self.length, self.negative.length if self.negative else 0)
+
     def repeat(self, times: int) -> Prompt:
         """Every row `times` times, copies side by side."""
         return self.take([row for row in range(self.rows) for _ in range(times)])
