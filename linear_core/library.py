@@ -57,7 +57,10 @@ class ImageModel:
         decoder = whole(self.files.decoder)
         folder = decoder if decoder.is_dir() else decoder.parent
         places = [folder / name for name in self.info.family.words]
-        return Words(next((path for path in places if path.is_file()), places[0]))
+        found = next((path for path in places if path.is_file()), places[0])
+        if not found.is_file() and (source := published.where(self.info.family.words_in)):
+            raise UserError(f"{found}: there is no such file, and {self.info.name} reads texts with it; {source}.")
+        return Words(found)
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
         """One image for each text, guided away from `negative`; for models with a text tokenizer of their own."""

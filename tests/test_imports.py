@@ -218,7 +218,13 @@ def test_numbers_run_without_torch():
 # -- around the core ---------------------------------------------------------------------------------------------------
 
 
-SHARED = {"nodes.host", "nodes.files", "nodes.live", "nodes.sockets"}  # what nodes may know of each other's room
+SHARED = {
+    "nodes.host",
+    "nodes.files",
+    "nodes.live",
+    "nodes.size",
+    "nodes.sockets",
+}  # what nodes may know of each other's room
 
 
 def node_complaints(path: Path, text: str | None = None) -> list[str]:

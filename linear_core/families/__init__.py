@@ -88,6 +88,7 @@ class Family:
     prompt    the model's tokenizer, texts, what to be guided from ("": nothing) and the model -> one row for each text;
               None: a class, or a text encoder, says what to draw
     words     where the model's tokenizer may be, seen from its folder, the likeliest first
+    words_in  name of the release that has it, where that is not the model's own
     """
 
     name: str
@@ -98,3 +99,4 @@ class Family:
     vq: Callable[[str], str | None] | None = None
     prompt: Callable[[Words, Sequence[str], str, ModelInfo], Prompt] | None = None
     words: tuple[str, ...] = ("tokenizer.json",)
+    words_in: str = ""

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .. import published
 from ..errors import UserError
 from ..grid import Grid
 from ..models.lumina import Lumina, LuminaConfig
@@ -136,7 +137,7 @@ def _anole(weights: Weights, config: LuminaConfig, asked: tuple[int, int] | None
         raise weights.problem("is Anole, which draws 32 x 32 tokens only; leave the grid to the model.")
     defaults = SamplePlan(guidance=3.0, temperature=0.7, top_p=0.9)
     name = "Anole-7B" if weights.name == "consolidated" else weights.name
-    return ModelInfo(name, FAMILY, config, ANOLE_GRID, (), defaults, weights.nbytes, tokenizer="vqgan")
+    return ModelInfo(name, FAMILY, config, ANOLE_GRID, (), defaults, weights.nbytes, tokenizer=published.CHAMELEON_VQ)
 
 
 def _lumina(weights: Weights, config: LuminaConfig, asked: tuple[int, int] | None, eol: int) -> ModelInfo:
@@ -153,7 +154,7 @@ def _lumina(weights: Weights, config: LuminaConfig, asked: tuple[int, int] | Non
     grid = Grid(side // PIXELS, side // PIXELS, eol=eol)
     info = ModelInfo(
         weights.name, FAMILY, config, grid, (), SamplePlan(guidance=4.0, top_k=2000), weights.nbytes,
-        tokenizer="vqgan", sizes=sizes(side),
+        tokenizer=published.CHAMELEON_VQ, sizes=sizes(side),
     )  # fmt: skip
     return info.sized((asked[1] * PIXELS, asked[0] * PIXELS)) if asked else info
 
@@ -175,4 +176,6 @@ WORDS = (  # beside the model, in the one repository of Lumina-mGPT that has it,
     "../chameleon/tokenizer/text_tokenizer.json",
     "../../tokenizer/text_tokenizer.json",
 )
-FAMILY = Family("Lumina-mGPT", knows, describe, Lumina, place, prompt=prompt, words=WORDS)
+FAMILY = Family(
+    "Lumina-mGPT", knows, describe, Lumina, place, prompt=prompt, words=WORDS, words_in=published.LUMINA_WORDS
+)
