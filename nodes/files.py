@@ -168,11 +168,18 @@ def _text_encoders() -> dict[str, Path]:
     return found
 
 
+NO_ENCODER = "none"
+
+
 def text_encoder_names() -> list[str]:
-    return list(_text_encoders()) or [published.TEXT_ENCODER]
+    return [*(_text_encoders() or [published.TEXT_ENCODER]), NO_ENCODER]
 
 
 def find_text_files(name: str) -> TextFiles:
     """The files of the chosen text encoder. Raises UserError where one is missing."""
+    if name == NO_ENCODER:
+        raise UserError(
+            "text_encoder: 'none' is for a model that reads texts by itself (Janus); connect one, or choose FLAN-T5-XL."
+        )
     path = _text_encoders().get(name) or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
     return find_text_encoder(path, host.t5_tokenizer())

@@ -47,8 +47,8 @@ class TextPrompt(io.ComfyNode):
                     "text_encoder",
                     options=files.text_encoder_names(),
                     tooltip="For LlamaGen only: FLAN-T5-XL, the folder of google/flan-t5-xl or one encoder file, in "
-                    "models/text_encoders or models/ar_image. Download AR Model fetches it. Not used, and need not be "
-                    "there, where a model that reads texts by itself is connected (Janus).",
+                    "models/text_encoders or models/ar_image. Download AR Model fetches it. 'none', or anything, where "
+                    "a model that reads texts by itself is connected (Janus).",
                 ),
                 io.String.Input(
                     "text",

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("grid", "plan", "policies", "cache", "sampling", "oracles", "generate", "imports")
+TESTS = ("grid", "plan", "policies", "cache", "sampling", "oracles", "generate", "llama", "memory", "imports")
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
@@ -233,6 +233,24 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("generate.py", "plan.check(asked)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
+    # -- Llamas that draw
+    (
+        "blocks.py",
+        "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
+        "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
+        "halves turn backwards",
+    ),
+    ("blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
+    ("blocks.py", "q, k = self.q_norm(q), self.k_norm(k)", "q = self.q_norm(q)", "keys are not normalised"),
+    ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
+    ("models/llama.py", "torch.tensor([grid.stride]", "torch.tensor([grid.cols]", "the end of a line is not counted"),
+    ("models/llama.py", "return prompt.stack(prompt.negative)", "return prompt.stack(prompt)", "guided from itself"),
+    ("models/llama.py", "k[row], v[row]", "k[row], v[row.flip(0)]", "rows that are alike get another's values"),
+    ("models/llama.py", "x = self.embed_codes(tokens).to", "x = self.embed_tokens(tokens).to", "replay takes words"),
+    ("prompts/__init__.py", "torch.cat([empty, self.tokens], 1)", "torch.cat([self.tokens, empty], 1)", "padded right"),
+    ("generate.py", "seed=sample.seed + rows[0]", "seed=sample.seed", "parts of a batch draw the same pictures"),
+    ("generate.py", "above[list(rows)] if own else above", "above", "parts of a batch keep the first one's rows"),
+    ("memory.py", "needed(most + 1) <= room", "needed(most) <= room", "one image too many is drawn at once"),
     # -- the decoder
     ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (

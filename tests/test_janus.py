@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,12 @@ from linear_core.__main__ import main
 from linear_core.cache import LineCache
 from linear_core.errors import UserError
 from linear_core.families import ModelInfo, janus
-from linear_core.generate import Run, generate, in_waves, together
 from linear_core.grid import Grid
 from linear_core.library import ModelFiles, decoder_bytes, find_checkpoints, find_tokenizer, load_model, read_info
-from linear_core.memory import fits, run_bytes, waves
+from linear_core.memory import run_bytes
 from linear_core.models.janus import Janus, JanusConfig
-from linear_core.plan import PRESETS, CachePlan, SamplePlan
-from tests import official_janus, tiny
+from linear_core.plan import PRESETS, SamplePlan
+from tests import official_janus
 from tests.official_janus import config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,42 +222,6 @@ def test_the_plan_of_the_7b_is_what_it_takes() -> None:
             assert allocated <= run_bytes(shape, info.grid, plan, rows, SEVEN.codes)
     few, full = (info.cache_shape(torch.bfloat16, 40).bytes(info.grid, PRESETS[p], 32) for p in ("Balanced", "Full"))
     assert full / 2**30 == pytest.approx(9.02, abs=0.01) and few / full == pytest.approx(160 / 616)
-
-
-def test_how_many_fit() -> None:
-    assert fits(100, 16, lambda n: 10 + 30 * n) == 3
-    assert fits(100, 2, lambda n: 10 + 30 * n) == 2, "no more than there are"
-    assert fits(5, 16, lambda n: 10 + 30 * n) == 1, "one has to be tried"
-    assert [list(part) for part in waves(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert [len(part) for part in waves(16, 16)] == [16] and [len(part) for part in waves(3, 1)] == [1, 1, 1]
-
-
-def draw(decoder: object, prompt: object, plan: CachePlan, sample: SamplePlan, at_once: int, above=None) -> Run:
-    run, parts = Run(), []
-    for some, own, upper in in_waves(prompt, sample, above, at_once):
-        parts.append(list(generate(decoder, some, plan, own, above=upper)))
-    for line in together(parts):
-        run.add(line)
-    return run
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_parts_of_a_batch_are_the_batch(at_once: int) -> None:
-    """Every picture keeps its seed, its text and its rows above: tokens, shares and what is held are the same."""
-    decoder = tiny.janus(6, 5, dtype=torch.float64)
-    prompt = replace(tiny.words([7, 3, 5, 7]), names=tuple("abcd"))
-    plan, sample = CachePlan(budget=2, anchors=1, recent=1), SamplePlan(seed=9, guidance=3.0)
-    whole = draw(decoder, prompt, plan, sample, 4)
-    parts = draw(decoder, prompt, plan, sample, at_once)
-    assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.shares, parts.shares)
-    assert whole.held == pytest.approx(parts.held, abs=2e-3)
-    largest = len(waves(4, at_once)[-1])
-    assert parts.lines[0].cache_bytes <= whole.lines[0].cache_bytes * largest // 4
-    above = whole.tokens[:, :2].flip(0)
-    for given in (above, above[:1]):
-        kept = draw(decoder, prompt, plan, sample, at_once, given)
-        assert torch.equal(kept.tokens, draw(decoder, prompt, plan, sample, 4, given).tokens)
-        assert torch.equal(kept.tokens[:, :2], given.expand(4, -1, -1))
 
 
 def test_the_command_line_draws_texts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

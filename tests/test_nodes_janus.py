@@ -1,0 +1,160 @@
+"""Janus' nodes against the stand-in for ComfyUI: folders, texts that the model reads itself, batches in parts."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import comfy_double, official_janus
+from tests.comfy_double import PACK, Host, host, object_info
+
+pytest.importorskip("tokenizers")
+comfy_double.load_pack()
+EXTENSION = importlib.import_module(f"{PACK}.nodes").LineARExtension
+UserError = importlib.import_module(f"{PACK}.linear_core.errors").UserError
+CachePlan = importlib.import_module(f"{PACK}.linear_core.plan").CachePlan
+NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(EXTENSION().get_node_list())}
+TEXTS = "a red fox\n---\nan old lighthouse"
+
+
+@pytest.fixture(autouse=True)
+def comfy(tmp_path: Path) -> Iterator[Host]:
+    """One Janus where other packs have it, one where ours lie; no text encoder anywhere."""
+    host.reset(tmp_path)
+    comfy_double.folder_names_and_paths["text_encoders"] = ([str(tmp_path / "models" / "text_encoders")], set())
+    asyncio.run(EXTENSION().on_load())
+    official_janus.write(tmp_path / "models" / "Janus-Pro" / "Janus-Pro-1B")
+    official_janus.write(tmp_path / "models" / "ar_image" / "chat" / "Janus-1.3B", shards=1, suffix=".safetensors")
+    (tmp_path / "models" / "ar_image" / "notes.bin").write_bytes(b"of another program")
+    with torch.inference_mode():
+        yield host
+
+
+def run(node: str, **inputs: object) -> object:
+    cls = NODES[f"LineAR_{node}"]
+    known = {entry.id: entry for entry in cls.GET_SCHEMA().inputs}
+    defaults = {name: entry.options["default"] for name, entry in known.items() if "default" in entry.options}
+    return cls.execute(**{**defaults, **inputs})
+
+
+def load(**settings: object) -> object:
+    return run("LoadModel", **{"model": "Janus-Pro-1B", "tokenizer": "automatic", **settings}).result[0]
+
+
+def test_folders_are_models(comfy: Host) -> None:
+    """Listed once, by the folder's name, and not by their files; with the memory of weights in each format."""
+    info = object_info(NODES["LineAR_LoadModel"])["input"]["required"]
+    names = info["model"][1]["options"]
+    assert names == ["landscapes (bundled)", "Janus-Pro-1B", "chat/Janus-1.3B"]
+    assert info["tokenizer"][1]["options"] == ["automatic"]
+    told = info["model"][1]["linear_ar"]
+    for name in names[1:]:
+        model = load(model=name)
+        assert model.image.info.name == name.rpartition("/")[2]
+        assert told[name]["weights"]["default"] == sum(p.nbytes for p in model.image.decoder.parameters())
+    kept = load(weight_dtype="fp8_e4m3fn").image.decoder
+    assert told["Janus-Pro-1B"]["weights"]["fp8_e4m3fn"] == sum(p.nbytes for p in kept.parameters())
+    assert {p.dtype for n, p in kept.named_parameters() if n.startswith("layers.") and p.ndim == 2} == {
+        torch.float8_e4m3fn
+    }
+
+
+def test_a_folder_that_changed_is_loaded_again(comfy: Host) -> None:
+    ask = lambda: NODES["LineAR_LoadModel"].fingerprint_inputs("Janus-Pro-1B", "automatic", 0, 0)  # noqa: E731
+    before = ask()
+    assert before == ask() != ""
+    shard = next((comfy.models / "Janus-Pro" / "Janus-Pro-1B").glob("*.bin"))
+    shard.write_bytes(shard.read_bytes() + b" ")
+    assert ask() != before
+
+
+def test_what_is_missing_is_told_with_its_source(comfy: Host) -> None:
+    said = NODES["LineAR_LoadModel"].validate_inputs(model="Janus-Pro-7B")
+    assert str(comfy.models / "ar_image" / "Janus-Pro-7B") in said and "huggingface.co/deepseek-ai/Janus-Pro-7B" in said
+
+
+def test_texts_for_a_model_that_reads_them(comfy: Host) -> None:
+    """No text encoder is asked for, whatever stands in its widget; a negative text takes the blotted one's place."""
+    model, text = load(), NODES["LineAR_TextPrompt"]
+    for encoder in ("none", "flan-t5-xl"):
+        assert text.validate_inputs(text_encoder=encoder, model=None) is True, "None: linked"
+        (prompt,) = run("TextPrompt", text_encoder=encoder, text=TEXTS, model=model).result
+        assert prompt.names == ("a red fox", "an old lighthouse") and prompt.tokens.shape[0] == 2
+        assert not comfy.loaded
+    (away,) = run("TextPrompt", text_encoder="none", text=TEXTS, model=model, negative_text=" rain\n").result
+    assert torch.equal(away.tokens, prompt.tokens)
+    assert not torch.equal(away.negative.tokens[0], prompt.negative.tokens[0])
+    codes = [
+        run("Generate", model=model, cache=CachePlan(), prompt=p, seed=1, stop_after=2).result[0].codes
+        for p in (prompt, away)
+    ]
+    assert codes[0].shape == (2, 2, 24) and not torch.equal(*codes)
+
+
+def test_mistakes_with_texts(comfy: Host) -> None:
+    text = NODES["LineAR_TextPrompt"]
+    assert "reads texts by itself" in text.validate_inputs(text_encoder="none")
+    assert "flan-t5-xl" in text.validate_inputs(text_encoder="flan-t5-xl"), "it is not there"
+    with pytest.raises(UserError, match="text: it is empty"):
+        run("TextPrompt", text_encoder="none", text=" \n---\n", model=load())
+    (bundled,) = run("LoadModel", model="landscapes (bundled)", tokenizer="automatic").result
+    with pytest.raises(UserError, match="connect it to Class Prompt"):
+        run("TextPrompt", text_encoder="none", text="a fox", model=bundled)
+    with pytest.raises(UserError, match="draws from texts"):
+        run("ClassPrompt", model=load(), class_name="ocean day")
+    (prompt,) = run("ClassPrompt", model=bundled, class_name="ocean day").result
+    with pytest.raises(UserError, match="connect a Text Prompt"):
+        run("Generate", model=load(), cache=CachePlan(), prompt=prompt)
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_parts(comfy: Host) -> None:
+    """As many at a time as fit: the same pictures, a run of its own on the page for each part, all of it at the end."""
+    model, live = load(), importlib.import_module(f"{PACK}.nodes.live")
+    (prompt,) = run("TextPrompt", text_encoder="none", text=TEXTS, model=model).result
+    settings = {"model": model, "cache": CachePlan(), "prompt": prompt, "seed": 5, "batch_size": 3, "stop_after": 8}
+    whole = run("Generate", **settings)
+    (_, asked), *_ = comfy.loaded
+    sample = importlib.import_module(f"{PACK}.linear_core.plan").SamplePlan(guidance=5.0)
+    needed = [live.memory(model, CachePlan(), sample, prompt.repeat(3), n) for n in range(1, 7)]
+    assert asked == needed[-1] > needed[2] > needed[1]
+
+    comfy.loaded.clear()
+    comfy.sent.clear()
+    comfy.progress.clear()
+    comfy.free = needed[2] - 1  # two fit, three do not
+    parts = run("Generate", **settings)
+    (_, asked), *_ = comfy.loaded
+    assert asked == needed[1]
+    one, other = whole.result[0], parts.result[0]
+    assert torch.equal(one.codes, other.codes) and torch.equal(one.shares, other.shares)
+    assert one.names == other.names and other.cache_bytes == one.cache_bytes // 3
+    starts = [data for event, data in comfy.sent if event == "linear_ar.line" and data["kind"] == "started"]
+    assert [(event["images"], event["seed"]) for event in starts] == [(2, 5), (2, 7), (2, 9)]
+    texts = [data for event, data in comfy.sent if event == "text"]
+    assert "part 2 of 3, 2 pictures at a time" in texts
+    assert comfy.progress[-1] == (2 * 24 + 8, 3 * 24), "one bar for all parts"
+    left, right = whole.ui["linear_ar"], parts.ui["linear_ar"]
+    assert right[0]["images"] == 6 and right[0]["cache_bytes"] == left[0]["cache_bytes"] // 3
+    for mine, theirs in zip(left[1:-1], right[1:-1], strict=True):
+        same = ("row", "tokens", "cells", "shares", "evicted", "by_layer")
+        assert {name: mine[name] for name in same} == {name: theirs[name] for name in same}
+    (ref,) = parts.ui["linear_ar_picture"]
+    assert ref["type"] == "temp"
+
+
+def test_a_picture_becomes_codes_and_is_continued(comfy: Host) -> None:
+    """Encode Image with the tokenizer that Janus brings."""
+    model = load()
+    (tokens,) = run("EncodeImage", model=model, image=torch.rand(1, 40, 30, 3)).result
+    assert tokens.codes.shape == (1, 24, 24) and tokens.codebook == 16384
+    (prompt,) = run("TextPrompt", text_encoder="none", text="a fox", model=model).result
+    settings = {"model": model, "cache": CachePlan(), "prompt": prompt, "tokens": tokens, "keep_rows": 22}
+    (drawn,) = run("Generate", **settings).result
+    assert torch.equal(drawn.codes[:, :22], tokens.codes[:, :22])
+    (image,) = run("Decode", model=model, tokens=drawn).result
+    assert image.shape == (1, 384, 384, 3)
