@@ -86,7 +86,8 @@ class TextPrompt(io.ComfyNode):
     ) -> bool | str:
         """In place of the host's check, which only says that a name is not in the list.
 
-        Whatever is linked is None here, and `size` comes along unasked, as its parts are put together. With a model that reads texts by itself the encoder need not be there.
+        Whatever is linked is None here, and `size`, which is put together of its parts, comes along unasked. With a
+        model that reads texts by itself the encoder need not be there.
         """
         try:
             return text_encoder is None or model is not NOT_LINKED or bool(files.find_text_files(text_encoder))

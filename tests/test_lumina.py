@@ -28,6 +28,7 @@ from linear_core.sizes import sizes
 from tests import lumina_official as official
 from tests import lumina_reference, tiny
 
+pytest.importorskip("tokenizers")
 CODES, HEADS, DIM = lumina_reference.CODES, 2, 16
 IDS = official.vocabulary(CODES)
 EIGHTH = CachePlan(budget=8)  # of the 64 lines of 1024 x 1024

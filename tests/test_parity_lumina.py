@@ -28,6 +28,7 @@ from tests import lumina_official as official
 from tests import lumina_reference as upstream
 from tests.tiny import decode
 
+pytest.importorskip("transformers")
 TOLERANCE = 1e-4
 CODES, HEADS, DIM = upstream.CODES, 3, 16
 IDS = official.vocabulary(CODES, first=9)  # another order than the published one, so that nothing is known by number
