@@ -41,6 +41,19 @@ def test_head_norm_by_hand() -> None:
         torch.testing.assert_close(norm(x)[:, head], expected)
 
 
+def test_queries_and_keys_are_normalised_and_then_turned() -> None:
+    block, x, seen = janus(4, 3, qk_norm=True).layers[0].attention, torch.randn(2, 5, 24), []
+
+    def attend(*heads: Tensor) -> Tensor:
+        seen.extend(heads)
+        return heads[2]
+
+    block(x, lambda t: 2 * t, attend)
+    q, k, v = block.wqkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+    for got, expected in zip(seen, (2 * block.q_norm(q), 2 * block.k_norm(k), v), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_queries_turned_to_the_next_line() -> None:
     """As if the same queries, not yet rotated, had been rotated for a token one line further down."""
     model, grid = janus(6, 5), Grid(6, 5, eol=9)  # six tokens a line

@@ -158,3 +158,18 @@ def test_a_picture_becomes_codes_and_is_continued(comfy: Host) -> None:
     assert torch.equal(drawn.codes[:, :22], tokens.codes[:, :22])
     (image,) = run("Decode", model=model, tokens=drawn).result
     assert image.shape == (1, 384, 384, 3)
+
+
+def test_room_beside_the_models(monkeypatch: pytest.MonkeyPatch, comfy: Host) -> None:
+    """What is free or could be freed, less these models and what ComfyUI keeps back; on a CPU what is free."""
+    from types import SimpleNamespace
+
+    module, gpu = importlib.import_module(f"{PACK}.nodes.host"), torch.device("cuda")
+    ours = SimpleNamespace(model_size=lambda: 3000)
+    loaded = [SimpleNamespace(device=d, model_loaded_memory=lambda: 5000) for d in (gpu, torch.device("cpu"))]
+    monkeypatch.setattr(module.management, "current_loaded_models", loaded)
+    monkeypatch.setattr(module.management, "extra_reserved_memory", lambda: 400, raising=False)
+    comfy.free = 20_000
+    assert module.room(ours, ours) == 20_000
+    monkeypatch.setattr(module.management, "get_torch_device", lambda: gpu)
+    assert module.room(ours, ours) == 20_000 + 5000 - 6600 - 400
