@@ -23,6 +23,7 @@ from .vq.tokenizer import read_config as read_vq_config
 from .weights import SUFFIXES, Place, Places, Weights, fill, read_weights, unless, whole
 
 FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
+UNSCALED = "chameleon-vq"  # what a converted file says of itself: its layout is ours, its codebook as Chameleon's
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = "landscapes"
 
@@ -258,7 +259,7 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
             "choose the tokenizer that belongs to the model."
         )
     try:
-        config = read_vq_config(shapes, normalized=top is None)
+        config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNSCALED)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
     wanted = unless(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))

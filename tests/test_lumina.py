@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from linear_core import library
+from linear_core.__main__ import main
 from linear_core.cache import LineCache
+from linear_core.convert import convert
 from linear_core.errors import UserError
 from linear_core.families import ModelInfo, lumina
 from linear_core.generate import generate
@@ -259,6 +262,31 @@ def test_what_is_refused(models: Path, change: dict, said: str) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UserError, match=f"Lumina-mGPT-7B-768: .*{said}"):
         read_info(models / "Lumina-mGPT-7B-768")
+
+
+def test_a_vq_tokenizer_converted(models: Path) -> None:
+    """Its file says that the codebook is looked up as it is, where LlamaGen's is brought to unit length."""
+    notes = convert(models / "vqgan.ckpt", models / "vqgan.safetensors")
+    assert notes["family"] == "chameleon-vq"
+    ours, theirs = (library.load_tokenizer(models / f"vqgan.{end}") for end in ("safetensors", "ckpt"))
+    codes = torch.arange(20).view(1, 4, 5)
+    assert ours.config == theirs.config and torch.equal(ours.decode(codes), theirs.decode(codes))
+    with pytest.raises(UserError, match=r"is a Lumina-mGPT, which says what it is"):
+        convert(models / "Lumina-mGPT-7B-768", models / "lumina.safetensors")
+
+
+def test_on_the_command_line(models: Path, capsys: pytest.CaptureFixture) -> None:
+    """A folder, texts of unequal length and a size of the model's; other sizes are refused with the nearest."""
+    folder, out = str(models / "Lumina-mGPT-7B-768"), str(models / "out.png")
+    assert main(["plan", folder, "--pixels", "896x608", "--budget", "6"]) == 0
+    assert "38 lines of 57 tokens" in capsys.readouterr().out
+    drawn = ["generate", folder, "--pixels", "384x1504", "--budget", "4", "--text", "a fox", "--text", "an old owl"]
+    assert main([*drawn, "--guidance", "1", "--out", out]) == 0
+    pictures = [Image.open(path) for path in sorted(models.glob("out*.png"))]
+    assert len(pictures) == 2 and {p.height / p.width for p in pictures} == {1504 / 384}
+    assert main(["generate", folder, "--pixels", "800x600", "--text", "a fox"]) == 2
+    assert "of about this shape it draws 864 x 640" in capsys.readouterr().err
+    assert main(["generate", folder, "--pixels", "800", "--text", "a fox"]) == 2
 
 
 def test_norms_that_fit_no_head(models: Path) -> None:

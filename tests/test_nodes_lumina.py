@@ -111,3 +111,29 @@ def test_a_picture_is_encoded_in_a_size_that_the_model_draws(model: object) -> N
         stop_after=7,
     )
     assert torch.equal(drawn.codes[:, :6], above.codes[:, :6].expand(2, -1, -1)) and drawn.codes.shape == (2, 7, 48)
+
+
+def test_anole_as_it_was_published(models: Path, tmp_path: Path) -> None:
+    """Its one file in the folders of its repository; 32 lines without ends, its own sampling, no choice of a size."""
+    ids, place = lumina_official.vocabulary(), tmp_path / "models" / "ar_image"
+    folder = place / "Anole-7b-v0.1"
+    (folder / "models" / "7b").mkdir(parents=True)
+    (folder / "tokenizer").mkdir()
+    loose = lumina_official.meta(lumina_official.decoder(ids, layers=1, heads=1), heads=1)
+    torch.save(
+        {name: tensor.bfloat16() for name, tensor in loose.items()}, folder / "models" / "7b" / "consolidated.pth"
+    )
+    lumina_official.tokenizer(folder / "tokenizer" / "text_tokenizer.json", ids)
+    (place / "vqgan.ckpt").write_bytes((models / "models" / "ar_image" / "vqgan.ckpt").read_bytes())
+    host.reset(tmp_path)
+    asyncio.run(EXTENSION().on_load())
+    anole = run("LoadModel", model="Anole-7b-v0.1/models/7b/consolidated.pth", tokenizer="automatic")
+    info = anole.image.info
+    assert info.name == "Anole-7B" and (info.grid.rows, info.grid.stride) == (32, 32)
+    assert (info.defaults.guidance, info.defaults.temperature, info.defaults.top_p) == (3.0, 0.7, 0.9)
+    prompt = text(anole)
+    assert prompt.grid is None and prompt.negative.length == 2
+    tokens = run("Generate", model=anole, cache=CachePlan(budget=2, recent=1), prompt=prompt, seed=1, stop_after=4)
+    assert tokens.codes.shape == (2, 4, 32)
+    with pytest.raises(UserError, match=r"size: Anole-7B does not draw 768 x 768 pixels; it has one size"):
+        text(anole, size(768, "768 x 768"))
