@@ -17,7 +17,7 @@ from linear_core.plan import RELEASES, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
 from linear_core.sampling import Noise, guide, pick, restrict
-from tests.tiny import CAPTION, CODES, Recorder, Toy, caption_prompt, decode, llamagen
+from tests.tiny import CAPTION, CODES, Recorder, Toy, caption_prompt, decode, janus, llamagen, words
 
 PLAN = CachePlan(budget=2, anchors=2, recent=1)
 GUIDED = SamplePlan(seed=3, guidance=2.5)
@@ -390,8 +390,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(plan, prompt,
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("kind", ["llamagen", "janus"])
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_step_is_one_graph_for_each_size_of_the_cache(release):
+def test_the_step_is_one_graph_for_each_size_of_the_cache(release, kind):
     """`torch.compile(fullgraph=True, dynamic=False)` captures the step whole, once for each size while the cache fills.
 
     That is budget + 1 graphs for an image; evicting adds none, and neither does a second image. The graphs compute what
@@ -405,6 +406,8 @@ def test_the_step_is_one_graph_for_each_size_of_the_cache(release):
 
     torch._dynamo.reset()
     model, prompt, plan = llamagen(6, 3, layers=1), class_prompt([1, 3]), plan_of("line", release)
+    if kind == "janus":
+        model, prompt = janus(6, 3, layers=1), words([5, 3])
     compiled = torch.compile(model.step, backend=capture, fullgraph=True, dynamic=False)
     counts = []
     for seed in (1, 2):

@@ -60,6 +60,7 @@ input[type=range] { accent-color: #e3b341; min-width: 0; flex: 1; height: 16px; 
 .tight .fill { background: #e09b24; }
 .tight .status { color: #e09b24; }
 .memory { justify-content: center; }
+.memory .status { flex: initial; white-space: normal; text-align: center; }
 `;
 
 /** @param {string} tag @param {Record<string, any>} [more] @param {...(Node | string)} inside @returns {any} */
