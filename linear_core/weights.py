@@ -211,7 +211,11 @@ def matching(module: nn.Module, weights: Weights, places: Places = Place) -> dic
     for key, place in found.items():
         rows, *rest = expected[place.name] or (1,)
         shape = [rows // place.parts, *rest] if expected[place.name] else []
-        if list(place.take(weights.tensors[key]).shape) != shape:
+        try:
+            taken_shape = list(place.take(weights.tensors[key]).shape)
+        except RuntimeError:  # it cannot even be reshaped
+            taken_shape = None
+        if taken_shape != shape:
             raise weights.problem(f"'{key}' is {list(weights.tensors[key].shape)} where {shape} was expected.")
         if not weights.tensors[key].is_floating_point():
             kind = weights.tensors[key].dtype

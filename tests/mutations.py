@@ -426,11 +426,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "mass of the first lines is forgotten",
     ),
     ("generate.py", "token.repeat(", "token.repeat_interleave(", "halves are fed each other's tokens"),
+    (
+        "generate.py",
+        "(0, 1), value=grid.eol)\n                logits",
+        "(0, 1))\n                logits",
+        "a line ends with code 0",
+    ),
     ("generate.py", "noise.exponential(number)", "noise.exponential(column)", "noise repeats on every row"),
     ("generate.py", "pad = pad[:images]", "pad = pad[images:]", "the padding of the wrong half goes on"),
     (
         "generate.py",
-        "if cache.rows > images and not sample.guides(number + 1):",
+        "if cache.rows > images and not sample.guides(number + fed):",
         "if False:",
         "the unconditional half is computed to the end",
     ),
@@ -440,7 +446,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("generate.py", "plan.check(decoder.grid)", "pass", "a plan that does not fit is not refused"),
+    ("generate.py", "plan.check(asked)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),

@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -126,6 +126,9 @@ test("memory before anything runs", () => {
   const few = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "line", budget: 4 }, 2);
   assert.deepEqual(memoryText(few, full, null), { text: "KV cache 2.1 MiB of 10.1 MiB, −79 %", fits: true, share: few / full });
   assert.equal(memoryText(few, full, 1e6).fits, false);
+  const square = { rows: 64, cols: 64, stride: 65 };
+  assert.deepEqual(gridOf(square, "832 x 1216"), { rows: 76, cols: 52, stride: 53 });
+  assert.equal(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 1e12, 7.1e9).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 1e12).text, "KV cache 10.1 MiB, everything kept");
 });

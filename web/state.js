@@ -276,6 +276,15 @@ export function cacheBytes(shape, grid, plan, sequences) {
 }
 
 /**
+ * The grid of a picture of "832 x 1216" pixels; where no size is chosen, the model's own.
+ * @param {{ rows: number, cols: number, stride: number }} own @param {string | undefined} size
+ */
+export function gridOf(own, size) {
+  const [width, height] = String(size ?? "").split(" x ").map((pixels) => Number(pixels) / 16); // 16 to a token
+  return width && height ? { rows: height, cols: width, stride: width + own.stride - own.cols } : own;
+}
+
+/**
  * "KV cache 5.1 MiB of 24.3 MiB, −79 % · weights 3.0 GB", and whether the cache fits into `free` bytes.
  * @param {number} bytes @param {number} full @param {number | null} free @param {number} [weights]
  */
