@@ -29,6 +29,14 @@ CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its natu
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
+    # -- what a token stands for
+    (
+        "cache.py",
+        "return self._by_cell(self.count, images) / holders.clamp(min=1)",
+        "return self._by_cell(self.count, images)",
+        "stands: a sum, not a mean",
+    ),
+    ("events.py", "& ((stands > 8) | (self._stands > 8))", "& (stands > 8)", "stands: who is alone again is not told"),
     # -- storage
     (
         "storage.py",
