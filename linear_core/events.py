@@ -5,6 +5,9 @@ Row with nothing but what has changed for each line, one Finished. These are wha
 happens (event `linear_ar.line`) and what it reads afterwards (the node's `ui`); replayed, they give every line's share
 and, for the first image, what each layer and head held. web/state.js uses these field names, and a test holds it to.
 
+A batch that does not fit is drawn in parts, and each part is told of as a run of its own; what the node keeps
+afterwards is one run with all images, as if drawn at once, whose `cache_bytes` are those of the largest part.
+
 Numbers travel as base64 of little-endian uint16 or uint8, rows of arrays in C order.
 """
 
