@@ -268,12 +268,18 @@ def test_what_is_refused(models: Path, change: dict, said: str) -> None:
 
 
 def test_a_vq_tokenizer_converted(models: Path) -> None:
-    """Its file says that the codebook is looked up as it is, where LlamaGen's is brought to unit length."""
+    """Its file says that the codebook is looked up as it is, where LlamaGen's is brought to unit length.
+
+    In safetensors with the published names it needs no note: the names tell.
+    """
     notes = convert(models / "vqgan.ckpt", models / "vqgan.safetensors")
     assert notes["family"] == "chameleon-vq"
     ours, theirs = (library.load_tokenizer(models / f"vqgan.{end}") for end in ("safetensors", "ckpt"))
     codes = torch.arange(20).view(1, 4, 5)
     assert ours.config == theirs.config and torch.equal(ours.decode(codes), theirs.decode(codes))
+    save_file(lumina_reference.vq_weights(), models / "published.safetensors")
+    published = library.load_tokenizer(models / "published.safetensors")
+    assert published.config == theirs.config and torch.equal(published.decode(codes), theirs.decode(codes))
     with pytest.raises(UserError, match=r"is a Lumina-mGPT, which says what it is"):
         convert(models / "Lumina-mGPT-7B-768", models / "lumina.safetensors")
 
