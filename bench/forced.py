@@ -39,7 +39,7 @@ def forced_logits(
     `look` is shown the cache after each line, before anything is let go. `reads` is what it needs to find there. What
     a line's end token would have been expected with is left out, as nobody draws it.
     """
-    grid = decoder.grid.after(prompt.length)
+    grid = (prompt.grid or decoder.grid).after(prompt.length)
     plan.check(grid)
     policy = get_policy(plan.policy)
     reads = reads | policy.reads | ({"ahead"} if plan.release == "fold" else set())

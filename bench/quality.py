@@ -194,10 +194,10 @@ class Lab:
         prompt, codes = self.held_out(split)
         parts = []
         for start in range(0, images or split.images, BATCH):
-            one = slice(start, min(start + BATCH, split.images))
-            some = Prompt(prompt.tokens[one], prompt.pad[one])
-            full = self.reference(split, start, some, codes[one])
-            parts.append(drift(self.model.decoder, some, codes[one], plan, full))
+            one = range(start, min(start + BATCH, split.images))
+            some, theirs = prompt.take(one), codes[one.start : one.stop]
+            full = self.reference(split, start, some, theirs)
+            parts.append(drift(self.model.decoder, some, theirs, plan, full))
         return {
             "kl": torch.cat([p.kl for p in parts]).numpy(),
             "dnll": torch.cat([p.dnll for p in parts]).numpy(),

@@ -110,7 +110,7 @@ def run_compare(args: argparse.Namespace) -> None:
 def run_plan(args: argparse.Namespace) -> None:
     """Memory of the cache before anything is loaded."""
     files = _files(args)
-    info = library.read_info(files.decoder, _grid(args))
+    info = _sized(args, library.read_info(files.decoder, _grid(args)))
     dtype = _dtype(args, _device(args))
     few = _cache_plan(args)
     few.check(info.grid)
@@ -187,7 +187,8 @@ def _draw(model: ImageModel, prompt: Prompt, plans: list[CachePlan], sample: Sam
 
 def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
-    return library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    return replace(model, info=_sized(args, model.info))
 
 
 def _files(args: argparse.Namespace) -> ModelFiles:
@@ -216,6 +217,16 @@ def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
     if not (rows.isdigit() and cols.isdigit()):
         raise UserError(f"grid: '{args.grid}' is not a size; write rows x columns, for example 24x24.")
     return int(rows), int(cols)
+
+
+def _sized(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
+    """The model with the size that was asked for, of those it draws."""
+    if args.pixels is None:
+        return info
+    width, _, height = args.pixels.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UserError(f"pixels: '{args.pixels}' is not a size; write width x height, for example 832x1216.")
+    return info.sized((int(width), int(height)))
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
@@ -318,6 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--tokenizer", metavar="FILE", help="VQ tokenizer that belongs to it, where it is not beside it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, where neither the file nor its name tells")
+    group.add_argument(
+        "--pixels", metavar="WIDTHxHEIGHT", help="the picture's size, for models with a choice (Lumina-mGPT)"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES], help="numbers of decoder and cache (default: auto)"

@@ -87,7 +87,7 @@ def _tokenizer(
     with torch.device("meta"):
         network = VQTokenizer(config, nn)
     notes = {
-        "family": "llamagen-vq",
+        "family": "llamagen-vq" if config.normalized else library.UNSCALED,
         "codes": str(config.codes),
         "code_dim": str(config.code_dim),
         "factor": str(config.factor),

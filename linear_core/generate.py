@@ -65,14 +65,15 @@ def generate(
     it holds.
     """
     policy = get_policy(plan.policy)
-    plan.check(decoder.grid)
+    asked = prompt.grid or decoder.grid
+    plan.check(asked)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it names no image; give at least one class or text.")
-    given = _check_above(above, images, decoder.grid, decoder.codes)
+    given = _check_above(above, images, asked, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
-    grid = decoder.grid.after(rows.length)
+    grid = asked.after(rows.length)
     shape = decoder.cache_shape(rows.length)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
     cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
@@ -95,30 +96,35 @@ def generate(
             logits = decoder.feed(
                 line.repeat(cache.rows // images, 1), index[grid.stride * row :][: grid.stride], pad, columns, cache
             )
-        for column in range(grid.stride if replayed else 0, grid.stride):
+        for column in range(grid.cols if replayed else 0, grid.cols):
             number = row * grid.stride + column
-            forced = grid.forced(column)
-            if forced is None:
-                scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
-                scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
-                token = pick(scores, noise.exponential(number), sample.temperature)
-                tokens[:, column] = token
-            else:
-                token = torch.full((images,), forced, dtype=torch.int64, device=device)
-            if number + 1 == grid.tokens:
+            scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
+            scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
+            token = pick(scores, noise.exponential(number), sample.temperature)
+            tokens[:, column] = token
+            fed = grid.fed_with(column)  # a line's end is known, so nobody has to wait for its logits
+            if number + fed == grid.tokens:
                 break  # nothing is drawn after it
-            if cache.rows > images and not sample.guides(number + 1):
+            if cache.rows > images and not sample.guides(number + fed):
                 cache.keep_rows(images)
                 pad = pad[:images]
-            fed = token.repeat(cache.rows // images)
-            logits = step(fed, index[number : number + 1], pad, columns[column : column + 1], cache)
+            token = token.repeat(cache.rows // images)
+            places, ahead = index[number : number + fed], columns[column : column + fed]
+            if fed == 1:
+                logits = step(token, places, pad, ahead, cache)
+            else:
+                line_end = F.pad(token[:, None], (0, 1), value=grid.eol)
+                logits = decoder.feed(line_end, places, pad, ahead, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, turn)
-        share, by_head = cache.share_held(images), cache.held_by_head(0)
+        share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
         now = time.perf_counter()
-        yield Line(row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed)
+        yield Line(
+            row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed,
+            None if stands is None else stands.cpu(),
+        )  # fmt: skip
         started = time.perf_counter()
 
 
@@ -187,6 +193,7 @@ def together(parts: list[list[Line]]) -> list[Line]:
             lines[0],
             tokens=torch.cat([line.tokens for line in lines]),
             share=torch.cat([line.share for line in lines]),
+            stands=None if lines[0].stands is None else torch.cat([line.stands for line in lines]),
             held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
             seconds=sum(line.seconds for line in lines),
             cache_bytes=max(line.cache_bytes for line in lines),

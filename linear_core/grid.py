@@ -41,6 +41,6 @@ class Grid:
         """Index in the sequence of the token at `row`, `column`."""
         return self.prompt + row * self.stride + column
 
-    def forced(self, column: int) -> int | None:
-        """The token that needs no sampling at this column of a line, if there is one."""
-        return self.eol if column >= self.cols else None
+    def fed_with(self, column: int) -> int:
+        """How many tokens are fed when the code at `column` is known: itself, and behind a line's last code its end."""
+        return self.stride - column if column + 1 == self.cols else 1

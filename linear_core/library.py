@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,18 @@ from torch import nn
 from . import published
 from .blocks import Ops
 from .errors import UserError
-from .families import Family, ModelInfo, janus, llamagen
+from .families import Family, ModelInfo, janus, llamagen, lumina
 from .prompts import Prompt
 from .prompts.words import Words
+from .vq.layouts import renamed, taming_top
 from .vq.tokenizer import VQConfig, VQTokenizer
 from .vq.tokenizer import read_config as read_vq_config
 from .weights import SUFFIXES, Place, Places, Weights, fill, read_weights, unless, whole
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY)
+FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
+UNSCALED = "chameleon-vq"  # what a converted file says of itself: its layout is ours, its codebook as Chameleon's
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = "landscapes"
-WORDS = "tokenizer.json"  # in the folder of a model that has a text tokenizer of its own
 
 # What a VQ tokenizer's file carries besides its weights: a counter and losses of training.
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
@@ -54,7 +55,13 @@ class ImageModel:
     @cached_property
     def words(self) -> Words:
         """The model's own text tokenizer."""
-        return Words(whole(self.files.decoder) / WORDS)
+        decoder = whole(self.files.decoder)
+        folder = decoder if decoder.is_dir() else decoder.parent
+        places = [folder / name for name in self.info.family.words]
+        found = next((path for path in places if path.is_file()), places[0])
+        if not found.is_file() and (source := published.where(self.info.family.words_in)):
+            raise UserError(f"{found}: there is no such file, and {self.info.name} reads texts with it; {source}.")
+        return Words(found)
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
         """One image for each text, guided away from `negative`; for models with a text tokenizer of their own."""
@@ -241,6 +248,9 @@ def is_tokenizer(weights: Weights) -> bool:
 def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
     """Sizes of a VQ tokenizer's checkpoint, and where its weights go."""
     names = next((family.vq for family in FAMILIES if family.vq and family.knows(weights)), None)
+    top = taming_top(weights.tensors) if names is None else None  # Chameleon's
+    if top is not None:
+        names = partial(renamed, top=top)
     ours = {key: names(key) if names else key for key in weights.tensors}
     shapes = {ours[key]: shape for key, shape in weights.shapes.items() if ours[key] is not None}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
@@ -249,7 +259,7 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
             "choose the tokenizer that belongs to the model."
         )
     try:
-        config = read_vq_config(shapes)
+        config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNSCALED)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
     wanted = unless(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))

@@ -2,7 +2,7 @@
 
 Numbers and names only; nothing here reads a file or the network. Pages: github.com/FoundationVision/LlamaGen (MIT),
 for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), and github.com/deepseek-ai/Janus (code MIT, weights
-DeepSeek Model License).
+DeepSeek Model License), and github.com/Alpha-VLLM/Lumina-mGPT with what it is made from, Chameleon (not commercial).
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class Remote:
     gigabytes  roughly, for people; the hub says the exact number
     sha256     of the content; None where it is not known here: then the hash that the hub itself states for the file at
                this revision is what the content is held against
+    kept       what it is called here, where that is not its path there
     """
 
     repository: Repository
     path: str
     gigabytes: float
     sha256: str | None = None
+    kept: str = ""
 
     @property
     def url(self) -> str:
@@ -76,17 +78,27 @@ class Release:
 
     def local(self, file: Remote) -> str:
         """Where a file belongs, below the model folder."""
-        return f"{self.below}/{file.path}" if self.below else file.path
+        name = file.kept or file.path
+        return f"{self.below}/{name}" if self.below else name
 
 
 # The commits: LlamaGen's as linked from github.com/hustvl/ControlAR/issues/10 (2025-04-29), flan-t5-xl's as pinned by
-# FoundationVision/Infinity and many others. None is known to us for llamagen_t2i and Janus, and for no file a hash.
+# FoundationVision/Infinity and many others. None is known to us for the others, and for no file a hash.
 C2I = Repository("FoundationVision/LlamaGen", "a86ad643a5bde5b5657a8aed7d5c9e2fc6f8c60f", "MIT")
 T2I = Repository("peizesun/llamagen_t2i", None, "MIT")
 JANUS = {name: Repository(f"deepseek-ai/{name}", None, "DeepSeek Model License") for name in (
     "Janus-Pro-1B", "Janus-Pro-7B", "Janus-1.3B",
 )}  # fmt: skip
 T5 = Repository("google/flan-t5-xl", "7d6315df2c2fb742f0f5b556879d730926ca9001", "Apache-2.0")
+
+CHAMELEON = "Chameleon Research License, not for commercial use"
+LUMINA = {
+    name: Repository(f"Alpha-VLLM/{name}", None, f"none stated; made from Chameleon: {CHAMELEON}")
+    for name in (
+        "Lumina-mGPT-7B-512", "Lumina-mGPT-7B-768", "Lumina-mGPT-7B-1024", "Lumina-mGPT-7B-768-Omni",
+    )
+}  # fmt: skip
+ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
 TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
 TEXT_ENCODER = "flan-t5-xl"
@@ -100,6 +112,20 @@ def _janus(name: str, *weights: tuple[str, float]) -> Release:
     """A folder of its own: the decoder's file holds the tokenizers too."""
     files = (("config.json", 0), ("tokenizer.json", 0), *weights)
     return Release(name, "ar_image", tuple(Remote(JANUS[name], *file) for file in files), below=name)
+
+
+LUMINA_WORDS = "lumina-mgpt-tokenizer"
+CHAMELEON_VQ = "vqgan"
+
+
+def _lumina(name: str) -> Release:
+    """A folder of its own for the language model, and what all of them share: words and codes."""
+    files = (
+        ("config.json", 0), ("model.safetensors.index.json", 0), ("model-00001-of-00002.safetensors", 9.98),
+        ("model-00002-of-00002.safetensors", 4.05),
+    )  # fmt: skip
+    own = tuple(Remote(LUMINA[name], *file) for file in files)
+    return Release(name, "ar_image", own, (LUMINA_WORDS, CHAMELEON_VQ), below=name)
 
 
 _T5_FILES = (
@@ -135,6 +161,17 @@ RELEASES: dict[str, Release] = {
             ("pytorch_model-00002-of-00002.bin", 4.85),
         ),
         _janus("Janus-1.3B", ("model.safetensors", 4.18)),
+        *map(_lumina, LUMINA),
+        Release(
+            LUMINA_WORDS, "ar_image", (Remote(LUMINA["Lumina-mGPT-7B-768"], "tokenizer.json", 0),),
+            below="Lumina-mGPT-7B-768",
+        ),
+        Release(
+            "Anole-7b-v0.1", "ar_image",
+            (Remote(ANOLE, "models/7b/consolidated.pth", 14.1), Remote(ANOLE, "tokenizer/text_tokenizer.json", 0)),
+            (CHAMELEON_VQ,), below="Anole-7b-v0.1",
+        ),
+        Release(CHAMELEON_VQ, "ar_image", (Remote(ANOLE, "tokenizer/vqgan.ckpt", 0.28, kept="vqgan.ckpt"),)),
         Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), below=TEXT_ENCODER),
     )
 }  # fmt: skip

@@ -81,6 +81,7 @@ class Compare(io.ComfyNode):
         batch_size: int,
         view: str | None = None,
     ) -> io.NodeOutput:
+        model = model.shaped(prompt.grid)
         image, info = model.image, model.image.info
         if not cache.evicts(info.grid):
             raise UserError("cache: this plan keeps every line, so both would be the same; choose fewer lines.")

@@ -26,17 +26,19 @@ class DownloadModel(io.ComfyNode):
             description="Fetches a published model from huggingface.co into ComfyUI's model folders and checks its "
             "hash. This is the only node of the pack that uses the network, and only when it is run. Press R "
             "afterwards, so that the lists show the new files.",
-            search_aliases=["download", "huggingface", "fetch model", "llamagen", "janus", "linear"],
+            search_aliases=["download", "huggingface", "fetch model", "llamagen", "janus", "lumina", "anole", "linear"],
             inputs=[
                 io.Combo.Input(
                     "release",
                     options=list(RELEASES),
-                    tooltip=f"What to fetch. {sizes}. c2i: by class, t2i and Janus: by text; vq: tokenizers.",
+                    tooltip=f"What to fetch. {sizes}. c2i: by class, the other models by text; vq: tokenizers. "
+                    "Not for commercial use: Lumina-mGPT, Anole and vqgan (Chameleon Research License). Janus: "
+                    "DeepSeek Model License. The rest: MIT or Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",
                     default=True,
-                    tooltip="Fetch what the model cannot do without as well: its tokenizer (0.3 GB), and for t2i "
+                    tooltip="Fetch what the model cannot do without as well: its tokenizers (0.3 GB), and for t2i "
                     "the text encoder flan-t5-xl (11.4 GB). Files that are there already are left alone.",
                 ),
             ],
@@ -50,7 +52,7 @@ class DownloadModel(io.ComfyNode):
         lines = []
         for chosen in _chosen(release, with_needed):
             fetched = download(chosen, _folder(chosen), _Report(cls.hidden.unique_id))
-            lines += [_told(file) for file in fetched]
+            lines += [f"{chosen.name}, licence: {chosen.licence}", *map(_told, fetched)]
         return io.NodeOutput(ui={"text": ["\n".join(lines)]})
 
     @classmethod

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.plan import CachePlan
+from ..linear_core.prompts import Prompt
+from ..linear_core.sizes import nearest
 from . import host
-from .sockets import MODEL, TOKENS, Model, Tokens
+from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens
 
 
 class EncodeImage(io.ComfyNode):
@@ -27,18 +29,25 @@ class EncodeImage(io.ComfyNode):
                 MODEL.Input("model", tooltip="The model that will go on with them; its tokenizer has to have its "
                             "encoder (the bundled one and the published ones do)."),
                 io.Image.Input("image", tooltip="Pictures of any size: scaled and cropped around the middle to the "
-                               "shape that the model draws."),
+                               "shape that the model draws, or of its sizes the one most like it."),
+                PROMPT.Input("prompt", optional=True, tooltip="Takes the size from Text Prompt, for a model with a "
+                             "choice of sizes (Lumina-mGPT), so that Generate can go on with the picture."),
             ],
             outputs=[TOKENS.Output(display_name="tokens", tooltip="For Generate (with keep_rows) and for Decode.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Model, image: Tensor) -> io.NodeOutput:
+    def execute(cls, model: Model, image: Tensor, prompt: Prompt | None = None) -> io.NodeOutput:
         info, tokenizer = model.image.info, model.image.tokenizer
         if not tokenizer.config.encoder_widths:
             raise UserError(
                 f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."
             )
+        if prompt is not None:
+            info = info.shaped(prompt.grid)
+        elif info.sizes:
+            height, width = image.shape[1:3]
+            info = info.sized(nearest((width, height), info.sizes)[0])
         grid, factor = info.grid, tokenizer.config.factor
         pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
         host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))

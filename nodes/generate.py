@@ -48,7 +48,7 @@ class Generate(io.ComfyNode):
                     step=0.1,
                     tooltip="How strongly the prompt is followed (classifier-free guidance scale). Typical: 2 to 5. "
                     "1 or less: none, which takes half the work and half the cache. -1: the model's own (the bundled "
-                    "one 3, LlamaGen 4 for classes and 7.5 for texts, Janus 5).",
+                    "one 3, LlamaGen 4 for classes and 7.5 for texts, Janus 5, Lumina-mGPT 4, Anole 3).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -57,7 +57,7 @@ class Generate(io.ComfyNode):
                     max=4.0,
                     step=0.05,
                     tooltip="How freely tokens are drawn. Typical: 1. Less is calmer; 0 always takes the likeliest. "
-                    "-1: the model's own, which is 1 for all.",
+                    "-1: the model's own, which is 1 for all but Anole (0.7).",
                 ),
                 io.Int.Input(
                     "top_k",
@@ -65,7 +65,7 @@ class Generate(io.ComfyNode):
                     min=OWN,
                     max=65536,
                     tooltip="Draw from this many of the likeliest codes only. 0: all. -1: the model's own (the bundled "
-                    "one and Janus all, LlamaGen 2000 for classes and 1000 for texts).",
+                    "one and Janus all, LlamaGen 2000 for classes and 1000 for texts, Lumina-mGPT 2000).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -74,7 +74,7 @@ class Generate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Draw from the likeliest codes that hold this share of the probability. 1: all. "
-                    "Typical: 0.9 to 1. -1: the model's own, which is 1 for all.",
+                    "Typical: 0.9 to 1. -1: the model's own, which is 1 for all but Anole (0.9).",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -147,6 +147,7 @@ class Generate(io.ComfyNode):
         stop_after: int = 0,
         view: str | None = None,
     ) -> io.NodeOutput:
+        model = model.shaped(prompt.grid)
         image, info = model.image, model.image.info
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if value >= 0}  # below 0: the model's own

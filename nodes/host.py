@@ -22,7 +22,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 FOLDER = "ar_image"
 JANUS = "Janus-Pro"  # below models/, where other packs have people put Janus' folders
-SUFFIXES = {".safetensors", ".pt", ".bin"}
+SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
 # What a page says that shows text under a node and leaves it at that. Earlier ones write it among the widgets' values
 # into the workflow, where it would become the value of the next widget that the node gets.
 SHOWS_TEXT = "supports_progress_text_metadata"

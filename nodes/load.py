@@ -19,20 +19,23 @@ class LoadModel(io.ComfyNode):
             category="LineAR",
             description="Loads an autoregressive image model: the decoder that draws tokens, and the tokenizer that "
             "turns them into pixels. The bundled model needs no download and no GPU.",
-            search_aliases=["autoregressive", "llamagen", "janus", "load linear", "ar model", "load checkpoint"],
+            search_aliases=["autoregressive", "llamagen", "janus", "lumina", "load linear", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=files.model_names(),
                     extra_dict={"linear_ar": files.memory_sizes()},
                     tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others lie in models/ar_image: "
-                    "LlamaGen's files (.safetensors or .pt), folders of Janus also in models/Janus-Pro.",
+                    "LlamaGen's files (.safetensors or .pt), folders of Janus (also in models/Janus-Pro) and of "
+                    "Lumina-mGPT. Lumina-mGPT and Anole: not for commercial use (Chameleon Research License); Janus: "
+                    "DeepSeek Model License; LlamaGen: MIT.",
                 ),
                 io.Combo.Input(
                     "tokenizer",
                     options=files.tokenizer_names(),
                     tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' takes the bundled one, the one "
-                    "the model brings or its file names, or for LlamaGen vq_ds16_c2i or vq_ds16_t2i.",
+                    "the model brings or its file names, for LlamaGen vq_ds16_c2i or vq_ds16_t2i, for "
+                    "Lumina-mGPT and Anole vqgan.",
                 ),
                 io.Int.Input(
                     "grid_rows",
@@ -59,7 +62,7 @@ class LoadModel(io.ComfyNode):
                     advanced=True,
                     tooltip="How the decoder's large matrices are kept. default: as they are used. fp8: in a byte a "
                     "number, half the memory of bfloat16, at some cost in quality and speed. Line Cache shows what the "
-                    "weights then take: Janus-Pro-7B 13.2 GB, in fp8 7.1 GB.",
+                    "weights then take: Janus-Pro-7B 13.2 GB, in fp8 7.1 GB; Lumina-mGPT-7B 13.6 and 7.1 GB.",
                 ),
             ],
             outputs=[

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..linear_core.grid import Grid
 from ..linear_core.library import ImageModel
 from ..linear_core.plan import CachePlan
 from ..linear_core.preview import decode
@@ -25,6 +26,10 @@ class Model:
     image: ImageModel
     decoder: host.ModelPatcher
     tokenizer: host.ModelPatcher
+
+    def shaped(self, grid: Grid | None) -> Model:
+        """The same where it is asked for a picture of this grid; None: its own."""
+        return replace(self, image=replace(self.image, info=self.image.info.shaped(grid)))
 
     def picture_bytes(self, rows: int, cols: int) -> int:
         """Room for decoding one picture of rows x cols tokens: about twelve feature maps of the widest level."""

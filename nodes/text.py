@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -11,6 +13,7 @@ from torch import nn
 from ..linear_core.errors import UserError
 from ..linear_core.text import prompt
 from . import files, host
+from .size import OWN, size_input, sized
 from .sockets import MODEL, PROMPT, Model
 
 NOT_LINKED = object()
@@ -25,9 +28,20 @@ class TextPrompt(io.ComfyNode):
             display_name="Text Prompt",
             category="LineAR",
             description="Says in words what to draw, for models that were made for texts: one picture for each text. "
-            "Janus reads texts by itself: connect it. For LlamaGen a text encoder is loaded when a text is new, and "
-            "unloaded again.",
-            search_aliases=["text encode", "prompt", "negative", "t5", "caption", "llamagen", "janus", "linear"],
+            "Janus and Lumina-mGPT read texts themselves: connect them. For LlamaGen a text encoder is loaded when a "
+            "text is new, and unloaded again.",
+            search_aliases=[
+                "text encode",
+                "prompt",
+                "negative",
+                "t5",
+                "caption",
+                "llamagen",
+                "janus",
+                "lumina",
+                "size",
+                "linear",
+            ],
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
@@ -47,8 +61,8 @@ class TextPrompt(io.ComfyNode):
                 MODEL.Input(
                     "model",
                     optional=True,
-                    tooltip="The model that will draw, from Load AR Model. Needed for Janus, whose own tokenizer reads "
-                    "the text; LlamaGen works without.",
+                    tooltip="The model that will draw, from Load AR Model. Needed for Janus and Lumina-mGPT, whose own "
+                    "tokenizers read the text; LlamaGen works without.",
                 ),
                 io.String.Input(
                     "negative_text",
@@ -57,18 +71,23 @@ class TextPrompt(io.ComfyNode):
                     optional=True,
                     placeholder="what to keep away from (empty: the model's own)",
                     tooltip="What guidance leads away from, for all pictures. Empty: as the model was published "
-                    "(Janus: the text blotted out, LlamaGen: an embedding it has learnt). No effect without guidance.",
+                    "(Janus: the text blotted out, Lumina-mGPT: no text, LlamaGen: an embedding it has learnt). No "
+                    "effect without guidance.",
                 ),
+                size_input(),
             ],
             outputs=[PROMPT.Output(display_name="prompt", tooltip="For Generate: one row for each text, in order.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder: str | None = None, model: object = NOT_LINKED) -> bool | str:
+    def validate_inputs(
+        cls, text_encoder: str | None = None, model: object = NOT_LINKED, size: object = None
+    ) -> bool | str:
         """In place of the host's check, which only says that a name is not in the list.
 
-        Whatever is linked is None here; with a model that reads texts by itself the encoder need not be there.
+        Whatever is linked is None here, and `size`, which is put together of its parts, comes along unasked. With a
+        model that reads texts by itself the encoder need not be there.
         """
         try:
             return text_encoder is None or model is not NOT_LINKED or bool(files.find_text_files(text_encoder))
@@ -77,14 +96,22 @@ class TextPrompt(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, text_encoder: str, text: str, model: Model | None = None, negative_text: str = ""
+        cls,
+        text_encoder: str,
+        text: str,
+        model: Model | None = None,
+        negative_text: str = "",
+        size: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         texts = [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]
         negative = negative_text.strip()
         if model is not None and not model.image.info.text:
             raise UserError(f"model: {model.image.info.name} draws classes, not texts; connect it to Class Prompt.")
         if model is not None and model.image.info.own_words:
-            return io.NodeOutput(model.image.prompt(texts, negative))
+            image = replace(model.image, info=sized(model.image.info, size))
+            return io.NodeOutput(image.prompt(texts, negative))
+        if size is not None and size["size"] != OWN:
+            raise UserError(f"size: a model for a text encoder has one size; set it to '{OWN}'.")
         found = files.find_text_files(text_encoder)
         bar = host.Progress(max(len(texts), 1), cls.hidden.unique_id)
         placed: list[host.ModelPatcher] = []

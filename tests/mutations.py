@@ -29,6 +29,14 @@ CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its natu
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
+    # -- what a token stands for
+    (
+        "cache.py",
+        "return self._by_cell(self.count, images) / holders.clamp(min=1)",
+        "return self._by_cell(self.count, images)",
+        "stands: a sum, not a mean",
+    ),
+    ("events.py", "& ((stands > 8) | (self._stands > 8))", "& (stands > 8)", "stands: who is alone again is not told"),
     # -- storage
     (
         "storage.py",
@@ -80,9 +88,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "mass = look.mass",
         "the weight forgets what was given",
     ),
-    ("fold.py", "look.pull(merged_keys)", "look.pull(keys)", "the weight is for the old key"),
-    ("fold.py", "weight.clamp(even - SLACK, even + SLACK)", "even", "the weight is the count"),
-    ("fold.py", "weight.clamp(even - SLACK, even + SLACK)", "weight", "the weight knows no bounds"),
+    ("fold.py", "look.pull(merged_keys.gather", "look.pull(keys.gather", "the weight is for the old key"),
+    ("fold.py", ".nan_to_num(0.0).clamp(even - SLACK, even + SLACK)", " * 0 + even", "the weight is the count"),
+    ("fold.py", ".nan_to_num(0.0).clamp(even - SLACK, even + SLACK)", ".nan_to_num(0.0)", "the weight knows no bounds"),
     ("fold.py", "count + given(", "count + 1 + 0 * given(", "a slot counts one more, whatever it is given"),
     ("fold.py", "0x7FFFFFFF - index.long()", "index.long()", "the oldest of equals takes a victim in"),
     ("outlook.py", "queries.shape[-1] ** -0.5", "1.0", "foreseen scores are not scaled"),
@@ -91,10 +99,20 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("view.py", "self.turn(self.queries, n)", "self.queries", "queries are not turned ahead"),
     ("view.py", "return mass + SPARE * mean * weight", "return mass", "nothing is spared"),
     ("view.py", "SPARE * mean * weight", "SPARE * mean", "spare by slot, not by token"),
-    ("policies/fold.py", "(other > one) | ", "(other < one) | ", "fold: the stronger goes into the weaker"),
-    ("policies/fold.py", "distances(keys, keys).square()", "distances(keys, keys)", "fold: plain distances"),
-    ("policies/fold.py", "& view.candidates()[..., None, :]", "", "fold: the prompt may stand in"),
-    ("policies/fold.py", "(of_other < index)", "(of_other > index)", "fold: of equals the newer is stronger"),
+    (
+        "policies/fold.py",
+        "dim=-1, descending=True, stable=True",
+        "dim=-1, stable=True",
+        "fold: the stronger goes into the weaker",
+    ),
+    ("policies/fold.py", ".clamp_(min=0)\n", ".clamp_(min=0).sqrt_()\n", "fold: plain distances"),
+    ("policies/fold.py", ".masked_fill(~view.candidates(), 0.0)", "", "fold: the prompt may stand in"),
+    (
+        "policies/fold.py",
+        "view.index.argsort(dim=-1, stable=True)",
+        "(-view.index).argsort(dim=-1, stable=True)",
+        "fold: of equals the newer is stronger",
+    ),
     (
         "cache.py",
         "folded.count.masked_fill(leaving, 1.0)",
@@ -426,11 +444,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "mass of the first lines is forgotten",
     ),
     ("generate.py", "token.repeat(", "token.repeat_interleave(", "halves are fed each other's tokens"),
+    (
+        "generate.py",
+        "(0, 1), value=grid.eol)\n                logits",
+        "(0, 1))\n                logits",
+        "a line ends with code 0",
+    ),
     ("generate.py", "noise.exponential(number)", "noise.exponential(column)", "noise repeats on every row"),
     ("generate.py", "pad = pad[:images]", "pad = pad[images:]", "the padding of the wrong half goes on"),
     (
         "generate.py",
-        "if cache.rows > images and not sample.guides(number + 1):",
+        "if cache.rows > images and not sample.guides(number + fed):",
         "if False:",
         "the unconditional half is computed to the end",
     ),
@@ -440,7 +464,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("generate.py", "plan.check(decoder.grid)", "pass", "a plan that does not fit is not refused"),
+    ("generate.py", "plan.check(asked)", "pass", "a plan that does not fit is not refused"),
     ("generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
@@ -517,10 +541,15 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "feed: slots open before the layers",
     ),
     ("generate.py", "tokens.copy_(given[:, row])", "tokens.copy_(given[:, 0])", "the first given line for all"),
-    ("generate.py", "value=grid.eol", "value=0", "given lines end in a code"),
+    (
+        "generate.py",
+        "F.pad(tokens, (0, 1), value=grid.eol)",
+        "F.pad(tokens, (0, 1), value=0)",
+        "given lines end in a code",
+    ),
     ("generate.py", "index[grid.stride * row :][: grid.stride]", "index[: grid.stride]", "given lines: first places"),
     ("generate.py", "line.repeat(", "line.repeat_interleave(", "given lines: halves get each other's tokens"),
-    ("generate.py", "range(grid.stride if replayed else 0", "range(0", "given lines are drawn over"),
+    ("generate.py", "range(grid.cols if replayed else 0", "range(0", "given lines are drawn over"),
     ("generate.py", "or rows >= grid.rows", "or rows > grid.rows", "all lines may be given"),
     ("generate.py", "int(above.min()) < 0 or", "", "given codes below 0"),
     ("generate.py", "int(above.max()) >= codes", "int(above.max()) > codes", "given codes: one too far"),
@@ -585,7 +614,8 @@ def copy_tree(target: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "assets", "*.safetensors", "node_modules")
     for folder in ("linear_core", "tests", "web"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", target)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, target)
 
 
 def run_tests(tree: Path, stop: bool) -> tuple[int, list[str]]:

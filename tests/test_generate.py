@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from linear_core.plan import RELEASES, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
 from linear_core.sampling import Noise, guide, pick, restrict
-from tests.tiny import CAPTION, CODES, Recorder, Toy, caption_prompt, decode, llamagen
+from tests.tiny import CAPTION, CODES, Recorder, Toy, caption_prompt, decode, janus, llamagen, words
 
 PLAN = CachePlan(budget=2, anchors=2, recent=1)
 GUIDED = SamplePlan(seed=3, guidance=2.5)
@@ -36,7 +37,7 @@ def same_run(one: Recorder, other: Recorder, rows: list[int], offset: int = 0) -
     images = [row for row in rows if row < len(other.tokens)]
     assert torch.equal(one.tokens, other.tokens[images])
     for a, b in zip(one.logits, other.logits, strict=True):
-        torch.testing.assert_close(a, b[rows], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, b[rows], atol=1e-5, rtol=1e-5, equal_nan=True)
     prompts = one.prompt_slots, other.prompt_slots
     for a, b in zip(one.index, other.index, strict=True):
         a, b = (index[..., slots:].sort(-1).values for index, slots in zip((a, b[:, rows]), prompts, strict=True))
@@ -154,13 +155,45 @@ def test_top_p_is_taken_of_the_tempered_shares():
 
 
 def test_what_is_drawn_is_fed():
-    """Each step is fed the token before it, end-of-line tokens too, to both halves alike; the last one to nobody."""
+    """Each step is fed the token before it, end-of-line tokens too, to both halves alike; the last code to nobody."""
     toy = Toy(4, 3, length=3, eol=True)
     recorder = decode(toy, toy.prompt([3, 1]), PLAN, GUIDED)
     newline = torch.full((2, 4, 1), toy.grid.eol)
     expected = torch.cat([recorder.tokens, newline], 2).flatten(1)
     fed = torch.stack(recorder.fed, 1)
-    assert torch.equal(fed, expected[:, :-1].repeat(2, 1))
+    assert torch.equal(fed, expected[:, :-2].repeat(2, 1))
+
+
+class OneByOne(Toy):
+    """Feeds what it is given together one after the other."""
+
+    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
+        for n in range(len(columns)):
+            logits = self.step(tokens[:, n], index[n : n + 1], pad, columns[n : n + 1], cache)
+        return logits
+
+
+@pytest.mark.parametrize("interval", [-1, 12, 13, 14])  # 13: guidance ends between a line's last code and its end
+@every_way
+def test_a_lines_end_is_fed_with_its_last_code(name, release, interval):
+    """Together they give what they give one after the other, in one call, and the last line's are fed to nobody."""
+    sample = SamplePlan(seed=5, guidance=2.5, guidance_interval=interval)
+    together, apart = (kind(6, 4, length=4, eol=True, dtype=DOUBLE) for kind in (Toy, OneByOne))
+    calls = []
+
+    def step(token: Tensor, *rest: Any) -> Tensor:
+        calls.append(token)
+        return together.step(token, *rest)
+
+    plan = plan_of(name, release)
+    ours = [line.tokens for line in generate(together, together.prompt([4, 2]), plan, sample, step=step)]
+    assert len(calls) == 6 * (4 - 1), "a line's end costs no step"
+    pair, single = (decode(toy, toy.prompt([4, 2]), plan, sample) for toy in (together, apart))
+    assert torch.equal(torch.stack(ours, 1), pair.tokens) and torch.equal(pair.tokens, single.tokens)
+    for a, b in zip(pair.logits, single.logits, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    for a, b in zip(pair.index, single.index, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_seeds_make_pictures():
@@ -357,8 +390,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(plan, prompt,
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("kind", ["llamagen", "janus"])
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_step_is_one_graph_for_each_size_of_the_cache(release):
+def test_the_step_is_one_graph_for_each_size_of_the_cache(release, kind):
     """`torch.compile(fullgraph=True, dynamic=False)` captures the step whole, once for each size while the cache fills.
 
     That is budget + 1 graphs for an image; evicting adds none, and neither does a second image. The graphs compute what
@@ -372,6 +406,8 @@ def test_the_step_is_one_graph_for_each_size_of_the_cache(release):
 
     torch._dynamo.reset()
     model, prompt, plan = llamagen(6, 3, layers=1), class_prompt([1, 3]), plan_of("line", release)
+    if kind == "janus":
+        model, prompt = janus(6, 3, layers=1), words([5, 3])
     compiled = torch.compile(model.step, backend=capture, fullgraph=True, dynamic=False)
     counts = []
     for seed in (1, 2):

@@ -16,12 +16,12 @@ def test_indices_run_on_without_a_gap(grid):
 
 
 def test_an_end_of_line_token_makes_a_line_longer():
-    """With `eol` a line takes one token more, which is forced; the picture's columns are drawn."""
+    """With `eol` a line takes one token more, which is fed with its last code; the picture's columns are drawn."""
     plain, ended = Grid(2, 3), Grid(2, 3, eol=99)
     assert (plain.stride, plain.tokens) == (3, 6)
     assert (ended.stride, ended.tokens) == (4, 8)
-    assert [plain.forced(c) for c in range(3)] == [None, None, None]
-    assert [ended.forced(c) for c in range(4)] == [None, None, None, 99]
+    assert [plain.fed_with(c) for c in range(3)] == [1, 1, 1]
+    assert [ended.fed_with(c) for c in range(3)] == [1, 1, 2]
     assert Grid(2, 3, eol=0).stride == 4, "code 0 can end a line"
 
 

@@ -33,7 +33,7 @@ from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan  # noqa
 from linear_core.policies import POLICIES, Policy  # noqa: E402
 from linear_core.prompts import Prompt, token_prompt  # noqa: E402
 from tests.test_oracles import predict  # noqa: E402
-from tests.tiny import decode, policy  # noqa: E402
+from tests.tiny import decode, policy, watched  # noqa: E402
 
 BOS, EOS, PAD, BOI = 0, 1, 2, 4
 WORDS, CODES, LAYERS = 40, 23, 2
@@ -130,6 +130,7 @@ class Drawn:
     index: list[Tensor] = field(default_factory=list)  # L B H S after each token fed
     fed: list[Tensor] = field(default_factory=list)
     scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keep: dict[int, Tensor] = field(default_factory=dict)
 
 
 def words(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -181,18 +182,10 @@ LENGTHS = [6, 4]  # the second prompt is padded by two
 def run(*which: str | int) -> Drawn:
     name, policy_name, release, rows, cols, budget, anchors, recent = which
     what, plan = subject(name), CachePlan(policy_name, budget, anchors, recent, release)
-    original, scores = POLICIES[policy_name], {}
-
-    def score(view):
-        given = original.score(view)
-        before = scores.get(view.row, (given[:0].float(), view.index[:0]))
-        scores[view.row] = torch.cat([before[0], given.float()]), torch.cat([before[1], view.index])
-        return given
-
-    with policy(policy_name, replace(original, score=score)):
+    with watched(policy_name) as (scores, keep):
         past = LineCache(what.model, (rows, cols), plan)
         drawn = draw(what, past, LENGTHS, some_tokens(len(LENGTHS), rows * cols - 1))
-    drawn.scores, drawn.cache = scores, past.slots
+    drawn.scores, drawn.keep, drawn.cache = scores, keep, past.slots
     return drawn
 
 

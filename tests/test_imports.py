@@ -25,6 +25,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # numbers
     "errors": (set(), set()),
     "grid": ({"errors"}, set()),
+    "sizes": (set(), set()),
     "plan": ({"errors", "grid"}, set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     "memory": ({"grid", "plan"}, set()),
@@ -45,7 +46,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"attention", "blocks", "cache", "errors", "grid", "plan", "prompts", "prompts.*", "models.llama"},
         TENSORS,
     ),
-    "prompts.*": ({"errors", "prompts", "prompts.*"}, TENSORS | {"transformers", "tokenizers", "sentencepiece"}),
+    "prompts.*": (
+        {"errors", "grid", "prompts", "prompts.*", "sizes"},
+        TENSORS | {"transformers", "tokenizers", "sentencepiece"},
+    ),
     "vq.*": ({"vq.*"}, TENSORS),
     "weights": ({"errors"}, TENSORS | {"safetensors"}),
     # time
@@ -61,7 +65,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "preview": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     "heatmap": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     # people
-    "families.__init__": ({"grid", "plan", "prompts", "prompts.*", "weights"}, TENSORS),
+    "families.__init__": ({"errors", "grid", "plan", "prompts", "prompts.*", "sizes", "weights"}, TENSORS),
     "families.*": (
         {
             "families",
@@ -74,6 +78,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "prompts.*",
             "published",
+            "sizes",
+            "vq.*",
             "weights",
         },
         TENSORS,
@@ -219,7 +225,13 @@ def test_numbers_run_without_torch():
 # -- around the core ---------------------------------------------------------------------------------------------------
 
 
-SHARED = {"nodes.host", "nodes.files", "nodes.live", "nodes.sockets"}  # what nodes may know of each other's room
+SHARED = {
+    "nodes.host",
+    "nodes.files",
+    "nodes.live",
+    "nodes.size",
+    "nodes.sockets",
+}  # what nodes may know of each other's room
 
 
 def node_complaints(path: Path, text: str | None = None) -> list[str]:

@@ -152,7 +152,7 @@ def test_the_model_folder_joins_those_of_extra_model_paths(tmp_path):
     asyncio.run(EXTENSION().on_load())
     places, suffixes = comfy_double.folder_names_and_paths["ar_image"]
     assert places == [str(elsewhere), *(str(tmp_path / "models" / name) for name in ("ar_image", "Janus-Pro"))]
-    assert suffixes == {".safetensors", ".pt", ".bin"}
+    assert suffixes == {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
 
 
 def test_decoders_and_tokenizers_are_listed_apart(comfy):

@@ -22,6 +22,7 @@ from linear_core.generate import generate
 from linear_core.grid import Grid
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.models.lumina import Lumina, LuminaConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import Prompt, token_prompt
@@ -54,6 +55,13 @@ def janus(
     return _filled(model, deviation, seed).to(dtype)
 
 
+def lumina(rows: int, cols: int, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> Lumina:
+    """Three heads of 8 numbers with norms of queries and keys; codes are words 4 and on, the next one ends a line."""
+    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm=True, first=4)
+    model = Lumina(config, Grid(rows, cols, eol=CODES)).requires_grad_(False).eval()
+    return _filled(model, {"wqkv": 0.3, "w2": 0.1, "lm_head": 0.4, "embed_tokens": 1.0}, seed).to(dtype)
+
+
 def _filled(model: Any, deviation: dict[str, float], seed: int) -> Any:
     source = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
@@ -73,6 +81,12 @@ def words(lengths: list[int], seed: int = 0) -> Prompt:
         rows.append([1, *torch.randint(4, WORDS, (length - 2,), generator=source).tolist(), 2])
     nothing = [[1, *[3] * (length - 2), 2] for length in lengths]
     return token_prompt(rows, negative=token_prompt(nothing))
+
+
+def lumina_words(lengths: list[int], seed: int = 0) -> Prompt:
+    """The same guided from the last two tokens alone, as Lumina-mGPT's begin with the image."""
+    prompt = words(lengths, seed)
+    return replace(prompt, negative=token_prompt(prompt.tokens[:, -2:].tolist()))
 
 
 def caption_prompt(
@@ -151,6 +165,15 @@ class Toy:
         """Places are looked up and added, so there is nothing to turn; each line ahead asks a little louder."""
         return queries * (1 + lines / 16)
 
+    def feed(
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+    ) -> Tensor:
+        q, k, v = self.look_up(tokens, index, pad)
+        seen = [attend(q[n], *cache.feed(n, columns, k[n], v[n], q[n])) for n in range(self.layers)]
+        cache.advance(index, columns)
+        logits = self.say(torch.stack(seen))
+        return logits if every else logits[:, -1]
+
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
         """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""
         tokens = torch.cat([prompt.tokens, tokens], 1)
@@ -159,7 +182,7 @@ class Toy:
         return self.say(scores.softmax(-1) @ v)
 
 
-Decoder = LlamaGen | Janus | Toy
+Decoder = LlamaGen | Janus | Lumina | Toy
 
 
 @dataclass
@@ -171,7 +194,7 @@ class Recorder:
 
     decoder: Decoder
     edit: Callable[[int, Tensor], Tensor] = lambda number, logits: logits
-    logits: list[Tensor] = field(default_factory=list)  # B V of each image token
+    logits: list[Tensor] = field(default_factory=list)  # B V of each image token; nan where nobody asked for them
     fed: list[Tensor] = field(default_factory=list)  # B, each token fed
     index: list[Tensor] = field(default_factory=list)  # L B H S after each token fed
     bias: list[Tensor] = field(default_factory=list)
@@ -193,6 +216,22 @@ class Recorder:
         self.index.append(cache.index.clone())
         self.bias.append(cache.bias.clone())
         self.logits.append(self.edit(len(self.fed), logits))
+        return self.logits[-1]
+
+    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
+        """A line's last code and its end are written down as two steps; given lines, from column 0 on, are not."""
+        before = cache.index.clone(), cache.bias.clone()
+        logits = self.decoder.feed(tokens, index, pad, columns, cache)
+        if int(columns[0]) == 0:
+            return logits
+        for n in range(len(columns)):
+            slot = cache.target[..., columns[: n + 1]]
+            self.fed.append(tokens[:, n].clone())
+            self.index.append(before[0].scatter(3, slot, index[: n + 1].int().expand_as(slot)))
+            self.bias.append(before[1].scatter(3, slot, 0.0))
+            self.logits.append(torch.full_like(logits, float("nan")))
+        assert torch.equal(self.index[-1], cache.index) and torch.equal(self.bias[-1], cache.bias)
+        self.logits[-1] = self.edit(len(self.fed), logits)
         return self.logits[-1]
 
     @property
@@ -219,6 +258,28 @@ def policy(name: str, value: Policy) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def watched(name: str) -> Iterator[tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]]:
+    """Write down what a policy says: by line its scores and the index of the slots, and what each head is to keep."""
+    original, scores, keeps = POLICIES[name], {}, {}
+
+    def score(view: View) -> Tensor:
+        given = original.score(view)
+        told = given.float().clone(), view.index.clone()
+        before = scores.get(view.row)
+        assert view.layer == (0 if before is None else len(before[0])), "a policy is asked once a line, layer by layer"
+        scores[view.row] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
+        return given
+
+    def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
+        told = original.keep(view, scores, plan)
+        keeps[view.row] = torch.cat([*([keeps[view.row]] if view.row in keeps else []), told])
+        return told
+
+    with policy(name, replace(original, score=score, keep=original.keep and keep)):
+        yield scores, keeps
+
+
 def decode(
     decoder: Decoder,
     prompt: Prompt,
@@ -228,21 +289,6 @@ def decode(
 ) -> Recorder:
     """Run the whole loop and return everything that happened, with the scores that the policy gave."""
     recorder = Recorder(decoder) if edit is None else Recorder(decoder, edit)
-    original = POLICIES[plan.policy]
-
-    def score(view: View) -> Tensor:
-        scores = original.score(view)
-        told = scores.float().clone(), view.index.clone()
-        before = recorder.scores.get(view.row)
-        assert view.layer == (0 if before is None else len(before[0])), "a policy is asked once a line, layer by layer"
-        recorder.scores[view.row] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
-        return scores
-
-    def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
-        told = original.keep(view, scores, plan)
-        recorder.keep[view.row] = torch.cat([*([recorder.keep[view.row]] if view.row in recorder.keep else []), told])
-        return told
-
-    with policy(plan.policy, replace(original, score=score, keep=original.keep and keep)):
+    with watched(plan.policy) as (recorder.scores, recorder.keep):
         recorder.lines.extend(generate(recorder, prompt, plan, sample))
     return recorder

@@ -12,7 +12,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, draw, layout } from "./draw.js";
-import { EMPTY, cacheBytes, canChoose, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } from "./state.js";
+import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -60,6 +60,7 @@ input[type=range] { accent-color: #e3b341; min-width: 0; flex: 1; height: 16px; 
 .tight .fill { background: #e09b24; }
 .tight .status { color: #e09b24; }
 .memory { justify-content: center; }
+.memory .status { flex: initial; white-space: normal; text-align: center; }
 `;
 
 /** @param {string} tag @param {Record<string, any>} [more] @param {...(Node | string)} inside @returns {any} */
@@ -664,7 +665,8 @@ class Memory {
     const guidance = Number(widgetValue(user, "guidance") ?? -1);
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
     const weights = shape.weights?.[widgetValue(loader, "weight_dtype") ?? "default"];
-    return { shape, plan, weights, sequences: images * (guided ? 2 : 1) };
+    const grid = gridOf(shape, widgetValue(prompt, "size.pixels"));
+    return { shape, grid, plan, weights, sequences: images * (guided ? 2 : 1) };
   }
 
   show() {
@@ -674,7 +676,7 @@ class Memory {
     let text = "KV cache: choose a model to see its memory";
     let memory = { text, fits: true, share: 0 };
     if (sizes) {
-      const bytes = (/** @type {any} */ plan) => cacheBytes(sizes.shape, sizes.shape, plan, sizes.sequences);
+      const bytes = (/** @type {any} */ plan) => cacheBytes(sizes.shape, sizes.grid, plan, sizes.sequences);
       memory = memoryText(bytes(sizes.plan), bytes({ policy: "full", budget: 1 }), FREE.bytes, sizes.weights);
     }
     if (this.status.textContent === memory.text) return;

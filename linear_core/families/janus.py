@@ -12,23 +12,16 @@ from ..grid import Grid
 from ..models.janus import DIM, Janus, JanusConfig
 from ..plan import SamplePlan
 from ..prompts.janus import janus_prompt
+from ..vq.layouts import renamed
 from ..weights import Place, Weights
 from . import Family, ModelInfo
+from .llama import in_layer
 
 SIDE = 24  # tokens along each side of the only size there is: 384 pixels
-QKV = ("q", "k", "v")
 
 # What official names, then converted ones, begin with; what follows is the same, or is told below.
 LANGUAGE = re.compile(r"(?:language_model\.model|model\.language_model)\.(.+)")
 VQ = re.compile(r"(?:gen_vision_model|model\.vqmodel)\.(.+)")
-RENAMED = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
-}
 OURS = {
     "gen_embed": "gen_embed",
     "gen_aligner.layers.0": "gen_aligner.fc1",
@@ -41,13 +34,6 @@ OURS = {
     "model.generation_head.proj_out": "gen_head.fc1",
     "model.generation_head.vision_head": "gen_head.fc2",
 }
-VQ_RENAMED = (
-    (r"\bmid\.block_1\b", "mid.0"),
-    (r"\bmid\.attn_1\b", "mid.1"),
-    (r"\bmid\.block_2\b", "mid.2"),
-    (r"\.(?:up|down)\.(\d+)\.block\.", r".conv_blocks.\1.res."),
-    (r"\.(?:up|down)\.(\d+)\.", r".conv_blocks.\1."),
-)
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
 
@@ -61,9 +47,7 @@ def place(key: str, config: JanusConfig) -> Place | None:
     layer = re.fullmatch(r"(layers\.\d+)\.(.+)\.weight", found[1])
     if layer is None:
         return Place(found[1])
-    if part := re.fullmatch(r"self_attn\.([qkv])_proj", layer[2]):
-        return Place(f"{layer[1]}.attention.wqkv.weight", QKV.index(part[1]), len(QKV))
-    return Place(f"{layer[1]}.{RENAMED.get(layer[2], layer[2])}.weight")
+    return in_layer(layer[1], layer[2], "weight")
 
 
 def vq(key: str) -> str | None:
@@ -71,10 +55,7 @@ def vq(key: str) -> str | None:
     found = VQ.fullmatch(key)
     if found is None or found[1].startswith(VQ_NOT_WEIGHTS):
         return None
-    name = found[1]
-    for pattern, ours in VQ_RENAMED:
-        name = re.sub(pattern, ours, name)
-    return name
+    return renamed(found[1])
 
 
 def knows(weights: Weights) -> bool:

@@ -7,6 +7,9 @@ on samples; here the first lines decide. It works on scales: the first scales an
 always keep, are here the anchors and the recent lines.
 Budgets: a structural head keeps 5 times what a contextual one does, after the paper's finding that these bear 90 %
 compression and those 50 %. Its last step, merging what leaves, is left to the release. Reads: queries, mass.
+
+It does not carry over well: in a raster the heads with structure are the local ones, which need little. With the two
+budgets exchanged the bundled model is nearer to the full cache.
 """
 
 from __future__ import annotations

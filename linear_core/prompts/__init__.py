@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ..grid import Grid
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class Prompt:
     pad       int64 B: how many of the T places, from the left, are empty
     names     what the user asked for, one a row
     negative  what guidance leads away from, one row for each of these, of any length; None: the decoder knows
+    grid      of the picture, where the prompt asks for a size; None: the model's own
     """
 
     tokens: Tensor
     pad: Tensor
     names: tuple[str, ...] = ()
     negative: Prompt | None = None
+    grid: Grid | None = None
 
     @property
     def rows(self) -> int:
@@ -46,23 +50,24 @@ class Prompt:
         names = tuple(self.names[row] for row in rows) if self.names else ()
         negative = self.negative and self.negative.take(rows)
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.pad.device)
-        return Prompt(self.tokens[chosen], self.pad[chosen], names, negative)
+        return replace(self, tokens=self.tokens[chosen], pad=self.pad[chosen], names=names, negative=negative)
 
     def stack(self, below: Prompt) -> Prompt:
         """These rows, then `below`'s, the shorter ones padded on the left. Neither's negative rows."""
         length = max(self.length, below.length)
         above, below = self.padded(length), below.padded(length)
-        return Prompt(torch.cat([above.tokens, below.tokens]), torch.cat([above.pad, below.pad]), self.names)
+        tokens, pad = torch.cat([above.tokens, below.tokens]), torch.cat([above.pad, below.pad])
+        return replace(self, tokens=tokens, pad=pad, negative=None)
 
     def padded(self, length: int) -> Prompt:
         """The same rows in `length` places."""
         more = length - self.length
         empty = self.tokens.new_zeros(self.rows, more, *self.tokens.shape[2:])
-        return Prompt(torch.cat([empty, self.tokens], 1), self.pad + more, self.names, self.negative)
+        return replace(self, tokens=torch.cat([empty, self.tokens], 1), pad=self.pad + more)
 
     def to(self, device: torch.device | str) -> Prompt:
         negative = self.negative and self.negative.to(device)
-        return Prompt(self.tokens.to(device), self.pad.to(device), self.names, negative)
+        return replace(self, tokens=self.tokens.to(device), pad=self.pad.to(device), negative=negative)
 
     def visible(self, count: int | None = None) -> Tensor:
         """Which place sees which: bool B N N, causal, padding hidden, every place sees itself.
@@ -79,8 +84,10 @@ def class_prompt(labels: list[int], names: tuple[str, ...] = ()) -> Prompt:
     return Prompt(torch.tensor(labels, dtype=torch.int64)[:, None], torch.zeros(len(labels), dtype=torch.int64), names)
 
 
-def token_prompt(rows: Sequence[Sequence[int]], names: tuple[str, ...] = (), negative: Prompt | None = None) -> Prompt:
+def token_prompt(
+    rows: Sequence[Sequence[int]], names: tuple[str, ...] = (), negative: Prompt | None = None, grid: Grid | None = None
+) -> Prompt:
     """One image for each row of token ids; rows of unequal length are padded on the left."""
     length = max(map(len, rows))
     tokens = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows])
-    return Prompt(tokens, torch.tensor([length - len(row) for row in rows]), names, negative)
+    return Prompt(tokens, torch.tensor([length - len(row) for row in rows]), names, negative, grid)

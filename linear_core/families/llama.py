@@ -1,0 +1,24 @@
+"""Where the weights of a Llama's layer go: transformers' names, and LlamaGen's, which the blocks here have."""
+
+from __future__ import annotations
+
+import re
+
+from ..weights import Place
+
+QKV = ("q", "k", "v")  # which lie in one matrix here
+RENAMED = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+
+
+def in_layer(layer: str, name: str, kind: str) -> Place:
+    """`layer` layers.N, `name` what follows it in the file, `kind` weight or bias."""
+    if part := re.fullmatch(r"self_attn\.([qkv])_proj", name):
+        return Place(f"{layer}.attention.wqkv.{kind}", QKV.index(part[1]), len(QKV))
+    return Place(f"{layer}.{RENAMED.get(name, name)}.{kind}")

@@ -1,0 +1,51 @@
+"""The choice of a picture's size, for models that have one. Part of Text Prompt, as the prompt says the size too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..linear_core.families import ModelInfo
+from ..linear_core.families.lumina import SIDES
+from ..linear_core.sizes import sizes
+
+OWN = "the model's own"
+
+
+def _written(width: int, height: int) -> str:
+    return f"{width} x {height}"
+
+
+def size_input() -> io.Input:
+    """First which model, then one of the sizes that it draws: nothing else can be chosen."""
+    options = [
+        io.DynamicCombo.Option(
+            f"of Lumina-mGPT {side}",
+            [
+                io.Combo.Input(
+                    "pixels",
+                    options=[_written(*size) for size in sizes(side)],
+                    default=_written(side, side),
+                    tooltip="Width x height in pixels, from the widest to the tallest: the sizes that the model was "
+                    "trained on.",
+                )
+            ],
+        )
+        for side in SIDES
+    ]
+    return io.DynamicCombo.Input(
+        "size",
+        options=[io.DynamicCombo.Option(OWN, []), *options],
+        optional=True,
+        tooltip="How large the picture is. 'the model's own': the only size it draws, or its square. Lumina-mGPT was "
+        "trained on many: choose the pixels in your model's name, then a size. Other models take no other size.",
+    )
+
+
+def sized(info: ModelInfo, size: dict[str, Any] | None) -> ModelInfo:
+    """The model with the grid of what was chosen. Raises UserError where it draws no such picture."""
+    if size is None or size["size"] == OWN:
+        return info
+    width, _, height = size["pixels"].partition(" x ")
+    return info.sized((int(width), int(height)))

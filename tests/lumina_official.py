@@ -1,0 +1,149 @@
+"""Small random checkpoints laid out and named as Lumina-mGPT published its own, and Chameleon its VQ.
+
+The vocabulary has the published names. With all 8192 codes its ids are the published ones too, up to the end of what a
+picture needs; behind that come letters.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.lumina_reference import vq_weights
+
+CODES = 8192
+DIM = 128  # numbers a head
+
+
+def code_name(code: int) -> str:
+    """Digits written as letters, between IMGIMG and Z."""
+    return "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
+
+
+def vocabulary(codes: int = CODES, first: int = 4) -> dict[str, int]:
+    """Ids by name; `first` is the id of code 0."""
+    specials = ["<s>", "<pad>", "</s>", "<unk>", *(f"<more{n}>" for n in range(first - 4))]
+    reserved = range(codes + 2, max(codes + 2, 8799) + 66) if codes == CODES else [8706, *range(8799, 8865)]
+    names = [*specials, *map(code_name, range(codes)), "<eoss>", "<racm3:break>"]
+    names += [f"<reserved{n:05d}>" for n in reserved]
+    names += [_visible(byte) for byte in range(256)]
+    return {name: number for number, name in enumerate(names)}
+
+
+def _visible(byte: int) -> str:
+    """The letter that byte-level tokenizers write for a byte."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    if byte in plain:
+        return chr(byte)
+    letter = chr(256 + [b for b in range(256) if b not in plain].index(byte))
+    assert letter in ByteLevel.alphabet()
+    return letter
+
+
+def tokenizer(path: Path, ids: dict[str, int]) -> None:
+    """A tokenizer.json with these ids: a token for every byte, and the named ones whole."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    made = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(n, normalized=False) for n in ids if n.startswith("<") and n != "<"])
+    made.save(str(path))
+
+
+def decoder(
+    ids: dict[str, int], layers: int = 2, heads: int = 2, hidden: int = 96, dim: int = DIM, norm_rows: int = 1
+) -> dict[str, Tensor]:
+    """State dict in the published layout; `norm_rows` 1 as published, `heads` as transformers keeps it.
+
+    Weights are large enough that attention is peaky, so that a token more or less in view is felt.
+    """
+    width, words = heads * dim, max(ids.values()) + 1
+    source = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, deviation: float) -> Tensor:
+        return torch.randn(*shape, generator=source) * deviation
+
+    weights = {"model.embed_tokens.weight": draw(words, width, deviation=1.0)}
+    for n in range(layers):
+        at = f"model.layers.{n}"
+        for part in "qkvo":
+            weights[f"{at}.self_attn.{part}_proj.weight"] = draw(width, width, deviation=1.5 * width**-0.5)
+        for part in "qk":
+            norm = 1 + draw(1, dim, deviation=0.3), draw(1, dim, deviation=0.3)
+            for name, tensor in zip(("weight", "bias"), norm, strict=True):
+                weights[f"{at}.self_attn.{part}_norm.{name}"] = tensor.repeat(norm_rows, 1)
+        weights[f"{at}.mlp.gate_proj.weight"] = draw(hidden, width, deviation=width**-0.5)
+        weights[f"{at}.mlp.up_proj.weight"] = draw(hidden, width, deviation=width**-0.5)
+        weights[f"{at}.mlp.down_proj.weight"] = draw(width, hidden, deviation=hidden**-0.5)
+        for part in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{at}.{part}.weight"] = 1 + draw(width, deviation=0.1)
+    weights["model.norm.weight"] = 1 + draw(width, deviation=0.1)
+    weights["lm_head.weight"] = draw(words, width, deviation=2 * width**-0.5)
+    return weights
+
+
+def meta(weights: dict[str, Tensor], heads: int = 2) -> dict[str, Tensor]:
+    """The same model in Meta's layout (Anole's consolidated.pth): what RoPE turns together lies side by side."""
+    renamed = {
+        "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output", "model.layers": "layers",
+        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo", "self_attn.q_norm": "attention.q_normalization",
+        "self_attn.k_norm": "attention.k_normalization", "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    found = {}
+    for key, tensor in weights.items():
+        if "q_proj" in key or "k_proj" in key:
+            tensor = torch.cat([_side_by_side(head) for head in tensor.chunk(heads)])
+        elif "q_norm" in key or "k_norm" in key:
+            tensor = _side_by_side(tensor[0])
+        for theirs, ours in renamed.items():
+            key = key.replace(theirs, ours)
+        found[key] = tensor
+    return found | {"rope.freqs": torch.zeros(4)}
+
+
+def _side_by_side(head: Tensor) -> Tensor:
+    """Rows 0 … D/2 and D/2 … D of one head, in turns."""
+    return torch.stack(head.chunk(2), 1).flatten(0, 1)
+
+
+def write_model(folder: Path, weights: dict[str, Tensor], ids: dict[str, int], *, words: bool = True) -> Path:
+    """A model's folder: two shards with their index, config.json and, as only one repository has it, the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    half = len(weights) // 2
+    where = {key: names[n >= half] for n, key in enumerate(weights)}
+    for name in names:
+        save_file({k: v.contiguous() for k, v in weights.items() if where[k] == name}, folder / name, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config = {
+        "architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_type": "chameleon", "vocabulary_map": ids,
+        "model_parallel_size": 1, "swin_norm": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-05,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    if words:
+        tokenizer(folder / "tokenizer.json", ids)
+    return folder
+
+
+def write(models: Path) -> None:
+    """What a graph needs below ComfyUI's models folder, in bf16 to be smaller: about 20 MB.
+
+    Two decoders of one layer with the published vocabulary, of which one brings the tokenizer, and a VQ with all its
+    levels and codes, but fewer channels.
+    """
+    folder, ids = models / "ar_image", vocabulary()
+    weights = {name: tensor.bfloat16() for name, tensor in decoder(ids, layers=1, heads=1).items()}
+    write_model(folder / "Lumina-mGPT-7B-768", weights, ids)
+    write_model(folder / "Lumina-mGPT-7B-1024", weights, ids, words=False)
+    vq = vq_weights((16, 16, 32, 32, 64), blocks=2, codes=CODES, code_dim=32, z=32)
+    torch.save({"state_dict": {name: tensor.bfloat16() for name, tensor in vq.items()}}, folder / "vqgan.ckpt")

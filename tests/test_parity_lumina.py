@@ -1,0 +1,262 @@
+"""Ours equals transformers' Chameleon on small random weights in the official layout, and its VQ the recorded numbers.
+
+transformers forbids image tokens to be drawn; that mask is lifted, and nothing else. It has no decoder of its VQ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_core.blocks import rope_1d, turn_halves, turn_pairs
+from linear_core.cache import LineCache
+from linear_core.errors import UserError
+from linear_core.generate import generate
+from linear_core.grid import Grid
+from linear_core.library import ImageModel, ModelFiles, load_model, read_info
+from linear_core.models.lumina import Lumina
+from linear_core.plan import CachePlan, SamplePlan
+from linear_core.prompts import Prompt, token_prompt
+from linear_core.weights import fill, read_weights
+from tests import lumina_official as official
+from tests import lumina_reference as upstream
+from tests.tiny import decode
+
+pytest.importorskip("transformers")
+TOLERANCE = 1e-4
+CODES, HEADS, DIM = upstream.CODES, 3, 16
+IDS = official.vocabulary(CODES, first=9)  # another order than the published one, so that nothing is known by number
+TEXTS = ("a lighthouse at dusk", "fox")
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return official.decoder(IDS, heads=HEADS, dim=DIM)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Tensor]) -> ImageModel:
+    """Loaded from the published layout: two shards, their index, config.json, tokenizer.json, and vqgan.ckpt."""
+    return load(tmp_path_factory.mktemp("models"), weights)
+
+
+def load(models: Path, weights: dict[str, Tensor], name: str = "Lumina-mGPT-7B-768", **settings: object) -> ImageModel:
+    folder = official.write_model(models / name, weights, IDS)
+    torch.save({"state_dict": upstream.vq_weights()}, models / "vqgan.ckpt")
+    return load_model(ModelFiles(folder, models / "vqgan.ckpt"), **settings)
+
+
+def theirs(weights: dict[str, Tensor]) -> nn.Module:
+    """transformers' Chameleon, which keeps the norms once a head."""
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+    unused = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "resolution": 16}
+    config = ChameleonConfig(
+        vocab_size=max(IDS.values()) + 1, hidden_size=HEADS * DIM, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, rms_norm_eps=1e-5, vocabulary_map={**IDS, "<image>": 1},
+        vq_config={**unused, "embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "attn_type": "none"},
+    )  # fmt: skip
+    network = ChameleonForConditionalGeneration(config).eval()
+    each = {k: v.repeat(HEADS, 1) if "q_norm" in k or "k_norm" in k else v for k, v in weights.items()}
+    left, unknown = network.load_state_dict(each, strict=False)
+    assert unknown == [] and all(".vqmodel." in name for name in left)
+    network.model.vocabulary_mapping.__dict__["image_tokens"] = []
+    return network
+
+
+def small(model: ImageModel, rows: int = 5, cols: int = 4) -> Prompt:
+    """Prompts of unequal length as the model makes them, for a grid far below the published ones."""
+    prompt = model.prompt(TEXTS)
+    return replace(prompt, grid=replace(prompt.grid, rows=rows, cols=cols))
+
+
+def unpadded(prompt: Prompt) -> list[list[int]]:
+    return [row[pad:] for row, pad in zip(prompt.tokens.tolist(), prompt.pad.tolist(), strict=True)]
+
+
+def test_the_prompt(model: ImageModel) -> None:
+    """The published template; size and begin of image by name, height first; unconditional from there on."""
+    info = model.info.sized((896, 608))
+    prompt = info.family.prompt(model.words, TEXTS, "", info)
+    image = [IDS["<racm3:break>"], IDS["<reserved08819>"], IDS["<reserved08828>"]]
+    for row, text in zip(unpadded(prompt), TEXTS, strict=True):
+        assert row[0] == IDS["<s>"] and row[-3:] == image and row[-4] == IDS["<reserved08706>"]
+        said = model.words.ids(f"Generate an image of 896x608 according to the following prompt:\n{text}")
+        assert row[1:-4] == said and len(said) > 60
+    assert unpadded(prompt.negative) == [image, image]
+    assert (prompt.grid.rows, prompt.grid.cols, prompt.grid.eol) == (38, 56, IDS["<reserved08799>"] - IDS["IMGIMGAZ"])
+    away = info.family.prompt(model.words, TEXTS, "blurry", info).negative
+    assert unpadded(away)[0][-4:] == [IDS["<reserved08706>"], *image] and len(unpadded(away)[0]) > 60
+
+
+@torch.inference_mode()
+def test_logits_at_prefill_and_every_step(model: ImageModel, weights: dict[str, Tensor]) -> None:
+    """Full budget, both guidance rows of two prompts of unequal length, teacher-forced; each row alone over there."""
+    prompt, network = small(model), theirs(weights)
+    decoder, first = model.decoder, IDS["IMGIMGAZ"]
+    rows = decoder.with_unconditional(prompt)
+    grid = prompt.grid.after(rows.length)
+    codes = torch.randint(CODES, (2, grid.rows, grid.cols), generator=torch.Generator().manual_seed(0))
+    tokens = F.pad(codes, (0, 1), value=grid.eol).flatten(1).repeat(2, 1)
+    shape = decoder.cache_shape(rows.length)
+    cache = LineCache(shape, rows.rows, grid, CachePlan("full"), dtype=torch.float32, device="cpu")
+    logits = [decoder.prefill(rows, cache)]
+    for n in range(grid.tokens - 1):
+        if n % grid.stride == 0:
+            cache.extend()
+        column = torch.tensor([n % grid.stride])
+        logits.append(decoder.step(tokens[:, n], torch.tensor([grid.prompt + n]), rows.pad, column, cache))
+    ours = torch.stack(logits, 1)
+    assert torch.allclose(ours, decoder(rows, tokens[:, :-1])[:, rows.length - 1 :], atol=TOLERANCE), (
+        "one uncached pass"
+    )
+    for row, (text, drawn) in enumerate(zip(unpadded(rows), tokens.tolist(), strict=True)):
+        ids = torch.tensor([text + [first + token for token in drawn[:-1]]])
+        expected = network(input_ids=ids).logits[0, len(text) - 1 :, first : first + CODES]
+        assert float(expected.std()) > 0.5
+        assert float((ours[row] - expected).abs().max()) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_greedy_image_with_guidance(model: ImageModel, weights: dict[str, Tensor]) -> None:
+    """The whole loop against the published one in plain words: two forward passes a token, line ends forced."""
+    prompt, network = small(model), theirs(weights)
+    first, grid, scale = IDS["IMGIMGAZ"], prompt.grid, 3.0
+    lines = list(generate(model.decoder, prompt, CachePlan("full"), SamplePlan(guidance=scale, temperature=0)))
+    ours = torch.stack([line.tokens for line in lines], 1)
+    for image, text in enumerate(unpadded(prompt)):
+        drawn: list[int] = []
+        while len(drawn) < grid.tokens:
+            if len(drawn) % grid.stride == grid.cols:
+                drawn.append(first + grid.eol)
+                continue
+            with_text, without = (
+                network(input_ids=torch.tensor([start + drawn])).logits[0, -1, first : first + CODES]
+                for start in (text, text[-3:])
+            )
+            drawn.append(first + int((without + scale * (with_text - without)).argmax()))
+        codes = torch.tensor(drawn).view(grid.rows, grid.stride)
+        assert (codes[:, -1] == IDS["<reserved08799>"]).all()
+        assert torch.equal(codes[:, :-1] - first, ours[image])
+
+
+@pytest.mark.parametrize("plan", [CachePlan("full"), CachePlan(budget=2, anchors=2, recent=1)], ids=["full", "evicts"])
+def test_a_guided_pair_equals_two_runs(model: ImageModel, plan: CachePlan) -> None:
+    """A conditional row and its unconditional one, left-padded beside it, give what each gives alone, unpadded.
+
+    Alone each is an unguided run, and is made to draw what the pair drew.
+    """
+    prompt, sample = small(model, rows=6), SamplePlan(seed=3, guidance=2.5)
+    pair = decode(model.decoder, prompt, plan, sample)
+    grid = pair.cache.grid
+    for row, start in enumerate([*unpadded(prompt), *unpadded(prompt.negative)]):
+        drawn, seen = pair.tokens[row % 2], []
+
+        def edit(n: int, logits: Tensor, drawn: Tensor = drawn, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(logits.clone())
+            return F.one_hot(drawn[divmod(n, grid.stride)], CODES)[None].float()
+
+        alone = replace(token_prompt([start]), grid=prompt.grid)
+        run = decode(model.decoder, alone, plan, SamplePlan(guidance=1, temperature=0), edit)
+        assert torch.equal(run.tokens[0], drawn)
+        both = [logits[row] for logits in pair.logits if not logits.isnan().any()]
+        assert len(both) == len(seen) == grid.rows * grid.cols
+        torch.testing.assert_close(torch.cat(seen), torch.stack(both), atol=TOLERANCE, rtol=1e-4)
+        # Logits only show how far tokens are apart. Keys show where each stands: the first of a row at position 0.
+        padded, plain = (r.cache.keys.numbers[..., r.prompt.length :, :] for r in (pair, run))
+        torch.testing.assert_close(plain[:, 0], padded[:, row], atol=TOLERANCE, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_norms_kept_once_a_head(tmp_path: Path, model: ImageModel) -> None:
+    """transformers' layout, [heads, 128], gives the model that the published layout, [1, 128], gives."""
+    other = load(tmp_path, official.decoder(IDS, heads=HEADS, dim=DIM, norm_rows=HEADS))
+    for (name, ours), again in zip(
+        model.decoder.state_dict().items(), other.decoder.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, again), name
+
+
+# -- Anole -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_anole_in_metas_layout(tmp_path: Path, model: ImageModel, weights: dict[str, Tensor]) -> None:
+    """consolidated.pth, whose heads RoPE turns pair by pair: the model that transformers' layout gives.
+
+    The other road is one layer's scores, computed as Meta does from the file's own numbers.
+    """
+    file = tmp_path / "models" / "7b" / "consolidated.pth"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "tokenizer").mkdir()
+    loose = official.meta(weights, HEADS)
+    torch.save(loose, file)
+    torch.save({"state_dict": upstream.vq_weights()}, tmp_path / "tokenizer" / "vqgan.ckpt")
+    official.tokenizer(tmp_path / "tokenizer" / "text_tokenizer.json", IDS)
+    with pytest.raises(UserError, match=r"has 64 codes, but consolidated.pth draws from 8192"):
+        load_model(ModelFiles(file, tmp_path / "tokenizer" / "vqgan.ckpt"))  # a file says no vocabulary: the published
+    info = replace(read_info(file), config=model.info.config)
+    again = Lumina(info.config, info.grid)
+    fill(again, read_weights(file), torch.float32, lambda key: info.family.place(key, info.config))
+    for (name, ours), theirs in zip(again.state_dict().items(), model.decoder.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+    x = torch.randn(1, 7, HEADS * DIM, generator=torch.Generator().manual_seed(2))
+    table = rope_1d(torch.arange(7), DIM, 10000.0)
+    q, k = (
+        turn_pairs(
+            F.layer_norm((x @ loose[f"layers.0.attention.w{part}.weight"].T).unflatten(-1, (HEADS, DIM)), (DIM,),
+                         *(loose[f"layers.0.attention.{part}_normalization.{kind}"] for kind in ("weight", "bias")))
+            .transpose(1, 2), table)
+        for part in "qk"
+    )  # fmt: skip
+    seen: list[Tensor] = []
+    again.layers[0].attention(
+        x, lambda t: turn_halves(t, table), lambda q, k, v: seen.extend((q @ k.transpose(-1, -2), v)) or v
+    )
+    torch.testing.assert_close(seen[0], q @ k.transpose(-1, -2), atol=1e-3, rtol=1e-4)
+
+
+def test_anoles_prompt(model: ImageModel) -> None:
+    """One size, no line ends; unconditional rows hold the begin of the text and of the image."""
+    info = replace(model.info, grid=Grid(32, 32), sizes=())
+    prompt = info.family.prompt(model.words, TEXTS, "", info)
+    begin, image = IDS["<s>"], IDS["<racm3:break>"]
+    said = [model.words.ids(text) for text in TEXTS]
+    assert unpadded(prompt) == [[begin, *words, IDS["<reserved08706>"], image] for words in said]
+    assert unpadded(prompt.negative) == [[begin, image]] * 2 and prompt.grid is None
+
+
+# -- the VQ ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, np.ndarray]:
+    found = upstream.reference()
+    assert (found["vq_digest"] == upstream.digest(upstream.vq_weights())).all(), "these are not the recorded weights"
+    return found
+
+
+def largest(ours: Tensor, expected: np.ndarray) -> float:
+    return float((ours - torch.from_numpy(expected)).abs().max())
+
+
+@pytest.mark.parametrize("shape", ["square", "wide"])
+@torch.inference_mode()
+def test_vq_decoder(shape: str, model: ImageModel, recorded: dict[str, np.ndarray]) -> None:
+    ours = model.tokenizer.decode(torch.from_numpy(recorded[f"vq_codes_{shape}"]))
+    assert largest(ours, recorded[f"vq_decoded_{shape}"]) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_vq_encoder(model: ImageModel, recorded: dict[str, np.ndarray]) -> None:
+    tokenizer, picture = model.tokenizer, torch.from_numpy(recorded["vq_picture"])
+    assert largest(tokenizer.quant_conv(tokenizer.encoder(picture)), recorded["vq_features"]) < TOLERANCE
+    assert recorded["vq_margin"].min() > 0.01
+    assert (tokenizer.encode(picture).numpy() == recorded["vq_codes"]).all()
