@@ -46,7 +46,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 def frechet_excess(a: np.ndarray, b: np.ndarray, real: np.ndarray, groups: int) -> tuple[float, float]:
     """95 % interval of how much farther features `a` are from `real` than `b` are, both of the same prompts and noise.
 
-    Bootstrap over pairs within each group (pictures i, i + groups, … are of one class), as classes are given, not drawn.
+    Bootstrap over pairs within each group (pictures i, i + groups, … are of one class): classes are given, not drawn.
     """
     source, count = np.random.default_rng(0), len(a)
     of_group = [np.arange(group, count, groups) for group in range(min(groups, count))]
