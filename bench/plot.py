@@ -35,9 +35,11 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
         style[name] = look
     figure, axes = plt.subplots(figsize=(10, 7.2), dpi=120)
     ends = []
-    shown = [n for n in field.names if n != "line"]  # which lies on the published rule
+    # `line` lies on the published rule, and a full cache in 8 bits is no line but a dot far below.
+    shown = [n for n in field.names if n != "line" and n.split()[0] != "full"]
+    budgets = sorted({b for n, b in field.rows if n in shown}, reverse=True)
     for name in sorted(shown, key=lambda n: n in style):  # what is highlighted lies on top
-        rows = [field.rows[name, b] for b in field.budgets if (name, b) in field.rows]
+        rows = [field.rows[name, b] for b in budgets if (name, b) in field.rows]
         x = np.array([taken(r) for r in rows])
         y, ci = (np.array([r[k] for r in rows]) for k in ("kl", "kl_ci"))
         keep = y > 1e-6  # nothing lost has no place on a logarithmic axis
@@ -54,8 +56,8 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
         ends.append((name, x[-1], y[-1], colour if strong else "#7a7f86", strong))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    usual = [mode(taken(r) for (_, b), r in field.rows.items() if b == budget) for budget in field.budgets]
-    names = [f"{percent:.0f} %\n{field.share(b)}" for percent, b in zip(usual, field.budgets, strict=True)]
+    usual = [mode(taken(r) for (_, b), r in field.rows.items() if b == budget) for budget in budgets]
+    names = [f"{percent:.0f} %\n{field.share(b)}" for percent, b in zip(usual, budgets, strict=True)]
     axes.set_xticks(usual, names)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
