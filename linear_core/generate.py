@@ -96,9 +96,7 @@ def generate(
             )
         for column in range(grid.cols if replayed else 0, grid.cols):
             number = row * grid.stride + column
-            scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
-            scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
-            token = pick(scores, noise.exponential(number), sample.temperature)
+            token = draw(logits, number, images, sample, noise)
             tokens[:, column] = token
             fed = grid.fed_with(column)  # a line's end is known, so nobody has to wait for its logits
             if number + fed == grid.tokens:
@@ -121,6 +119,13 @@ def generate(
         now = time.perf_counter()
         yield Line(row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed)
         started = time.perf_counter()
+
+
+def draw(logits: Tensor, number: int, images: int, sample: SamplePlan, noise: Noise) -> Tensor:
+    """Image token `number` of each image from the logits of all sequences: int64 B."""
+    scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
+    scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
+    return pick(scores, noise.exponential(number), sample.temperature)
 
 
 def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> Tensor:

@@ -432,7 +432,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "(0, 1))\n                logits",
         "a line ends with code 0",
     ),
-    ("generate.py", "noise.exponential(number)", "noise.exponential(column)", "noise repeats on every row"),
+    ("generate.py", "noise.exponential(number)", "noise.exponential(number % 3)", "noise repeats on every row"),
     ("generate.py", "pad = pad[:images]", "pad = pad[images:]", "the padding of the wrong half goes on"),
     (
         "generate.py",
