@@ -18,11 +18,16 @@ from linear_core.models.llamagen import LlamaGen
 
 
 class Published:
-    """The published model and loop, with `images` classes and the guidance that goes with them."""
+    """The published model and loop, with `images` classes and the guidance that goes with them.
+
+    `weights` are those of `model`, under their published names.
+    """
 
     name = "published"
 
-    def __init__(self, checkout: Path, model: LlamaGen, images: int, guidance: float, top_k: int):
+    def __init__(
+        self, checkout: Path, model: LlamaGen, weights: dict[str, Tensor], images: int, guidance: float, top_k: int
+    ):
         sys.path.insert(0, str(checkout))
         warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # what it calls has a newer name
         gpt = importlib.import_module("autoregressive.models.gpt")
@@ -34,7 +39,7 @@ class Published:
         )  # fmt: skip
         settings.multiple_of = 1 if c.hidden % settings.multiple_of else settings.multiple_of
         self.model = gpt.Transformer(settings)
-        self.model.load_state_dict(model.state_dict(), assign=True)
+        self.model.load_state_dict(weights, assign=True)
         self.model.eval()
         self.images, self.guidance = images, guidance
         self.sampling = {"temperature": 1.0, "top_k": top_k, "top_p": 1.0}

@@ -33,8 +33,10 @@ from bench.peer_llamagen import Published
 from bench.shapes import SHAPES, ModelShape, count
 from linear_core.cache import LineCache
 from linear_core.generate import draw, end_line, generate
+from linear_core.graph import Captured
 from linear_core.memory import run_bytes
 from linear_core.models.llamagen import LlamaGen
+from linear_core.packed import pack
 from linear_core.plan import STORAGES, CachePlan
 from linear_core.policies import POLICIES, get_policy
 from linear_core.sampling import Noise
@@ -55,6 +57,9 @@ def plan_of(text: str, parser: argparse.ArgumentParser) -> CachePlan:
     return CachePlan(policy, budget=int(lines), recent=1 if policy == "fold" or lines == "2" else 2, storage=storage)
 
 
+compiled = partial(torch.compile, dynamic=False)
+
+
 class Ours:
     """A plan at work: the loop of `generate`, taken apart so that its pieces can be timed."""
 
@@ -64,14 +69,15 @@ class Ours:
         self.prompt = shape.prompt(images).to(model.device)
         self.rows = model.with_unconditional(self.prompt) if self.sample.guided else self.prompt
         self.grid = model.grid.after(self.rows.length)
-        self.step = torch.compile(model.step, dynamic=False) if kind == "compiled" else model.step
+        self.static = kind != "eager"
+        self.step = {"eager": lambda step: step, "compiled": compiled, "graph": Captured}[kind](model.step)
 
     def allocate(self) -> None:
         """The cache and all else that is there before the first token; filled with numbers, as if all were drawn."""
         reads = self.policy.reads | ({"ahead"} if self.plan.release == "fold" else set())
         device, shape = self.model.device, self.model.cache_shape(self.rows.length)
         make = partial(LineCache, shape, self.rows.rows, self.grid, self.plan, dtype=self.model.dtype, device=device)
-        self.cache = make(reads=reads)
+        self.cache = make(reads=reads, static=self.static)
         for stored in (self.cache.keys, self.cache.values):
             for tensor in vars(stored).values():
                 if tensor.dtype == torch.int8:
@@ -117,11 +123,11 @@ class Ours:
 
     def cache_read(self) -> int:
         """Bytes of keys and values that a step of the line reads."""
-        return self.cache.nbytes * self.cache.extent // self.cache.slots
+        return self.cache.nbytes if self.static else self.cache.nbytes * self.cache.extent // self.cache.slots
 
     def picture(self) -> tuple[list[float], int]:
         """The real loop: seconds of each line, bytes of the cache."""
-        lines = list(generate(self.model, self.prompt, self.plan, self.sample, step=self.step))
+        lines = list(generate(self.model, self.prompt, self.plan, self.sample, step=self.step, static=self.static))
         return [line.seconds for line in lines], lines[0].cache_bytes
 
 
@@ -241,6 +247,9 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
     model = shape.make(DTYPES[args.dtype], args.device)
     size = DTYPES[args.dtype].itemsize
     parameters, read = (n * size for n in count(model))
+    published = dict(model.state_dict()) if args.against else {}  # packed matrices are no longer the published ones
+    if args.device == "cpu" and not args.unpacked:
+        pack(model)
     ours = []
     for plan in args.plans:
         name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
@@ -250,7 +259,7 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
     held = {one.name: memory(one, before, parameters, args.device) for one in ours}
     peer = None
     if args.against and type(model) is LlamaGen and model.config.classes == 1000:
-        peer = Published(args.against, model, images, shape.sample.guidance, shape.sample.top_k)
+        peer = Published(args.against, model, published, images, shape.sample.guidance, shape.sample.top_k)
         same_logits(ours[0], peer)
     results = by_lines(ours, peer, args) if args.lines else whole(ours, peer, args)
     base = next((r["image_seconds"] for r in results if r["name"] == Published.name), None)
@@ -308,11 +317,13 @@ def main() -> int:
     parser.add_argument("--images", nargs="+", type=int, default=[16], metavar="N", help="batch sizes (default: 16)")
     parser.add_argument("--plans", nargs="+", default=["full", "line:4", "fold:4"], metavar="PLAN",
                         help="full, policy:lines or policy:lines:int8 (default: full line:4 fold:4)")  # fmt: skip
-    parser.add_argument("--steps", nargs="+", default=["eager"], choices=["eager", "compiled"], help="default: eager")
+    parser.add_argument("--steps", nargs="+", default=["eager"], choices=["eager", "compiled", "graph"],
+                        help="default: eager")  # fmt: skip
     parser.add_argument("--lines", type=int, default=0, metavar="N", help="time N lines only and extrapolate")
     parser.add_argument("--repeat", type=int, default=7, metavar="N", help="steps of each kind, or images (default: 7)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--unpacked", action="store_true", help="leave matrices as PyTorch keeps them (CPU)")
     parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of LlamaGen: its loop, our weights")
     parser.add_argument("--out", metavar="NAME", help="also write bench/results/speed-NAME.json")
     args = parser.parse_args()

@@ -37,7 +37,9 @@ class LineCache:
         dtype: torch.dtype,
         device: torch.device | str,
         reads: frozenset[str] = frozenset(),
+        static: bool = False,
     ):
+        self.static = static  # read all slots from the first token on, so that a step has one shape for the image
         self.shape, self.rows, self.grid, self.plan = shape, rows, grid, plan
         layers, heads, dim, stride = shape.layers, shape.heads, shape.dim, grid.stride
         self.slots = shape.prompt + plan.lines(grid) * stride
@@ -92,8 +94,8 @@ class LineCache:
             self.queries[layer].index_copy_(2, column, q)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys B H S D, values B H S D and bias B H S of everything written so far."""
-        end = self.extent
+        """Keys B H S D, values B H S D and bias B H S of everything written so far; of all slots where static."""
+        end = self.slots if self.static else self.extent
         return self.keys.read(layer, end), self.values.read(layer, end), self.bias[layer, :, :, :end]
 
     def feed(self, layer: int, columns: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +104,7 @@ class LineCache:
         As if they had come one by one: a query sees what was visible before, less what the line has overwritten up to
         it, then the line up to itself. Keys and values B H S+T D, bias B H T S+T. `advance` comes after all layers.
         """
-        end, count = self.extent, columns.shape[0]
+        end, count = self.slots if self.static else self.extent, columns.shape[0]
         keys = torch.cat([self.keys.read(layer, end), k], 2)
         values = torch.cat([self.values.read(layer, end), v], 2)
         old = self.bias[layer, :, :, :end]

@@ -50,6 +50,7 @@ def generate(
     sample: SamplePlan,
     *,
     step: Step | None = None,
+    static: bool = False,
     above: Tensor | None = None,
 ) -> Iterator[Line]:
     """Draw one image for each row of `prompt`, yielding each row of tokens as it is finished.
@@ -59,7 +60,8 @@ def generate(
     it, and drawing goes on below them.
 
     `plan` says what the cache keeps, `sample` how tokens are drawn. `step` replaces the decoder's own (compiled,
-    captured). Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
+    captured); `static` gives it one shape for the whole image, at the price of reading slots that are still empty.
+    Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
     it holds.
     """
     policy = get_policy(plan.policy)
@@ -74,7 +76,7 @@ def generate(
     grid = asked.after(rows.length)
     shape = decoder.cache_shape(rows.length)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
+    cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads, static=static)
     turn = partial(decoder.turn_ahead, grid)
     step = step or decoder.step
     noise = Noise(sample.seed, images, decoder.codes, device)
