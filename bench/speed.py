@@ -234,7 +234,7 @@ def memory(one: Ours, before: float, weights: int, device: str) -> dict[str, flo
     one.steps(0, 1)
     one.end()
     shape = one.model.cache_shape(one.rows.length)
-    foretold = weights + run_bytes(shape, one.grid, one.plan, one.rows.rows, one.model.codes)
+    foretold = weights + run_bytes(shape, one.grid, one.plan, one.rows.rows, one.model.codes, device.partition(":")[0])
     found = {"peak_mib": (peak.bytes - before) / MIB, "predicted_mib": foretold / MIB}
     found |= {"cache_bytes": one.cache.nbytes, "planned_bytes": shape.bytes(one.grid, one.plan, one.rows.rows)}
     del one.cache, one.logits
@@ -248,8 +248,8 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
     size = DTYPES[args.dtype].itemsize
     parameters, read = (n * size for n in count(model))
     published = dict(model.state_dict()) if args.against else {}  # packed matrices are no longer the published ones
-    if args.device == "cpu" and not args.unpacked:
-        pack(model)
+    if args.device == "cpu" and not args.unpacked and pack(model) and args.against:
+        before += read  # what the peer keeps of its own
     ours = []
     for plan in args.plans:
         name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"

@@ -17,8 +17,9 @@ from .errors import UserError
 from .generate import Run, generate, in_waves, together
 from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles, ModelInfo
+from .memory import fits, free_memory, run_bytes
 from .packed import pack
-from .plan import PRESETS, RELEASES, STORAGES, CachePlan, SamplePlan
+from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
 from .preview import EMPTY, decode
 from .prompts import Prompt, class_prompt
@@ -27,6 +28,7 @@ from .sheet import contact_sheet, save, to_image
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+MANY = 4096  # images at once; nobody asks for more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
 
@@ -132,6 +134,14 @@ def run_plan(args: argparse.Namespace) -> None:
         print(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
     saved = 1 - shape.bytes(info.grid, few, rows) / shape.bytes(info.grid, full, rows)
     print(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
+    device = _device(args).partition(":")[0]
+    if (free := _free(_device(args))) is not None:
+        room = free - library.decoder_bytes(info, dtype)
+        counts = [_how_many(shape, info, plan, 2 if sample.guided else 1, room, device) for plan in (full, few)]
+        print(
+            f"{free / MIB:.0f} MiB are free. Beside the weights they hold so many images at once: with the full cache "
+            f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
+        )
     if info.own_words:
         print(f"A prompt of {shape.prompt} tokens is reckoned with; a longer one takes a slot more for each.")
 
@@ -206,6 +216,25 @@ def _device(args: argparse.Namespace) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _free(device: str) -> int | None:
+    """Bytes that could be taken there; None where nobody tells."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() if device == "cpu" else None
+
+
+def _how_many(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: int, room: int, device: str) -> str:
+    """How many images fit into `room` bytes, as far as anybody would draw at once."""
+
+    def needed(images: int) -> int:
+        return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device)
+
+    if needed(1) > room:
+        return "none"
+    count = fits(room, MANY, needed)
+    return f"{count} or more" if count == MANY else str(count)
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:

@@ -147,26 +147,27 @@ class LineCache:
         return View(keys, values, bias, index, queries, mass, self.grid, row, layer, turn, self.survey)
 
     def release(self, view: View, victims: Tensor) -> None:
-        """`victims` int64 1 B H V, least useful first, are let go in the layer that `view` shows; -1: none.
+        """`victims` int64 1 B H V, least useful first, are let go in the layer and rows that `view` shows; -1: none.
 
         The last of them are the slots of the next line. Strict: all are invisible from now on. Lazy: each of those
         stays visible until it is overwritten. Fold: each goes on in the kept slot nearest to it.
         """
-        one, end, stride = slice(view.layer, view.layer + 1), self.extent, self.grid.stride
+        end, stride, rows = self.extent, self.grid.stride, slice(view.first, view.first + view.index.shape[1])
+        one = slice(view.layer, view.layer + 1), rows
         leaving = _mark(victims, end)
         if self.count is not None:
-            folded = fold(view, victims.clamp(min=0), self.count[one, ..., :end])
-            self.keys.change(view.layer, folded.keys[0], folded.changed[0])
-            self.values.change(view.layer, folded.values[0], folded.changed[0])
-            self.bias[one, ..., :end] = folded.bias.to(self.bias.dtype)
-            self.count[one, ..., :end] = folded.count.masked_fill(leaving, 1.0)  # what comes there stands for itself
+            folded = fold(view, victims.clamp(min=0), self.count[one][..., :end])
+            self.keys.change(view.layer, rows, folded.keys[0], folded.changed[0])
+            self.values.change(view.layer, rows, folded.values[0], folded.changed[0])
+            self.bias[one][..., :end] = folded.bias.to(self.bias.dtype)
+            self.count[one][..., :end] = folded.count.masked_fill(leaving, 1.0)  # what comes there stands for itself
         self.target[one] = victims[..., -stride:]
         self._aim(view.layer)
         if self.mass is not None:
-            self.mass[one, ..., :end].masked_fill_(leaving, 0.0)
+            self.mass[one][..., :end].masked_fill_(leaving, 0.0)
         hidden = _mark(victims[..., :-stride], end) if self.plan.release == "lazy" else leaving
-        self.bias[one, ..., :end].masked_fill_(hidden, float("-inf"))
-        self.index[one, ..., :end].masked_fill_(hidden, -1)
+        self.bias[one][..., :end].masked_fill_(hidden, float("-inf"))
+        self.index[one][..., :end].masked_fill_(hidden, -1)
 
     def _settle(self, layer: int) -> None:
         for stored in (self.keys, self.values):

@@ -16,7 +16,7 @@ from .cache import LineCache
 from .errors import UserError
 from .events import Line
 from .grid import Grid
-from .memory import waves
+from .memory import fold_pairs, waves
 from .plan import CachePlan, CacheShape, SamplePlan
 from .policies import Policy, choose, get_policy
 from .sampling import Noise, guide, pick, restrict
@@ -161,6 +161,9 @@ def end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor,
         views = list(views)
         cache.survey = torch.cat([policy.survey(view) for view in views])
         views = [replace(view, survey=cache.survey) for view in views]
+    if plan.release == "fold" and full:  # compares slots with slots, which for all rows at once takes much memory
+        pairs = fold_pairs(cache.index.device.type)
+        views = (part for view in views for part in view.parts(pairs))
     for view in views:  # looked at in any case: that is what attention mass is counted by
         if full:
             scores = policy.score(view)

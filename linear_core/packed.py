@@ -1,6 +1,6 @@
 """Matrices laid out as the processor multiplies them fastest: about half the time of a step on a CPU.
 
-PyTorch's compiler does the same where it freezes a model. A matrix is packed once, and takes no more memory than before.
+PyTorch's compiler does the same where it freezes a model. A matrix is packed once and takes no more memory for it.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,7 +41,7 @@ class Allocations(TorchDispatchMode):
 
 
 def allocated(model, prompt, plan: CachePlan, static: bool) -> tuple[list[list[list[int]]], int]:
-    """Sizes of what each token of each line makes, and bytes of one layer's keys that a token of the last line reads."""
+    """Sizes of what each token of each line makes, and bytes of a layer's keys that the last token reads."""
     lines, caches = [[]], []
 
     def step(*inputs):
@@ -68,6 +71,28 @@ def test_a_step_copies_neither_keys_nor_values(kind, plan, static):
     assert max(size for line in lines for token in line for size in token) < keys / 2
     if static or plan.policy != "full":
         assert len({sum(token) for line in lines[1 if static else plan.budget :] for token in line}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llamagen", "janus"])
+def test_no_kernel_copies_keys_or_values_within(kind, dtype):
+    """What kernels do inside, as a profile shows: nothing as large as a layer's keys, where the cache is full."""
+    model, prompt = (llamagen(8, 9), PROMPT) if kind == "llamagen" else (janus(8, 9), words([5, 3]))
+    seen = []
+
+    def step(*inputs):
+        if int(inputs[1]) - inputs[4].grid.prompt != 6 * 9 + 4:
+            return model.step(*inputs)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as told:
+            logits = model.step(*inputs)
+        seen.extend(math.prod(e.input_shapes[0]) for e in told.events() if e.name == "aten::copy_")
+        seen.append(-inputs[4].read(0)[0].numel())
+        return logits
+
+    model = model.to(dtype)
+    for _ in generate(model, prompt, CachePlan("line", 3, 2, 1), SAMPLE, step=step):
+        pass
+    assert max(seen) < -min(seen) / 2
 
 
 def test_copies_would_be_seen():
