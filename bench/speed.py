@@ -141,7 +141,8 @@ def timed(device: str, work: Any) -> float:
 
 def sampled_rows(rows: int, lines: int) -> list[int]:
     """The middle of each of `lines` equal parts of an image: what is timed there stands for its part."""
-    return [int((i + 0.5) * rows / lines) for i in range(min(lines, rows))]
+    lines = min(lines, rows)
+    return [int((i + 0.5) * rows / lines) for i in range(lines)]
 
 
 def by_lines(ours: list[Ours], peer: Published | None, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -43,6 +43,13 @@ def test_compare_measures_what_plan_promises(tmp_path: Path, capsys: pytest.Capt
     assert Image.open(tmp_path / "c.png").width > 288
 
 
+def test_a_graph_that_cannot_be_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU `--step graph` draws all the same, and says that it did so without one."""
+    out = tmp_path / "g.png"
+    assert main(["generate", "--device", "cpu", "--step", "graph", "--class", "desert day", "--out", str(out)]) == 0
+    assert out.exists() and "graphs are for cuda, and this runs on cpu" in capsys.readouterr().err
+
+
 def test_plan_says_how_many_images_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As many as the formula of a run allows beside the weights; none is said to be none."""
     info = library.read_info(library.bundled_files().decoder)
