@@ -617,7 +617,8 @@ def copy_tree(target: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "assets", "*.safetensors", "node_modules")
     for folder in ("linear_core", "tests", "web"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", target)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, target)
 
 
 def run_tests(tree: Path, stop: bool) -> tuple[int, list[str]]:
