@@ -66,8 +66,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "plan.py",
-        "(self.dim + 2) + self.line_bytes(grid, rows)",
-        "(self.dim + 2)",
+        "(self.dim + self.bytes_per_number) + self.line_bytes(grid, rows)",
+        "(self.dim + self.bytes_per_number)",
         "int8: the line being written is not counted",
     ),
     # -- folding

@@ -31,7 +31,7 @@ def pair() -> tuple[Full, Int8]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("plan", [CachePlan(budget=2), CachePlan("fold", 3, recent=1), CachePlan("full")])
 def test_memory_is_what_the_plan_said(plan, dtype):
-    """A byte a number and two for the scale, keys and values, and the line being written as it is computed."""
+    """A byte a number and a number for the scale, keys and values, and the line being written as it is computed."""
     plan, grid = replace(plan, storage="int8"), Grid(6, 5, eol=1, prompt=2)
     shape = CacheShape(2, 3, 8, 2, dtype.itemsize)
     cache = LineCache(shape, 4, grid, plan, dtype=dtype, device="cpu", reads=frozenset({"ahead"}))
