@@ -22,15 +22,15 @@ class Full:
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         """x B H T D of the line's tokens at `column` into `slot` B H T."""
-        self.numbers[layer].scatter_(2, slot[..., None].expand_as(x), x)
+        _put(self.numbers[layer], slot, x)
 
     def place(self, layer: int, x: Tensor) -> None:
         """x B H P D into the first P slots."""
         self.numbers[layer, :, :, : x.shape[2]] = x
 
-    def change(self, layer: int, x: Tensor, where: Tensor) -> None:
-        """x B H S D into the slots that `where` (bool B H S) names."""
-        held = self.numbers[layer, :, :, : x.shape[2]]
+    def change(self, layer: int, rows: slice, x: Tensor, where: Tensor) -> None:
+        """x B H S D of these rows into the slots that `where` (bool B H S) names."""
+        held = self.numbers[layer, rows, :, : x.shape[2]]
         held.copy_(torch.where(where[..., None], x.to(held.dtype), held))
 
     def settle(self, layer: int, target: Tensor) -> None:
@@ -73,16 +73,16 @@ class Int8(Full):
         end = x.shape[2]
         self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x, self.scale.dtype)
 
-    def change(self, layer: int, x: Tensor, where: Tensor) -> None:
+    def change(self, layer: int, rows: slice, x: Tensor, where: Tensor) -> None:
         numbers, scale = _pack(x, self.scale.dtype)
         for held, new in ((self.numbers, numbers), (self.scale, scale)):
-            old = held[layer, :, :, : x.shape[2]]
+            old = held[layer, rows, :, : x.shape[2]]
             old.copy_(torch.where(where[..., None], new, old))
 
     def settle(self, layer: int, target: Tensor) -> None:
         numbers, scale = _pack(self.fresh[layer], self.scale.dtype)
-        self.numbers[layer].scatter_(2, target[..., None].expand_as(numbers), numbers)
-        self.scale[layer].scatter_(2, target[..., None], scale)
+        _put(self.numbers[layer], target, numbers)
+        _put(self.scale[layer], target, scale)
 
     def aim(self, layer: int, target: Tensor) -> None:
         self.target[layer] = target
@@ -97,6 +97,15 @@ class Int8(Full):
     def _unpack(self, numbers: Tensor, scale: Tensor) -> Tensor:
         dtype = self.fresh.dtype
         return numbers.to(dtype) * scale.to(dtype)
+
+
+def _put(held: Tensor, slot: Tensor, x: Tensor) -> None:
+    """x B H T N into the places `slot` B H T of `held` B H S N.
+
+    As rows of one long table: scattering into half precision copies all of `held`, twice, on CPUs.
+    """
+    first = torch.arange(0, held[..., 0].numel(), held.shape[2], device=held.device).view(*held.shape[:2], 1)
+    held.view(-1, held.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
 
 
 def _pack(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

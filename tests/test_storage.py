@@ -84,7 +84,7 @@ def test_only_what_is_folded_is_rounded_again():
     stored.place(0, noise(3, 2, SLOTS, DIM))
     stored.aim(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
     before, where = stored.read(0, SLOTS).clone(), torch.rand(3, 2, SLOTS) < 0.3
-    stored.change(0, before + 1, where)
+    stored.change(0, slice(None), before + 1, where)
     stored.aim(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
     got = stored.read(0, SLOTS)
     assert torch.equal(got[~where], before[~where])
