@@ -44,12 +44,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "(k.transpose(0, 1).contiguous().transpose(0, 1) @ q.transpose",
         "keys are copied",
     ),
-    (
-        "attention.py",
-        'q.shape[2] == 1 and bias.ndim == 3 and q.device.type == "cpu"',
-        "False",
-        "one query goes the long way",
-    ),
     ("generate.py", "reads=reads, static=static)", "reads=reads)", "a static step still grows"),
     ("storage.py", "(first + slot)", "slot", "all heads write to the first one's slots"),
     ("graph.py", "self._logits.clone()", "self._logits", "the next token writes over the logits"),

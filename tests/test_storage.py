@@ -107,6 +107,22 @@ def test_a_run_differs_by_rounding_alone(policy):
     assert again.cache.nbytes < plain.cache.nbytes
 
 
+@pytest.mark.parametrize("policy", ["streaming", "random"])
+@pytest.mark.parametrize("release", ["strict", "lazy"])
+def test_rounding_is_all_that_happens_when_lines_leave(policy, release):
+    """Policies that look at nothing choose alike, so the logits are the plain run's to the end, but for rounding."""
+    model, prompt = llamagen(7, 5), class_prompt([1, 3])
+    plan = CachePlan(policy, 2, 2, 1, release)
+    plain = decode(model, prompt, plan, BOTH)
+    off = []
+    for given in range(3, 7):
+        again = Recorder(model)
+        again.lines.extend(generate(again, prompt, replace(plan, storage="int8"), BOTH, above=plain.tokens[:, :given]))
+        assert torch.equal(again.index[0], plain.index[given * 5]), "the same tokens are held"
+        off.append((again.logits[1] - plain.logits[given * 5 + 1]).abs().max())
+    assert 0 < min(off) <= max(off) < 0.2 * plain.logits[6].std()
+
+
 @pytest.mark.parametrize("policy", ["line", "fold"])
 @pytest.mark.parametrize("release", RELEASES)
 def test_given_lines_leave_what_drawing_them_leaves(policy, release):
