@@ -410,7 +410,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- drawing
     ("sampling.py", "unconditional + (conditional", "unconditional - (conditional", "guidance: wrong sign"),
     ("sampling.py", "logits[:images], logits[images:]", "logits[images:], logits[:images]", "guidance: halves swapped"),
-    ("sampling.py", "logits.topk(top_k, dim=-1)", "logits.topk(top_k + 1, dim=-1)", "top-k: one too many"),
+    ("sampling.py", "logits.topk(top_k, dim=-1", "logits.topk(top_k + 1, dim=-1", "top-k: one too many"),
     ("sampling.py", ".cumsum(-1).roll(1, dims=-1)", ".cumsum(-1)", "top-p: the code that crosses the mark is dropped"),
     ("sampling.py", "before[..., 0] = 0\n", "\n", "top-p: nothing may stay"),
     (
@@ -420,8 +420,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "noise ignores which image it is",
     ),
     ("sampling.py", "(token + 1) * 0x9E3779B1", "0x9E3779B1", "noise ignores the token's number"),
-    ("sampling.py", " ^ self.high)", ")", "noise ignores the seed's upper half"),
-    ("sampling.py", ".clamp(max=1 - 2.0**-24)", "", "noise may be infinite"),
+    ("sampling.py", ".bitwise_xor_(self.high)", "", "noise ignores the seed's upper half"),
+    ("sampling.py", ".clamp_(max=1 - 2.0**-24)", "", "noise may be infinite"),
     ("sampling.py", "logits.float() / temperature", "logits.float() * temperature", "temperature upside down"),
     # -- plans
     (
