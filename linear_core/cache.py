@@ -190,13 +190,27 @@ class LineCache:
 
     def share_held(self, images: int) -> Tensor:
         """Share of layers and heads in which each image token is visible, for the first `images` rows: B rows cols."""
+        slots = torch.ones(1, 1, 1, 1, device=self.index.device).expand_as(self.index)
+        return self._by_cell(slots, images) / (self.shape.layers * self.shape.heads)
+
+    def stands_for(self, images: int) -> Tensor | None:
+        """How many tokens each image token stands for where it is held, mean over those layers and heads: B rows cols.
+
+        0 where nobody holds it. None unless victims are folded.
+        """
+        if self.count is None:
+            return None
+        holders = self.share_held(images) * (self.shape.layers * self.shape.heads)
+        return self._by_cell(self.count, images) / holders.clamp(min=1)
+
+    def _by_cell(self, numbers: Tensor, images: int) -> Tensor:
+        """Numbers of slots L B H S, summed over the layers and heads of each image token: B rows cols."""
         grid, index = self.grid, self.index[:, :images].long()
         place = (index - grid.prompt).clamp(min=-1) + 1  # 0 collects the prompt and empty slots
-        counts = torch.zeros(images, grid.tokens + 1, device=index.device)
-        place = place.transpose(0, 1).reshape(images, -1)
-        counts.scatter_add_(1, place, torch.ones(1, 1, device=index.device).expand_as(place))
-        share = counts[:, 1:] / (self.shape.layers * self.shape.heads)
-        return share.view(images, grid.rows, grid.stride)[..., : grid.cols]
+        sums = torch.zeros(images, grid.tokens + 1, device=index.device)
+        place, numbers = (x.transpose(0, 1).reshape(images, -1) for x in (place, numbers[:, :images]))
+        sums.scatter_add_(1, place, numbers)
+        return sums[:, 1:].view(images, grid.rows, grid.stride)[..., : grid.cols]
 
     def held_by_head(self, row: int) -> Tensor:
         """Whether each layer and head of one row of the batch sees each image token: bool L H rows*stride."""

@@ -5,6 +5,9 @@ Row with nothing but what has changed for each line, one Finished. These are wha
 happens (event `linear_ar.line`) and what it reads afterwards (the node's `ui`); replayed, they give every line's share
 and, for the first image, what each layer and head held. web/state.js uses these field names, and a test holds it to.
 
+A batch that does not fit is drawn in parts, and each part is told of as a run of its own; what the node keeps
+afterwards is one run with all images, as if drawn at once, whose `cache_bytes` are those of the largest part.
+
 Numbers travel as base64 of little-endian uint16 or uint8, rows of arrays in C order.
 """
 
@@ -41,6 +44,8 @@ class Line:
     by_head     which image tokens (end-of-line tokens included) each layer and head of the first image holds: bool
                 L H rows*stride
     replayed    the row was given and fed again, not drawn
+    stands      how many tokens each image token stands for where it is held, mean over those layers and heads, float32
+                B rows cols; None unless victims are folded
     """
 
     row: int
@@ -52,6 +57,7 @@ class Line:
     cache_bytes: int
     by_head: Tensor | None = None
     replayed: bool = False
+    stands: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class Row:
               the run's detail is "heads". The picture's last token is never fed, so the last line names it.
     by_layer  uint8 layers N', N' the number of `cells` of the first image: their share of that layer's heads. Empty
               unless the run's detail is "layers".
+    merged    uint16 M: cells that do not stand for as many tokens as before; empty unless victims are folded
+    stands    uint16 M: how many each stands for now where it is held, mean over those layers and heads, in eighths
     seconds   time since the line before
     tokens_per_second  of all images together, this line alone
     """
@@ -120,6 +128,8 @@ class Row:
     shares: str
     evicted: str
     by_layer: str
+    merged: str = ""
+    stands: str = ""
     kind: str = "row"
 
 
@@ -153,6 +163,7 @@ class Trace:
         self._shares: Tensor | None = None
         self._by_head: Tensor | None = None
         self._layered: Tensor | None = None
+        self._stands: Tensor | None = None
         self._rows: list[Row] = []
 
     @property
@@ -169,6 +180,7 @@ class Trace:
             some = layers > 0 if self._layered is None else layers != self._layered
             changed[: run.rows * run.cols] |= some.any(0)
         cells = changed.nonzero()[:, 0]
+        merged, stands = self._merged(line)
         seconds = max(line.seconds, 1e-9)
         event = Row(
             run=run.run,
@@ -187,6 +199,8 @@ class Trace:
             shares=pack(share[cells].tolist(), "B"),
             evicted=self._evicted(line),
             by_layer="" if layers is None else pack(layers[:, cells[cells < layers.shape[1]]].flatten().tolist(), "B"),
+            merged=merged,
+            stands=stands,
         )
         self._shares, self._by_head, self._layered = share, line.by_head, layers
         self._rows.append(event)
@@ -221,6 +235,16 @@ class Trace:
             lists += numbers[start : start + count] + [NONE] * (most - count)
             start += count
         return pack(lists)
+
+    def _merged(self, line: Line) -> tuple[str, str]:
+        if line.stands is None:
+            return "", ""
+        stands = (line.stands[: self.started.shown] * 8).round().clamp(max=NONE).int().flatten()
+        # A token stands for itself until something is folded into it, and for nothing once it is gone.
+        changed = stands > 8 if self._stands is None else (stands != self._stands) & ((stands > 8) | (self._stands > 8))
+        self._stands = stands
+        cells = changed.nonzero()[:, 0]
+        return pack(cells.tolist()), pack(stands[cells].tolist())
 
     def _layers(self, line: Line) -> Tensor | None:
         """Share of each layer's heads that hold each cell of the first image: uint8 L cells."""

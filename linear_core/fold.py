@@ -69,10 +69,14 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     merged_values = (values * share + given(values * share)) / total
     merged_count = count + given(count.to(keys.dtype)[..., None])[..., 0]
     mass = look.mass + given(look.mass[..., None])[..., 0]
-    even = merged_count.log()
-    weight = (mass / look.pull(merged_keys)).log().nan_to_num(0.0)
     changed = gives.any(-2)
-    bias = torch.where(changed, weight.clamp(even - SLACK, even + SLACK), wide(view.bias))
+    # Only those that a victim goes into have a new weight; where several go into one, each says the same.
+    into = nearest[..., 0]
+    even = merged_count.gather(-1, into).log()
+    pull = look.pull(merged_keys.gather(3, nearest.expand(*into.shape, keys.shape[-1])))
+    weight = (mass.gather(-1, into) / pull).log().nan_to_num(0.0).clamp(even - SLACK, even + SLACK)
+    bias = wide(view.bias)
+    bias = torch.where(changed, bias.scatter(-1, into, weight), bias)
     where = changed[..., None]
     return Folded(
         torch.where(where, merged_keys, keys), torch.where(where, merged_values, values), bias, merged_count, changed

@@ -115,11 +115,14 @@ def generate(
                 logits = decoder.feed(line_end, places, pad, ahead, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, turn)
-        share, by_head = cache.share_held(images), cache.held_by_head(0)
+        share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
         now = time.perf_counter()
-        yield Line(row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed)
+        yield Line(
+            row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed,
+            None if stands is None else stands.cpu(),
+        )  # fmt: skip
         started = time.perf_counter()
 
 
@@ -198,6 +201,7 @@ def together(parts: list[list[Line]]) -> list[Line]:
             lines[0],
             tokens=torch.cat([line.tokens for line in lines]),
             share=torch.cat([line.share for line in lines]),
+            stands=None if lines[0].stands is None else torch.cat([line.stands for line in lines]),
             held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
             seconds=sum(line.seconds for line in lines),
             cache_bytes=max(line.cache_bytes for line in lines),

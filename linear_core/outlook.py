@@ -49,6 +49,8 @@ class Outlook:
 def look_ahead(queries: Tensor, keys: Tensor, bias: Tensor) -> Outlook:
     """Foreseen queries L B H Q D over everything held: keys L B H S D, bias L B H S."""
     queries = wide(queries) * queries.shape[-1] ** -0.5
-    scores = wide(keys) @ queries.transpose(-1, -2) + wide(bias)[..., None]
-    total = torch.logsumexp(scores, dim=-2)
-    return Outlook(queries, total, (scores - total[..., None, :]).exp().mean(-1))
+    scores = queries @ wide(keys).transpose(-1, -2) + wide(bias)[..., None, :]  # the largest tensor of a line's end
+    most = scores.amax(-1, keepdim=True)
+    odds = scores.sub_(most).exp_()
+    total = odds.sum(-1, keepdim=True)
+    return Outlook(queries, (most + total.log())[..., 0], odds.div_(total).mean(-2))

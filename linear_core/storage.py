@@ -48,12 +48,12 @@ class Int8(Full):
     """Eight bits a number and a scale for each head's slot; the line that is being written stays as it was computed.
 
     A complete line no longer changes, so it is rounded once, to the nearest of 255 steps of its greatest number (and
-    again where something is folded into it). Takes D + 2 bytes where Full takes 2 D in half precision.
+    again where something is folded into it). In half precision it takes D + 2 bytes where Full takes 2 D.
     """
 
     def __init__(self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device):
         self.numbers = torch.zeros(*lead, slots, dim, dtype=torch.int8, device=device)
-        self.scale = torch.zeros(*lead, slots, 1, dtype=torch.float16, device=device)
+        self.scale = torch.zeros(*lead, slots, 1, dtype=dtype, device=device)
         self.fresh = torch.zeros(*lead, stride, dim, dtype=dtype, device=device)
         self.target = torch.zeros(*lead, stride, dtype=torch.int64, device=device)
 
@@ -71,16 +71,16 @@ class Int8(Full):
 
     def place(self, layer: int, x: Tensor) -> None:
         end = x.shape[2]
-        self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x)
+        self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x, self.scale.dtype)
 
     def change(self, layer: int, rows: slice, x: Tensor, where: Tensor) -> None:
-        numbers, scale = _pack(x)
+        numbers, scale = _pack(x, self.scale.dtype)
         for held, new in ((self.numbers, numbers), (self.scale, scale)):
             old = held[layer, rows, :, : x.shape[2]]
             old.copy_(torch.where(where[..., None], new, old))
 
     def settle(self, layer: int, target: Tensor) -> None:
-        numbers, scale = _pack(self.fresh[layer])
+        numbers, scale = _pack(self.fresh[layer], self.scale.dtype)
         _put(self.numbers[layer], target, numbers)
         _put(self.scale[layer], target, scale)
 
@@ -108,11 +108,11 @@ def _put(held: Tensor, slot: Tensor, x: Tensor) -> None:
     held.view(-1, held.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
 
 
-def _pack(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x ... D as int8 and one scale in half precision each: ... 1."""
+def _pack(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x ... D as int8 and one scale of `dtype` each: ... 1."""
     x = x.float()
-    # Rounded up to the half-precision number above, so that the greatest number stays within 127 steps.
-    scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + 2**-10)).half()
+    # A little more, so that the greatest number stays within 127 steps however the scale is rounded.
+    scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps)).to(dtype)
     return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
 
 

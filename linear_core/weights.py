@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
+PIECE = 2**28  # bytes
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of a folder: which weight is in which file
 SINGLES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
@@ -59,11 +60,19 @@ class Weights:
         except (ValueError, TypeError) as error:
             raise UserError(f"{file}: is not what a model's config looks like; download it again.") from error
 
-    def stream(self, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
-        """The `wanted` weights one by one. One file at a time is open, and nothing of it is kept."""
+    def stream(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The `wanted` weights one by one. Files are mapped anew after every PIECE: until then what was read stays."""
         for file in self.files:
             read = _each_of_safetensors if file.suffix.lower() == ".safetensors" else _each_of_pickle
-            yield from read(file, wanted)
+            left, taken = set(wanted), PIECE
+            while taken >= PIECE:
+                taken = 0
+                for name, tensor in read(file, frozenset(left)):
+                    yield name, tensor
+                    left.discard(name)
+                    taken += tensor.nbytes
+                    if taken >= PIECE:
+                        break
 
     def problem(self, what: str) -> UserError:
         """`what` as an error that names the file."""

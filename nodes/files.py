@@ -98,9 +98,9 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
 
 def memory_sizes() -> dict[str, dict[str, Any]]:
     """What decides the memory of every model listed, cache and weights, for the memory line on the page."""
-    dtype, sizes = host.compute_dtype(), {}
+    dtype, sizes, places = host.compute_dtype(), {}, _checkpoints()
     for name in model_names():
-        path = bundled_files().decoder if name == BUNDLED_NAME else _checkpoints().get(name)
+        path = bundled_files().decoder if name == BUNDLED_NAME else places.get(name)
         if path and (found := _sizes(str(path), dtype, *_state(path))):
             sizes[name] = found
     return sizes

@@ -29,6 +29,14 @@ CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its natu
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
+    # -- what a token stands for
+    (
+        "cache.py",
+        "return self._by_cell(self.count, images) / holders.clamp(min=1)",
+        "return self._by_cell(self.count, images)",
+        "stands: a sum, not a mean",
+    ),
+    ("events.py", "& ((stands > 8) | (self._stands > 8))", "& (stands > 8)", "stands: who is alone again is not told"),
     # -- speed
     (
         "attention.py",
@@ -74,8 +82,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "plan.py",
-        "(self.dim + 2) + self.line_bytes(grid, rows)",
-        "(self.dim + 2)",
+        "(self.dim + self.bytes_per_number) + self.line_bytes(grid, rows)",
+        "(self.dim + self.bytes_per_number)",
         "int8: the line being written is not counted",
     ),
     # -- folding
@@ -96,9 +104,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "mass = look.mass",
         "the weight forgets what was given",
     ),
-    ("fold.py", "look.pull(merged_keys)", "look.pull(keys)", "the weight is for the old key"),
-    ("fold.py", "weight.clamp(even - SLACK, even + SLACK)", "even", "the weight is the count"),
-    ("fold.py", "weight.clamp(even - SLACK, even + SLACK)", "weight", "the weight knows no bounds"),
+    ("fold.py", "look.pull(merged_keys.gather", "look.pull(keys.gather", "the weight is for the old key"),
+    ("fold.py", ".nan_to_num(0.0).clamp(even - SLACK, even + SLACK)", " * 0 + even", "the weight is the count"),
+    ("fold.py", ".nan_to_num(0.0).clamp(even - SLACK, even + SLACK)", ".nan_to_num(0.0)", "the weight knows no bounds"),
     ("fold.py", "count + given(", "count + 1 + 0 * given(", "a slot counts one more, whatever it is given"),
     ("fold.py", "0x7FFFFFFF - index.long()", "index.long()", "the oldest of equals takes a victim in"),
     ("outlook.py", "queries.shape[-1] ** -0.5", "1.0", "foreseen scores are not scaled"),
@@ -107,10 +115,20 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("view.py", "self.turn(self.queries, n)", "self.queries", "queries are not turned ahead"),
     ("view.py", "return mass + SPARE * mean * weight", "return mass", "nothing is spared"),
     ("view.py", "SPARE * mean * weight", "SPARE * mean", "spare by slot, not by token"),
-    ("policies/fold.py", "(other > one) | ", "(other < one) | ", "fold: the stronger goes into the weaker"),
-    ("policies/fold.py", "distances(keys, keys).square()", "distances(keys, keys)", "fold: plain distances"),
-    ("policies/fold.py", "& view.candidates()[..., None, :]", "", "fold: the prompt may stand in"),
-    ("policies/fold.py", "(of_other < index)", "(of_other > index)", "fold: of equals the newer is stronger"),
+    (
+        "policies/fold.py",
+        "dim=-1, descending=True, stable=True",
+        "dim=-1, stable=True",
+        "fold: the stronger goes into the weaker",
+    ),
+    ("policies/fold.py", ".clamp_(min=0)\n", ".clamp_(min=0).sqrt_()\n", "fold: plain distances"),
+    ("policies/fold.py", ".masked_fill(~view.candidates(), 0.0)", "", "fold: the prompt may stand in"),
+    (
+        "policies/fold.py",
+        "view.index.argsort(dim=-1, stable=True)",
+        "(-view.index).argsort(dim=-1, stable=True)",
+        "fold: of equals the newer is stronger",
+    ),
     (
         "cache.py",
         "folded.count.masked_fill(leaving, 1.0)",

@@ -1,6 +1,6 @@
 // Reads a trace on stdin and says what web/state.js makes of it after every line; for tests/test_events.py.
 import { readFileSync } from "node:fs";
-import { EMPTY, evictedAfter, held, reduce } from "../web/state.js";
+import { EMPTY, evictedAfter, held, reduce, standsFor } from "../web/state.js";
 
 const events = JSON.parse(readFileSync(0, "utf8"));
 const [run] = events;
@@ -16,6 +16,7 @@ for (const event of events) {
     all: each(run.shown, (i) => all.slice(i * size, (i + 1) * size)),
     layers: each(run.layers, (layer) => [...held(state, { layer })]),
     heads: run.detail === "heads" ? each(run.layers, (layer) => each(run.heads, (head) => [...held(state, { layer, head })])) : [],
+    stands: each(size, (cell) => standsFor(state, cell)),
     evicted: [...evictedAfter(state)].slice(0, size),
   });
 }

@@ -17,7 +17,8 @@ const started = {
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
-  full_bytes: 24.3 * MIB, replayed: false, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", ...more,
+  full_bytes: 24.3 * MIB, replayed: false, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", merged: "", stands: "",
+  ...more,
 });
 const first = row(0, { cells: b16(0, 1, 2, 9, 10, 11), shares: b64(128, 255, 255, 255, 255, 255), evicted: b16(0, 0xffff) });
 const second = row(1, { cells: b16(0, 1, 3, 4, 5), shares: b64(0, 0, 255, 255, 128), evicted: b16(1, 6, 0, 1) });
@@ -88,6 +89,10 @@ test("hover says where, how much and since when", () => {
   assert.equal(hoverText(state, 0), "picture 1, row 1, column 1 · evicted after row 2, 1 line later");
   assert.equal(hoverText(state, 7), "picture 1, row 3, column 2 · not drawn yet");
   assert.equal(hoverText(state, 9, { layer: 1 }), "picture 2, row 1, column 1 · layers and heads are told of the first picture only");
+  const folded = replay([started, { ...first, merged: b16(2), stands: b16(8 * 3) }, { ...second, merged: b16(2, 5), stands: b16(8 * 14, 20) }]);
+  assert.equal(hoverText(folded, 2, { row: 0 }), "picture 1, row 1, column 3 · kept by all heads · stands for 3 tokens");
+  assert.equal(hoverText(folded, 2), "picture 1, row 1, column 3 · kept by all heads · stands for 14 tokens");
+  assert.equal(hoverText(folded, 5), "picture 1, row 2, column 3 · kept by 50 % of heads · stands for 2.5 tokens");
   const one = replay([{ ...started, shown: 1, images: 1 }, first]);
   assert.equal(hoverText(one, 1, { layer: 0, head: 0 }), "row 1, column 2 · kept");
 });

@@ -108,6 +108,30 @@ def test_deltas_replayed_are_the_run(case):
                 assert tokens == set(line.by_head[layer, head].nonzero()[:, 0].tolist())
 
 
+@pytest.mark.parametrize("model", ["class", "toy eol"])
+def test_what_a_token_stands_for(model):
+    """All tokens drawn so far are accounted for by those that are held, and the deltas give each one's number."""
+    lines, told = trace(model, "fold", "fold")
+    run, stands = told.started, [8] * 60
+    heads = run.layers * run.heads
+    for line, event in zip(lines, told.events[1:-1], strict=True):
+        cells, eighths = unpack(event["merged"]), unpack(event["stands"])
+        for cell, number in zip(cells, eighths, strict=True):
+            assert stands[cell] != number
+            stands[cell] = number
+        expected = line.stands.flatten().tolist()
+        shown = [(s, max(8, round(8 * e))) for s, e in zip(stands, expected, strict=True) if e]
+        assert all(ours == theirs for ours, theirs in shown)
+        fed = (line.row + 1) * run.stride - (line.row + 1 == run.rows)  # the last token is never fed
+        accounted = (line.share * heads * line.stands).sum((1, 2))
+        if model == "class":  # an end-of-line token is nobody's cell, and may have been given something too
+            torch.testing.assert_close(accounted, torch.full((2,), float(heads * fed)))
+        assert (accounted <= heads * fed + 0.01).all()
+    assert max(stands) > 16, "some stand for more than two"
+    assert all(trace(model, "line", release)[0][-1].stands is None for release in ("strict", "lazy"))
+    assert trace(model, "line", "strict")[1].events[-2]["merged"] == ""
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], *CASES[-2:]], ids="-".join)
 def test_by_layer_where_heads_are_too_many(case):
     """A large model's trace says which share of each layer's heads holds a cell."""
@@ -238,7 +262,9 @@ def test_javascript_knows_the_fields():
 @pytest.mark.skipif(not shutil.which("node"), reason="node was not found; it replays the events with web/state.js")
 @pytest.mark.parametrize("detail", ["heads", "layers"])
 @pytest.mark.parametrize(
-    "case", [("class", "line", "strict"), ("class", "h2o", "lazy"), ("toy eol", "line", "strict")], ids="-".join
+    "case",
+    [("class", "line", "strict"), ("class", "h2o", "lazy"), ("toy eol", "line", "strict"), ("class", "fold", "fold")],
+    ids="-".join,
 )
 def test_javascript_replays_the_same(case, detail):
     """web/state.js says after every line what Python says: shares, heads, layers and when each cell was evicted."""
@@ -254,6 +280,9 @@ def test_javascript_replays_the_same(case, detail):
             assert ours == pytest.approx(in_256(layer.float().mean(0)), abs=1), "halves are rounded either way"
         if detail == "heads":
             assert answer["heads"] == [[in_256(head.float()) for head in layer] for layer in held]
+        told_stands = [1.0] * 30 if line.stands is None else line.stands[0].flatten().tolist()
+        for ours, theirs, share in zip(answer["stands"], told_stands, line.share[0].flatten().tolist(), strict=True):
+            assert not share or ours == pytest.approx(max(1, theirs), abs=1 / 16)
         for cell, evicted in enumerate(answer["evicted"]):
             ever = [i for i in range(cell // run.cols, row + 1) if line.share[0].flatten()[cell] == 0]
             gone = [i for i in ever if lines[i].share[0].flatten()[cell] == 0]

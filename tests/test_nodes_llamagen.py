@@ -131,6 +131,22 @@ def test_texts_become_a_batch(encoder: str, tokenizer: None, comfy: comfy_double
         run("Generate", model=model, cache=CachePlan("full"), prompt=prompt)
 
 
+def test_a_negative_text_is_what_guidance_leads_away_from(tokenizer: None) -> None:
+    """Its features, for each picture, in place of what the model has learnt; no more than that."""
+    encoder = {"text_encoder": "flan-t5-xl"}
+    (prompt,) = run("TextPrompt", text=WRITTEN, **encoder).result
+    (away,) = run("TextPrompt", text=WRITTEN, negative_text=" a lake\n", **encoder).result
+    (lake,) = run("TextPrompt", text="a lake", **encoder).result
+    assert prompt.negative is None and away.names == prompt.names and torch.equal(away.tokens, prompt.tokens)
+    for name in ("tokens", "pad"):
+        assert torch.equal(getattr(away.negative, name), getattr(lake, name).repeat_interleave(2, 0))
+    model = small()
+    rows = model.image.decoder.with_unconditional(away)
+    assert torch.equal(rows.tokens[2:], away.negative.tokens) and torch.equal(rows.pad[2:], away.negative.pad)
+    draw = [run("Generate", model=model, cache=CachePlan("full"), prompt=p, seed=1).result[0] for p in (prompt, away)]
+    assert not torch.equal(draw[0].codes, draw[1].codes)
+
+
 def test_the_encoder_is_loaded_when_a_text_is_new_and_unloaded_again(
     tokenizer: None, comfy: comfy_double.Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

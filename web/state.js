@@ -9,7 +9,7 @@
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
   "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes"],
-  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer"],
+  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held"]
 };
@@ -19,7 +19,8 @@ const MIB = 2 ** 20;
 
 /**
  * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, tokens: Uint16Array,
- *   cells: Uint16Array, shares: Uint8Array, evicted: Uint16Array, byLayer: Uint8Array }} Line
+ *   cells: Uint16Array, shares: Uint8Array, evicted: Uint16Array, byLayer: Uint8Array, merged: Uint16Array,
+ *   stands: Uint16Array }} Line
  * @typedef {{ run: any, lines: Line[], finished: any, stopped: boolean, partial: boolean }} State
  *   run       the "started" event; of a page that came late, what a "row" tells of it
  *   lines     one for each row told so far
@@ -68,7 +69,9 @@ function decode(event) {
     cells: words(event.cells),
     shares: bytes(event.shares),
     evicted: words(event.evicted),
-    byLayer: bytes(event.by_layer)
+    byLayer: bytes(event.by_layer),
+    merged: words(event.merged ?? ""), // runs of the first release do not have these two
+    stands: words(event.stands ?? "")
   };
 }
 
@@ -124,6 +127,19 @@ export function held(state, look = {}) {
     }
   }
   return all;
+}
+
+/**
+ * How many tokens a cell stands for where it is held, mean over layers and heads: 1 unless others were folded into it.
+ * @param {State} state @param {number} cell @param {Look} look
+ */
+export function standsFor(state, cell, look = {}) {
+  let eighths = 8;
+  for (const line of state.lines.slice(0, upTo(state, look))) {
+    const at = line.merged.indexOf(cell);
+    if (at >= 0) eighths = line.stands[at];
+  }
+  return Math.max(1, eighths / 8);
 }
 
 /** How many of these layers and heads hold each cell of the first image.
@@ -229,7 +245,9 @@ export function hoverText(state, cell, look = {}) {
   const { layer = -1, head = -1 } = look;
   const of = head >= 0 ? (layer >= 0 ? "" : "layers") : "heads";
   if (gone < 0) {
-    return `${name} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}`;
+    const tokens = standsFor(state, cell, look);
+    const more = tokens > 1 ? ` · stands for ${tokens < 10 ? tokens.toFixed(1).replace(".0", "") : Math.round(tokens)} tokens` : "";
+    return `${name} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
   }
   if (row === rows - 1 && cell % cols === cols - 1) return `${name} · the last token is drawn and never kept`;
   return `${name} · evicted after row ${gone + 1}${gone > row ? `, ${gone - row} ${gone - row > 1 ? "lines" : "line"} later` : ""}`;
@@ -272,7 +290,7 @@ export function cacheBytes(shape, grid, plan, sequences) {
   const slots = shape.prompt + lines * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
   const line = heads * shape.dim * grid.stride * shape.bytes_per_number;
-  return plan.storage === "int8" ? heads * slots * (shape.dim + 2) + line : heads * shape.dim * slots * shape.bytes_per_number;
+  return plan.storage === "int8" ? heads * slots * (shape.dim + shape.bytes_per_number) + line : heads * shape.dim * slots * shape.bytes_per_number;
 }
 
 /**

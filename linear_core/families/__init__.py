@@ -16,8 +16,6 @@ from ..prompts.words import Words
 from ..sizes import PIXELS, Size, nearest
 from ..weights import Place, Weights
 
-PROMPT = 32  # places that a text of a sentence or two takes, for memory before the text is known
-
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -71,9 +69,9 @@ class ModelInfo:
             )
         return replace(self, grid=grid)
 
-    def cache_shape(self, dtype: torch.dtype, prompt: int = PROMPT) -> CacheShape:
-        """What decides the cache's memory; `prompt` is how many places the prompt has."""
-        return self.config.cache_shape(prompt, dtype.itemsize)
+    def cache_shape(self, dtype: torch.dtype, prompt: int = 0) -> CacheShape:
+        """What decides the cache's memory; `prompt` is how many places the prompt has, 0: as many as is usual."""
+        return self.config.cache_shape(prompt or self.family.places, dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ class Family:
               None: a class, or a text encoder, says what to draw
     words     where the model's tokenizer may be, seen from its folder, the likeliest first
     words_in  name of the release that has it, where that is not the model's own
+    places    that the prompt of a text of a sentence or two takes, for memory before the text is known
     """
 
     name: str
@@ -100,3 +99,4 @@ class Family:
     prompt: Callable[[Words, Sequence[str], str, ModelInfo], Prompt] | None = None
     words: tuple[str, ...] = ("tokenizer.json",)
     words_in: str = ""
+    places: int = 32

@@ -7,8 +7,8 @@ repositories has the text tokenizer. Which sizes a model draws stands in no file
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -23,12 +23,11 @@ from ..prompts.words import Words
 from ..sizes import PIXELS, sizes
 from ..weights import Place, Weights
 from . import Family, ModelInfo
-from .llama import in_layer
+from .llama import QKV, in_layer
 
 SIDES = (512, 768, 1024)  # pixels of Lumina-mGPT's square pictures
 ANOLE_GRID = Grid(32, 32)  # the only size it draws
 FIRST, CODES, EOL = 4, 8192, 8803  # ids as published, where no vocabulary_map says them; prompts hold them to names
-TOP = {"tok_embeddings": "embed_tokens", "norm": "norm", "output": "lm_head"}  # Meta's names
 
 
 def knows(weights: Weights) -> bool:
@@ -36,41 +35,8 @@ def knows(weights: Weights) -> bool:
     return "model.layers.0.self_attn.q_norm.weight" in names or "layers.0.attention.q_normalization.weight" in names
 
 
-def place(key: str, config: LuminaConfig | None) -> Place | None:
-    """Where a weight goes. `config` is needed for what of it goes there; None: only the name matters."""
-
-    def taking(place: Place, take: Callable[[Tensor, LuminaConfig], Tensor]) -> Place:
-        return replace(place, take=lambda tensor: take(tensor, config)) if config else place
-
-    if key == "lm_head.weight":
-        return taking(Place(key), _rows_of_codes)
-    if (found := re.fullmatch(r"model\.(embed_tokens|norm)\.weight", key)) is not None:
-        return Place(f"{found[1]}.weight")
-    if (found := re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.(weight|bias)", key)) is not None:
-        layer, name, kind = found.groups()
-        if name in ("self_attn.q_norm", "self_attn.k_norm"):
-            return taking(Place(f"{layer}.{name.replace('self_attn', 'attention')}.{kind}"), _every_head)
-        return in_layer(layer, name, kind)
-    return _meta(key, taking)
-
-
-def _meta(key: str, taking: Callable[[Place, Callable[[Tensor, LuminaConfig], Tensor]], Place]) -> Place | None:
-    """The same for Meta's names. It turns neighbouring numbers of a head by RoPE, where these turn halves."""
-    name, _, kind = key.rpartition(".")
-    if name in TOP:
-        head = Place(f"{TOP[name]}.{kind}")
-        return taking(head, _rows_of_codes) if name == "output" else head
-    if (found := re.fullmatch(r"(layers\.\d+\.attention)\.(w[qkv]|[qk]_normalization)", name)) is None:
-        return (
-            Place(key)
-            if re.match(r"layers\.\d+\.(attention\.wo|feed_forward|attention_norm|ffn_norm)\.", key)
-            else None
-        )
-    attention, part = found.groups()
-    if part.endswith("normalization"):
-        return taking(Place(f"{attention}.{part[0]}_norm.{kind}"), lambda t, c: _every_head(_halves(t, c), c))
-    to = Place(f"{attention}.wqkv.weight", "qkv".index(part[1]), 3)
-    return to if part == "wv" else taking(to, _halves)
+def _all(tensor: Tensor, config: LuminaConfig) -> Tensor:
+    return tensor
 
 
 def _rows_of_codes(head: Tensor, config: LuminaConfig) -> Tensor:
@@ -88,6 +54,37 @@ def _halves(tensor: Tensor, config: LuminaConfig) -> Tensor:
     """Each head's numbers 0 2 4 …, then 1 3 5 …, along the first dimension: H*D … or D."""
     pairs = tensor.reshape(-1, config.dim // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def _halves_for_every_head(norm: Tensor, config: LuminaConfig) -> Tensor:
+    return _every_head(_halves(norm, config), config)
+
+
+# A weight's name in the file, its name here, and what of it goes there: transformers' names, then Meta's, which turns
+# neighbouring numbers of a head by RoPE where transformers turns halves. The rest of a layer is as in every Llama.
+NAMES = (
+    (r"model\.(embed_tokens|norm)\.weight", r"\1.weight", _all),
+    (r"lm_head\.weight", "lm_head.weight", _rows_of_codes),
+    (r"model\.(layers\.\d+)\.self_attn\.([qk]_norm\.\w+)", r"\1.attention.\2", _every_head),
+    (r"tok_embeddings\.weight", "embed_tokens.weight", _all),
+    (r"norm\.weight", "norm.weight", _all),
+    (r"output\.weight", "lm_head.weight", _rows_of_codes),
+    (r"(layers\.\d+\.attention\.[qk]_norm)alization\.(\w+)", r"\1.\2", _halves_for_every_head),
+    (r"(layers\.\d+\.(?:attention\.wo|feed_forward\.w\d|attention_norm|ffn_norm)\.weight)", r"\1", _all),
+)
+
+
+def place(key: str, config: LuminaConfig | None) -> Place | None:
+    """Where a weight goes; without `config` only the name counts, not what of the weight goes there."""
+    for pattern, ours, take in NAMES:
+        if found := re.fullmatch(pattern, key):
+            return Place(found.expand(ours), take=partial(take, config=config))
+    if found := re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.(weight|bias)", key):
+        return in_layer(*found.groups())
+    if found := re.fullmatch(r"(layers\.\d+\.attention)\.w([qkv])\.weight", key):
+        take = _all if found[2] == "v" else _halves
+        return Place(f"{found[1]}.wqkv.weight", QKV.index(found[2]), len(QKV), partial(take, config=config))
+    return None
 
 
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
@@ -177,5 +174,13 @@ WORDS = (  # beside the model, in the one repository of Lumina-mGPT that has it,
     "../../tokenizer/text_tokenizer.json",
 )
 FAMILY = Family(
-    "Lumina-mGPT", knows, describe, Lumina, place, prompt=prompt, words=WORDS, words_in=published.LUMINA_WORDS
+    "Lumina-mGPT",
+    knows,
+    describe,
+    Lumina,
+    place,
+    prompt=prompt,
+    words=WORDS,
+    words_in=published.LUMINA_WORDS,
+    places=64,
 )

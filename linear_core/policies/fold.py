@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..outlook import distances, wide
+from ..outlook import wide
 from ..view import View
 
 
@@ -17,10 +17,19 @@ def fold(view: View) -> Tensor:
     keys within a slot. Only into a stronger one, as of two near tokens one has to stay; of equals the older.
     Reads: ahead. Defaults: 4 anchors, 1 recent line, release "fold".
     """
-    strength, keys = view.strength(), wide(view.keys)
-    one, other = strength[..., :, None], strength[..., None, :]
-    index, of_other = view.index[..., :, None], view.index[..., None, :]
-    stronger = (other > one) | ((other == one) & (of_other < index))
-    cost = one * other / (one + other).clamp(min=1e-30) * distances(keys, keys).square()
-    cost = cost.masked_fill(~(stronger & view.candidates()[..., None, :]), float("inf")).amin(-1)
-    return cost.clamp(max=torch.finfo(cost.dtype).max)  # the strongest of all
+    # Strongest first, so that the stronger ones of a slot are those before it, and the image before everything else.
+    strength = view.strength().masked_fill(~view.candidates(), 0.0)
+    oldest = view.index.argsort(dim=-1, stable=True)
+    order = oldest.gather(-1, strength.gather(-1, oldest).argsort(dim=-1, descending=True, stable=True))
+    spread = 1 / strength.gather(-1, order)  # a b / (a + b) = 1 / (1/a + 1/b)
+    keys = wide(view.keys)
+    keys = keys - keys.mean(-2, keepdim=True)  # a distance by products is the more exact the shorter the vectors are
+    keys = keys.gather(3, order[..., None].expand_as(keys))
+    square = keys.square().sum(-1)
+    cost = (keys @ keys.transpose(-1, -2)).mul_(-2).add_(square[..., :, None]).add_(square[..., None, :]).clamp_(min=0)
+    cost.div_(spread[..., :, None] + spread[..., None, :])
+    slots = cost.shape[-1]
+    weaker = torch.ones(slots, slots, dtype=torch.bool, device=cost.device).triu()
+    cost = cost.masked_fill_(weaker, float("inf")).amin(-1).nan_to_num(0.0)
+    cost = cost.clamp(max=torch.finfo(cost.dtype).max)  # the strongest of all
+    return torch.empty_like(cost).scatter_(-1, order, cost)
