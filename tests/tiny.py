@@ -165,11 +165,14 @@ class Toy:
         """Places are looked up and added, so there is nothing to turn; each line ahead asks a little louder."""
         return queries * (1 + lines / 16)
 
-    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
+    def feed(
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+    ) -> Tensor:
         q, k, v = self.look_up(tokens, index, pad)
         seen = [attend(q[n], *cache.feed(n, columns, k[n], v[n], q[n])) for n in range(self.layers)]
         cache.advance(index, columns)
-        return self.say(torch.stack(seen))[:, -1]
+        logits = self.say(torch.stack(seen))
+        return logits if every else logits[:, -1]
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
         """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""

@@ -158,8 +158,13 @@ class Llama(nn.Module):
             x = block(x, lambda t: turn_halves(t, table), attend_cache)
         return self.head(self.norm(x[:, -1])).float()
 
-    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
-        """`step` for T tokens of one line at once: tokens B T, index and columns T -> the logits after the last."""
+    def feed(
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+    ) -> Tensor:
+        """`step` for T tokens of one line at once: tokens B T, index and columns T.
+
+        Returns the logits B V after the last, or with `every` B T V, those after each.
+        """
         table = self._table(index, pad)
         x = self.embed_codes(tokens).to(self.dtype)
         for layer, block in enumerate(self.layers):
@@ -169,7 +174,7 @@ class Llama(nn.Module):
 
             x = block(x, lambda t: turn_halves(t, table), attend_line)
         cache.advance(index, columns)
-        return self.head(self.norm(x[:, -1])).float()
+        return self.head(self.norm(x if every else x[:, -1])).float()
 
     def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""

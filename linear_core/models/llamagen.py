@@ -177,8 +177,13 @@ class LlamaGen(nn.Module):
             x = block(x, lambda t: turn_pairs(t, table), attend_cache)
         return self.output(self.norm(x[:, -1])).float()
 
-    def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
-        """`step` for T tokens of one line at once: tokens B T, index and columns T -> the logits after the last."""
+    def feed(
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+    ) -> Tensor:
+        """`step` for T tokens of one line at once: tokens B T, index and columns T.
+
+        Returns the logits B V after the last, or with `every` B T V, those after each.
+        """
         table = self._table(index, cache)
         x = self.tok_embeddings(tokens).to(self.dtype)
         for layer, block in enumerate(self.layers):
@@ -188,7 +193,7 @@ class LlamaGen(nn.Module):
 
             x = block(x, lambda t: turn_pairs(t, table), attend_line)
         cache.advance(index, columns)
-        return self.output(self.norm(x[:, -1])).float()
+        return self.output(self.norm(x if every else x[:, -1])).float()
 
     def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""

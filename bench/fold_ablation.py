@@ -1,0 +1,148 @@
+"""What makes folding work: its constants and choices changed one at a time, on the pictures for choosing.
+
+    python bench/fold_ablation.py [--images 24] [--shares 6 12] [--recent 1]
+
+Teacher-forced on the split `choose` of bench/quality.py, never on the one that is reported. Each variant is paired with
+folding as it is, picture by picture. Writes fold-ablation-MODEL.json and .md to --out; minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.quality import CHOOSE, ROOT, Lab, circumstances
+from bench.report import figure, head, line
+from bench.uncertainty import half_width
+from linear_core import cache, view
+from linear_core import fold as folding
+from linear_core.library import bundled_files
+from linear_core.outlook import LINES, wide
+from linear_core.plan import CachePlan
+from linear_core.view import View
+
+
+class Shy(View):
+    """The finished line may not absorb, in all else as it is."""
+
+    def candidates(self) -> Tensor:
+        newest = self.grid.prompt + self.row * self.grid.stride
+        return super().candidates() & (self.index < newest)
+
+    def strength(self) -> Tensor:
+        return View(**own(self)).strength()
+
+
+def own(shown: View) -> dict[str, Any]:
+    return {f.name: getattr(shown, f.name) for f in fields(shown) if f.init}
+
+
+def fold_shyly(shown: View, victims: Tensor, count: Tensor) -> folding.Folded:
+    return folding.fold(Shy(**own(shown)), victims, count)
+
+
+def by_number(shown: View) -> Tensor:
+    """Every token counts alike, whatever attention it will draw."""
+    return wide(shown.bias).exp()
+
+
+def fold_by_number(shown: View, victims: Tensor, count: Tensor) -> folding.Folded:
+    """Victims as they are chosen, plain means of what is folded together."""
+    with patch.object(View, "strength", by_number):
+        return folding.fold(shown, victims, count)
+
+
+# What is varied -> the way it is, and the other ways: a name and what to patch.
+VARIANTS: dict[str, tuple[str, dict[str, list[tuple[Any, str, Any]]]]] = {
+    "lines looked ahead": (
+        ", ".join(map(str, LINES)),
+        {", ".join(map(str, n)): [(View.outlook, "__defaults__", (n,))] for n in ((1,), (1, 2), (1, 2, 4))},
+    ),
+    "SPARE, a token's least strength, of the mean": (
+        str(view.SPARE),
+        {str(x): [(view, "SPARE", x)] for x in (0.0, 0.03, 0.3, 1.0)},
+    ),
+    "SLACK, ln of how far a weight may be from the number of tokens": (
+        str(folding.SLACK),
+        {str(x): [(folding, "SLACK", x)] for x in (0.0, 2.0)},
+    ),
+    "what counts in means of keys and values": ("attention foreseen", {"tokens": [(cache, "fold", fold_by_number)]}),
+    "what counts in victims and means": ("attention foreseen", {"tokens": [(View, "strength", by_number)]}),
+    "the finished line absorbs": ("yes", {"no": [(cache, "fold", fold_shyly)]}),
+}
+
+
+@contextmanager
+def changed(patches: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for place, name, value in patches:
+            stack.enter_context(patch.object(place, name, value))
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=CHOOSE.images)
+    parser.add_argument("--shares", type=int, nargs="+", default=(6, 12), help="budgets, one over the share of lines")
+    parser.add_argument("--recent", type=int, default=1, help="recent lines that are protected")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args()
+    lab, split = Lab(bundled_files(), args.out), replace(CHOOSE, images=args.images)
+    budgets = [max(1, lab.grid.rows // share) for share in args.shares]
+    rows: list[dict[str, Any]] = []
+
+    def measure(what: str, value: str, patches: list, beside: dict[int, Any]) -> dict[int, Any]:
+        found = {}
+        for budget in budgets:
+            begun = time.perf_counter()
+            with changed(patches):
+                plan = CachePlan("fold", budget, 4, args.recent)
+                kl = found[budget] = lab.measure(plan, split)["kl"]
+            row = {"varied": what, "value": value, "budget_lines": budget, "kl": kl.mean(), "kl_ci": half_width(kl)}
+            if beside:
+                difference = kl - beside[budget]
+                row |= {"difference": difference.mean(), "difference_ci": half_width(difference)}
+            rows.append(row)
+            print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
+        return found
+
+    as_it_is = measure("nothing", "", [], {})
+    for what, (_, others) in VARIANTS.items():
+        for value, patches in others.items():
+            measure(what, value, patches, as_it_is)
+    about = {**circumstances(lab), "images": split.images, "seed": split.seed, "recent": args.recent}
+    path = args.out / f"fold-ablation-{lab.model.info.name}.json"
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{{"circumstances": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    path.with_suffix(".md").write_text(table(rows, budgets, lab.grid.rows, split.images), encoding="utf-8")
+
+
+def table(rows: list[dict[str, Any]], budgets: list[int], lines: int, images: int) -> str:
+    shares = [f"1/{lines / budget:.3g}" for budget in budgets]
+    found = {(r["varied"], r["value"], r["budget_lines"]): r for r in rows}
+    text = [f"KL from the full cache, nats a token, {images} pictures of the split `choose`; in brackets what changes, "
+            "paired, with its 95 % interval.", "", *head("varied", "to", *shares)]  # fmt: skip
+    cells = (figure(found["nothing", "", b]["kl"], found["nothing", "", b]["kl_ci"]) for b in budgets)
+    text.append(line("nothing", "", *cells))
+    for what, (usual, others) in VARIANTS.items():
+        for value in others:
+            some = (found[what, value, b] for b in budgets)
+            cells = (f"{r['kl']:.4f} ({figure(r['difference'], r['difference_ci'])})" for r in some)
+            text.append(line(f"{what}; as it is: {usual}", value, *cells))
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,486 @@
+"""The quality lab: how close a few lines come to the full cache, for every policy and budget.
+
+    python bench/quality.py              everything, with the bundled model: hours on one core. It can be stopped at any
+                                         time: rows that are in the results are not computed again
+    python bench/quality.py --quick      two pictures, three policies, one budget: does it run?
+    python bench/quality.py --write      table, plot and sheet from the results that are there
+    python bench/quality.py --policies line fold random --shares 6 12
+    python bench/quality.py --model models/ar_image/c2i_B_256.pt
+
+1. Teacher-forced: held-out pictures go through each cache a line at a time, beside the full cache. Kullback-Leibler
+   divergence, rise of the negative log-likelihood, attention lost, tokens and bytes held. The recent lines that a
+   policy protects are chosen on one set of pictures (`choose`), the figures are of another (`report`).
+2. Drawn: the same classes and noise under a few caches. Token agreement with the full cache, accuracy of the class and
+   Fréchet distance in the features of a small classifier (bundled model only).
+3. Written to --out: quality-MODEL.json (with each picture's figures, for paired differences), .md, .png, -sheet.png.
+
+Held-out pictures are scenes never trained on; for another model, pictures that it drew itself with the full cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.forced import Reference, drift, reference
+from bench.report import write_report
+from bench.uncertainty import frechet, frechet_deviation, half_width, share_interval
+from linear_core.errors import UserError
+from linear_core.generate import Run, generate
+from linear_core.library import ModelFiles, bundled_files, find_tokenizer, load_model
+from linear_core.plan import CachePlan
+from linear_core.policies import POLICIES
+from linear_core.prompts import Prompt, class_prompt
+
+ROOT = Path(__file__).parents[1]
+SCRATCH = ROOT / "out" / "quality"  # codes, of no use to anybody else
+SHARES = (6, 12, 2, 4, 24, 8)  # one over the share of lines kept, in the order of computing
+FIRST = ("line", "fold", "random")
+ANCHORS, RECENT = 4, (0, 1, 2)
+BATCH = 8  # pictures at a time: what they need stays in a processor's cache
+KEEP_BYTES = 2 * 2**30  # of the full cache's answers; others are computed again for each row
+# Files of linear_core that rows do not hang on.
+APART = {"__main__", "convert", "download", "errors", "events", "heatmap", "library", "preview", "published", "sheet",
+         "text", "weights"}  # fmt: skip
+DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others
+DRAWN_BATCH, DRAWN_SEED, OTHER_SEED = 24, 5000, 905_000
+
+TEXTS = ("a red fox in the snow", "a lighthouse at dusk", "a bowl of oranges", "a steam train in the mountains",
+         "an old sailor", "a city street in the rain", "a field of sunflowers", "a glass chess set")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Split:
+    """Held-out pictures. Training used the seeds 1, 999983 and 1000 to 1011, the classifier 70001 and 70002."""
+
+    name: str
+    seed: int
+    images: int
+
+
+CHOOSE, REPORT = Split("choose", 9001, 24), Split("report", 20_011, 256)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy under a release and in a storage. `published`: with the protected regions it was published with."""
+
+    policy: str
+    release: str = "auto"
+    storage: str = "full"
+    published: bool = False
+
+    @property
+    def name(self) -> str:
+        own = CachePlan(self.policy)
+        parts = [
+            self.policy,
+            "" if self.release in ("auto", own.release) else self.release,
+            "" if self.storage == own.storage else self.storage,
+            "(published)" if self.published else "",
+        ]
+        return " ".join(filter(None, parts))
+
+
+def contenders(policies: list[str]) -> list[Contender]:
+    """Every policy as it is meant, the published rule, and releases exchanged; the most telling first."""
+    special = [
+        Contender("line", published=True),
+        Contender("fold"),
+        Contender("random"),
+        Contender("line"),
+        Contender("line", "fold"),
+        Contender("random", "fold"),
+        Contender("fold", "strict"),
+        Contender("line", "lazy"),
+        Contender("fold", storage="int8"),
+        Contender("full", storage="int8"),
+    ]
+    names = {c.policy for c in special}
+    others = [Contender(name) for name in POLICIES if name not in names and name != "full"]
+    return [c for c in special[:6] + others + special[6:] if c.policy in policies]
+
+
+class Lab:
+    """A model, its held-out pictures and the rows found so far."""
+
+    def __init__(self, files: ModelFiles, out: Path, grid: tuple[int, int] | None = None):
+        self.model = load_model(files, grid=grid)
+        info = self.model.info
+        if info.text and not info.own_words:
+            raise UserError(f"{info.name}: needs a text encoder; measure a model of classes or of own words.")
+        self.kinds = len(TEXTS) if info.text else info.config.classes
+        self.files, self.out = files, out
+        self.file = out / f"quality-{self.model.info.name}.json"
+        self.scratch = SCRATCH
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.grid = self.model.decoder.grid
+        self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in APART])
+        self.weights = hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
+        self.data: dict[str, Any] = {"circumstances": {}, "bars": [], "rows": [], "samples": [], "pairs": []}
+        if self.file.exists():
+            self.data |= json.loads(self.file.read_text(encoding="utf-8"))
+        self.codes: dict[Split, tuple[Prompt, Tensor]] = {}
+        self.references: dict[tuple[Split, int], Reference] = {}
+
+    # -- pictures ----------------------------------------------------------------------------------------------------
+
+    @property
+    def bundled(self) -> bool:
+        return self.files == bundled_files()
+
+    def prompt(self, kinds: list[int]) -> Prompt:
+        """One picture for each class, or text, by number."""
+        return self.model.prompt([TEXTS[k] for k in kinds]) if self.model.info.text else class_prompt(kinds)
+
+    def name(self, kind: int) -> str:
+        """Of a class or a text."""
+        info = self.model.info
+        return TEXTS[kind] if info.text else info.classes[kind] if info.classes else f"class {kind}"
+
+    def held_out(self, split: Split) -> tuple[Prompt, Tensor]:
+        """Prompts and codes B rows cols of a split."""
+        if split not in self.codes:
+            path = self.scratch / f"codes-{self.weights}-{split.seed}-{split.images}.safetensors"
+            if not path.exists():
+                labels, codes = self.scenes(split) if self.bundled else self.own(split)
+                save_file({"labels": labels, "codes": codes.contiguous()}, path)
+            stored = load_file(path)
+            self.codes[split] = self.prompt(stored["labels"].tolist()), stored["codes"]
+        return self.codes[split]
+
+    def scenes(self, split: Split) -> tuple[Tensor, Tensor]:
+        from training.scenes import batch  # paints; needs nothing that the lab does not have
+        from training.train_classifier import pictures
+
+        images, labels = batch(split.seed, split.images)
+        with torch.inference_mode():
+            codes = torch.cat([self.model.tokenizer.encode(x) for x in pictures(images).split(BATCH)])
+        return torch.from_numpy(labels), codes
+
+    def own(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Pictures that the model draws itself with the full cache, of classes or texts that the seed chooses."""
+        source = np.random.default_rng(split.seed)
+        labels = torch.from_numpy(source.integers(0, self.kinds, split.images))
+        return labels, self.draw(CachePlan("full"), labels.tolist(), split.seed)
+
+    def reference(self, split: Split, start: int, prompt: Prompt, codes: Tensor) -> Reference:
+        if (split, start) in self.references:
+            return self.references[split, start]
+        found = reference(self.model.decoder, prompt, codes)
+        if sum(r.nbytes for r in self.references.values()) + found.nbytes <= KEEP_BYTES:
+            self.references[split, start] = found
+        return found
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def measure(self, plan: CachePlan, split: Split, images: int | None = None) -> dict[str, Any]:
+        """kl and dnll of each picture, their share of attention lost and the tokens held, of the first `images`."""
+        prompt, codes = self.held_out(split)
+        parts = []
+        for start in range(0, images or split.images, BATCH):
+            one = range(start, min(start + BATCH, split.images))
+            some, theirs = prompt.take(one), codes[one.start : one.stop]
+            full = self.reference(split, start, some, theirs)
+            parts.append(drift(self.model.decoder, some, theirs, plan, full))
+        return {
+            "kl": torch.cat([p.kl for p in parts]).numpy(),
+            "dnll": torch.cat([p.dnll for p in parts]).numpy(),
+            "lost": torch.cat([p.lost for p in parts]).numpy(),
+            "tokens": max(p.tokens for p in parts),
+        }
+
+    def row(self, name: str, plan: CachePlan, split: Split) -> dict[str, Any]:
+        """The figures of a plan on a split: those in the results where they still hold, else computed and stored."""
+        key = {"split": split.name, "seed": split.seed, "images": split.images, **asdict(plan), "model": self.weights}
+        usual = asdict(CachePlan())  # of what rows are silent about, as it came later
+        for row in self.data["rows"]:
+            if all(row.get(k, usual.get(k)) == v for k, v in key.items()):
+                if self.core in (row["core"], row.get("confirmed")) or self.confirm(row, plan, split):
+                    if name not in row["names"]:
+                        row["names"].append(name)
+                        self.save()
+                    return row
+                self.data["rows"].remove(row)
+                break
+        begun = time.perf_counter()
+        found = self.measure(plan, split)
+        shape = self.model.decoder.cache_shape(self.held_out(split)[0].length)
+        token_bytes = 2 * shape.layers * shape.heads * shape.dim * shape.bytes_per_number
+        row = {
+            "names": [name],
+            **key,
+            "budget_lines": plan.budget,
+            "budget_ratio": plan.share(self.grid),
+            **{k: float(found[k].mean()) for k in ("kl", "dnll", "lost")},
+            **{f"{k}_ci": half_width(found[k]) for k in ("kl", "dnll", "lost")},
+            "tokens": found["tokens"],
+            "bytes_held": round((shape.prompt + found["tokens"]) * token_bytes),
+            "bytes": shape.bytes(self.grid, plan, 1),
+            "bytes_full": shape.bytes(self.grid, CachePlan("full"), 1),
+            "seconds": round(time.perf_counter() - begun, 1),
+            "date": date.today().isoformat(),
+            "core": self.core,
+            "each": {k: [float(f"{v:.4e}") for v in found[k]] for k in ("kl", "dnll")},
+        }
+        self.data["rows"].append(row)
+        self.save()
+        print(f"{split.name:7}{name:22} 1/{self.grid.rows / plan.budget:<4.3g} anchors {plan.anchors} recent "
+              f"{plan.recent}  KL {row['kl']:.5f} ± {row['kl_ci']:.5f}  dNLL {row['dnll']:+.5f} ± {row['dnll_ci']:.5f}"
+              f"  lost {row['lost']:.3f}  {row['seconds']:.0f} s", flush=True)  # fmt: skip
+        return row
+
+    def confirm(self, row: dict[str, Any], plan: CachePlan, split: Split) -> bool:
+        """The code has changed since: a row still holds if its first pictures come out the same."""
+        before = np.array(row["each"]["kl"][:BATCH])
+        after = self.measure(plan, split, len(before))["kl"]
+        same = bool(np.allclose(before, after, rtol=2e-3, atol=1e-6))
+        print(f"{split.name:7}{row['names'][0]:22} {'still holds' if same else 'changed'}", flush=True)
+        if same:
+            row["confirmed"] = self.core
+            self.save()
+        return same
+
+    def fits(self, plan: CachePlan) -> bool:
+        try:
+            plan.check(self.grid)
+        except UserError:
+            return False
+        return True
+
+    def plans(self, contender: Contender, budget: int) -> list[CachePlan]:
+        """What may be chosen from: every number of recent lines that fits; as published, the most up to 2."""
+        plain = CachePlan(contender.policy, budget, ANCHORS, 0, contender.release, contender.storage)
+        if contender.policy == "full":
+            return [replace(plain, budget=self.grid.rows)]
+        fitting = [p for p in (replace(plain, recent=recent) for recent in RECENT) if self.fits(p)]
+        if not fitting:  # a budget smaller than the anchors
+            return [replace(plain, anchors=0)]
+        return fitting[-1:] if contender.published else fitting
+
+    def chosen(self, contender: Contender, budget: int, split: Split) -> CachePlan:
+        """The plan with the least divergence on `split`, decided at a sixth or a twelfth of the lines."""
+        plans = self.plans(contender, budget)
+        if len(plans) == 1:
+            return plans[0]
+        rows = self.grid.rows
+        decided_at = max(1, rows // 12 if budget * 12 <= rows else rows // 6)
+        trials = [p for p in self.plans(contender, decided_at) if p.recent in [q.recent for q in plans]]
+        best = min(trials, key=lambda p: self.row(contender.name, p, split)["kl"]).recent if trials[1:] else 0
+        return next(p for p in plans if p.recent == best)
+
+    # -- pictures drawn ----------------------------------------------------------------------------------------------
+
+    def draw(self, plan: CachePlan, labels: list[int], seed: int) -> Tensor:
+        """Codes B rows cols, drawn with the model's own settings; image i from seed + i."""
+        drawn = []
+        for start in range(0, len(labels), DRAWN_BATCH):
+            run, part = Run(), labels[start : start + DRAWN_BATCH]
+            for line in generate(
+                self.model.decoder, self.prompt(part), plan, replace(self.model.info.defaults, seed=seed + start)
+            ):
+                run.add(line)
+            drawn.append(run.tokens)
+        return torch.cat(drawn)
+
+    def sample(self, plan: CachePlan, count: int, seed: int, core: str | None = None) -> Tensor:
+        """`count` pictures' codes, classes in turn; kept in the scratch folder for the code and weights they are of."""
+        labels = [i % self.kinds for i in range(count)]
+        what = json.dumps([asdict(plan), count, seed, core or self.core, self.weights])
+        path = self.scratch / f"drawn-{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors"
+        if not path.exists():
+            begun = time.perf_counter()
+            save_file({"codes": self.draw(plan, labels, seed).contiguous()}, path)
+            print(f"drew {count} pictures, {plan}: {time.perf_counter() - begun:.0f} s", flush=True)
+        return load_file(path)["codes"]
+
+    def drawn(self, row: dict[str, Any]) -> Tensor:
+        """The codes that a row of `samples` is about."""
+        plan = CachePlan(**{f.name: row[f.name] for f in fields(CachePlan) if f.name in row})
+        return self.sample(plan, row["images"], row["seed"], row["core"])
+
+    def save(self) -> None:
+        """One row a line, so that a change of results can be read as one."""
+        self.data["circumstances"] = circumstances(self)
+        parts = [f'"{key}": {json.dumps(self.data[key], indent=1)}' for key in ("circumstances", "bars")]
+        for key in ("rows", "samples", "pairs"):
+            parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in self.data[key]) + "\n]")
+        self.out.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+        part.replace(self.file)
+
+
+def contents(path: Path) -> list[Path]:
+    return sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+
+
+def hash_of(files: list[Path]) -> str:
+    """Of names and contents, the first 12 digits."""
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def circumstances(lab: Lab) -> dict[str, Any]:
+    """What the figures depend on, and the machine in its own words."""
+    processor = platform.processor()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = f"{names[0]}, {len(names)} cores" if names else processor
+    return {
+        "model": lab.files.decoder.name,
+        "weights_sha256": lab.weights,
+        "core_sha256": lab.core,
+        "grid": [lab.grid.rows, lab.grid.cols],
+        "dtype": str(lab.model.decoder.dtype).removeprefix("torch."),
+        "guidance": "none when teacher-forced; the model's own when drawn",
+        "pictures": "scenes" if lab.bundled else "drawn by the model with the full cache",
+        "processor": processor,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def best_others(rows: list[dict[str, Any]], budget: int, count: int) -> list[str]:
+    """The policies, other than line, fold and random, that came closest to the full cache at `budget`."""
+    own = [r for r in rows if r["split"] == "report" and r["budget"] == budget and r["policy"] not in FIRST]
+    names = dict.fromkeys(r["names"][0] for r in sorted(own, key=lambda r: r["kl"]))
+    return list(names)[:count]
+
+
+def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policies: list[str], count: int) -> None:
+    """Pictures under a few caches with the same noise, and what the classifier makes of them."""
+    full = CachePlan("full")
+    rows = {sample_key(s): s for s in lab.data["samples"] if (s["images"], s["core"]) == (count, lab.core)}
+    wanted = [("full", full, DRAWN_SEED), ("full, other noise", full, OTHER_SEED)]
+    for budget in budgets:
+        names = [*(n for n in DRAWN if n in policies), *best_others(lab.data["rows"], budget, 2)]
+        for name in names:
+            contender = Contender(name, published=name == "line")
+            wanted.append((contender.name, lab.chosen(contender, budget, choose), DRAWN_SEED))
+    judge = Judge(lab, report) if lab.bundled else None
+    first = lab.sample(full, count, DRAWN_SEED)
+    for name, plan, seed in wanted:
+        codes = lab.sample(plan, count, seed)
+        same = (codes == first).flatten(1).double().mean(1).numpy()
+        row = {
+            "name": name,
+            **asdict(plan),
+            "budget_ratio": plan.share(lab.grid),
+            "images": count,
+            "seed": seed,
+            "core": lab.core,
+            "agreement": float(same.mean()),
+            "agreement_ci": half_width(same),
+            **(judge.figures(codes) if judge else {}),
+        }
+        rows[sample_key(row)] = row
+        lab.data["samples"] = list(rows.values())
+        lab.save()
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+def sample_key(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["name"], row["budget"], row["seed"]
+
+
+class Judge:
+    """The small classifier, and what real scenes look like to it after the tokenizer."""
+
+    def __init__(self, lab: Lab, split: Split):
+        from training.train_classifier import load_classifier
+
+        self.lab, self.classifier = lab, load_classifier()
+        self.real, _ = self.look(lab.held_out(split)[1])
+
+    @torch.inference_mode()
+    def look(self, codes: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Features N F and classes N of pictures."""
+        parts = [self.lab.model.tokenizer.decode(c).clamp(-1, 1) for c in codes.split(BATCH)]
+        features = torch.cat([self.classifier.features(p) for p in parts])
+        return features.double().numpy(), self.classifier.head(features).argmax(1)
+
+    def figures(self, codes: Tensor) -> dict[str, Any]:
+        features, classes = self.look(codes)
+        right = int((classes == torch.arange(len(codes)) % self.lab.kinds).sum())
+        return {
+            "accuracy": right / len(codes),
+            "accuracy_ci": share_interval(right, len(codes)),
+            "frechet": frechet(features, self.real),
+            "frechet_sd": frechet_deviation(features, self.real),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint, file or folder, of classes or of own words (default: the bundled one)"
+    )
+    parser.add_argument("--grid", type=int, nargs=2, help="rows and columns, where the file does not say")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
+    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets, one over the share of lines")
+    parser.add_argument("--images", type=int, default=REPORT.images, help="held-out pictures to report on")
+    parser.add_argument("--choose-images", type=int, default=CHOOSE.images, help="others, to choose recent lines on")
+    parser.add_argument("--samples", type=int, default=96, help="pictures to draw for each cache; 0: none")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
+    parser.add_argument("--write", action="store_true", help="compute nothing, write table and pictures again")
+    args = parser.parse_args()
+    if args.quick:
+        args.policies, args.shares, args.images, args.choose_images, args.samples = list(FIRST), (6,), 2, 2, 2
+    try:
+        files = ModelFiles(args.model, find_tokenizer(args.model)) if args.model else bundled_files()
+        lab = Lab(files, args.out, tuple(args.grid) if args.grid else None)
+        run(lab, args)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def run(lab: Lab, args: argparse.Namespace) -> None:
+    choose, report = replace(CHOOSE, images=args.choose_images), replace(REPORT, images=args.images)
+    budgets = list(dict.fromkeys(max(1, lab.grid.rows // share) for share in args.shares))
+    field = contenders(args.policies)[: len(FIRST) if args.quick else None]
+    print(
+        f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
+        f"{len(lab.data['rows'])} rows are there. Stop at any time, and go on with the same command."
+    )
+    if args.write:
+        tell(write_report(lab))
+        return
+    for stage in (budgets[:2], budgets[2:]):  # what is asked for most often comes first
+        for budget in stage:
+            for contender in field:
+                if contender.policy != "full" or budget == budgets[0]:  # its budget is the whole picture
+                    lab.row(contender.name, lab.chosen(contender, budget, choose), report)
+        if args.samples and stage == budgets[:2]:
+            draw_all(lab, stage, choose, report, args.policies, args.samples)
+        tell(write_report(lab))
+
+
+def tell(written: list[Path]) -> None:
+    for path in written:
+        print(f"wrote {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""How sure a figure is. Images are the unit: tokens of one picture are no independent draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+RESAMPLES = 2000
+# Student's t, 97.5 %, by degrees of freedom; between two the smaller is taken, which is on the safe side.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 7: 2.36, 10: 2.23, 15: 2.13, 23: 2.07, 31: 2.04, 63: 2.0,
+           95: 1.985, 127: 1.979, 255: 1.969}  # fmt: skip
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half of the 95 % interval of the mean of `values`; nan for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    factor = next((t for n, t in reversed(STUDENT.items()) if n <= len(values) - 1))
+    return factor * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _resamples(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+
+
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """95 % interval of mean(above) / mean(below), of values of the same images: bootstrap, percentiles."""
+    pick = _resamples(len(above))
+    ratios = above[pick].mean(1) / below[pick].mean(1)
+    return float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
+
+
+def share_interval(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, p = 1.96, hits / count
+    middle, spread = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of two sets of features N F, each taken for a Gaussian (Heusel et al., arXiv 1706.08500)."""
+    values, vectors = np.linalg.eigh(np.cov(a, rowvar=False))
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ np.cov(b, rowvar=False) @ root).clip(min=0)
+    spread = values.sum() + np.trace(np.cov(b, rowvar=False)) - 2 * np.sqrt(cross).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread)
+
+
+def frechet_deviation(a: np.ndarray, b: np.ndarray, resamples: int = 200) -> float:
+    """Standard deviation of the Fréchet distance over resamples of `a`'s images."""
+    return float(np.std([frechet(a[pick], b) for pick in _resamples(len(a))[:resamples]], ddof=1))
