@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
-from bench.uncertainty import frechet, frechet_deviation, half_width, share_interval
+from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
 from linear_core.errors import UserError
 from linear_core.generate import Run, generate
 from linear_core.library import ModelFiles, bundled_files, find_tokenizer, load_model
@@ -378,8 +378,8 @@ def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policie
         for name in names:
             contender = Contender(name, published=name == "line")
             wanted.append((contender.name, lab.chosen(contender, budget, choose), DRAWN_SEED))
-    judge = Judge(lab, report) if lab.bundled else None
     first = lab.sample(full, count, DRAWN_SEED)
+    judge = Judge(lab, report, first) if lab.bundled else None
     for name, plan, seed in wanted:
         codes = lab.sample(plan, count, seed)
         same = (codes == first).flatten(1).double().mean(1).numpy()
@@ -405,13 +405,14 @@ def sample_key(row: dict[str, Any]) -> tuple[str, int, int]:
 
 
 class Judge:
-    """The small classifier, and what real scenes look like to it after the tokenizer."""
+    """The small classifier, and what looks to it like real scenes after the tokenizer and like the full cache's."""
 
-    def __init__(self, lab: Lab, split: Split):
+    def __init__(self, lab: Lab, split: Split, full: Tensor):
         from training.train_classifier import load_classifier
 
         self.lab, self.classifier = lab, load_classifier()
         self.real, _ = self.look(lab.held_out(split)[1])
+        self.full, _ = self.look(full)
 
     @torch.inference_mode()
     def look(self, codes: Tensor) -> tuple[np.ndarray, Tensor]:
@@ -427,7 +428,7 @@ class Judge:
             "accuracy": right / len(codes),
             "accuracy_ci": share_interval(right, len(codes)),
             "frechet": frechet(features, self.real),
-            "frechet_sd": frechet_deviation(features, self.real),
+            "frechet_excess": frechet_excess(features, self.full, self.real, self.lab.kinds),
         }
 
 

@@ -184,15 +184,16 @@ def drawn(field: Field, samples: list[Row]) -> list[str]:
     lines = [
         f"{samples[0]['images']} pictures for each cache, classes in turn, the same noise. Agreement: share of codes "
         "equal to the full cache's. Fréchet distance: to held-out scenes, in the classifier's features; it falls with "
-        "the number of pictures, so only rows of this table can be compared.",
+        "the number of pictures, so only rows of this table can be compared. Intervals are of 95 %.",
         "",
-        *head("cache", "budget", "agreement", "class right", "Fréchet distance ± sd"),
+        *head("cache", "budget", "agreement", "class right", "Fréchet distance", "more than the full cache's"),
     ]
     for s in samples:
         budget = "all" if s["policy"] == "full" else field.share(s["budget"])
         right = "{:.1%} ({:.1%} to {:.1%})".format(s["accuracy"], *s["accuracy_ci"]) if "accuracy" in s else ""
-        distance = f"{s['frechet']:.3f} ± {s['frechet_sd']:.3f}" if "frechet" in s else ""
-        lines.append(line(s["name"], budget, figure(s["agreement"], s["agreement_ci"]), right, distance))
+        distance = f"{s['frechet']:.3f}" if "frechet" in s else ""
+        more = "{:+.3f} to {:+.3f}".format(*s["frechet_excess"]) if "frechet" in s else ""
+        lines.append(line(s["name"], budget, figure(s["agreement"], s["agreement_ci"]), right, distance, more))
     return lines
 
 

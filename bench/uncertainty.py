@@ -20,13 +20,9 @@ def half_width(values: np.ndarray) -> float:
     return factor * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def _resamples(count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-
-
 def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
     """95 % interval of mean(above) / mean(below), of values of the same images: bootstrap, percentiles."""
-    pick = _resamples(len(above))
+    pick = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
     ratios = above[pick].mean(1) / below[pick].mean(1)
     return float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
 
@@ -47,6 +43,15 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread)
 
 
-def frechet_deviation(a: np.ndarray, b: np.ndarray, resamples: int = 200) -> float:
-    """Standard deviation of the Fréchet distance over resamples of `a`'s images."""
-    return float(np.std([frechet(a[pick], b) for pick in _resamples(len(a))[:resamples]], ddof=1))
+def frechet_excess(a: np.ndarray, b: np.ndarray, real: np.ndarray, groups: int) -> tuple[float, float]:
+    """95 % interval of how much farther features `a` are from `real` than `b` are, both of the same prompts and noise.
+
+    Bootstrap over pairs within each group (pictures i, i + groups, … are of one class): classes are given, not drawn.
+    """
+    source, count = np.random.default_rng(0), len(a)
+    of_group = [np.arange(group, count, groups) for group in range(min(groups, count))]
+    found = []
+    for _ in range(400):
+        pick = np.concatenate([source.choice(members, len(members)) for members in of_group])
+        found.append(frechet(a[pick], real) - frechet(b[pick], real))
+    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from bench import quality
 from bench.forced import FULL, drift, forced_logits, reference
 from bench.report import Field, bars
-from bench.uncertainty import frechet, half_width, ratio_interval, share_interval
+from bench.uncertainty import frechet, frechet_excess, half_width, ratio_interval, share_interval
 from linear_core.library import ModelFiles
 from linear_core.plan import CachePlan, SamplePlan
 from tests import official
@@ -114,6 +114,9 @@ def test_frechet_distance():
     a = np.random.default_rng(1).normal(0, 1, (4000, 3))
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet(a, a + np.array([1, 2, 0])) == pytest.approx(5)
+    low, high = frechet_excess(a[:400] + np.array([1, 0, 0]), a[:400], a, 4)
+    assert low < 1 < high and high - low < 0.5
+    assert frechet_excess(a[:400], a[:400], a, 4) == (0, 0)
     assert frechet(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(4 * np.trace(np.cov(a, rowvar=False)))
 
 
