@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.shapes import CODES
+from bench.shapes import LLAMAGEN as SIZES
 from linear_core.generate import Run, generate
 from linear_core.grid import Grid
 from linear_core.library import ModelFiles, load_model
@@ -29,14 +31,6 @@ from linear_core.plan import PRESETS, CachePlan
 from linear_core.prompts import class_prompt
 from linear_core.vq.tokenizer import VQConfig, VQTokenizer
 
-CODES = 16384
-SIZES = {  # layers, width, heads, feed-forward
-    "B": (12, 768, 12, 2048),
-    "L": (24, 1024, 16, 2816),
-    "XL": (36, 1280, 20, 3584),
-    "XXL": (48, 1536, 24, 4096),
-    "3B": (24, 3200, 32, 8704),
-}
 VQ = VQConfig(CODES, 8, 256, (512, 256, 256, 128, 128), 3)  # VQ-16, its decoder
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

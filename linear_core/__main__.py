@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,12 @@ from . import library, text
 from .convert import convert
 from .errors import UserError
 from .generate import Run, generate, in_waves, together
+from .graph import Captured
 from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles, ModelInfo
-from .plan import PRESETS, RELEASES, STORAGES, CachePlan, SamplePlan
+from .memory import fits, free_memory, run_bytes
+from .packed import pack
+from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
 from .preview import EMPTY, decode
 from .prompts import Prompt, class_prompt
@@ -26,6 +30,8 @@ from .sheet import contact_sheet, save, to_image
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+STEPS = {"eager": lambda step: step, "compiled": partial(torch.compile, dynamic=False), "graph": Captured}
+MANY = 4096  # images at once; nobody asks for more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
 
@@ -59,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> None:
     out = _out(args.out, model.info.name + ".png")
     run, parts = Run(), []
     for some, own, _ in in_waves(prompt, sample, None, args.at_once or prompt.rows):
-        parts.append(_draw(model, some, [plan], own)[0].lines)
+        parts.append(_draw(model, some, [plan], own, args.step)[0].lines)
     for line in together(parts):
         run.add(line)
     pictures = decode(model.tokenizer, run.tokens)
@@ -85,7 +91,7 @@ def run_compare(args: argparse.Namespace) -> None:
     prompt = _prompt(args, model)
     names = list(prompt.names)
     out = _out(args.out, "compare.png")
-    full, run = _draw(model, prompt, [CachePlan(policy="full"), few], sample)
+    full, run = _draw(model, prompt, [CachePlan(policy="full"), few], sample, args.step)
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
     seen = pictures[1].clone()
@@ -131,6 +137,14 @@ def run_plan(args: argparse.Namespace) -> None:
         print(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
     saved = 1 - shape.bytes(info.grid, few, rows) / shape.bytes(info.grid, full, rows)
     print(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
+    device = _device(args).partition(":")[0]
+    if (free := _free(_device(args))) is not None:
+        room = free - library.decoder_bytes(info, dtype)
+        counts = [_how_many(shape, info, plan, 2 if sample.guided else 1, room, device) for plan in (full, few)]
+        print(
+            f"{free / MIB:.0f} MiB are free. Beside the weights they hold so many images at once: with the full cache "
+            f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
+        )
     if info.own_words:
         print(f"A prompt of {shape.prompt} tokens is reckoned with; a longer one takes a slot more for each.")
 
@@ -173,21 +187,29 @@ def run_convert(args: argparse.Namespace) -> None:
 # -- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _draw(model: ImageModel, prompt: Prompt, plans: list[CachePlan], sample: SamplePlan) -> list[Run]:
+def _draw(model: ImageModel, prompt: Prompt, plans: list[CachePlan], sample: SamplePlan, kind: str) -> list[Run]:
     """The same images once for each plan. The runs take turns line by line, so that their times compare."""
+    steps = [STEPS[kind](model.decoder.step) for _ in plans]
+    drawing = [
+        generate(model.decoder, prompt, plan, sample, step=step, static=kind != "eager")
+        for plan, step in zip(plans, steps, strict=True)
+    ]
     runs = [Run() for _ in plans]
     total = len(plans) * model.info.grid.rows * model.info.grid.cols * prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
-        for lines in zip(*(generate(model.decoder, prompt, p, sample) for p in plans), strict=True):
+        for lines in zip(*drawing, strict=True):
             for run, line in zip(runs, lines, strict=True):
                 run.add(line)
                 bar.update(line.tokens.numel())
+    if why := getattr(steps[0], "why", ""):
+        print(f"step: no graph was used; {why}.", file=sys.stderr)
     return runs
 
 
 def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
     model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    pack(model.decoder)  # on the CPU alone, where it halves the time of a step
     return replace(model, info=_sized(args, model.info))
 
 
@@ -204,6 +226,25 @@ def _device(args: argparse.Namespace) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _free(device: str) -> int | None:
+    """Bytes that could be taken there; None where nobody tells."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() if device == "cpu" else None
+
+
+def _how_many(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: int, room: int, device: str) -> str:
+    """How many images fit into `room` bytes, as far as anybody would draw at once."""
+
+    def needed(images: int) -> int:
+        return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device)
+
+    if needed(1) > room:
+        return "none"
+    count = fits(room, MANY, needed)
+    return f"{count} or more" if count == MANY else str(count)
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
@@ -363,6 +404,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--images", type=int, default=1, metavar="N", help="images of each class or text (default: 1)")
     group.add_argument(
         "--at-once", type=int, default=0, metavar="N", help="draw at most N images together; 0: all (default)"
+    )
+    group.add_argument(
+        "--step",
+        default="eager",
+        choices=list(STEPS),
+        help="how a token is computed: as it is (eager), by torch.compile, which takes a minute at first (compiled), "
+        "or recorded as a CUDA graph (graph)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="image i draws from seed N + i (default: 0)")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical 2 to 5")

@@ -12,7 +12,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
     B H S: the same for all queries; B H T S: each its own.
     """
+    if q.shape[2] == 1 and bias.ndim == 3 and q.device.type == "cpu":
+        return _attend_one(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same for T = 1 as two products, which read keys and values where they lie.
+
+    The kernel for CPUs is made for many queries: for one it takes a fifth longer, in bfloat16 more than twice as long.
+    """
+    scores = (k @ q.transpose(-1, -2))[..., 0] * q.shape[-1] ** -0.5 + bias
+    weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    return weights.to(v.dtype)[:, :, None] @ v
 
 
 def line_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int) -> Tensor:

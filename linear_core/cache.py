@@ -37,7 +37,9 @@ class LineCache:
         dtype: torch.dtype,
         device: torch.device | str,
         reads: frozenset[str] = frozenset(),
+        static: bool = False,
     ):
+        self.static = static  # read all slots from the first token on, so that a step has one shape for the image
         self.shape, self.rows, self.grid, self.plan = shape, rows, grid, plan
         layers, heads, dim, stride = shape.layers, shape.heads, shape.dim, grid.stride
         self.slots = shape.prompt + plan.lines(grid) * stride
@@ -92,8 +94,8 @@ class LineCache:
             self.queries[layer].index_copy_(2, column, q)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys B H S D, values B H S D and bias B H S of everything written so far."""
-        end = self.extent
+        """Keys B H S D, values B H S D and bias B H S of everything written so far; of all slots where static."""
+        end = self.slots if self.static else self.extent
         return self.keys.read(layer, end), self.values.read(layer, end), self.bias[layer, :, :, :end]
 
     def feed(self, layer: int, columns: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +104,7 @@ class LineCache:
         As if they had come one by one: a query sees what was visible before, less what the line has overwritten up to
         it, then the line up to itself. Keys and values B H S+T D, bias B H T S+T. `advance` comes after all layers.
         """
-        end, count = self.extent, columns.shape[0]
+        end, count = self.slots if self.static else self.extent, columns.shape[0]
         keys = torch.cat([self.keys.read(layer, end), k], 2)
         values = torch.cat([self.values.read(layer, end), v], 2)
         old = self.bias[layer, :, :, :end]
@@ -145,26 +147,27 @@ class LineCache:
         return View(keys, values, bias, index, queries, mass, self.grid, row, layer, turn, self.survey)
 
     def release(self, view: View, victims: Tensor) -> None:
-        """`victims` int64 1 B H V, least useful first, are let go in the layer that `view` shows; -1: none.
+        """`victims` int64 1 B H V, least useful first, are let go in the layer and rows that `view` shows; -1: none.
 
         The last of them are the slots of the next line. Strict: all are invisible from now on. Lazy: each of those
         stays visible until it is overwritten. Fold: each goes on in the kept slot nearest to it.
         """
-        one, end, stride = slice(view.layer, view.layer + 1), self.extent, self.grid.stride
+        end, stride, rows = self.extent, self.grid.stride, slice(view.first, view.first + view.index.shape[1])
+        one = slice(view.layer, view.layer + 1), rows
         leaving = _mark(victims, end)
         if self.count is not None:
-            folded = fold(view, victims.clamp(min=0), self.count[one, ..., :end])
-            self.keys.change(view.layer, folded.keys[0], folded.changed[0])
-            self.values.change(view.layer, folded.values[0], folded.changed[0])
-            self.bias[one, ..., :end] = folded.bias.to(self.bias.dtype)
-            self.count[one, ..., :end] = folded.count.masked_fill(leaving, 1.0)  # what comes there stands for itself
+            folded = fold(view, victims.clamp(min=0), self.count[one][..., :end])
+            self.keys.change(view.layer, rows, folded.keys[0], folded.changed[0])
+            self.values.change(view.layer, rows, folded.values[0], folded.changed[0])
+            self.bias[one][..., :end] = folded.bias.to(self.bias.dtype)
+            self.count[one][..., :end] = folded.count.masked_fill(leaving, 1.0)  # what comes there stands for itself
         self.target[one] = victims[..., -stride:]
         self._aim(view.layer)
         if self.mass is not None:
-            self.mass[one, ..., :end].masked_fill_(leaving, 0.0)
+            self.mass[one][..., :end].masked_fill_(leaving, 0.0)
         hidden = _mark(victims[..., :-stride], end) if self.plan.release == "lazy" else leaving
-        self.bias[one, ..., :end].masked_fill_(hidden, float("-inf"))
-        self.index[one, ..., :end].masked_fill_(hidden, -1)
+        self.bias[one][..., :end].masked_fill_(hidden, float("-inf"))
+        self.index[one][..., :end].masked_fill_(hidden, -1)
 
     def _settle(self, layer: int) -> None:
         for stored in (self.keys, self.values):

@@ -16,7 +16,7 @@ from .cache import LineCache
 from .errors import UserError
 from .events import Line
 from .grid import Grid
-from .memory import waves
+from .memory import fold_pairs, waves
 from .plan import CachePlan, CacheShape, SamplePlan
 from .policies import Policy, choose, get_policy
 from .sampling import Noise, guide, pick, restrict
@@ -52,6 +52,7 @@ def generate(
     sample: SamplePlan,
     *,
     step: Step | None = None,
+    static: bool = False,
     above: Tensor | None = None,
 ) -> Iterator[Line]:
     """Draw one image for each row of `prompt`, yielding each row of tokens as it is finished.
@@ -61,7 +62,8 @@ def generate(
     it, and drawing goes on below them.
 
     `plan` says what the cache keeps, `sample` how tokens are drawn. `step` replaces the decoder's own (compiled,
-    captured). Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
+    captured); `static` gives it one shape for the whole image, at the price of reading slots that are still empty.
+    Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
     it holds.
     """
     policy = get_policy(plan.policy)
@@ -76,7 +78,7 @@ def generate(
     grid = asked.after(rows.length)
     shape = decoder.cache_shape(rows.length)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads)
+    cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads, static=static)
     turn = partial(decoder.turn_ahead, grid)
     step = step or decoder.step
     noise = Noise(sample.seed, images, decoder.codes, device)
@@ -98,9 +100,7 @@ def generate(
             )
         for column in range(grid.cols if replayed else 0, grid.cols):
             number = row * grid.stride + column
-            scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
-            scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
-            token = pick(scores, noise.exponential(number), sample.temperature)
+            token = draw(logits, number, images, sample, noise)
             tokens[:, column] = token
             fed = grid.fed_with(column)  # a line's end is known, so nobody has to wait for its logits
             if number + fed == grid.tokens:
@@ -126,6 +126,13 @@ def generate(
             None if stands is None else stands.cpu(),
         )  # fmt: skip
         started = time.perf_counter()
+
+
+def draw(logits: Tensor, number: int, images: int, sample: SamplePlan, noise: Noise) -> Tensor:
+    """Image token `number` of each image from the logits of all sequences: int64 B."""
+    scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
+    scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
+    return pick(scores, noise.exponential(number), sample.temperature)
 
 
 def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> Tensor:
@@ -159,6 +166,9 @@ def end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor,
         views = list(views)
         cache.survey = torch.cat([policy.survey(view) for view in views])
         views = [replace(view, survey=cache.survey) for view in views]
+    if plan.release == "fold" and full:  # compares slots with slots, which for all rows at once takes much memory
+        pairs = fold_pairs(cache.index.device.type)
+        views = (part for view in views for part in view.parts(pairs))
     for view in views:  # looked at in any case: that is what attention mass is counted by
         if full:
             scores = policy.score(view)

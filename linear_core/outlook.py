@@ -53,5 +53,4 @@ def look_ahead(queries: Tensor, keys: Tensor, bias: Tensor) -> Outlook:
     most = scores.amax(-1, keepdim=True)
     odds = scores.sub_(most).exp_()
     total = odds.sum(-1, keepdim=True)
-    mass = (1 / total).transpose(-1, -2) @ odds / queries.shape[-2]
-    return Outlook(queries, (most + total.log())[..., 0], mass[..., 0, :])
+    return Outlook(queries, (most + total.log())[..., 0], odds.div_(total).mean(-2))

@@ -20,7 +20,7 @@ def restrict(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.0)
     The mass is that of softmax(logits / temperature), of what `top_k` has left.
     """
     if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        least = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < least, float("-inf"))
     if top_p < 1:
         ordered, place = logits.sort(dim=-1, descending=True)
@@ -33,10 +33,13 @@ def restrict(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.0)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit finaliser (Mueller's lowbias32 constants) in int64 arithmetic, which every device has."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    """A 32-bit finaliser (Mueller's lowbias32 constants) in int64 arithmetic, which every device has.
+
+    In place, here and below: fresh memory for each of a dozen operations would take longer than what they compute.
+    """
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16)
 
 
 class Noise:
@@ -54,11 +57,12 @@ class Noise:
 
     def exponential(self, token: int) -> Tensor:
         """Standard exponential noise for image token number `token`: float32 B V, all positive."""
-        bits = _mix((self.start + (token + 1) * 0x9E3779B1 & _MASK) ^ self.high)
+        bits = self.start + (token + 1) * 0x9E3779B1
+        bits = _mix(bits.bitwise_and_(_MASK).bitwise_xor_(self.high))
         # u is finest near 0, where the winner of the race below is decided. It stays below 1: infinite noise would rule
         # a code out, even the only one that is left.
-        u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-        return -torch.log1p(-u)
+        u = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+        return u.neg_().log1p_().neg_()
 
 
 def pick(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:

@@ -22,15 +22,15 @@ class Full:
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         """x B H T D of the line's tokens at `column` into `slot` B H T."""
-        self.numbers[layer].scatter_(2, slot[..., None].expand_as(x), x)
+        _put(self.numbers[layer], slot, x)
 
     def place(self, layer: int, x: Tensor) -> None:
         """x B H P D into the first P slots."""
         self.numbers[layer, :, :, : x.shape[2]] = x
 
-    def change(self, layer: int, x: Tensor, where: Tensor) -> None:
-        """x B H S D into the slots that `where` (bool B H S) names."""
-        held = self.numbers[layer, :, :, : x.shape[2]]
+    def change(self, layer: int, rows: slice, x: Tensor, where: Tensor) -> None:
+        """x B H S D of these rows into the slots that `where` (bool B H S) names."""
+        held = self.numbers[layer, rows, :, : x.shape[2]]
         held.copy_(torch.where(where[..., None], x.to(held.dtype), held))
 
     def settle(self, layer: int, target: Tensor) -> None:
@@ -48,12 +48,12 @@ class Int8(Full):
     """Eight bits a number and a scale for each head's slot; the line that is being written stays as it was computed.
 
     A complete line no longer changes, so it is rounded once, to the nearest of 255 steps of its greatest number (and
-    again where something is folded into it). Takes D + 2 bytes where Full takes 2 D in half precision.
+    again where something is folded into it). In half precision it takes D + 2 bytes where Full takes 2 D.
     """
 
     def __init__(self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device):
         self.numbers = torch.zeros(*lead, slots, dim, dtype=torch.int8, device=device)
-        self.scale = torch.zeros(*lead, slots, 1, dtype=torch.float16, device=device)
+        self.scale = torch.zeros(*lead, slots, 1, dtype=dtype, device=device)
         self.fresh = torch.zeros(*lead, stride, dim, dtype=dtype, device=device)
         self.target = torch.zeros(*lead, stride, dtype=torch.int64, device=device)
 
@@ -71,18 +71,18 @@ class Int8(Full):
 
     def place(self, layer: int, x: Tensor) -> None:
         end = x.shape[2]
-        self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x)
+        self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x, self.scale.dtype)
 
-    def change(self, layer: int, x: Tensor, where: Tensor) -> None:
-        numbers, scale = _pack(x)
+    def change(self, layer: int, rows: slice, x: Tensor, where: Tensor) -> None:
+        numbers, scale = _pack(x, self.scale.dtype)
         for held, new in ((self.numbers, numbers), (self.scale, scale)):
-            old = held[layer, :, :, : x.shape[2]]
+            old = held[layer, rows, :, : x.shape[2]]
             old.copy_(torch.where(where[..., None], new, old))
 
     def settle(self, layer: int, target: Tensor) -> None:
-        numbers, scale = _pack(self.fresh[layer])
-        self.numbers[layer].scatter_(2, target[..., None].expand_as(numbers), numbers)
-        self.scale[layer].scatter_(2, target[..., None], scale)
+        numbers, scale = _pack(self.fresh[layer], self.scale.dtype)
+        _put(self.numbers[layer], target, numbers)
+        _put(self.scale[layer], target, scale)
 
     def aim(self, layer: int, target: Tensor) -> None:
         self.target[layer] = target
@@ -99,11 +99,20 @@ class Int8(Full):
         return numbers.to(dtype) * scale.to(dtype)
 
 
-def _pack(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x ... D as int8 and one scale in half precision each: ... 1."""
+def _put(held: Tensor, slot: Tensor, x: Tensor) -> None:
+    """x B H T N into the places `slot` B H T of `held` B H S N.
+
+    As rows of one long table: scattering into half precision copies all of `held`, twice, on CPUs.
+    """
+    first = torch.arange(0, held[..., 0].numel(), held.shape[2], device=held.device).view(*held.shape[:2], 1)
+    held.view(-1, held.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
+
+
+def _pack(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x ... D as int8 and one scale of `dtype` each: ... 1."""
     x = x.float()
-    # Rounded up to the half-precision number above, so that the greatest number stays within 127 steps.
-    scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + 2**-10)).half()
+    # A little more, so that the greatest number stays within 127 steps however the scale is rounded.
+    scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps)).to(dtype)
     return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
 
 

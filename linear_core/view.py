@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class View:
     layer         number of the first layer shown
     turn          turns queries as if they stood so many lines later: the model's rotation; None unless the policy reads
                   "ahead"
+    first         number of the first row shown
     survey        all layers B ..., what the policy's survey found at the first eviction; None unless it has one
     """
 
@@ -44,7 +45,19 @@ class View:
     layer: int = 0
     turn: Callable[[Tensor, int], Tensor] | None = None
     survey: Tensor | None = None
+    first: int = 0
     _outlooks: dict[tuple[int, ...], Outlook] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def parts(self, pairs: int) -> Iterator[View]:
+        """The same, so many rows at a time that they have at most `pairs` pairs of slots, or one by one."""
+        count = max(1, pairs // (self.index.shape[2] * self.index.shape[3] ** 2))
+        for first in range(0, self.index.shape[1], count):
+            cut = slice(first, first + count)
+            shown = {
+                name: None if (held := getattr(self, name)) is None else held[:, cut]
+                for name in ("keys", "values", "bias", "index", "queries", "mass", "survey")
+            }
+            yield replace(self, **shown, first=first)
 
     @property
     def newest(self) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     *("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "replay", "events"),
-    *("llama", "memory", "hf", "imports"),
+    *("llama", "memory", "speed", "hf", "imports"),
 )
 CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
 
@@ -37,6 +37,22 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "stands: a sum, not a mean",
     ),
     ("events.py", "& ((stands > 8) | (self._stands > 8))", "& (stands > 8)", "stands: who is alone again is not told"),
+    # -- speed
+    (
+        "attention.py",
+        "(k @ q.transpose",
+        "(k.transpose(0, 1).contiguous().transpose(0, 1) @ q.transpose",
+        "keys are copied",
+    ),
+    ("generate.py", "reads=reads, static=static)", "reads=reads)", "a static step still grows"),
+    ("storage.py", "(first + slot)", "slot", "all heads write to the first one's slots"),
+    ("graph.py", "self._logits.clone()", "self._logits", "the next token writes over the logits"),
+    ("graph.py", "is not cache or", "is None or", "a graph outlives its cache"),
+    ("graph.py", " or self._recorded[1] != token.shape", "", "a graph outlives its rows"),
+    ("graph.py", "held.copy_(new)", "pass", "every token is the first"),
+    ("graph.py", "if not cache.static:", "if False:", "a step without a fixed shape is recorded"),
+    ("packed.py", "self.bias = linear.bias", "self.bias = None", "packed layers lose their bias"),
+    ("view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
     # -- storage
     (
         "storage.py",
@@ -44,7 +60,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "return held",
         "int8: the line being written is not seen",
     ),
-    ("storage.py", "self.scale[layer].scatter_(2, target[..., None], scale)", "pass", "int8: scales are not settled"),
+    ("storage.py", "_put(self.scale[layer], target, scale)", "pass", "int8: scales are not settled"),
     (
         "storage.py",
         "self.fresh[layer] = self._unpack(",
@@ -66,8 +82,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "plan.py",
-        "(self.dim + 2) + self.line_bytes(grid, rows)",
-        "(self.dim + 2)",
+        "(self.dim + self.bytes_per_number) + self.line_bytes(grid, rows)",
+        "(self.dim + self.bytes_per_number)",
         "int8: the line being written is not counted",
     ),
     # -- folding
@@ -121,11 +137,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache.py",
-        "self.values.change(view.layer, folded.values[0], folded.changed[0])",
+        "self.values.change(view.layer, rows, folded.values[0], folded.changed[0])",
         "pass",
         "folded values are lost",
     ),
-    ("cache.py", "self.bias[one, ..., :end] = folded.bias.to(self.bias.dtype)", "pass", "folded weights are lost"),
+    ("cache.py", "self.bias[one][..., :end] = folded.bias.to(self.bias.dtype)", "pass", "folded weights are lost"),
     (
         "models/llamagen.py",
         "ROPE_BASE, queries.device)[lines:])",
@@ -160,7 +176,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "all rows use row 0's victims",
     ),
     ("cache.py", "self.target[one] = victims", "self.target[one] = victims.flip(-1)", "lazy victims leave in reverse"),
-    ("cache.py", "self.mass[one, ..., :end].masked_fill_(leaving, 0.0)", "pass", "attention mass is not reset"),
+    ("cache.py", "self.mass[one][..., :end].masked_fill_(leaving, 0.0)", "pass", "attention mass is not reset"),
     ("cache.py", 'if self.plan.release == "lazy" else', "if False else", "lazy release behaves as strict"),
     ("cache.py", 'if self.plan.release == "lazy" else', "if True else", "strict release behaves as lazy"),
     (
@@ -171,11 +187,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache.py",
-        'self.bias[one, ..., :end].masked_fill_(hidden, float("-inf"))',
+        'self.bias[one][..., :end].masked_fill_(hidden, float("-inf"))',
         "pass",
         "strict victims stay visible to attention",
     ),
-    ("cache.py", "self.index[one, ..., :end].masked_fill_(hidden, -1)", "pass", "strict victims stay in the record"),
+    ("cache.py", "self.index[one][..., :end].masked_fill_(hidden, -1)", "pass", "strict victims stay in the record"),
     ("cache.py", "self.grid.index(row)).sum(2)", "self.grid.index(row) + 1).sum(2)", "mass sees one token too far"),
     (
         "cache.py",
@@ -192,7 +208,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "the prompt counts as token 0",
     ),
     # -- attention and what a policy sees
-    ("attention.py", "attn_mask=bias[:, :, None]", "attn_mask=None", "the bias is ignored while decoding"),
+    ("attention.py", "q.shape[-1] ** -0.5 + bias", "q.shape[-1] ** -0.5", "the bias is ignored while decoding"),
     ("attention.py", " + bias.float()[:, :, None]", "", "the bias is ignored in scores"),
     (
         "attention.py",
@@ -394,7 +410,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- drawing
     ("sampling.py", "unconditional + (conditional", "unconditional - (conditional", "guidance: wrong sign"),
     ("sampling.py", "logits[:images], logits[images:]", "logits[images:], logits[:images]", "guidance: halves swapped"),
-    ("sampling.py", "logits.topk(top_k, dim=-1)", "logits.topk(top_k + 1, dim=-1)", "top-k: one too many"),
+    ("sampling.py", "logits.topk(top_k, dim=-1", "logits.topk(top_k + 1, dim=-1", "top-k: one too many"),
     ("sampling.py", ".cumsum(-1).roll(1, dims=-1)", ".cumsum(-1)", "top-p: the code that crosses the mark is dropped"),
     ("sampling.py", "before[..., 0] = 0\n", "\n", "top-p: nothing may stay"),
     (
@@ -404,8 +420,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "noise ignores which image it is",
     ),
     ("sampling.py", "(token + 1) * 0x9E3779B1", "0x9E3779B1", "noise ignores the token's number"),
-    ("sampling.py", " ^ self.high)", ")", "noise ignores the seed's upper half"),
-    ("sampling.py", ".clamp(max=1 - 2.0**-24)", "", "noise may be infinite"),
+    ("sampling.py", ".bitwise_xor_(self.high)", "", "noise ignores the seed's upper half"),
+    ("sampling.py", ".clamp_(max=1 - 2.0**-24)", "", "noise may be infinite"),
     ("sampling.py", "logits.float() / temperature", "logits.float() * temperature", "temperature upside down"),
     # -- plans
     (
@@ -450,7 +466,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "(0, 1))\n                logits",
         "a line ends with code 0",
     ),
-    ("generate.py", "noise.exponential(number)", "noise.exponential(column)", "noise repeats on every row"),
+    ("generate.py", "noise.exponential(number)", "noise.exponential(number % 3)", "noise repeats on every row"),
     ("generate.py", "pad = pad[:images]", "pad = pad[images:]", "the padding of the wrong half goes on"),
     (
         "generate.py",

@@ -11,6 +11,7 @@ from PIL import Image
 
 from linear_core import library
 from linear_core.__main__ import main
+from linear_core.memory import run_bytes
 from linear_core.plan import PRESETS, CachePlan
 from linear_core.policies import POLICIES
 
@@ -40,6 +41,29 @@ def test_compare_measures_what_plan_promises(tmp_path: Path, capsys: pytest.Capt
         assert f"{size:.2f}" in measured and f"{size:.2f}" in planned
     assert "1/6" in planned
     assert Image.open(tmp_path / "c.png").width > 288
+
+
+def test_a_graph_that_cannot_be_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU `--step graph` draws all the same, and says that it did so without one."""
+    out = tmp_path / "g.png"
+    assert main(["generate", "--device", "cpu", "--step", "graph", "--class", "desert day", "--out", str(out)]) == 0
+    assert out.exists() and "graphs are for cuda, and this runs on cpu" in capsys.readouterr().err
+
+
+def test_plan_says_how_many_images_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as the formula of a run allows beside the weights; none is said to be none."""
+    info = library.read_info(library.bundled_files().decoder)
+    shape, weights = info.cache_shape(torch.float32), library.decoder_bytes(info, torch.float32)
+    few = PRESETS["Balanced"]
+    room, full = (run_bytes(shape, info.grid, p, 2 * 5, info.config.codes, "cpu") for p in (few, PRESETS["Full"]))
+    assert room < full / 2
+    for free, words in ((weights + room, "with 4 of 24 lines, fold 5."), (weights + full, "full cache 5, with"),
+                        (weights, "cache none, with")):  # fmt: skip
+        monkeypatch.setattr("linear_core.__main__.free_memory", lambda free=free: free)
+        assert main(["plan", "--device", "cpu"]) == 0
+        assert words in capsys.readouterr().out
+    monkeypatch.setattr("linear_core.__main__.free_memory", lambda: None)
+    assert main(["plan", "--device", "cpu"]) == 0 and "at once" not in capsys.readouterr().out
 
 
 def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

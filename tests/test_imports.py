@@ -41,6 +41,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "policies.*": ({"outlook", "plan", "policies.*", "view"}, TENSORS),
     "sampling": (set(), TENSORS),
     "blocks": (set(), TENSORS),
+    "packed": (set(), TENSORS),
     # models
     "models.*": (
         {"attention", "blocks", "cache", "errors", "grid", "plan", "prompts", "prompts.*", "models.llama"},

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from linear_core.generate import Run, generate, in_waves, together
-from linear_core.memory import fits, waves
-from linear_core.plan import CachePlan, SamplePlan
+from linear_core.grid import Grid
+from linear_core.memory import fits, run_bytes, waves
+from linear_core.plan import CachePlan, CacheShape, SamplePlan
+from linear_core.prompts import class_prompt
 from tests import tiny
 
 
@@ -20,6 +22,19 @@ def test_how_many_fit() -> None:
     assert fits(5, 16, lambda n: 10 + 30 * n) == 1, "one has to be tried"
     assert [list(part) for part in waves(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [len(part) for part in waves(16, 16)] == [16] and [len(part) for part in waves(3, 1)] == [1, 1, 1]
+
+
+def test_folding_is_reckoned_with() -> None:
+    """It compares slots with slots at a line's end, some rows at a time; with a full cache there is no such end."""
+    shape, grid = CacheShape(36, 20, 64, 1, 2), Grid(24, 24)
+
+    def needed(policy: str, budget: int, rows: int, device: str = "cuda") -> int:
+        return run_bytes(shape, grid, CachePlan(policy, budget), rows, 16384, device)
+
+    beside = [needed("fold", 4, rows) - needed("line", 4, rows) for rows in (16, 512, 1024)]
+    assert beside[0] > 0 and beside[1] > beside[2], "bounded, and in place of what scores take for all rows"
+    assert needed("fold", 4, 512, "cpu") < needed("fold", 4, 512)
+    assert needed("fold", 24, 512) == needed("full", 4, 512)
 
 
 def draw(decoder: Any, prompt: Any, plan: CachePlan, sample: SamplePlan, at_once: int, above: Any = None) -> Run:
@@ -48,3 +63,19 @@ def test_parts_of_a_batch_are_the_batch(at_once: int) -> None:
         kept = draw(decoder, prompt, plan, sample, at_once, given)
         assert torch.equal(kept.tokens, draw(decoder, prompt, plan, sample, 4, given).tokens)
         assert torch.equal(kept.tokens[:, :2], given.expand(4, -1, -1))
+
+
+@pytest.mark.parametrize("storage", ["full", "int8"])
+@pytest.mark.parametrize("policy", ["fold", "h2o", "random"])
+def test_rows_folded_one_by_one_are_folded_as_all_at_once(policy: str, storage: str, monkeypatch) -> None:
+    """To the bit: the same tokens, keys, values, weights and indices."""
+    decoder, sample = tiny.llamagen(7, 5), SamplePlan(seed=2, guidance=3.0)
+    plan, caches = CachePlan(policy, 3, 2, 1, "fold", storage), []
+    for pairs in (1, 3 * 2 * 21**2, 10**9):
+        monkeypatch.setattr("linear_core.generate.fold_pairs", lambda device, pairs=pairs: pairs)
+        recorder = tiny.Recorder(decoder)
+        recorder.lines.extend(generate(recorder, class_prompt([1, 3, 0]), plan, sample))
+        keys, values, bias = recorder.cache.read(0)
+        caches.append((recorder.tokens, keys, values, bias, recorder.cache.index))
+    for other in caches[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(caches[0], other, strict=True))

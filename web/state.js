@@ -290,7 +290,7 @@ export function cacheBytes(shape, grid, plan, sequences) {
   const slots = shape.prompt + lines * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
   const line = heads * shape.dim * grid.stride * shape.bytes_per_number;
-  return plan.storage === "int8" ? heads * slots * (shape.dim + 2) + line : heads * shape.dim * slots * shape.bytes_per_number;
+  return plan.storage === "int8" ? heads * slots * (shape.dim + shape.bytes_per_number) + line : heads * shape.dim * slots * shape.bytes_per_number;
 }
 
 /**

@@ -1,0 +1,110 @@
+"""The machine that a benchmark runs on: its circumstances, its copy bandwidth, the memory of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def load() -> list[float] | None:
+    """Processes that wanted to run, over 1, 5 and 15 minutes; None where the system does not tell."""
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """What a reader has to know to believe a number."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "load": load(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checkout's commit, with a + where files differ from it."""
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def copy_bandwidth(device: str, size: int = 2**28, repeat: int = 7) -> float:
+    """Bytes read and written in a second by a large copy, the best of several."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(repeat):
+        synchronize(device)
+        begun = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * source.nbytes / best
+
+
+class Peak:
+    """The most memory that this process, or the GPU, has held since `Peak` was made; nan where nobody tells."""
+
+    def __init__(self, device: str):
+        self.device = device
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is held now
+
+    @property
+    def bytes(self) -> float:
+        if self.device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated()
+        return resident("VmHWM")
+
+
+def resident(field: str = "VmRSS") -> float:
+    """Bytes of memory that Linux says this process takes; nan elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return float("nan")
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return float("nan")
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds."""
+    ms = sorted(1e3 * s for s in seconds)
+    low, high = (statistics.quantiles(ms, n=4)[i] for i in (0, 2)) if len(ms) > 1 else (ms[0], ms[0])
+    return {"median": round(statistics.median(ms), 3), "low": round(low, 3), "high": round(high, 3), "n": len(ms)}

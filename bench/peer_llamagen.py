@@ -1,0 +1,71 @@
+"""LlamaGen's own decoding loop, from a checkout of github.com/FoundationVision/LlamaGen, with our weights.
+
+Runs as published: `autoregressive/models/generate.py` and `gpt.py`, unchanged. Nothing in them asks for CUDA. Not used
+is what the sampling script does around them, torch.compile among it, which is its option.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from linear_core.models.llamagen import LlamaGen
+
+
+class Published:
+    """The published model and loop, with `images` classes and the guidance that goes with them.
+
+    `weights` are those of `model`, under their published names.
+    """
+
+    name = "published"
+
+    def __init__(
+        self, checkout: Path, model: LlamaGen, weights: dict[str, Tensor], images: int, guidance: float, top_k: int
+    ):
+        sys.path.insert(0, str(checkout))
+        warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # what it calls has a newer name
+        gpt = importlib.import_module("autoregressive.models.gpt")
+        self.loop = importlib.import_module("autoregressive.models.generate")
+        c, grid = model.config, model.grid
+        settings = gpt.ModelArgs(
+            dim=c.width, n_layer=c.layers, n_head=c.heads, vocab_size=c.codes, num_classes=c.classes,
+            block_size=grid.rows * grid.cols, cls_token_num=1, norm_eps=c.eps,
+        )  # fmt: skip
+        settings.multiple_of = 1 if c.hidden % settings.multiple_of else settings.multiple_of
+        self.model = gpt.Transformer(settings)
+        self.model.load_state_dict(weights, assign=True)
+        self.model.eval()
+        self.images, self.guidance = images, guidance
+        self.sampling = {"temperature": 1.0, "top_k": top_k, "top_p": 1.0}
+        self.tokens, self.device = grid.tokens, model.device
+        self.classes = torch.arange(images, device=model.device) % c.classes
+
+    def picture(self) -> Tensor:
+        """The whole loop: int B N."""
+        return self.loop.generate(self.model, self.classes, self.tokens, cfg_scale=self.guidance, **self.sampling)
+
+    def prepare(self) -> None:
+        """As `generate` does before its first token. What a step costs does not depend on how far it has come."""
+        rows = self.images * (2 if self.guidance > 1 else 1)
+        with torch.device(self.device):
+            self.model.setup_caches(rows, 1 + self.tokens, self.model.tok_embeddings.weight.dtype)
+
+    @torch.no_grad()
+    def prefill(self) -> Tensor:
+        """Logits B V of the first token, of all sequences."""
+        nothing = torch.full_like(self.classes, self.model.num_classes)
+        cond = torch.cat([self.classes, nothing]) if self.guidance > 1 else self.classes
+        return self.model(None, cond, torch.arange(1, device=self.device))[0][:, -1]
+
+    @torch.no_grad()
+    def steps(self, count: int) -> None:
+        """So many tokens by the published loop, sampling included."""
+        token = torch.zeros(self.images, 1, dtype=torch.int64, device=self.device)
+        place = torch.tensor([self.tokens // 2], device=self.device, dtype=torch.int)
+        self.loop.decode_n_tokens(self.model, token, place, count, self.guidance, -1, **self.sampling)

@@ -1,0 +1,97 @@
+"""Models as shapes: what speed and memory depend on. Weights are random, of the published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from linear_core.grid import Grid
+from linear_core.library import bundled_files, load_model
+from linear_core.models.janus import Janus, JanusConfig
+from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.models.lumina import Lumina, LuminaConfig
+from linear_core.plan import CacheShape, SamplePlan
+from linear_core.prompts import Prompt, class_prompt, token_prompt
+
+CODES = 16384
+LLAMAGEN = {  # layers, width, heads, feed-forward
+    "B": (12, 768, 12, 2048),
+    "L": (24, 1024, 16, 2816),
+    "XL": (36, 1280, 20, 3584),
+    "XXL": (48, 1536, 24, 4096),
+    "3B": (24, 3200, 32, 8704),
+}
+CHAMELEON = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, 1e-5, qk_norm=True)
+EOL = 8799  # Lumina-mGPT's, counted from code 0
+WORDS = 48  # tokens of a prompt, about what a sentence takes in a chat
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model before it has weights; `words` tokens of prompt, or 0 where a class is all there is."""
+
+    name: str
+    network: type[nn.Module]
+    config: Any
+    grid: Grid
+    sample: SamplePlan
+    words: int = 0
+
+    def cache_shape(self, dtype: torch.dtype) -> CacheShape:
+        return self.config.cache_shape(max(self.words, 1), dtype.itemsize)
+
+    def parameters(self) -> tuple[int, int]:
+        """Numbers in all, and those that every step reads: tables are looked up, not read."""
+        with torch.device("meta"):
+            return count(self.network(self.config, self.grid))
+
+    def prompt(self, images: int) -> Prompt:
+        if not self.words:
+            return class_prompt([i % self.config.classes for i in range(images)])
+        rows = [[1, *[5] * (self.words - 2), 2]] * images
+        return token_prompt(rows, negative=token_prompt([[1, *[3] * (self.words - 2), 2]] * images))
+
+    def make(self, dtype: torch.dtype, device: str) -> nn.Module:
+        """The bundled model as it is; any other with random weights, as large as trained ones."""
+        if self.name == "landscapes":
+            return load_model(bundled_files(), device=device, dtype=dtype).decoder
+        with torch.device("meta"):
+            model = self.network(self.config, self.grid)
+        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        for name, weight in model.state_dict().items():
+            if weight.ndim == 1 or "norm" in name:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                weight.normal_(0, weight[0].numel() ** -0.5)
+        return model
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """Numbers of a model in all, and those that every step reads."""
+    tables = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    return whole, whole - tables
+
+
+def _shapes() -> list[ModelShape]:
+    few = SamplePlan(guidance=4.0, top_k=2000)
+    bundled = load_model(bundled_files())
+    shapes = [
+        ModelShape("landscapes", LlamaGen, bundled.info.config, bundled.info.grid, bundled.info.defaults),
+    ]
+    for size, (layers, width, heads, hidden) in LLAMAGEN.items():
+        config = LlamaGenConfig(layers, width, heads, hidden, CODES, classes=1000)
+        shapes.append(ModelShape(f"LlamaGen-{size}", LlamaGen, config, Grid(24, 24), few))
+    for size, (layers, width, heads, hidden) in {"1B": (24, 2048, 16, 5632), "7B": (30, 4096, 32, 11008)}.items():
+        config = JanusConfig(layers, width, heads, hidden, CODES, 102400, head_hidden=width)
+        shapes.append(ModelShape(f"Janus-Pro-{size}", Janus, config, Grid(24, 24), SamplePlan(guidance=5.0), WORDS))
+    for pixels in (768, 1024):
+        grid = Grid(pixels // 16, pixels // 16, eol=EOL)
+        shapes.append(ModelShape(f"Lumina-mGPT-{pixels}", Lumina, CHAMELEON, grid, few, WORDS))
+    return shapes
+
+
+SHAPES = {shape.name: shape for shape in _shapes()}

@@ -1,0 +1,371 @@
+"""How fast does it draw, and how much of that could the machine do?
+
+    python bench/speed.py                                       LlamaGen-B, full cache against 4 of 24 lines
+    python bench/speed.py --lines 2 --against ~/LlamaGen        beside LlamaGen's own loop, two lines of each image
+    python bench/speed.py --models Janus-Pro-1B LlamaGen-XL --plans full fold:4 line:2:int8 --steps eager compiled
+    python bench/speed.py --out cpu-b16                         also writes bench/results/speed-cpu-b16.json
+
+Random weights of the published sizes; the shapes, not the numbers, decide the time. Everything that is compared takes
+turns, a step each, so that whatever else the machine does is felt by all alike; medians and quartiles are given.
+
+Without --lines whole images are drawn by the real loop. With --lines N only N lines of an image are timed, each with a
+cache filled up to there, and an image's time is extrapolated from them: the prompt, then for each line its steps and
+its end. What is extrapolated says so. The last line of the output is everything as one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.machine import Peak, circumstances, copy_bandwidth, load, resident, spread, synchronize
+from bench.peer_llamagen import Published
+from bench.shapes import SHAPES, ModelShape, count
+from linear_core.cache import LineCache
+from linear_core.generate import draw, end_line, generate
+from linear_core.graph import Captured
+from linear_core.memory import run_bytes
+from linear_core.models.llamagen import LlamaGen
+from linear_core.packed import pack
+from linear_core.plan import STORAGES, CachePlan
+from linear_core.policies import POLICIES, get_policy
+from linear_core.sampling import Noise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MIB = 2**20
+RESULTS = Path(__file__).parent / "results"
+
+
+def plan_of(text: str, parser: argparse.ArgumentParser) -> CachePlan:
+    """full, or policy:lines, or policy:lines:storage."""
+    policy, *rest = text.split(":")
+    lines, storage = (*rest, "4", "full")[:2] if rest else ("4", "full")
+    if len(rest) == 1:
+        storage = "full"
+    if policy not in POLICIES or not lines.isdigit() or storage not in STORAGES:
+        parser.error(f"--plans: '{text}' is no plan; write full, or policy:lines, or policy:lines:int8.")
+    return CachePlan(policy, budget=int(lines), recent=1 if policy == "fold" or lines == "2" else 2, storage=storage)
+
+
+compiled = partial(torch.compile, dynamic=False)
+
+
+class Ours:
+    """A plan at work: the loop of `generate`, taken apart so that its pieces can be timed."""
+
+    def __init__(self, name: str, model: Any, shape: ModelShape, plan: CachePlan, images: int, kind: str):
+        self.name, self.model, self.shape, self.plan, self.images, self.kind = name, model, shape, plan, images, kind
+        self.policy, self.sample = get_policy(plan.policy), shape.sample
+        self.prompt = shape.prompt(images).to(model.device)
+        self.rows = model.with_unconditional(self.prompt) if self.sample.guided else self.prompt
+        self.grid = model.grid.after(self.rows.length)
+        self.static = kind != "eager"
+        self.step = {"eager": lambda step: step, "compiled": compiled, "graph": Captured}[kind](model.step)
+
+    def allocate(self) -> None:
+        """The cache and all else that is there before the first token; filled with numbers, as if all were drawn."""
+        reads = self.policy.reads | ({"ahead"} if self.plan.release == "fold" else set())
+        device, shape = self.model.device, self.model.cache_shape(self.rows.length)
+        make = partial(LineCache, shape, self.rows.rows, self.grid, self.plan, dtype=self.model.dtype, device=device)
+        self.cache = make(reads=reads, static=self.static)
+        for stored in (self.cache.keys, self.cache.values):
+            for tensor in vars(stored).values():
+                if tensor.dtype == torch.int8:
+                    tensor.random_(-127, 127)
+                elif tensor.is_floating_point():
+                    tensor.normal_(0, 0.01)
+        if self.cache.queries is not None:
+            self.cache.queries.normal_()
+        self.noise = Noise(0, self.images, self.model.codes, device)
+        self.columns = torch.arange(self.grid.stride, device=device)
+        self.index = torch.arange(self.grid.prompt, self.grid.prompt + self.grid.tokens, device=device)
+
+    def prefill(self) -> None:
+        self.logits = self.model.prefill(self.rows, self.cache)
+
+    def prepare(self, row: int) -> None:
+        """The cache as it is when line `row` begins: full of the tokens before it, or as far as there are any."""
+        cache, stride, prompt = self.cache, self.grid.stride, self.cache.shape.prompt
+        cache.extent = min(prompt + (row + 1) * stride, cache.slots)
+        held = cache.extent - prompt - stride
+        cache.bias[..., prompt:].fill_(float("-inf"))
+        cache.index[..., prompt:].fill_(-1)
+        cache.bias[..., prompt : prompt + held] = 0.0
+        first = self.grid.index(row) - held
+        cache.index[..., prompt : prompt + held] = torch.arange(first, first + held, device=cache.index.device)
+        cache.target.copy_(torch.arange(prompt + held, cache.extent, device=cache.target.device))
+        for layer in range(cache.shape.layers):
+            for stored in (cache.keys, cache.values):
+                stored.aim(layer, cache.target[layer])
+        self.row = row
+
+    def steps(self, first: int, steps: int) -> None:
+        """Tokens of the line from column `first` on, each drawn and fed."""
+        for column in range(first, first + steps):
+            number = self.row * self.grid.stride + column
+            token = draw(self.logits, number, self.images, self.sample, self.noise)
+            fed = token.repeat(self.cache.rows // self.images)
+            index, place = self.index[number : number + 1], self.columns[column : column + 1]
+            self.logits = self.step(fed, index, self.rows.pad, place, self.cache)
+
+    def end(self) -> None:
+        end_line(self.cache, self.policy, self.row, partial(self.model.turn_ahead, self.grid))
+
+    def cache_read(self) -> int:
+        """Bytes of keys and values that a step of the line reads."""
+        return self.cache.nbytes if self.static else self.cache.nbytes * self.cache.extent // self.cache.slots
+
+    def picture(self) -> tuple[list[float], int]:
+        """The real loop: seconds of each line, bytes of the cache."""
+        lines = list(generate(self.model, self.prompt, self.plan, self.sample, step=self.step, static=self.static))
+        return [line.seconds for line in lines], lines[0].cache_bytes
+
+
+def timed(device: str, work: Any) -> float:
+    synchronize(device)
+    begun = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def sampled_rows(rows: int, lines: int) -> list[int]:
+    """The middle of each of `lines` equal parts of an image: what is timed there stands for its part."""
+    lines = min(lines, rows)
+    return [int((i + 0.5) * rows / lines) for i in range(lines)]
+
+
+def by_lines(ours: list[Ours], peer: Published | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of all contenders from a few lines of an image."""
+    device, grid = args.device, ours[0].grid
+    for one in ours:
+        one.allocate()
+    if peer:
+        peer.prepare()
+    everyone: list[Any] = [*ours, *([peer] if peer else [])]
+    prefill = {one.name: [timed(device, one.prefill) for _ in range(args.repeat + 1)][1:] for one in everyone}
+    steps: dict[str, list[list[float]]] = {one.name: [] for one in everyone}
+    ends: dict[str, list[list[float]]] = {one.name: [] for one in ours}
+    read: dict[str, list[int]] = {one.name: [] for one in ours}
+    for row in sampled_rows(grid.rows, args.lines):
+        for one in everyone:
+            steps[one.name].append([])
+        for one in ours:
+            one.prepare(row)
+            one.steps(0, 1)  # warm
+            read[one.name].append(one.cache_read())
+            ends[one.name].append([])
+        if peer:
+            peer.steps(1)
+        for repeat in range(args.repeat):
+            for one in ours:
+                column = 1 + repeat % (grid.cols - 1)
+                steps[one.name][-1].append(timed(device, partial(one.steps, column, 1)))
+            if peer:
+                steps[peer.name][-1].append(timed(device, partial(peer.steps, 1)))
+        if row + 1 < grid.rows:
+            for repeat in range(max(args.repeat // 2, 1)):
+                for one in ours:
+                    if repeat:
+                        one.prepare(row)
+                        one.steps(0, grid.cols if args.device != "cpu" else 1)
+                    ends[one.name][-1].append(timed(device, one.end))
+    results = []
+    for one in everyone:
+        end = [statistics.median(e) if e else 0.0 for e in ends.get(one.name, [])] or [0.0]
+        step = [statistics.median(s) for s in steps[one.name]]
+        every = [s for line in steps[one.name] for s in line]
+        line = [grid.cols * s + e for s, e in zip(step, end * (len(step) // len(end)), strict=True)]
+        image = statistics.median(prefill[one.name]) + grid.rows * statistics.mean(line)
+        bytes_read = statistics.mean(read[one.name]) if one.name in read else None
+        results.append(
+            {
+                "name": one.name,
+                "prefill_ms": spread(prefill[one.name]),
+                "step_ms": spread(every),
+                "line_ms": round(1e3 * statistics.mean(line), 2),
+                "line_end_share": round(statistics.mean(end) / statistics.mean(line), 4),
+                "image_seconds": round(image, 3),
+                "extrapolated_from_lines": len(step),
+                "cache_read": bytes_read,
+            }
+        )
+    return results
+
+
+def whole(ours: list[Ours], peer: Published | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of all contenders from whole images, drawn in turns by the real loops."""
+    everyone: list[Any] = [*ours, *([peer] if peer else [])]
+    seconds: dict[str, list[float]] = {one.name: [] for one in everyone}
+    lines: dict[str, list[float]] = {one.name: [] for one in ours}
+    for repeat in range(args.repeat + 1):
+        for one in everyone:
+            taken = timed(args.device, lambda one=one: lines.__setitem__(one.name, one.picture()[0]))
+            if repeat:  # the first is for warming up
+                seconds[one.name].append(taken)
+    return [
+        {
+            "name": one.name,
+            "line_ms": round(1e3 * statistics.median(lines[one.name]), 2) if isinstance(one, Ours) else None,
+            "image_seconds": round(statistics.median(seconds[one.name]), 3),
+            "image_spread_ms": spread(seconds[one.name]),
+            "extrapolated_from_lines": 0,
+        }
+        for one in everyone
+    ]
+
+
+def memory(one: Ours, before: float, weights: int, device: str) -> dict[str, float]:
+    """Most bytes held by a prompt, a token and a line's end, and what was foretold for a run."""
+    peak = Peak(device)
+    one.allocate()
+    one.prefill()
+    row = min(one.plan.budget, one.grid.rows - 2)
+    one.prepare(row)
+    one.steps(0, 1)
+    one.end()
+    shape = one.model.cache_shape(one.rows.length)
+    foretold = weights + run_bytes(shape, one.grid, one.plan, one.rows.rows, one.model.codes, device.partition(":")[0])
+    found = {"peak_mib": (peak.bytes - before) / MIB, "predicted_mib": foretold / MIB}
+    found |= {"cache_bytes": one.cache.nbytes, "planned_bytes": shape.bytes(one.grid, one.plan, one.rows.rows)}
+    del one.cache, one.logits
+    return found
+
+
+def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
+    """Every plan and kind of step for one model and batch."""
+    before = 0.0 if args.device.startswith("cuda") else resident()
+    model = shape.make(DTYPES[args.dtype], args.device)
+    size = DTYPES[args.dtype].itemsize
+    parameters, read = (n * size for n in count(model))
+    published = dict(model.state_dict()) if args.against else {}  # packed matrices are no longer the published ones
+    if args.device == "cpu" and not args.unpacked and pack(model) and args.against:
+        before += read  # what the peer keeps of its own
+    ours = []
+    for plan in args.plans:
+        name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
+        for kind in args.steps:
+            label = name + (" int8" * (plan.storage == "int8")) + (f" {kind}" * (kind != "eager"))
+            ours.append(Ours(label, model, shape, plan, images, kind))
+    held = {one.name: memory(one, before, parameters, args.device) for one in ours}
+    peer = None
+    if args.against and type(model) is LlamaGen and model.config.classes == 1000:
+        peer = Published(args.against, model, published, images, shape.sample.guidance, shape.sample.top_k)
+        same_logits(ours[0], peer)
+    results = by_lines(ours, peer, args) if args.lines else whole(ours, peer, args)
+    base = next((r["image_seconds"] for r in results if r["name"] == Published.name), None)
+    for result in results:
+        seconds = result["image_seconds"]
+        result |= {"model": shape.name, "images": images, "dtype": args.dtype}
+        result["images_per_second"] = images / seconds
+        result["tokens_per_second"] = images * shape.grid.rows * shape.grid.cols / seconds
+        if base:
+            result["times_published"] = round(base / seconds, 2)
+        if result.get("cache_read") is not None:
+            achieved = (read + result["cache_read"]) / (result["step_ms"]["median"] / 1e3)
+            result |= {"bytes_per_second": achieved, "of_copy_bandwidth": round(achieved / bandwidth, 3)}
+        result |= held.get(result["name"], {})
+    return results
+
+
+def same_logits(one: Ours, peer: Published) -> None:
+    """The peer computes what we compute, or there is nothing to compare."""
+    one.allocate()
+    peer.prepare()
+    one.prefill()
+    off = float((one.logits - peer.prefill()).abs().max())
+    del one.cache
+    if off > (1e-3 if one.model.dtype == torch.float32 else 0.5):
+        raise SystemExit(f"--against: its logits differ from ours by {off:.2g}; is it LlamaGen as published?")
+
+
+HEAD = (
+    f"{'model':17}{'images':>7} {'cache':20}{'prefill ms':>11}{'step ms':>9}{'quartiles':>17}{'line ms':>9}{'end':>6}"
+    f"{'tok/s':>9}{'img/s':>9}{'of copy':>8}{'MiB':>8}{'foretold':>9}{'x publ.':>8}"
+)
+
+
+def row_of(r: dict[str, Any]) -> str:
+    step, prefill = r.get("step_ms"), r.get("prefill_ms")
+
+    def some(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    quartiles = f"{step['low']:.1f} - {step['high']:.1f}" if step else "-"
+    return (
+        f"{r['model']:17}{r['images']:>7} {r['name']:20}{some(prefill and prefill['median'], '.1f'):>11}"
+        f"{some(step and step['median'], '.1f'):>9}{quartiles:>17}{some(r['line_ms'], '.0f'):>9}"
+        f"{some(r.get('line_end_share'), '.1%'):>6}{r['tokens_per_second']:>9.1f}{r['images_per_second']:>9.4f}"
+        f"{some(r.get('of_copy_bandwidth'), '.0%'):>8}{some(r.get('peak_mib'), '.0f'):>8}"
+        f"{some(r.get('predicted_mib'), '.0f'):>9}{some(r.get('times_published'), '.2f'):>8}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["LlamaGen-B"], choices=SHAPES, metavar="MODEL",
+                        help=", ".join(SHAPES))  # fmt: skip
+    parser.add_argument("--images", nargs="+", type=int, default=[16], metavar="N", help="batch sizes (default: 16)")
+    parser.add_argument("--plans", nargs="+", default=["full", "line:4", "fold:4"], metavar="PLAN",
+                        help="full, policy:lines or policy:lines:int8 (default: full line:4 fold:4)")  # fmt: skip
+    parser.add_argument("--steps", nargs="+", default=["eager"], choices=["eager", "compiled", "graph"],
+                        help="default: eager")  # fmt: skip
+    parser.add_argument("--lines", type=int, default=0, metavar="N", help="time N lines only and extrapolate")
+    parser.add_argument("--repeat", type=int, default=7, metavar="N", help="steps of each kind, or images (default: 7)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--unpacked", action="store_true", help="leave matrices as PyTorch keeps them (CPU)")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of LlamaGen: its loop, our weights")
+    parser.add_argument("--out", metavar="NAME", help="also write bench/results/speed-NAME.json")
+    args = parser.parse_args()
+    args.plans = [plan_of(text, parser) for text in args.plans]
+    if args.against and not (args.against / "autoregressive" / "models" / "generate.py").exists():
+        parser.error(
+            f"--against: {args.against} is no checkout of LlamaGen; autoregressive/models/generate.py is missing."
+        )
+    torch.manual_seed(0)
+    about = circumstances(args.device)
+    bandwidth = copy_bandwidth(args.device)
+    print(
+        f"{about['device']}, {about['threads']} of {about['cores']} cores, torch {about['torch']}, "
+        f"load {about['load']}, {args.dtype}, copies {bandwidth / 1e9:.1f} GB/s"
+    )
+    print(HEAD)
+    results = []
+    with torch.inference_mode():
+        for name in args.models:
+            for images in args.images:
+                found = measure(SHAPES[name], images, args, bandwidth)
+                results += found
+                print("\n".join(row_of(r) for r in found), flush=True)
+    if args.lines:
+        print(f"Lines, images and their ratios are extrapolated from {args.lines} of each image's lines.")
+    document = {
+        "circumstances": about | {"load_after": load(), "copy_bytes_per_second": bandwidth},
+        "command": ["bench/speed.py", *_told(sys.argv[1:], args)],
+        "results": results,
+    }
+    if args.out:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"speed-{args.out}.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+    return 0
+
+
+def _told(words: list[str], args: argparse.Namespace) -> list[str]:
+    """The command as given, but for where on this machine the peer lies."""
+    return ["LlamaGen" if args.against and word == str(args.against) else word for word in words]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Matrices laid out as the processor multiplies them fastest: about half the time of a step on a CPU.
+
+PyTorch's compiler does the same where it freezes a model. A matrix is packed once and takes no more memory for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose matrix lies as oneDNN reads it; on the CPU for good."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ... I -> ... O."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+
+
+def available() -> bool:
+    """Whether this PyTorch has what packing takes: its compiler's own operations, which are no public promise."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def pack(model: nn.Module) -> int:
+    """Pack every plain Linear of `model` that lies on the CPU, in place; returns how many there were.
+
+    The model then only computes: it can neither be moved nor saved. Where packing is not to be had nothing happens.
+    """
+    if not available():
+        return 0
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in DTYPES
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, PackedLinear(child))
+    return len(found)
