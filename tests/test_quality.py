@@ -172,6 +172,13 @@ def test_one_command_and_once_more(files, tmp_path, monkeypatch, capsys):
     assert "tova" in {s["name"] for s in final["samples"]} and final["rows"] == again
 
 
+def test_the_smoke_run_runs(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "SCRATCH", tmp_path / "scratch")
+    call(monkeypatch, "--quick", "--model", files.decoder, "--out", tmp_path)
+    rows = json.loads((tmp_path / "quality-tiny.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["names"][0] for r in rows if r["split"] == "report"} == {"line (published)", "fold", "random"}
+
+
 def test_rows_of_other_code_are_tried_before_they_are_kept(files, tmp_path, monkeypatch, capsys):
     """A row whose first pictures come out the same is kept, one whose do not is computed again."""
     monkeypatch.setattr(quality, "SCRATCH", tmp_path / "scratch")
