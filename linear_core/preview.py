@@ -68,7 +68,7 @@ class Painter:
 
     pause = 0.1  # seconds between pictures, at least
     allowance = 0.4  # seconds that the pictures of any run may take; a short one is to be seen as well
-    share = 0.01  # of the run's time that they may take beyond that
+    share = 0.005  # of the run's time that they may take beyond that
 
     def __init__(
         self,
