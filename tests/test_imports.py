@@ -44,7 +44,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "packed": (set(), TENSORS),
     # models
     "models.*": (
-        {"attention", "blocks", "cache", "errors", "grid", "plan", "prompts", "prompts.*", "models.llama"},
+        {"attention", "blocks", "cache", "errors", "grid", "plan", "prompts", "prompts.*", "models.*"},
         TENSORS,
     ),
     "prompts.*": (

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import attend
 from ..blocks import Block, Ops, rope_1d, turn_halves
 from ..cache import LineCache
 from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
+from .raster import Raster
 
 
 @dataclass(frozen=True)
@@ -48,55 +48,22 @@ class LlamaConfig:
         return CacheShape(self.layers, self.heads, self.dim, prompt, bytes_per_number)
 
 
-class Llama(nn.Module):
+class Llama(Raster):
     """What every model of this kind does. A token's position is its index less its row's padding.
 
-    Models add what they embed codes with and `head`; what guidance leads away from comes with the prompt.
+    Models add `embed_codes` and `head`; what guidance leads away from comes with the prompt.
     """
 
     def __init__(self, config: LlamaConfig, grid: Grid, ops: Ops = nn):
-        super().__init__()
-        self.config, self.grid = config, grid
+        super().__init__(config, grid)
         self.embed_tokens = ops.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(
             Block(config.width, config.heads, config.hidden, config.eps, ops, config.qk_norm)
             for _ in range(config.layers)
         )
         self.norm = ops.RMSNorm(config.width, eps=config.eps)
-        # A host whose layers cast, and move their weights as they are needed, says what and where it computes.
-        self.compute_dtype: torch.dtype | None = None
-        self.compute_device: torch.device | None = None
 
-    # -- what a model says --------------------------------------------------------------------------------------------
-
-    def embed_codes(self, tokens: Tensor) -> Tensor:
-        """Codes, and end-of-line tokens where the grid has them, int64 ... -> ... W."""
-        raise NotImplementedError
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states ... W -> logits of the codes ... V."""
-        raise NotImplementedError
-
-    # -- what the loop asks -------------------------------------------------------------------------------------------
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.compute_dtype or self.embed_tokens.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.compute_device or self.embed_tokens.weight.device
-
-    @device.setter
-    def device(self, device: torch.device) -> None:
-        self.compute_device = device
-
-    @property
-    def codes(self) -> int:
-        return self.config.codes
-
-    def cache_shape(self, prompt: int) -> CacheShape:
-        return self.config.cache_shape(prompt, self.dtype.itemsize)
+    turn = staticmethod(turn_halves)
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
         """The rows of `prompt`, then what they are to be guided from."""
@@ -128,7 +95,7 @@ class Llama(nn.Module):
         once = Prompt(distinct[:, 1:], distinct[:, 0])
         place = torch.arange(prompt.length, device=row.device)
         weight = (place >= prompt.pad[:, None]).float()
-        table = self._table(place, once.pad)
+        table = self.table(place, once.pad, self.grid)
         x = self.embed_tokens(once.tokens).to(self.dtype)
         bias = torch.zeros(once.visible().shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill(~once.visible(), float("-inf"))[:, None]
@@ -140,41 +107,6 @@ class Llama(nn.Module):
 
             x = block(x, lambda t: turn_halves(t, table), attend_prompt)
         return self.head(self.norm(x[:, -1])).float()[row]
-
-    def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
-        """Feed the token at `index` of each row and return the logits of the next.
-
-        token int64 B; index, column int64 with one element; pad int64 B, empty places before each row's prompt.
-        """
-        table = self._table(index, pad)
-        x = self.embed_codes(token[:, None]).to(self.dtype)
-        cache.advance(index, column)
-        for layer, block in enumerate(self.layers):
-
-            def attend_cache(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                cache.write(layer, column, k, v, q)
-                return attend(q, *cache.read(layer))
-
-            x = block(x, lambda t: turn_halves(t, table), attend_cache)
-        return self.head(self.norm(x[:, -1])).float()
-
-    def feed(
-        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
-    ) -> Tensor:
-        """`step` for T tokens of one line at once: tokens B T, index and columns T.
-
-        Returns the logits B V after the last, or with `every` B T V, those after each.
-        """
-        table = self._table(index, pad)
-        x = self.embed_codes(tokens).to(self.dtype)
-        for layer, block in enumerate(self.layers):
-
-            def attend_line(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return attend(q, *cache.feed(layer, columns, k, v, q))
-
-            x = block(x, lambda t: turn_halves(t, table), attend_line)
-        cache.advance(index, columns)
-        return self.head(self.norm(x if every else x[:, -1])).float()
 
     def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""
@@ -189,7 +121,7 @@ class Llama(nn.Module):
         Returns B T+N V; the logits of image token n are at T + n - 1.
         """
         count = prompt.length + tokens.shape[1]
-        table = self._table(torch.arange(count, device=tokens.device), prompt.pad)
+        table = self.table(torch.arange(count, device=tokens.device), prompt.pad, self.grid)
         x = torch.cat([self.embed_tokens(prompt.tokens), self.embed_codes(tokens)], 1).to(self.dtype)
         masks = [prompt.visible(count)[:, None]] * len(self.layers) if visible is None else list(visible)
         for block, mask in zip(self.layers, masks, strict=True):
@@ -200,7 +132,7 @@ class Llama(nn.Module):
             x = block(x, lambda t: turn_halves(t, table), attend_all)
         return self.head(self.norm(x))
 
-    def _table(self, index: Tensor, pad: Tensor) -> Tensor:
+    def table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
         """The rotary table of the tokens at `index` T of rows with `pad` B empty places: B 1 T D/2 2, for all heads."""
         position = (index - pad[:, None]).clamp(min=0)
         return rope_1d(position, self.config.dim, self.config.rope_base)[:, None]

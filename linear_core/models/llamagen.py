@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import attend
 from ..blocks import Block, Ops, rope_2d, turn_pairs
 from ..cache import LineCache
 from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
+from .raster import Raster
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # published widths
 ROPE_BASE = 10000.0
@@ -63,7 +63,7 @@ class CaptionEmbedding(nn.Module):
         return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(Raster):
     """Decoder for class- and text-conditional LlamaGen of every size.
 
     The published RoPE table is zero, not the identity, for the prompt: its rotated queries and keys are exactly zero.
@@ -74,8 +74,7 @@ class LlamaGen(nn.Module):
     prompt_slots = 1
 
     def __init__(self, config: LlamaGenConfig, grid: Grid, ops: Ops = nn):
-        super().__init__()
-        self.config, self.grid = config, grid
+        super().__init__(config, grid)
         self.cls_embedding = (
             ClassEmbedding(config.classes, config.width, ops) if config.classes else CaptionEmbedding(config, ops)
         )
@@ -85,29 +84,19 @@ class LlamaGen(nn.Module):
         )
         self.norm = ops.RMSNorm(config.width, eps=config.eps)
         self.output = ops.Linear(config.width, config.codes, bias=False)
-        # A host whose layers cast, and move their weights as they are needed, says what and where it computes.
-        self.compute_dtype: torch.dtype | None = None
-        self.compute_device: torch.device | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.compute_dtype or self.tok_embeddings.weight.dtype
+    turn = staticmethod(turn_pairs)
 
-    @property
-    def device(self) -> torch.device:
-        return self.compute_device or self.tok_embeddings.weight.device
+    def embed_codes(self, tokens: Tensor) -> Tensor:
+        return self.tok_embeddings(tokens)
 
-    @device.setter
-    def device(self, device: torch.device) -> None:
-        self.compute_device = device
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden)
 
-    @property
-    def codes(self) -> int:
-        return self.config.codes
-
-    def cache_shape(self, prompt: int = 1) -> CacheShape:
-        """`prompt` is its number of places, which LlamaGen's cache does not depend on."""
-        return self.config.cache_shape(prompt, self.dtype.itemsize)
+    def table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
+        """T D/2 2; `pad` does not matter, LlamaGen turns by the place in the picture alone."""
+        table = rope_2d(grid.rows, grid.cols, self.config.width // self.config.heads, ROPE_BASE, index.device)
+        return table.index_select(0, index - grid.prompt)
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
         """The rows of `prompt`, then its negative ones, else unconditional ones with the same places empty."""
@@ -160,50 +149,9 @@ class LlamaGen(nn.Module):
             x = block(x, torch.zeros_like, attend_prompt)
         return self.output(self.norm(x[:, -1])).float()
 
-    def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
-        """Feed the token at `index` of each row and return the logits of the next.
-
-        token int64 B; index, column int64 with one element; pad is not used: LlamaGen turns by the grid alone.
-        """
-        table = self._table(index, cache)
-        x = self.tok_embeddings(token[:, None]).to(self.dtype)
-        cache.advance(index, column)
-        for layer, block in enumerate(self.layers):
-
-            def attend_cache(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                cache.write(layer, column, k, v, q)
-                return attend(q, *cache.read(layer))
-
-            x = block(x, lambda t: turn_pairs(t, table), attend_cache)
-        return self.output(self.norm(x[:, -1])).float()
-
-    def feed(
-        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
-    ) -> Tensor:
-        """`step` for T tokens of one line at once: tokens B T, index and columns T.
-
-        Returns the logits B V after the last, or with `every` B T V, those after each.
-        """
-        table = self._table(index, cache)
-        x = self.tok_embeddings(tokens).to(self.dtype)
-        for layer, block in enumerate(self.layers):
-
-            def attend_line(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return attend(q, *cache.feed(layer, columns, k, v, q))
-
-            x = block(x, lambda t: turn_pairs(t, table), attend_line)
-        cache.advance(index, columns)
-        return self.output(self.norm(x if every else x[:, -1])).float()
-
     def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""
         return turn_pairs(queries, rope_2d(lines + 1, 1, queries.shape[-1], ROPE_BASE, queries.device)[lines:])
-
-    def _table(self, index: Tensor, cache: LineCache) -> Tensor:
-        """The rotary table of the image tokens at `index`."""
-        grid = cache.grid
-        table = rope_2d(grid.rows, grid.cols, cache.shape.dim, ROPE_BASE, index.device)
-        return table.index_select(0, index - grid.prompt)
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """Logits of every image token in one uncached pass: training, and the oracle of the tests.
