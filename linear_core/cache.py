@@ -157,10 +157,12 @@ class LineCache:
         leaving = _mark(victims, end)
         if self.count is not None:
             folded = fold(view, victims.clamp(min=0), self.count[one][..., :end])
-            self.keys.change(view.layer, rows, folded.keys[0], folded.changed[0])
-            self.values.change(view.layer, rows, folded.values[0], folded.changed[0])
-            self.bias[one][..., :end] = folded.bias.to(self.bias.dtype)
-            self.count[one][..., :end] = folded.count.masked_fill(leaving, 1.0)  # what comes there stands for itself
+            slot = folded.slot[0]
+            self.keys.change(view.layer, rows, slot, folded.keys[0])
+            self.values.change(view.layer, rows, slot, folded.values[0])
+            self.bias[view.layer, rows].scatter_(2, slot, folded.bias[0].to(self.bias.dtype))
+            self.count[view.layer, rows].scatter_(2, slot, folded.count[0].to(self.count.dtype))
+            self.count[one][..., :end].masked_fill_(leaving, 1.0)  # what comes there stands for itself
         self.target[one] = victims[..., -stride:]
         self._aim(view.layer)
         if self.mass is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .outlook import distances, wide
+from .outlook import distances, vectors, wide
 from .view import View
 
 SLACK = 1.0
@@ -20,19 +20,22 @@ SLACK = 1.0
 
 @dataclass(frozen=True)
 class Folded:
-    """What the slots of a view hold after folding; victims' slots are as they were.
+    """What the slots that are given something hold after folding, one for each of V victims.
 
-    keys, values  L B H S D, `wide`
-    bias          L B H S, ln of the weight with which attention takes each slot
-    count         L B H S, tokens that each slot stands for
-    changed       bool L B H S, the slots that were given something
+    Where several victims go into one slot, each says the same. A victim's slot that was empty, or the prompt's, gives
+    nothing: it names itself, as it was.
+
+    slot          int64 L B H V
+    keys, values  L B H V D, `wide`
+    bias          L B H V, ln of the weight with which attention takes the slot
+    count         L B H V, tokens that the slot stands for
     """
 
+    slot: Tensor
     keys: Tensor
     values: Tensor
     bias: Tensor
     count: Tensor
-    changed: Tensor
 
 
 def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
@@ -45,41 +48,40 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     would have drawn together, and at most e^SLACK times more or less than their number, as the outlook is a forecast.
     Equal keys are folded without loss: n tokens of key k and values v_i are one of key k, mean value and weight n.
     """
-    look, strength, slots = view.outlook(), view.strength(), view.index.shape[-1]
-    keys, values = wide(view.keys), wide(view.values)
-
-    def of_victims(x: Tensor) -> Tensor:
-        return x.gather(3, victims[..., None].expand(*victims.shape, x.shape[-1]))
-
+    look, strength = view.outlook(), view.strength()
     kept = view.candidates().scatter(-1, victims, False)
-    distance = distances(of_victims(keys), keys).masked_fill(~kept[..., None, :], float("inf"))
-    nearest = _least(distance, view.index[..., None, :])
-    there = view.candidates().gather(-1, victims)  # a slot may be empty
+    leaving = wide(vectors(view.keys, victims))
+    distance = distances(leaving, wide(view.keys)).masked_fill(~kept[..., None, :], float("inf"))
+    gives = view.candidates().gather(-1, victims)  # a slot may be empty
+    slot = torch.where(gives, _least(distance, view.index[..., None, :])[..., 0], victims)
     # One row of 0 and 1 for each victim. A product with it adds up the same way every time; scattering does not.
-    gives = (torch.arange(slots, device=nearest.device) == nearest) & there[..., None]
-    move = gives.to(keys.dtype).transpose(-1, -2)
+    together = (slot[..., :, None] == slot[..., None, :]) & gives[..., None, :]
+    together = together.to(leaving.dtype)
 
-    def given(x: Tensor) -> Tensor:
-        """What each slot is given of x L B H S N."""
-        return move @ of_victims(x)
+    def merged(ours: Tensor, given: Tensor) -> Tensor:
+        """What the slots have, L B H V N, and what the victims give them."""
+        return ours + together @ given
 
-    share = strength[..., None]
-    total = share + given(share)
-    merged_keys = (keys * share + given(keys * share)) / total
-    merged_values = (values * share + given(values * share)) / total
-    merged_count = count + given(count.to(keys.dtype)[..., None])[..., 0]
-    mass = look.mass + given(look.mass[..., None])[..., 0]
-    changed = gives.any(-2)
-    # Only those that a victim goes into have a new weight; where several go into one, each says the same.
-    into = nearest[..., 0]
-    even = merged_count.gather(-1, into).log()
-    pull = look.pull(merged_keys.gather(3, nearest.expand(*into.shape, keys.shape[-1])))
-    weight = (mass.gather(-1, into) / pull).log().nan_to_num(0.0).clamp(even - SLACK, even + SLACK)
-    bias = wide(view.bias)
-    bias = torch.where(changed, bias.scatter(-1, into, weight), bias)
-    where = changed[..., None]
+    def number(x: Tensor) -> tuple[Tensor, Tensor]:
+        """x L B H S of the slots and of the victims: L B H V 1 each."""
+        return x.gather(-1, slot)[..., None], x.gather(-1, victims)[..., None]
+
+    share, given = number(strength)
+    total = merged(share, given)
+    old_keys, old_values = (wide(vectors(x, slot)) for x in (view.keys, view.values))
+    keys = merged(old_keys * share, leaving * given) / total
+    values = merged(old_values * share, wide(vectors(view.values, victims)) * given) / total
+    tokens = merged(*number(count.to(keys.dtype)))[..., 0]
+    even = tokens.log()
+    weight = (merged(*number(look.mass))[..., 0] / look.pull(keys)).log()
+    weight = weight.nan_to_num(0.0).clamp(even - SLACK, even + SLACK)
+    there = gives[..., None]
     return Folded(
-        torch.where(where, merged_keys, keys), torch.where(where, merged_values, values), bias, merged_count, changed
+        slot,
+        torch.where(there, keys, old_keys),
+        torch.where(there, values, old_values),
+        torch.where(gives, weight, wide(view.bias).gather(-1, slot)),
+        torch.where(gives, tokens, count.gather(-1, slot).to(keys.dtype)),
     )
 
 

@@ -19,6 +19,15 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def vectors(x: Tensor, slots: Tensor) -> Tensor:
+    """x L B H S D at `slots` int64 L B H N: L B H N D."""
+    size = x.shape[3]
+    first = torch.arange(0, slots[..., 0].numel() * size, size, device=slots.device)
+    rows = (first.view(*slots.shape[:3], 1) + slots).flatten()
+    # As rows of one long table: gather takes every number by itself.
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*slots.shape, x.shape[-1])
+
+
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances of vectors ... N D and ... M D: ... N M.
 
@@ -49,8 +58,8 @@ class Outlook:
 def look_ahead(queries: Tensor, keys: Tensor, bias: Tensor) -> Outlook:
     """Foreseen queries L B H Q D over everything held: keys L B H S D, bias L B H S."""
     queries = wide(queries) * queries.shape[-1] ** -0.5
-    scores = queries @ wide(keys).transpose(-1, -2) + wide(bias)[..., None, :]  # the largest tensor of a line's end
-    most = scores.amax(-1, keepdim=True)
-    odds = scores.sub_(most).exp_()
-    total = odds.sum(-1, keepdim=True)
-    return Outlook(queries, (most + total.log())[..., 0], odds.div_(total).mean(-2))
+    scores = (queries @ wide(keys).transpose(-1, -2)).add_(bias[..., None, :])  # the largest tensor of a line's end
+    odds = scores.log_softmax(-1)
+    held = bias.argmax(-1)[..., None, None].expand(*queries.shape[:-1], 1)  # any slot that holds something
+    total = (scores.gather(-1, held) - odds.gather(-1, held))[..., 0]
+    return Outlook(queries, total, odds.exp_().mean(-2))

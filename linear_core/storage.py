@@ -28,10 +28,9 @@ class Full:
         """x B H P D into the first P slots."""
         self.numbers[layer, :, :, : x.shape[2]] = x
 
-    def change(self, layer: int, rows: slice, x: Tensor, where: Tensor) -> None:
-        """x B H S D of these rows into the slots that `where` (bool B H S) names."""
-        held = self.numbers[layer, rows, :, : x.shape[2]]
-        held.copy_(torch.where(where[..., None], x.to(held.dtype), held))
+    def change(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
+        """x B H T D of these rows into `slot` B H T."""
+        _put(self.numbers[layer, rows], slot, x.to(self.numbers.dtype))
 
     def settle(self, layer: int, target: Tensor) -> None:
         """The line that went to `target` (B H C slots) is complete."""
@@ -73,11 +72,10 @@ class Int8(Full):
         end = x.shape[2]
         self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x, self.scale.dtype)
 
-    def change(self, layer: int, rows: slice, x: Tensor, where: Tensor) -> None:
+    def change(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
         numbers, scale = _pack(x, self.scale.dtype)
-        for held, new in ((self.numbers, numbers), (self.scale, scale)):
-            old = held[layer, rows, :, : x.shape[2]]
-            old.copy_(torch.where(where[..., None], new, old))
+        _put(self.numbers[layer, rows], slot, numbers)
+        _put(self.scale[layer, rows], slot, scale)
 
     def settle(self, layer: int, target: Tensor) -> None:
         numbers, scale = _pack(self.fresh[layer], self.scale.dtype)

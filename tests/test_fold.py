@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -60,6 +60,28 @@ def attended(view: View, keys: Tensor, values: Tensor, bias: Tensor, seed: int =
     return ((queries @ keys.transpose(-1, -2)) / DIM**0.5 + bias[..., None, :]).softmax(-1) @ values
 
 
+@dataclass(frozen=True)
+class All:
+    """A Folded written into the view's slots."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    count: Tensor
+    changed: Tensor
+
+
+def all_slots(view: View, victims: Tensor, count: Tensor) -> All:
+    """Fold, and what then lies in every slot."""
+    folded = fold(view, victims, count)
+    wide = folded.slot[..., None].expand_as(folded.keys)
+    changed = torch.zeros_like(view.bias, dtype=torch.bool).scatter_(-1, folded.slot, folded.slot != victims)
+    return All(
+        view.keys.scatter(3, wide, folded.keys), view.values.scatter(3, wide, folded.values),
+        view.bias.scatter(-1, folded.slot, folded.bias), count.scatter(-1, folded.slot, folded.count), changed,
+    )  # fmt: skip
+
+
 def without(bias: Tensor, victims: Tensor) -> Tensor:
     return bias.scatter(-1, victims, -math.inf)
 
@@ -79,7 +101,7 @@ def test_equal_keys_fold_without_loss(weights):
         bias.scatter_(3, slot, math.log(weight))
     view = replace(view, keys=keys, bias=bias)
     victims = torch.cat(others, -1)
-    folded = fold(view, victims, ones(view))
+    folded = all_slots(view, victims, ones(view))
     before = attended(view, view.keys, view.values, view.bias)
     after = attended(view, folded.keys, folded.values, without(folded.bias, victims))
     torch.testing.assert_close(after, before)
@@ -151,7 +173,7 @@ def test_the_weight_is_never_far_from_the_count():
     for seed in range(8):
         view = make(seed=seed)
         view = replace(view, bias=torch.zeros_like(view.bias), queries=view.queries * 4)
-        folded = fold(view, slots_of(view, 0, 1, 2, 3), ones(view))
+        folded = all_slots(view, slots_of(view, 0, 1, 2, 3), ones(view))
         off = (folded.bias - folded.count.log())[folded.changed]
         assert off.abs().max() <= SLACK + 1e-9
     assert (off.abs() > SLACK - 1e-9).any() and (off.abs() < SLACK - 0.1).any(), "some are held back, not all"
@@ -161,7 +183,7 @@ def test_attention_foreseen_is_kept():
     """Where the weight is not held back, a slot will draw what its tokens would have drawn together."""
     view = make(seed=3)
     victims = slots_of(view, 0, 1, 2, 3)
-    folded = fold(view, victims, ones(view))
+    folded = all_slots(view, victims, ones(view))
     inside = folded.changed & ((folded.bias - folded.count.log()).abs() < SLACK - 1e-6)
     assert inside.sum() > 5
     look = view.outlook()
@@ -185,7 +207,7 @@ def test_fold_is_what_its_words_say(seed, empty):
     victims = slots_of(view, 0, 1, 4, 7) if not empty else torch.cat(
         [(view.index < 0).int().argmax(-1, keepdim=True), slots_of(view, 4, 7)], -1)  # fmt: skip
     count = 1 + torch.rand(view.bias.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).round()
-    folded = fold(view, victims, count)
+    folded = all_slots(view, victims, count)
     for row in range(2):
         for head in range(3):
             at = (0, row, head)
@@ -235,12 +257,12 @@ def test_rows_heads_and_layers_fold_apart():
     """A batch folds as its singles do, so the two guidance rows of an image fold each for itself."""
     view = make(layers=2)
     victims = slots_of(view, 0, 2, 5, 6)
-    together = fold(view, victims, ones(view))
+    together = all_slots(view, victims, ones(view))
     names = ("keys", "values", "bias", "index", "queries")
     for dim, size in enumerate(view.index.shape[:3]):
         for place in range(size):
             alone = replace(view, **{n: getattr(view, n).narrow(dim, place, 1) for n in names})
-            folded = fold(alone, victims.narrow(dim, place, 1), ones(alone))
+            folded = all_slots(alone, victims.narrow(dim, place, 1), ones(alone))
             for part in ("keys", "values", "bias", "count"):
                 torch.testing.assert_close(getattr(folded, part), getattr(together, part).narrow(dim, place, 1))
 
@@ -251,11 +273,12 @@ def test_a_run_folds_what_was_chosen():
 
     def watch(cache: LineCache, view: View, victims: Tensor) -> None:
         old = view.keys.clone()
-        expected = fold(replace(view), victims, cache.count[view.layer][None].clone())
+        expected = all_slots(replace(view), victims, cache.count[view.layer][None].clone())
         release(cache, view, victims)
         layer = view.layer
         torch.testing.assert_close(cache.keys.numbers[layer], expected.keys[0])
         torch.testing.assert_close(cache.values.numbers[layer], expected.values[0])
+        torch.testing.assert_close(cache.bias[layer], without(expected.bias, victims)[0])
         assert torch.equal(cache.keys.numbers[layer][~expected.changed[0]], old[0][~expected.changed[0]])
         assert torch.equal(cache.bias[layer] == -math.inf, cache.index[layer] < 0)
         assert (cache.index[layer].gather(-1, victims[0]) == -1).all()

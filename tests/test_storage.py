@@ -83,8 +83,10 @@ def test_only_what_is_folded_is_rounded_again():
     _, stored = pair()
     stored.place(0, noise(3, 2, SLOTS, DIM))
     stored.aim(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
-    before, where = stored.read(0, SLOTS).clone(), torch.rand(3, 2, SLOTS) < 0.3
-    stored.change(0, slice(None), before + 1, where)
+    before, slot = stored.read(0, SLOTS).clone(), torch.tensor([1, 4, 1]).expand(1, 2, 3)
+    where = torch.zeros(3, 2, SLOTS, dtype=torch.bool)
+    where[1:2, :, [1, 4]] = True
+    stored.change(0, slice(1, 2), slot, before[1:2].gather(2, slot[..., None].expand(-1, -1, -1, DIM)) + 1)
     stored.aim(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
     got = stored.read(0, SLOTS)
     assert torch.equal(got[~where], before[~where])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..outlook import wide
+from ..outlook import vectors, wide
 from ..view import View
 
 
@@ -21,15 +21,13 @@ def fold(view: View) -> Tensor:
     strength = view.strength().masked_fill(~view.candidates(), 0.0)
     oldest = view.index.argsort(dim=-1, stable=True)
     order = oldest.gather(-1, strength.gather(-1, oldest).argsort(dim=-1, descending=True, stable=True))
-    spread = 1 / strength.gather(-1, order)  # a b / (a + b) = 1 / (1/a + 1/b)
-    keys = wide(view.keys)
+    limits = torch.finfo(strength.dtype)
+    spread = 1 / strength.gather(-1, order).clamp(min=limits.tiny)  # a b / (a + b) = 1 / (1/a + 1/b)
+    keys = wide(vectors(view.keys, order))
     keys = keys - keys.mean(-2, keepdim=True)  # a distance by products is the more exact the shorter the vectors are
-    keys = keys.gather(3, order[..., None].expand_as(keys))
-    square = keys.square().sum(-1)
-    cost = (keys @ keys.transpose(-1, -2)).mul_(-2).add_(square[..., :, None]).add_(square[..., None, :]).clamp_(min=0)
-    cost.div_(spread[..., :, None] + spread[..., None, :])
-    slots = cost.shape[-1]
-    weaker = torch.ones(slots, slots, dtype=torch.bool, device=cost.device).triu()
-    cost = cost.masked_fill_(weaker, float("inf")).amin(-1).nan_to_num(0.0)
-    cost = cost.clamp(max=torch.finfo(cost.dtype).max)  # the strongest of all
+    square, slots = keys.square().sum(-1), order.shape[-1]
+    weaker = torch.full((slots, slots), float("inf"), device=keys.device, dtype=keys.dtype).triu()
+    cost = (keys @ keys.transpose(-1, -2)).mul_(-2).add_(square[..., :, None]).add_(square[..., None, :])
+    cost = cost.add_(weaker).div_(spread[..., :, None] + spread[..., None, :]).amin(-1)
+    cost = cost.clamp(0.0, limits.max)  # at most: the strongest of all
     return torch.empty_like(cost).scatter_(-1, order, cost)
