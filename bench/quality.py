@@ -9,7 +9,8 @@
 
 1. Teacher-forced: held-out pictures go through each cache a line at a time, beside the full cache. Kullback-Leibler
    divergence, rise of the negative log-likelihood, attention lost, tokens and bytes held. The recent lines that a
-   policy protects are chosen on one set of pictures (`choose`), the figures are of another (`report`).
+   policy protects are chosen on one set of pictures (`choose`), the figures are of another (`report`). What matters
+   most is measured again on further sets (--seeds), of other pictures.
 2. Drawn: the same classes and noise under a few caches. Token agreement with the full cache, accuracy of the class and
    Fréchet distance in the features of a small classifier (bundled model only).
 3. Written to --out: quality-MODEL.json (with each picture's figures, for paired differences), .md, .png, -sheet.png.
@@ -57,7 +58,7 @@ KEEP_BYTES = 2 * 2**30  # of the full cache's answers; others are computed again
 # Files of linear_core that rows do not hang on.
 APART = {"__main__", "convert", "download", "errors", "events", "heatmap", "library", "preview", "published", "sheet",
          "text", "weights"}  # fmt: skip
-DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others
+DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others; and measured on further pictures
 DRAWN_BATCH, DRAWN_SEED, OTHER_SEED = 24, 5000, 905_000
 
 TEXTS = ("a red fox in the snow", "a lighthouse at dusk", "a bowl of oranges", "a steam train in the mountains",
@@ -74,6 +75,7 @@ class Split:
 
 
 CHOOSE, REPORT = Split("choose", 9001, 24), Split("report", 20_011, 256)
+SEEDS = (REPORT.seed, 40_011, 60_011)
 
 
 @dataclass(frozen=True)
@@ -361,11 +363,19 @@ def circumstances(lab: Lab) -> dict[str, Any]:
     }
 
 
-def best_others(rows: list[dict[str, Any]], budget: int, count: int) -> list[str]:
+def best_others(rows: list[dict[str, Any]], budget: int, count: int, seed: int = REPORT.seed) -> list[str]:
     """The policies, other than line, fold and random, that came closest to the full cache at `budget`."""
-    own = [r for r in rows if r["split"] == "report" and r["budget"] == budget and r["policy"] not in FIRST]
+    own = [
+        r for r in rows if (r["split"], r["seed"], r["budget"]) == ("report", seed, budget) and r["policy"] not in FIRST
+    ]
     names = dict.fromkeys(r["names"][0] for r in sorted(own, key=lambda r: r["kl"]))
     return list(names)[:count]
+
+
+def telling(lab: Lab, budget: int, policies: list[str], seed: int) -> list[Contender]:
+    """Ours, the published rule, the control and the two best others at `budget`."""
+    names = [*(n for n in DRAWN if n in policies), *best_others(lab.data["rows"], budget, 2, seed)]
+    return [Contender(name, published=name == "line") for name in names]
 
 
 def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policies: list[str], count: int) -> None:
@@ -374,9 +384,7 @@ def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policie
     rows = {sample_key(s): s for s in lab.data["samples"] if (s["images"], s["core"]) == (count, lab.core)}
     wanted = [("full", full, DRAWN_SEED), ("full, other noise", full, OTHER_SEED)]
     for budget in budgets:
-        names = [*(n for n in DRAWN if n in policies), *best_others(lab.data["rows"], budget, 2)]
-        for name in names:
-            contender = Contender(name, published=name == "line")
+        for contender in telling(lab, budget, policies, report.seed):
             wanted.append((contender.name, lab.chosen(contender, budget, choose), DRAWN_SEED))
     first = lab.sample(full, count, DRAWN_SEED)
     judge = Judge(lab, report, first) if lab.bundled else None
@@ -441,6 +449,9 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets, one over the share of lines")
     parser.add_argument("--images", type=int, default=REPORT.images, help="held-out pictures to report on")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=SEEDS, help="of the pictures to report on, and of further sets"
+    )
     parser.add_argument("--choose-images", type=int, default=CHOOSE.images, help="others, to choose recent lines on")
     parser.add_argument("--samples", type=int, default=96, help="pictures to draw for each cache; 0: none")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
@@ -449,6 +460,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.policies, args.shares, args.images, args.choose_images, args.samples = list(FIRST), (6,), 2, 2, 2
+        args.seeds = SEEDS[:2]
     try:
         files = ModelFiles(args.model, find_tokenizer(args.model)) if args.model else bundled_files()
         lab = Lab(files, args.out, tuple(args.grid) if args.grid else None)
@@ -458,7 +470,8 @@ def main() -> None:
 
 
 def run(lab: Lab, args: argparse.Namespace) -> None:
-    choose, report = replace(CHOOSE, images=args.choose_images), replace(REPORT, images=args.images)
+    choose = replace(CHOOSE, images=args.choose_images)
+    report, *further = (replace(REPORT, images=args.images, seed=seed) for seed in args.seeds)
     budgets = list(dict.fromkeys(max(1, lab.grid.rows // share) for share in args.shares))
     field = contenders(args.policies)[: len(FIRST) if args.quick else None]
     print(
@@ -475,6 +488,10 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
                     lab.row(contender.name, lab.chosen(contender, budget, choose), report)
         if args.samples and stage == budgets[:2]:
             draw_all(lab, stage, choose, report, args.policies, args.samples)
+        for split in further if stage == budgets[:2] else []:
+            for budget in stage:
+                for contender in telling(lab, budget, args.policies, report.seed):
+                    lab.row(contender.name, lab.chosen(contender, budget, choose), split)
         tell(write_report(lab))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,10 +44,16 @@ def write_report(lab: Lab) -> list[Path]:
 
 
 class Field:
-    """The rows of one model's report split, by name and budget in lines."""
+    """The rows of one model's report split, by name and budget in lines: of the set of pictures with most rows.
+
+    `further` are the rows of other sets.
+    """
 
     def __init__(self, rows: list[Row], weights: str, lines: int):
         found = [r for r in rows if r["split"] == "report" and r["model"] == weights]
+        seed = mode(r["seed"] for r in found) if found else 0
+        self.further = [r for r in found if r["seed"] != seed]
+        found = [r for r in found if r["seed"] == seed]
         most = max((r["images"] for r in found), default=0)
         self.lines = lines
         self.rows = {(name, r["budget"]): r for r in found if r["images"] == most for name in r["names"]}
@@ -132,6 +139,8 @@ def table(field: Field, data: dict[str, Any]) -> str:
         lines.append(line(name, *(figure(r["kl"], r["kl_ci"]) if r else "" for r in cells)))
     for budget in field.budgets:
         lines += ["", f"## {field.share(budget)}: {budget} lines of {field.lines}", "", *at_budget(field, budget)]
+    if field.further:
+        lines += ["", "## Other pictures", "", *elsewhere(field)]
     lines += ["", "## Bars", "", *map(verdict, data["bars"])]
     if data["samples"]:
         lines += ["", "## Drawn", "", *drawn(field, data["samples"])]
@@ -162,6 +171,24 @@ def at_budget(field: Field, budget: int) -> list[str]:
             line(name, f"{r['anchors']}, {r['recent']}", figure(r["dnll"], r["dnll_ci"]), f"{r['lost']:.3f}",
                  f"{r['tokens']:.1f}", *mib, beside, ratio)
         )  # fmt: skip
+    return lines
+
+
+def elsewhere(field: Field) -> list[str]:
+    """What was measured again on other held-out pictures, beside the first."""
+    seeds = list(dict.fromkeys(r["seed"] for r in field.further))
+    images = {r["images"] for r in field.further}
+    lines = [
+        f"KL on other sets of {' or '.join(map(str, sorted(images)))} held-out pictures, each drawn from a seed.",
+        "",
+        *head("policy", "budget", "seed of the table above", *(f"seed {seed}" for seed in seeds)),
+    ]
+    rows = {(name, r["budget"], r["seed"]): r for r in field.further for name in r["names"]}
+    for name, budget in dict.fromkeys((name, budget) for name, budget, _ in rows):
+        first = field.rows.get((name, budget))
+        again = [rows.get((name, budget, seed)) for seed in seeds]
+        cells = (figure(r["kl"], r["kl_ci"]) if r else "" for r in (first, *again))
+        lines.append(line(name, field.share(budget), *cells))
     return lines
 
 

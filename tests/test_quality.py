@@ -140,7 +140,7 @@ def test_one_command_and_once_more(files, tmp_path, monkeypatch, capsys):
     """A run leaves rows, table and sheet; the next one computes nothing again, and only what is new."""
     monkeypatch.setattr(quality, "SCRATCH", tmp_path / "scratch")
     command = ("--model", files.decoder, "--out", tmp_path / "results", "--images", 5, "--choose-images", 3,
-               "--samples", 3)  # fmt: skip
+               "--samples", 3, "--seeds", 20011, 77)  # fmt: skip
     call(monkeypatch, *command, "--policies", "line", "random", "--shares", 6, 4)
     results = tmp_path / "results" / "quality-tiny.json"
     data = json.loads(results.read_text(encoding="utf-8"))
@@ -151,7 +151,13 @@ def test_one_command_and_once_more(files, tmp_path, monkeypatch, capsys):
         assert {"policy", "budget_lines", "budget_ratio", "kl_ci", "dnll", "dnll_ci", "seed", "bytes"} <= set(row)
         assert row["bytes"] == 2 * 2 * 3 * 8 * 4 * (1 + 4 * (row["budget"] + 1)), "layers, heads, numbers, bytes, slots"
         assert row["tokens"] == 4 * row["budget_lines"] and row["budget_ratio"] == row["budget_lines"] / 12
-    assert len({r["seed"] for r in data["rows"]}) == 2, "chosen on one set of pictures, reported on another"
+    seeds = {split: {r["seed"] for r in data["rows"] if r["split"] == split} for split in ("choose", "report")}
+    assert seeds == {"choose": {9001}, "report": {20011, 77}}, "chosen on one set of pictures, reported on others"
+    first, again = (
+        {tuple(r["names"]): r["kl"] for r in data["rows"] if (r["seed"], r["budget"]) == (seed, 2)}
+        for seed in (20011, 77)
+    )
+    assert set(again) == {("line (published)",), ("random",)} and all(first[n] != again[n] for n in again)
     assert [s["name"] for s in data["samples"]][:3] == ["full", "full, other noise", "line (published)"]
     assert data["samples"][0]["agreement"] == 1 and data["samples"][2]["agreement"] < 1
     assert "| random |" in results.with_suffix(".md").read_text(encoding="utf-8")
@@ -206,7 +212,7 @@ def test_what_is_protected_is_chosen_and_the_published_rule_is_left_alone(files,
 
 
 def made_up(name: str, budget: int, *kl: float) -> dict:
-    return {"names": [name], "split": "report", "model": "m", "images": len(kl), "budget": budget,
+    return {"names": [name], "split": "report", "seed": 1, "model": "m", "images": len(kl), "budget": budget,
             "kl": float(np.mean(kl)), "each": {"kl": list(kl)}}  # fmt: skip
 
 
