@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -38,6 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench import machine
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
 from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
@@ -343,10 +343,6 @@ def hash_of(files: list[Path]) -> str:
 
 def circumstances(lab: Lab) -> dict[str, Any]:
     """What the figures depend on, and the machine in its own words."""
-    processor = platform.processor()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = f"{names[0]}, {len(names)} cores" if names else processor
     return {
         "model": lab.files.decoder.name,
         "weights_sha256": lab.weights,
@@ -355,11 +351,7 @@ def circumstances(lab: Lab) -> dict[str, Any]:
         "dtype": str(lab.model.decoder.dtype).removeprefix("torch."),
         "guidance": "none when teacher-forced; the model's own when drawn",
         "pictures": "scenes" if lab.bundled else "drawn by the model with the full cache",
-        "processor": processor,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **machine.circumstances(str(lab.model.decoder.device)),
     }
 
 

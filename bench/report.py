@@ -130,7 +130,8 @@ def table(field: Field, data: dict[str, Any]) -> str:
         "",
         f"KL divergence from the full cache, nats a token, mean and 95 % interval over {images} held-out pictures "
         f"({about['pictures']}).",
-        f"{about['processor']}; torch {about['torch']}, {about['threads']} thread(s), {about['dtype']}.",
+        f"{about['device']}, {about['cores']} cores; torch {about['torch']}, {about['threads']} thread(s), "
+        f"{about['dtype']}.",
         "",
         *head("policy", *(field.share(b) for b in field.budgets)),
     ]
