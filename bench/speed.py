@@ -54,7 +54,9 @@ def plan_of(text: str, parser: argparse.ArgumentParser) -> CachePlan:
         storage = "full"
     if policy not in POLICIES or not lines.isdigit() or storage not in STORAGES:
         parser.error(f"--plans: '{text}' is no plan; write full, or policy:lines, or policy:lines:int8.")
-    return CachePlan(policy, budget=int(lines), recent=1 if policy == "fold" or lines == "2" else 2, storage=storage)
+    return CachePlan(
+        policy, budget=int(lines), recent=0 if policy == "fold" else 1 if lines == "2" else 2, storage=storage
+    )
 
 
 compiled = partial(torch.compile, dynamic=False)

@@ -78,9 +78,9 @@ class CachePlan:
 
 
 PRESETS = {
-    "Balanced": CachePlan("fold", budget=4, recent=1),
-    "Small": CachePlan("fold", budget=3, recent=1),
-    "Smallest": CachePlan("fold", budget=2, recent=1),
+    "Balanced": CachePlan("fold", budget=4, recent=0),
+    "Small": CachePlan("fold", budget=3, recent=0),
+    "Smallest": CachePlan("fold", budget=2, recent=0),
     "LineAR": CachePlan("line", budget=4, recent=2),  # as published
     "Full": CachePlan(policy="full"),
 }

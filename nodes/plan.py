@@ -46,7 +46,7 @@ def _custom() -> list[io.Input]:
             default=plan.recent,
             min=0,
             max=127,
-            tooltip="Newest whole lines that always stay. Typical: 1; LineAR 2.",
+            tooltip="Newest whole lines that always stay. Typical: 0 with 'fold', which loses little by it; LineAR 2.",
         ),
         io.Combo.Input(
             "release",
@@ -85,8 +85,9 @@ class LineCache(io.ComfyNode):
                         io.DynamicCombo.Option(CUSTOM, _custom()),
                     ],
                     tooltip="Balanced: 4 lines, folded: what leaves goes on in what is most like it. Small: 3 lines. "
-                    "Smallest: 2 lines. LineAR: 4 lines as the paper keeps them. Full: every line, as without this "
-                    "pack. Custom: your own numbers.",
+                    "Smallest: 2 lines. LineAR: 4 lines as the paper keeps them; on the bundled model ten times as far "
+                    "from the full cache as Balanced. Full: every line, as without this pack. Custom: your own "
+                    "numbers.",
                 ),
                 MEMORY.Input(
                     "memory",

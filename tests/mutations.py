@@ -535,6 +535,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "the end of a line is not counted",
     ),
     ("models/llama.py", "return prompt.stack(prompt.negative)", "return prompt.stack(prompt)", "guided from itself"),
+    ("models/llamagen.py", "(share @ v)[row]", "(share @ v)[row.flip(0)]", "prompts that are alike get another's mean"),
+    (
+        "prompts/__init__.py",
+        "alike = torch.cat([self.pad[:, None].to(tokens.dtype), tokens.flatten(1)], 1)",
+        "alike = tokens.flatten(1)",
+        "padding makes no difference",
+    ),
     ("models/llama.py", "k[row], v[row]", "k[row], v[row.flip(0)]", "rows that are alike get another's values"),
     ("models/raster.py", "x = self.embed_codes(tokens).to", "x = self.embed_tokens(tokens).to", "replay takes words"),
     ("prompts/__init__.py", "torch.cat([empty, self.tokens], 1)", "torch.cat([self.tokens, empty], 1)", "padded right"),
@@ -615,8 +622,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
-        "share @ v, count[:, None].float())",
-        "share @ v, torch.ones(len(count), 1))",
+        "mean, count[row, None].float())",
+        "mean, torch.ones(len(row), 1))",
         "the prompt's slot weighs one token",
     ),
     (

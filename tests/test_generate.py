@@ -434,3 +434,23 @@ def test_a_step_can_be_replaced():
 
     assert len(list(generate(model, class_prompt([1, 2]), PLAN, GUIDED, step=step))) == 3
     assert seen == [(1 + n, n % 3, (4,), (4,), Grid(3, 3, prompt=1)) for n in range(8)]
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_rows_alike_are_prefilled_once(text, monkeypatch):
+    """Two prompts, four pictures each, with guidance: three rows in place of sixteen, and the logits of all sixteen."""
+    model, seen = llamagen(4, 3, text=text), []
+    prompt = caption_prompt([6, 4]) if text else class_prompt([1, 3])
+    embed = model.cls_embedding.forward
+    rows = model.with_unconditional(prompt.repeat(4))
+    expected = model.forward(rows, torch.zeros(16, 0, dtype=torch.int64))[:, -1]
+    cache = LineCache(
+        model.cache_shape(rows.length), 16, model.grid.after(rows.length), CachePlan("full"), dtype=torch.float32,
+        device="cpu",
+    )  # fmt: skip
+    monkeypatch.setattr(model.cls_embedding, "forward", lambda tokens: seen.append(len(tokens)) or embed(tokens))
+    torch.testing.assert_close(model.prefill(rows, cache), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [4 if text else 3], "texts of two lengths are guided from two unconditional rows"
+    values, weight = cache.values.numbers, cache.bias[..., 0].exp()
+    assert torch.equal(values[:, 8], values[:, 11]) and not torch.equal(values[:, 0], values[:, 4])
+    assert weight[0, ::4, 0].tolist() == pytest.approx([6, 4, 6, 4] if text else [1] * 4)

@@ -90,9 +90,7 @@ class Llama(Raster):
         Rows that are alike, such as the unconditional ones of prompts of equal length, are computed once.
         """
         self.check(prompt)
-        alike = torch.cat([prompt.pad[:, None], prompt.tokens], 1)
-        distinct, row = alike.unique(dim=0, return_inverse=True)
-        once = Prompt(distinct[:, 1:], distinct[:, 0])
+        once, row = prompt.distinct()
         place = torch.arange(prompt.length, device=row.device)
         weight = (place >= prompt.pad[:, None]).float()
         table = self.table(place, once.pad, self.grid)

@@ -132,10 +132,14 @@ class LlamaGen(Raster):
         return self.cls_embedding(tokens).to(self.dtype)
 
     def prefill(self, prompt: Prompt, cache: LineCache) -> Tensor:
-        """Logits B V of the first image token; the prompt's one slot is written."""
+        """Logits B V of the first image token; the prompt's one slot is written.
+
+        Rows that are alike, as the unconditional ones of classes are, are computed once.
+        """
         self.check(prompt)
-        x = self._embed(prompt)
-        visible = prompt.visible()
+        once, row = prompt.distinct()
+        x = self._embed(once)
+        visible = once.visible()
         seen = visible[:, -1:]  # by image tokens: everything but padding
         count = seen.sum((1, 2))
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, float("-inf"))
@@ -143,11 +147,12 @@ class LlamaGen(Raster):
 
             def attend_prompt(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
                 share = (seen.float() / count[:, None, None]).to(v.dtype)[:, None]  # B 1 1 T
-                cache.write_prompt(layer, torch.zeros_like(k[:, :, :1]), share @ v, count[:, None].float())
+                mean = (share @ v)[row]
+                cache.write_prompt(layer, torch.zeros_like(mean), mean, count[row, None].float())
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None])
 
             x = block(x, torch.zeros_like, attend_prompt)
-        return self.output(self.norm(x[:, -1])).float()
+        return self.head(self.norm(x[:, -1])).float()[row]
 
     def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""

@@ -52,6 +52,17 @@ class Prompt:
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.pad.device)
         return replace(self, tokens=self.tokens[chosen], pad=self.pad[chosen], names=names, negative=negative)
 
+    def distinct(self) -> tuple[Prompt, Tensor]:
+        """Each different row once, and which of those each of these rows is: int64 B. Neither names nor negative."""
+        tokens = self.tokens.float() if self.tokens.is_floating_point() else self.tokens
+        alike = torch.cat([self.pad[:, None].to(tokens.dtype), tokens.flatten(1)], 1)
+        row = alike.unique(dim=0, return_inverse=True)[1]
+        count = int(row.max()) + 1
+        first = torch.full((count,), self.rows, device=row.device).scatter_reduce_(
+            0, row, torch.arange(self.rows, device=row.device), "amin"
+        )
+        return Prompt(self.tokens[first], self.pad[first]), row
+
     def stack(self, below: Prompt) -> Prompt:
         """These rows, then `below`'s, the shorter ones padded on the left. Neither's negative rows."""
         length = max(self.length, below.length)
