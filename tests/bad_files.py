@@ -808,7 +808,7 @@ CASES = {case.name: case for case in cases()}
 
 @contextmanager
 def good(folder: Path) -> Iterator[dict[str, Path]]:
-    """Every layout in a folder of its own, each loaded once. Meanwhile so narrow a LlamaGen passes for a published one."""
+    """Every layout in a folder of its own, each loaded once. Meanwhile so narrow a LlamaGen passes for published."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(HEADS, llamagen.DIM, llamagen.HEADS)
         found = {name: folder / str(n) for n, name in enumerate(LAYOUTS)}
