@@ -123,9 +123,8 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
 
 def _check_sizes(weights: Weights, config: Any) -> None:
     """Refuse sizes that no model has, before anything is built by them: a file can say what it likes."""
-    sizes = {name: getattr(config, name) for name in ("layers", "width", "heads", "hidden", "codes")}
-    if not config.classes and hasattr(config, "caption_slots"):
-        sizes |= {"caption_dim": config.caption_dim, "caption_slots": config.caption_slots}
+    free = ("first", *(("caption_dim", "caption_slots") if config.classes else ("classes",)))
+    sizes = {name: size for name, size in vars(config).items() if type(size) is int and name not in free}
     if none := [name for name, size in sizes.items() if size < 1]:
         raise weights.problem(f"is of no size: {none[0]} is {sizes[none[0]]}; download it again.")
     if config.layers > len(weights.tensors):

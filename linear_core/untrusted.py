@@ -19,7 +19,7 @@ from .errors import UserError
 MIB = 2**20
 JSON_BYTES = 16 * MIB  # the largest published, Lumina-mGPT's config with its vocabulary, takes 2
 HEADER_BYTES = 8 * MIB  # the largest published take a tenth of one
-PICKLE_BYTES = 4 * MIB  # the same, of the list of weights beside the weights themselves
+PICKLE_BYTES = 2 * MIB  # the same, of a pickled list of weights; seconds to read at worst
 LONGEST = 255  # letters of a file's name, on every system
 
 # All that a pickle of weights, and of what training scripts save beside them, has to name. torch allows more, some of

@@ -18,7 +18,7 @@ import shutil
 import struct
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,7 +417,7 @@ def changed(how: Callable[[Tensor], Tensor]) -> Callable[[Weights, str], None]:
 KNOWN = "weights this model does not know"
 SHAPE = r"expected|do not describe|do not fit|no T5's shape|is of no size"
 KIND = r"where numbers with a fraction were expected"
-FINITE = r"not finite"
+FINITE = r"holds NaN or infinity"
 WEIGHTS: list[tuple[str, Callable[[Weights, str], object], str]] = [
     ("a weight is missing", lambda w, key: w.pop(key), r"lacks"),
     ("no weight is there", lambda w, key: w.clear(), r"not a|no named weights|is not an image|lacks|do not"),
@@ -729,6 +729,41 @@ def two_names(path: Path) -> None:
     write(path, found | {"model.generation_aligner.fc1.weight": found["gen_aligner.layers.0.weight"].clone()})
 
 
+def resized(keys: Sequence[str], how: Callable[[Tensor], Tensor]) -> Damage:
+    """Several weights alike, so that what they say of the model's sizes agrees."""
+
+    def change(found: Weights, _: str) -> None:
+        for key in keys:
+            found[key] = how(found[key])
+
+    return weights("", change)
+
+
+BODY = ("tok_embeddings.weight", "output.weight")
+JANUS_WORDS = f"{JANUS}/model-00001-of-00002.safetensors"
+CONV1 = "decoder.conv_blocks.0.res.0.conv1.weight"
+VQ_FILE, TABLE = "vq_ds16_c2i.pt", "cls_embedding.embedding_table.weight"
+CAPTIONS = "cls_embedding.uncond_embedding"
+# Sizes that no model has, though all weights agree about them.
+SIZES: list[tuple[str, str, str, Sequence[str], Callable[[Tensor], Tensor], str]] = [
+    ("llamagen", "mine.safetensors", "no codes", BODY, lambda t: t[:0], "is of no size: codes is 0"),
+    ("llamagen", "mine.safetensors", "no classes", [TABLE], lambda t: t[:1], "is of no size"),
+    ("llamagen", "mine.safetensors", "fewer than no classes", [TABLE], lambda t: t[:0], "is of no size"),
+    ("llamagen t2i", "t2i_S_256.pt", "no captions", [CAPTIONS], lambda t: t[:0], "caption_slots"),
+    ("llamagen pt", VQ_FILE, "no codes", ["quantize.embedding.weight"], lambda t: t[:0], "do not fit a VQ tokenizer"),
+    ("llamagen pt", VQ_FILE, "codes of nothing", ["quantize.embedding.weight", "post_quant_conv.weight"],
+     lambda t: t[:, :0], "do not fit a VQ tokenizer"),
+    ("llamagen pt", VQ_FILE, "3 channels", [CONV1], lambda t: t[:3], "into groups"),
+    ("llamagen pt", VQ_FILE, "30 channels", [CONV1], lambda t: t[:30], "into groups"),
+    ("janus safetensors", JANUS_WORDS, "no words", ["language_model.model.embed_tokens.weight"], lambda t: t[:0],
+     "is of no size: vocabulary"),
+]  # fmt: skip
+
+
+def many_blocks(found: Weights, key: str) -> None:
+    found[key.replace("block.0", "block.999999999")] = found[key].clone()
+
+
 def foreign(content: Weights) -> Damage:
     return lambda path: write(path, content)
 
@@ -789,8 +824,12 @@ def cases() -> Iterator[Case]:
         file = next(iter(LAYOUTS[layout].files))
         yield Case(layout, file, "a weight in both files", in_both, "as another of the model's files does", "of-00002")
         yield Case(layout, file, "a weight under two names", two_names, "twice, under two names", JANUS)
+    for layout, file, what, keys, how, reason in SIZES:
+        yield Case(layout, file, what, resized(keys, how), reason, f"{re.escape(file)}|{LAYOUTS[layout].model}")
     no_rows = weights("model.layers.0.self_attn.q_norm.weight", changed(lambda t: t[:0]))
     yield Case("lumina", f"{LUMINA}/model-00001-of-00002.safetensors", "a norm of no rows", no_rows, SHAPE, LUMINA)
+    ((shard, key),) = LAYOUTS["t5"].files.items()
+    yield Case("t5", shard, "a billion blocks", weights(key, many_blocks), "no T5's shape", T5)
     for layout, file in TOKENIZERS.items():
         for what, damage in WORDLESS:
             yield Case(layout, file, what, damage, "is not a tokenizer|has no token|cannot read", "tokenizer.json")

@@ -106,10 +106,13 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) 
     for width in (*decoder, *encoder):
         if width < 4 or width % groups(width):
             raise ValueError(f"{width} channels do not divide into groups")
+    z = shapes["post_quant_conv.weight"][0]
+    if not all((codes, code_dim, z)):
+        raise ValueError(f"{codes} codes of {code_dim} numbers, {z} channels")
     return VQConfig(
         codes=codes,
         code_dim=code_dim,
-        z=shapes["post_quant_conv.weight"][0],
+        z=z,
         decoder_widths=decoder,
         decoder_blocks=decoder_blocks,
         attention="decoder.conv_blocks.0.attn.0.q.weight" in shapes,
