@@ -558,12 +558,12 @@ def unlisted(path: Path) -> None:
 
 
 def layers(path: Path) -> None:
-    """A billion layers, of which one is there."""
+    """Many layers, of which one is there. Not so many that it hurts, should one day somebody build them."""
     content = read(path)
     nest = next((content[name] for name in ("model", "state_dict") if name in content), content)
     for key in list(nest):
         if "layers.0." in key:
-            nest[key.replace("layers.0.", "layers.999999999.")] = nest[key]
+            nest[key.replace("layers.0.", "layers.9999.")] = nest[key]
     write(path, content)
 
 
@@ -581,8 +581,8 @@ PICKLES: list[tuple[str, Damage, str]] = [
     ("removes a folder", runs(shutil.rmtree, "{}"), NOT_RUN),
     ("loads code from the hub", runs(torch.hub.load, "a/b", "c"), NOT_RUN),
     ("loads another file", runs(torch.load, "{}"), NOT_RUN),
-    ("takes memory", runs(bytearray, 2**36), NOT_RUN),
-    ("makes a tensor", runs(torch.Tensor, 2**36), NOT_RUN),
+    ("takes memory", runs(bytearray, 2**28), NOT_RUN),
+    ("makes a tensor", runs(torch.Tensor, 2**28), NOT_RUN),
     ("encodes", runs(__import__("_codecs").encode, "x" * 1000, "punycode"), NOT_RUN),
     ("runs a command, newer pickle", runs(os.system, "touch '{}'", protocol=4), ZIP),
     ("runs a command, oldest pickle", runs(os.system, "touch '{}'", protocol=0), f"{NOT_RUN}|{ZIP}"),
@@ -601,7 +601,7 @@ PICKLES: list[tuple[str, Damage, str]] = [
     ("a list of 5 MiB", long_list, "list of weights takes 5 MiB"),
     ("a terabyte of one number", endless, "says that it holds"),
     ("shapes without numbers", unlisted, NOT_RUN),
-    ("a billion layers", layers, "names a layer|says that it holds|not know"),
+    ("ten thousand layers", layers, "names a layer|says that it holds|not know"),
     ("sparse", instead({"model": {"x": torch.zeros(4, 4).to_sparse()}}), f"{NOT_RUN}|is not"),
 ]  # fmt: skip
 
@@ -761,7 +761,7 @@ SIZES: list[tuple[str, str, str, Sequence[str], Callable[[Tensor], Tensor], str]
 
 
 def many_blocks(found: Weights, key: str) -> None:
-    found[key.replace("block.0", "block.999999999")] = found[key].clone()
+    found[key.replace("block.0", "block.9999")] = found[key].clone()
 
 
 def foreign(content: Weights) -> Damage:
@@ -829,7 +829,7 @@ def cases() -> Iterator[Case]:
     no_rows = weights("model.layers.0.self_attn.q_norm.weight", changed(lambda t: t[:0]))
     yield Case("lumina", f"{LUMINA}/model-00001-of-00002.safetensors", "a norm of no rows", no_rows, SHAPE, LUMINA)
     ((shard, key),) = LAYOUTS["t5"].files.items()
-    yield Case("t5", shard, "a billion blocks", weights(key, many_blocks), "no T5's shape", T5)
+    yield Case("t5", shard, "ten thousand blocks", weights(key, many_blocks), "no T5's shape", T5)
     for layout, file in TOKENIZERS.items():
         for what, damage in WORDLESS:
             yield Case(layout, file, what, damage, "is not a tokenizer|has no token|cannot read", "tokenizer.json")

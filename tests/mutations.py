@@ -680,7 +680,7 @@ def occurrences(file: str, old: str, root: Path = ROOT) -> int:
 
 
 def copy_tree(target: Path) -> None:
-    ignore = shutil.ignore_patterns("__pycache__", "assets", "*.safetensors", "node_modules")
+    ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "node_modules")
     for folder in ("linear_core", "tests", "web"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
     for name in ("pyproject.toml", "README.md"):
