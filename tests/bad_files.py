@@ -641,7 +641,7 @@ JSONS: list[tuple[str, Damage]] = [
     ("nested without an end", text("[" * 500_000)),
     ("nested objects", text('{"a":' * 500_000)),
     ("17 MiB", text('{"a": "' + "x" * 17 * 2**20 + '"}')),
-    ("5000 digits", text('{"a": ' + "9" * 5000 + "0" * 0 + ", }")),
+    ("5000 digits", text('{"a": ' + "9" * 5000 + ", }")),
     ("cut", cut(0.5)),
 ]
 NAMES = {  # in an index: what is no file of the model
