@@ -16,7 +16,7 @@ from .errors import UserError
 from .families import llamagen
 from .models.llamagen import LlamaGen
 from .vq.tokenizer import VQTokenizer
-from .weights import Places, Weights, matching, read_weights
+from .weights import Places, Weights, checked, matching, read_weights
 
 Notes = dict[str, str]
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of number formats, in safetensors
@@ -97,7 +97,8 @@ def _tokenizer(
 
 
 def _matching(network: nn.Module, weights: Weights, places: Places) -> dict[str, Tensor]:
-    return {place.name: weights.tensors[key] for key, place in matching(network, weights, places).items()}
+    found = matching(network, weights, places)
+    return {place.name: checked(weights, key, weights.tensors[key]) for key, place in found.items()}
 
 
 def _write(

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import published
 from .blocks import Ops
-from .errors import UserError
+from .errors import UserError, quoted
 from .families import Family, ModelInfo, janus, llamagen, lumina
 from .prompts import Prompt
 from .prompts.words import Words
@@ -89,7 +89,7 @@ def class_label(info: ModelInfo, name: str) -> int:
     if wanted.lower() in lowered:
         return lowered.index(wanted.lower())
     count = info.config.classes
-    if wanted.isdigit() and int(wanted) < count:
+    if wanted.isdecimal() and int(wanted) < count:
         return int(wanted)
     some = (
         ", ".join(info.classes[:12]) + (", …" if len(info.classes) > 12 else "")
@@ -116,7 +116,23 @@ def _read(path: str | Path, *, shapes_only: bool = False) -> Weights:
 
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
     """What `read_info` tells, of a checkpoint that was read."""
-    return family_of(weights).describe(weights, grid)
+    info = family_of(weights).describe(weights, grid)
+    _check_sizes(weights, info.config)
+    return info
+
+
+def _check_sizes(weights: Weights, config: Any) -> None:
+    """Refuse sizes that no model has, before anything is built by them: a file can say what it likes."""
+    free = ("first", *(("caption_dim", "caption_slots") if config.classes else ("classes",)))
+    sizes = {name: size for name, size in vars(config).items() if type(size) is int and name not in free}
+    if none := [name for name, size in sizes.items() if size < 1]:
+        raise weights.problem(f"is of no size: {none[0]} is {sizes[none[0]]}; download it again.")
+    if config.layers > len(weights.tensors):
+        raise weights.problem(f"names a layer {config.layers - 1} and holds {len(weights.tensors)} weights in all.")
+    if config.width % config.heads or config.width // config.heads % 4:  # RoPE turns pairs, by row and by column
+        raise weights.problem(
+            f"a width of {config.width} does not divide into {config.heads} heads; download it again."
+        )
 
 
 def family_of(weights: Weights) -> Family:
@@ -135,8 +151,10 @@ def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
         return "it looks like a VQ tokenizer"
     if any(k.startswith(("model.diffusion_model.", "double_blocks.", "transformer_blocks.")) for k in shapes):
         return "it looks like a diffusion model"
+    if any(".lora_" in k for k in shapes):
+        return "it looks like a LoRA"
     first = next(iter(shapes), "nothing")
-    return f"{len(shapes)} weights, the first is '{first}'"
+    return f"{len(shapes)} weights, the first is {quoted(first)}"
 
 
 def load_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from .errors import UserError
 from .prompts import Prompt
 from .prompts.caption import clean
 from .prompts.t5 import PROBE, T5Tokenizer, build, encode, text_prompt
-from .weights import Weights, read_weights
+from .weights import Weights, checked, listed, read_weights
 
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -65,11 +64,7 @@ def find_text_encoder(path: str | Path, tokenizer: Path | None = None) -> TextFi
 def _shards(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: does not list the model's files; download it again.") from error
-        found = tuple(folder / Path(name).name for name in sorted(names))
+        found = listed(index)
     else:
         found = tuple(sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")) or tuple(
             sorted(p for p in folder.glob("pytorch_model*.bin"))
@@ -95,18 +90,21 @@ def is_text_encoder(path: Path) -> bool:
 def load_encoder(files: TextFiles) -> tuple[nn.Module, T5Tokenizer]:
     """The encoder, in bfloat16 on the CPU, and its tokenizer. Raises UserError naming the file."""
     tensors = {k: v for path in files.weights for k, v in read_weights(path).tensors.items()}
-    source = files.tokenizer or bytes(tensors["spiece_model"].tolist())
     try:
-        tokenizer = T5Tokenizer(source)
+        tokenizer = T5Tokenizer(files.tokenizer or bytes(tensors["spiece_model"].tolist()))
     except UserError:
         raise
     except Exception as error:  # tokenizers and sentencepiece raise kinds of their own
         name = files.tokenizer or files.path
         raise UserError(f"{name}: is not a tokenizer that can be read ({error}); download it again.") from error
+    weights = Weights(files.path, tensors, {})
     try:
-        return build(tensors), tokenizer
+        encoder = build(tensors)
     except ValueError as error:
-        raise Weights(files.path, {}, {}).problem(f"{error}; choose FLAN-T5-XL's encoder.") from error
+        raise weights.problem(f"{error}; choose FLAN-T5-XL's encoder.") from error
+    for key, tensor in encoder.state_dict().items():
+        checked(weights, key, tensor)
+    return encoder, tokenizer
 
 
 def prompt(

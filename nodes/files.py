@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..linear_core import published
-from ..linear_core.errors import UserError
+from ..linear_core.errors import UserError, quoted
 from ..linear_core.families import ModelInfo
 from ..linear_core.families.llamagen import imagenet_classes
 from ..linear_core.library import (
@@ -23,7 +23,8 @@ from ..linear_core.library import (
     read_info,
 )
 from ..linear_core.text import TextFiles, find_text_encoder, is_text_encoder
-from ..linear_core.weights import read_weights, shards, whole
+from ..linear_core.untrusted import inside
+from ..linear_core.weights import INDEXES, read_weights, shards, whole
 from . import host
 
 BUNDLED_NAME = f"{BUNDLED} (bundled)"
@@ -66,8 +67,15 @@ def _listed() -> tuple[list[str], list[str]]:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Changes when a checkpoint does: bytes, and the time of the newest of its files."""
-    stats = [file.stat() for file in (shards(path) if path.is_dir() else (path,)) if file.is_file()]
+    """Changes when a checkpoint does: bytes, and the time of the newest of its files.
+
+    A folder whose index is broken is listed like any other: choosing it says what is wrong, and the rest still works.
+    """
+    try:
+        files = shards(path) if path.is_dir() else (path,)
+    except UserError:
+        files = tuple(path / name for name in INDEXES)
+    stats = [file.stat() for file in files if file.is_file()]
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
@@ -133,7 +141,7 @@ def find_decoder(model: str) -> Path:
 
 
 def _find(name: str) -> Path:
-    path = _checkpoints().get(name) or host.full_path(name)
+    path = _checkpoints().get(_in_the_folders(name)) or host.full_path(name)
     if path is None:
         there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
         places = " or ".join(str(Path(folder) / name) for folder in there)
@@ -141,6 +149,15 @@ def _find(name: str) -> Path:
             f"{places}: there is no such file; {published.where(name) or 'put it there, or choose another'}."
         )
     return Path(path)
+
+
+def _in_the_folders(name: str) -> str:
+    """`name`, as a workflow says it. Raises UserError where it would lead out of the model folders."""
+    try:
+        inside(Path(), name)
+    except ValueError as error:
+        raise UserError(f"{quoted(str(name))} {error}; choose a model of the list.") from error
+    return name
 
 
 # -- text encoders -----------------------------------------------------------------------------------------------------
@@ -181,5 +198,5 @@ def find_text_files(name: str) -> TextFiles:
         raise UserError(
             "text_encoder: 'none' is for a model that reads texts by itself (Janus); connect one, or choose FLAN-T5-XL."
         )
-    path = _text_encoders().get(name) or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
+    path = _text_encoders().get(_in_the_folders(name)) or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
     return find_text_encoder(path, host.t5_tokenizer())

@@ -24,6 +24,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),
     # numbers
     "errors": (set(), set()),
+    "untrusted": ({"errors"}, set()),
     "grid": ({"errors"}, set()),
     "sizes": (set(), set()),
     "plan": ({"errors", "grid"}, set()),
@@ -52,7 +53,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS | {"transformers", "tokenizers", "sentencepiece"},
     ),
     "vq.*": ({"vq.*"}, TENSORS),
-    "weights": ({"errors"}, TENSORS | {"safetensors"}),
+    "weights": ({"errors", "untrusted"}, TENSORS | {"safetensors"}),
     # time
     "graph": (set(), TENSORS),
     "generate": (
@@ -80,6 +81,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "prompts.*",
             "published",
             "sizes",
+            "untrusted",
             "vq.*",
             "weights",
         },

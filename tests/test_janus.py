@@ -118,12 +118,18 @@ def test_what_is_missing_or_wrong_is_named(folder: Path, tmp_path: Path) -> None
 
 
 def test_an_index_leads_nowhere_else(folder: Path, tmp_path: Path) -> None:
-    """A file it names is looked for in the folder, whatever path it is given with."""
+    """Not even to files that are there; what it names below the folder is taken."""
     copy = broken(folder, tmp_path)
     index = next(copy.glob("*.index.json"))
-    found = json.loads(index.read_text())
-    found["weight_map"] = {name: f"../../{file}" for name, file in found["weight_map"].items()}
-    index.write_text(json.dumps(found))
+    whole = json.loads(index.read_text())
+    for place in ("../Janus-Pro-1B", copy):
+        index.write_text(json.dumps({"weight_map": {k: f"{place}/{f}" for k, f in whole["weight_map"].items()}}))
+        with pytest.raises(UserError, match=rf"{index.name}: .* leads out of the folder"):
+            read_info(copy)
+    (copy / "below").mkdir()
+    for file in copy.glob("*.bin"):
+        file.rename(copy / "below" / file.name)
+    index.write_text(json.dumps({"weight_map": {k: f"below/{f}" for k, f in whole["weight_map"].items()}}))
     assert read_info(copy).config == config()
 
 

@@ -12,6 +12,7 @@ from ..grid import Grid
 from ..models.janus import DIM, Janus, JanusConfig
 from ..plan import SamplePlan
 from ..prompts.janus import janus_prompt
+from ..untrusted import number, section
 from ..vq.layouts import renamed
 from ..weights import Place, Weights
 from . import Family, ModelInfo
@@ -69,30 +70,27 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
         raise weights.problem(
             f"was made for a grid of {SIDE} x {SIDE} tokens, not {grid[0]} x {grid[1]}; leave the grid to the model."
         )
-    told = weights.config.get("language_config") or weights.config.get("text_config") or {}
-    shapes = {}
-    for key, shape in weights.shapes.items():
-        if (goes := place(key, None)) is not None:
-            shapes[goes.name] = (shape[0] * goes.parts, *shape[1:])
     try:
+        told, shapes = section(weights.config, "language_config", "text_config"), {}
+        for key, shape in weights.shapes.items():
+            if (goes := place(key, None)) is not None:
+                shapes[goes.name] = (shape[0] * goes.parts, *shape[1:])
         vocabulary, width = shapes["embed_tokens.weight"]
         codes, code_dim = shapes["gen_embed.weight"]
         config = JanusConfig(
             layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers.")),
             width=width,
-            heads=told.get("num_attention_heads") or width // DIM,
+            heads=number(told, "num_attention_heads", width // DIM),
             hidden=shapes["layers.0.feed_forward.w1.weight"][0],
             codes=codes,
             vocabulary=vocabulary,
-            eps=told.get("rms_norm_eps", 1e-6),
-            rope_base=(told.get("rope_parameters") or told).get("rope_theta", 10000.0),
+            eps=number(told, "rms_norm_eps", 1e-6),
+            rope_base=number(section(told, "rope_parameters") or told, "rope_theta", 10000.0),
             code_dim=code_dim,
             head_hidden=shapes["gen_head.fc1.weight"][0],
         )
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not describe a Janus ({error}); download it again.") from error
-    if config.heads < 1 or width % config.heads:
-        raise weights.problem(f"a width of {width} does not divide into {config.heads} heads; download it again.")
     return ModelInfo(weights.name, FAMILY, config, Grid(SIDE, SIDE), (), SamplePlan(guidance=5.0), weights.nbytes)
 
 

@@ -12,11 +12,14 @@ from ..errors import UserError
 from ..grid import Grid
 from ..models.llamagen import LlamaGen, LlamaGenConfig, read_config
 from ..plan import SamplePlan
+from ..untrusted import inside, parse_json
 from ..weights import Weights, unless
 from . import Family, ModelInfo
 
 SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
 NAMES = Path(__file__).parents[1] / "assets" / "imagenet_classes.json"
+REAL = (int, float)
+SAMPLING = {"guidance": REAL, "guidance_interval": int, "temperature": REAL, "top_k": int, "top_p": REAL}
 place = unless("freqs_cis")  # the rotary table, which some files carry
 
 
@@ -39,21 +42,31 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
     notes = weights.metadata
     try:
         config = read_config(weights.shapes, int(notes["heads"]) if "heads" in notes else None)
-        classes = tuple(json.loads(notes["classes"])) if "classes" in notes else _class_names(config)
-        defaults = SamplePlan(**json.loads(notes["sampling"])) if "sampling" in notes else _defaults(config)
+        classes = _noted_classes(notes["classes"], config) if "classes" in notes else _class_names(config)
+        defaults = _noted_sampling(notes["sampling"]) if "sampling" in notes else _defaults(config)
+        kind = "c2i" if config.classes else "t2i"
+        tokenizer = inside(Path(), notes.get("tokenizer", published.TOKENIZERS[kind])).stem
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise weights.problem(f"its header does not describe a LlamaGen ({error}).") from error
     except UserError as error:
         raise weights.problem(str(error)) from error
-    kind = _kind(config)
-    tokenizer = Path(notes.get("tokenizer", published.TOKENIZERS[kind])).stem
     return ModelInfo(
         weights.name, FAMILY, config, _grid(weights, kind, grid), classes, defaults, weights.nbytes, tokenizer
     )
 
 
-def _kind(config: LlamaGenConfig) -> str:
-    return "c2i" if config.classes else "t2i"
+def _noted_classes(note: str, config: LlamaGenConfig) -> tuple[str, ...]:
+    names = parse_json(note)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != config.classes:
+        raise ValueError(f"its note of the classes is not a list of {config.classes} names")
+    return tuple(names)
+
+
+def _noted_sampling(note: str) -> SamplePlan:
+    told = parse_json(note)
+    if not isinstance(told, dict) or any(not isinstance(told[name], SAMPLING.get(name, ())) for name in told):
+        raise ValueError(f"its note of the sampling does not give numbers for {', '.join(SAMPLING)}")
+    return SamplePlan(**told)
 
 
 def _class_names(config: LlamaGenConfig) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ repositories has the text tokenizer. Which sizes a model draws stands in no file
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ..prompts import Prompt
 from ..prompts.lumina import END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
 from ..prompts.words import Words
 from ..sizes import PIXELS, sizes
+from ..untrusted import number, section
 from ..weights import Place, Weights
 from . import Family, ModelInfo
 from .llama import QKV, in_layer
@@ -98,7 +100,9 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             shapes[goes.name] = shape
     try:
         vocabulary, width = shapes["embed_tokens.weight"]
-        first, codes, eol = _ids(told.get("vocabulary_map"))
+        first, codes, eol = _ids(section(told, "vocabulary_map"))
+        if not max(first + codes - 1, eol) < vocabulary:
+            raise ValueError(f"its vocabulary_map names more than its {vocabulary} words")
         config = LuminaConfig(
             layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers.")),
             width=width,
@@ -106,12 +110,12 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             hidden=shapes["layers.0.feed_forward.w1.weight"][0],
             codes=codes,
             vocabulary=vocabulary,
-            eps=told.get("rms_norm_eps", 1e-5),
-            rope_base=(told.get("rope_parameters") or told).get("rope_theta", 10000.0),
+            eps=number(told, "rms_norm_eps", 1e-5),
+            rope_base=number(section(told, "rope_parameters") or told, "rope_theta", 10000.0),
             qk_norm=True,
             first=first,
         )
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise weights.problem(f"its weights do not describe a Chameleon ({error}); download it again.") from error
     meta = "tok_embeddings.weight" in weights.tensors
     if meta or "anole" in weights.name.lower():
@@ -119,10 +123,12 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
     return _lumina(weights, config, grid, eol - first)
 
 
-def _ids(names: dict[str, int] | None) -> tuple[int, int, int]:
+def _ids(names: Mapping[str, Any]) -> tuple[int, int, int]:
     """Id of code 0, number of codes, id of a line's end. Raises ValueError where codes are not in order."""
     if not names:
         return FIRST, CODES, EOL
+    if any(type(number) is not int or number < 0 for number in names.values()):
+        raise ValueError("its vocabulary_map gives names to what are no ids")
     first, codes = names[code_name(0)], sum(name.startswith("IMGIMG") for name in names)
     if any(names.get(code_name(code)) != first + code for code in range(codes)):
         raise ValueError("its vocabulary_map does not list image codes in order")

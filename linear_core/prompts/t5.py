@@ -62,18 +62,24 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
     try:
         buckets, heads = ours["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].shape
         hidden = ours[f"encoder.block.0.layer.1.DenseReluDense.wi{'_0' if gated else ''}.weight"].shape[0]
+        inner = ours[PROBE].shape[0]
     except KeyError as error:
         raise ValueError(f"lacks the weight {error}") from error
+    except IndexError as error:
+        raise ValueError("has weights of no T5's shape") from error
     if table is None:
         raise ValueError("lacks the weight 'shared.weight'")
+    layers = 1 + max(int(k.split(".")[2]) for k in ours if k.startswith("encoder.block."))
+    if table.ndim != 2 or not all((*table.shape, buckets, heads, hidden, inner)) or inner % heads or layers > len(ours):
+        raise ValueError("has weights of no T5's shape")
     with _brought_by_comfyui():
         from transformers import T5Config, T5EncoderModel
     config = T5Config(
         vocab_size=table.shape[0],
         d_model=table.shape[1],
-        d_kv=ours[PROBE].shape[0] // heads,
+        d_kv=inner // heads,
         d_ff=hidden,
-        num_layers=1 + max(int(k.split(".")[2]) for k in ours if k.startswith("encoder.block.")),
+        num_layers=layers,
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         feed_forward_proj="gated-gelu" if gated else "relu",
@@ -87,6 +93,8 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
             raise ValueError(f"lacks the weight '{name}'")
         if ours[name].shape != place.shape:
             raise ValueError(f"has '{name}' of {list(ours[name].shape)} where {list(place.shape)} was expected")
+        if not ours[name].is_floating_point():
+            raise ValueError(f"has '{name}' of {ours[name].dtype} where numbers with a fraction were expected")
     encoder.load_state_dict({k: ours[k].to(FORMAT) for k in encoder.state_dict()}, assign=True)
     encoder.set_input_embeddings(encoder.shared)  # one table, not two
     return encoder.eval().requires_grad_(False)

@@ -33,7 +33,10 @@ class Words:
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, special tokens written out in it included, and none added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # as above: of a tokenizer that has no token for what it meets
+            raise UserError(f"{self.path}: cannot read the text ({error}); take the model's own file.") from error
 
     def knows(self, token: str) -> bool:
         return self._tokenizer.token_to_id(token) is not None

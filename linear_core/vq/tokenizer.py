@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import Decoder, Encoder, Ops
+from .network import Decoder, Encoder, Ops, groups
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,16 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) 
     encoder, encoder_blocks = levels("encoder") if "encoder.conv_in.weight" in shapes else ((), 0)
     if not decoder:
         raise KeyError("decoder.conv_blocks.0")
+    for width in (*decoder, *encoder):
+        if width < 4 or width % groups(width):
+            raise ValueError(f"{width} channels do not divide into groups")
+    z = shapes["post_quant_conv.weight"][0]
+    if not all((codes, code_dim, z)):
+        raise ValueError(f"{codes} codes of {code_dim} numbers, {z} channels")
     return VQConfig(
         codes=codes,
         code_dim=code_dim,
-        z=shapes["post_quant_conv.weight"][0],
+        z=z,
         decoder_widths=decoder,
         decoder_blocks=decoder_blocks,
         attention="decoder.conv_blocks.0.attn.0.q.weight" in shapes,
