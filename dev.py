@@ -183,6 +183,7 @@ def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]
     return [
         ("ruff check", [python, "-m", "ruff", "check", "."], ""),
         ("ruff format", [python, "-m", "ruff", "format", "--check", "."], ""),
+        ("mypy", [python, "-m", "mypy"], ""),
         ("node --test", [node, "--test", *scripts], missing),
         ("pytest", [python, "-m", "pytest", *extra], ""),
     ]

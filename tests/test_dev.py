@@ -144,6 +144,7 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     summary = capsys.readouterr().out.split("== summary")[1]
     assert "ruff check   failed" in summary
     assert "ruff format  passed" in summary
+    assert "mypy         passed" in summary
     assert "node --test  not run: " in summary
     assert "pytest       passed" in summary
     assert "browser      not run: Chromium was not found" in summary
@@ -169,7 +170,7 @@ def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypat
 
 def test_javascript_tests_say_why_they_do_not_run():
     def reason(node, scripts):
-        return dev.checks(Path("python"), [], node, scripts)[2][2]
+        return dev.checks(Path("python"), [], node, scripts)[3][2]
 
     assert reason("node", [Path("state.test.mjs")]) == ""
     assert "node was not found" in reason(None, [Path("state.test.mjs")])
