@@ -34,6 +34,7 @@ WINDOWS = os.name == "nt"
 # The page that the browser tests drive: ComfyUI's newest and the one that the oldest supported ComfyUI asks for.
 FRONTENDS = ("1.58.1", "1.38.14")
 PLAYWRIGHT = "1.65.1"
+REGISTRY = VENV / "registry"  # an environment of its own, as these tools pin much that others use
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -164,6 +165,23 @@ def set_up(groups: list[str], index: str | None = None) -> Path:
     return python
 
 
+def registry_missing() -> str:
+    """Install the registry's own tools, once; why the gates that need them cannot run, or an empty text."""
+    requirements = dependency_groups((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["registry"]
+    stamp = REGISTRY / "installed.txt"
+    if is_installed(stamp, requirements):
+        return ""
+    say(f"Installing {', '.join(requirements)} for the registry's gates (about 350 MB).")
+    if run([sys.executable, "-m", "venv", "--clear", REGISTRY]):
+        return "no virtual environment could be made for the registry's tools"
+    python = venv_python(REGISTRY)
+    if run([python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *requirements]):
+        shutil.rmtree(REGISTRY, ignore_errors=True)
+        return "the registry's tools could not be installed; pip says why above"
+    stamp.write_text(fingerprint(requirements))
+    return ""
+
+
 # The commands --------------------------------------------------------------------------------------------------------
 
 
@@ -221,11 +239,12 @@ def browser_parts(python: Path) -> list[tuple[Path, list]]:
 
 def test(args: argparse.Namespace, extra: list[str]) -> int:
     """Run every check to its end, then say how each went."""
-    python = set_up(["standalone", "dev"] + ["registry"] * args.registry, args.torch_index)
+    python = set_up(["standalone", "dev"], args.torch_index)
     for part, command in browser_parts(python):
         if not part.is_dir():
             say(f"Installing {part.name} for the browser tests.")
             run(command)  # where that fails, the tests that need it say so
+    no_gates = registry_missing()
     summary, failed = [], False
     for name, command, missing in checks(python, extra, shutil.which("node"), sorted(ROOT.glob("tests/*.test.mjs"))):
         if missing:
@@ -235,8 +254,9 @@ def test(args: argparse.Namespace, extra: list[str]) -> int:
         status = run(command, cwd=ROOT)
         summary.append(f"{name:12} {'failed' if status else 'passed'}")
         failed = failed or status != 0
-    if lacking := browser_missing():
-        summary.append(f"{'browser':12} not run: {lacking}")
+    for name, lacking in (("browser", browser_missing()), ("registry", no_gates)):
+        if lacking:
+            summary.append(f"{name:12} not run: {lacking}")
     say("\n".join(["\n== summary", *summary]))
     return int(failed)
 
@@ -314,9 +334,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--torch-index", metavar="URL", default=os.environ.get("LINEAR_TORCH_INDEX"), help=text)
 
     add_index(add(demo, "draw pictures with the bundled model, full cache and small cache", "options of the demo"))
-    check = add(test, "run ruff, the JavaScript tests and pytest", "arguments of pytest, such as -k WORD or a file")
-    add_index(check)
-    check.add_argument("--registry", action="store_true", help="also the gates of the registry; installs about 300 MB")
+    add_index(add(test, "run linters and all tests", "arguments of pytest, such as -k WORD or a file"))
     start = add(comfy, "link this folder into a ComfyUI and start it", "arguments of ComfyUI, such as --cpu")
     start.add_argument("--dir", metavar="PATH", help="the ComfyUI folder, the one with main.py")
     start.add_argument("--port", metavar="N", type=int, default=8188, help="default: 8188")
