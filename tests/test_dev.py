@@ -152,6 +152,15 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     assert "registry     not run: no network" in summary
 
 
+def test_the_share_of_the_core_that_tests_reach_is_asked_of_all_of_them():
+    def command(*extra):
+        return dev.checks(Path("python"), list(extra), None, [])[-1][1][3:]
+
+    assert command() == ["--cov"]
+    assert command("--record") == ["--cov", "--record"]
+    assert command("-k", "fold") == ["-k", "fold"]
+
+
 def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypatch):
     """Each page that is supported, and what drives it; nothing where one of the programs is missing."""
     present = {"chromium", "node", "npm"}
@@ -204,7 +213,7 @@ def test_where_the_registrys_tools_cannot_be_had_there_is_a_reason(broken, reaso
 def test_without_a_command_comes_the_help(capsys):
     assert dev.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("demo", "test", "comfy"))
+    assert all(name in shown for name in ("demo", "test", "release", "comfy"))
 
 
 def test_ctrl_c_ends_quietly(monkeypatch, capsys):
