@@ -71,6 +71,10 @@ def left(capsys) -> dict[str, str]:
     return found
 
 
+def test_the_changelog_lists_the_version_that_this_is():
+    assert release.changelog() == ""
+
+
 def test_when_all_is_done_it_says_how_to_go_on(pack, capsys):
     assert release.main() == 0
     shown = capsys.readouterr().out
