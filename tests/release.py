@@ -67,7 +67,7 @@ def clean() -> str:
 
 def golden() -> str:
     folder = ROOT / "tests" / "fixtures" / "golden" / version()
-    if any(folder.glob("*.json")):
+    if any(folder.rglob("*.json")):
         return ""
     return f"{folder.relative_to(ROOT).as_posix()} has no workflows of this version, for later ones to load"
 

@@ -29,7 +29,7 @@ def pack(tmp_path, monkeypatch):
         "CHANGELOG.md": "# Changelog\n\n## [Unreleased]\n\n## [0.2.0] - 2026-12-01\n\n## [0.1.0] - 2026-11-21\n",
         "README.md": f"{versions.OPEN}\n{versions.CLOSE}\n",
         "linear_core/grid.py": "",
-        "tests/fixtures/golden/0.2.0/first_image.json": "{}",
+        "tests/fixtures/golden/0.2.0/workflows/first_image.json": "{}",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
