@@ -3,6 +3,7 @@
     python3 dev.py demo     draws pictures with the bundled model
     python3 dev.py test     runs linters and tests
     python3 dev.py comfy    links this folder into a ComfyUI and starts it
+    python3 dev.py release  says what is left to do before a release
 
 Only the standard library, and only syntax that an older Python can read: this starts before anything is installed,
 and says which Python is needed where that one is missing.
@@ -34,6 +35,7 @@ WINDOWS = os.name == "nt"
 # The page that the browser tests drive: ComfyUI's newest and the one that the oldest supported ComfyUI asks for.
 FRONTENDS = ("1.58.1", "1.38.14")
 PLAYWRIGHT = "1.65.1"
+REGISTRY = VENV / "registry"  # an environment of its own, as these tools pin much that others use
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -164,6 +166,23 @@ def set_up(groups: list[str], index: str | None = None) -> Path:
     return python
 
 
+def registry_missing() -> str:
+    """Install the registry's own tools, once; why the gates that need them cannot run, or an empty text."""
+    requirements = dependency_groups((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["registry"]
+    stamp = REGISTRY / "installed.txt"
+    if is_installed(stamp, requirements):
+        return ""
+    say(f"Installing {', '.join(requirements)} for the registry's gates (about 350 MB).")
+    if run([sys.executable, "-m", "venv", "--clear", REGISTRY]):
+        return "no virtual environment could be made for the registry's tools"
+    python = venv_python(REGISTRY)
+    if run([python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *requirements]):
+        shutil.rmtree(REGISTRY, ignore_errors=True)
+        return "the registry's tools could not be installed; pip says why above"
+    stamp.write_text(fingerprint(requirements))
+    return ""
+
+
 # The commands --------------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +202,10 @@ def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]
     return [
         ("ruff check", [python, "-m", "ruff", "check", "."], ""),
         ("ruff format", [python, "-m", "ruff", "format", "--check", "."], ""),
+        ("mypy", [python, "-m", "mypy"], ""),
         ("node --test", [node, "--test", *scripts], missing),
-        ("pytest", [python, "-m", "pytest", *extra], ""),
+        # Some of the tests cannot reach the share of the core that all of them have to.
+        ("pytest", [python, "-m", "pytest", *(extra if set(extra) - {"--record"} else ["--cov", *extra])], ""),
     ]
 
 
@@ -220,11 +241,12 @@ def browser_parts(python: Path) -> list[tuple[Path, list]]:
 
 def test(args: argparse.Namespace, extra: list[str]) -> int:
     """Run every check to its end, then say how each went."""
-    python = set_up(["standalone", "dev"] + ["registry"] * args.registry, args.torch_index)
+    python = set_up(["standalone", "dev"], args.torch_index)
     for part, command in browser_parts(python):
         if not part.is_dir():
             say(f"Installing {part.name} for the browser tests.")
             run(command)  # where that fails, the tests that need it say so
+    no_gates = registry_missing()
     summary, failed = [], False
     for name, command, missing in checks(python, extra, shutil.which("node"), sorted(ROOT.glob("tests/*.test.mjs"))):
         if missing:
@@ -234,10 +256,18 @@ def test(args: argparse.Namespace, extra: list[str]) -> int:
         status = run(command, cwd=ROOT)
         summary.append(f"{name:12} {'failed' if status else 'passed'}")
         failed = failed or status != 0
-    if lacking := browser_missing():
-        summary.append(f"{'browser':12} not run: {lacking}")
+    for name, lacking in (("browser", browser_missing()), ("registry", no_gates)):
+        if lacking:
+            summary.append(f"{name:12} not run: {lacking}")
     say("\n".join(["\n== summary", *summary]))
     return int(failed)
+
+
+def release(args: argparse.Namespace, extra: list[str]) -> int:
+    """Say what is left to do before this version can be released."""
+    python = set_up(["standalone", "dev"], args.torch_index)
+    registry_missing()  # where that is so, the list says that the gates did not run
+    return run([python, ROOT / "tests" / "release.py", *extra], cwd=ROOT)
 
 
 def find_comfy(folder: str | None) -> Path | None:
@@ -313,9 +343,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--torch-index", metavar="URL", default=os.environ.get("LINEAR_TORCH_INDEX"), help=text)
 
     add_index(add(demo, "draw pictures with the bundled model, full cache and small cache", "options of the demo"))
-    check = add(test, "run ruff, the JavaScript tests and pytest", "arguments of pytest, such as -k WORD or a file")
-    add_index(check)
-    check.add_argument("--registry", action="store_true", help="also the gates of the registry; installs about 300 MB")
+    add_index(add(test, "run linters and all tests", "arguments of pytest, such as -k WORD or a file"))
+    add_index(add(release, "say what is left to do before a release", "nothing"))
     start = add(comfy, "link this folder into a ComfyUI and start it", "arguments of ComfyUI, such as --cpu")
     start.add_argument("--dir", metavar="PATH", help="the ComfyUI folder, the one with main.py")
     start.add_argument("--port", metavar="N", type=int, default=8188, help="default: 8188")

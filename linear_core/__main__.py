@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +17,11 @@ from tqdm import tqdm
 from . import library, text
 from .convert import convert
 from .errors import UserError
+from .families import ModelInfo
 from .generate import Run, generate, in_waves, together
 from .graph import Captured
 from .heatmap import heatmap, lifetime
-from .library import ImageModel, ModelFiles, ModelInfo
+from .library import ImageModel, ModelFiles
 from .memory import fits, free_memory, run_bytes
 from .packed import pack
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
@@ -30,7 +33,11 @@ from .sheet import contact_sheet, save, to_image
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
-STEPS = {"eager": lambda step: step, "compiled": partial(torch.compile, dynamic=False), "graph": Captured}
+STEPS: dict[str, Callable[..., Any]] = {
+    "eager": lambda step: step,
+    "compiled": partial(torch.compile, dynamic=False),
+    "graph": Captured,
+}
 MANY = 4096  # images at once; nobody asks for more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
@@ -428,7 +435,9 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=288, metavar="PIXELS", help="enlarge pictures up to this (default: 288)"
     )
 
-    def add(name: str, command, parents: list[argparse.ArgumentParser], help: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[..., None], parents: list[argparse.ArgumentParser], help: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=parents, help=help, description=command.__doc__)
         sub.set_defaults(command=command)
         return sub

@@ -82,13 +82,12 @@ class Attention(nn.Module):
         self.heads = heads
         self.wqkv = ops.Linear(width, 3 * width, bias=False)
         self.wo = ops.Linear(width, width, bias=False)
-        self.q_norm, self.k_norm = (HeadNorm(heads, width // heads) if qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (HeadNorm(heads, width // heads) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
         """x B T W."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         return self.wo(attend(turn(q), turn(k), v).transpose(1, 2).flatten(2))
 
 

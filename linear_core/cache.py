@@ -50,7 +50,10 @@ class LineCache:
         self.nbytes = self.keys.nbytes + self.values.nbytes  # as allocated, whatever rows are kept later
         self.bias = torch.full(held, float("-inf"), dtype=dtype, device=device)
         self.index = torch.full(held, -1, dtype=torch.int32, device=device)
-        self.queries = self.mass = self.count = self.survey = None
+        self.queries: Tensor | None = None
+        self.mass: Tensor | None = None
+        self.count: Tensor | None = None
+        self.survey: Tensor | None = None
         if reads & {"queries", "mass", "ahead"}:
             self.queries = torch.zeros(layers, rows, heads, stride, dim, dtype=dtype, device=device)
         if "mass" in reads:
@@ -141,7 +144,7 @@ class LineCache:
         bias, index = self.bias[one, ..., :end], self.index[one, ..., :end]
         queries = None if self.queries is None else self.queries[one]
         mass = None
-        if self.mass is not None:
+        if self.mass is not None and queries is not None:
             mass = self.mass[one, ..., :end]
             mass += line_probabilities(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
         return View(keys, values, bias, index, queries, mass, self.grid, row, layer, turn, self.survey)

@@ -133,7 +133,7 @@ def _write(
             done = 0
             for name in names:
                 data = tensors[name].detach().to(kinds[name]).contiguous()
-                done += file.write(data.flatten().view(torch.uint8).numpy())
+                done += file.write(data.flatten().view(torch.uint8).numpy().data)
                 progress(done, end)
         os.replace(part, path)
     except OSError as error:

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -50,6 +51,10 @@ class _Source:
     hash: str  # 64 digits: SHA-256; 40: git's, of a small file
 
 
+def _told(progress: Progress, before: int, total: int, name: str, fetched: int) -> None:
+    progress(before + fetched, total, name)
+
+
 def download(
     release: Release, folder: Path, progress: Progress = lambda done, total, name: None, *, hub: str = HUB
 ) -> list[Fetched]:
@@ -67,7 +72,7 @@ def download(
             total, done, fetched = sum(source.size for source in sources), 0, []
             _check_room(folder, total)
             for source in sources:
-                _fetch(session, source, lambda n, s=source, d=done: progress(d + n, total, s.target.name), requests)
+                _fetch(session, source, partial(_told, progress, done, total, source.target.name), requests)
                 done += source.size
                 fetched.append(Fetched(source.target, source.size, source.commit, source.hash))
         except requests.RequestException as error:

@@ -190,8 +190,8 @@ def in_waves(
     Every image keeps the seed that it has in the whole, so its picture is the same.
     """
     for rows in waves(prompt.rows, at_once):
-        own = above is not None and len(above) > 1
-        yield prompt.take(rows), replace(sample, seed=sample.seed + rows[0]), above[list(rows)] if own else above
+        own = None if above is None or len(above) < 2 else above[list(rows)]
+        yield prompt.take(rows), replace(sample, seed=sample.seed + rows[0]), above if own is None else own
 
 
 def together(parts: list[list[Line]]) -> list[Line]:
@@ -199,11 +199,12 @@ def together(parts: list[list[Line]]) -> list[Line]:
 
     def one(lines: tuple[Line, ...]) -> Line:
         images = [len(line.tokens) for line in lines]
+        stands = [line.stands for line in lines if line.stands is not None]
         return replace(
             lines[0],
             tokens=torch.cat([line.tokens for line in lines]),
             share=torch.cat([line.share for line in lines]),
-            stands=None if lines[0].stands is None else torch.cat([line.stands for line in lines]),
+            stands=torch.cat(stands) if stands else None,
             held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
             seconds=sum(line.seconds for line in lines),
             cache_bytes=max(line.cache_bytes for line in lines),

@@ -7,6 +7,7 @@ are copied out; the cache's buffers, allocated before the first token, are such 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ def cuda_graph(run: Run) -> tuple[Callable[[], None], Tensor]:
     return graph.replay, result
 
 
+@dataclass
+class Recording:
+    cache: Any
+    given: tuple[Tensor, ...]  # the fixed place of the step's inputs
+    replay: Callable[[], None]
+    logits: Tensor
+
+
 class Captured:
     """A decoder's step behind a graph; takes its place in `generate`, with `static`.
 
@@ -41,22 +50,22 @@ class Captured:
 
     def __init__(self, step: Callable[..., Tensor], *, capture: Capture = cuda_graph, device: str = "cuda"):
         self.step, self.capture, self.device, self.why = step, capture, device, ""
-        self._recorded: tuple[Any, torch.Size] | None = None  # the cache and the rows that the graph is for
+        self._recording: Recording | None = None
 
     def __call__(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: Any) -> Tensor:
         self.why = self._reason(token, cache)
         if self.why:
             return self.step(token, index, pad, column, cache)
         given = (token, index, pad, column)
-        if self._recorded is None or self._recorded[0] is not cache or self._recorded[1] != token.shape:
-            self._replay = self._logits = None  # the old graph's memory is free before the new one takes some
-            self._held = tuple(x.clone() for x in given)
-            self._replay, self._logits = self.capture(lambda: self.step(*self._held, cache))
-            self._recorded = cache, token.shape
-        for held, new in zip(self._held, given, strict=True):
-            held.copy_(new)
-        self._replay()
-        return self._logits.clone()
+        recording = self._recording
+        if recording is None or recording.cache is not cache or recording.given[0].shape != token.shape:
+            self._recording = recording = None  # the old graph's memory is free before the new one takes some
+            held = tuple(x.clone() for x in given)
+            self._recording = recording = Recording(cache, held, *self.capture(lambda: self.step(*held, cache)))
+        for place, new in zip(recording.given, given, strict=True):
+            place.copy_(new)
+        recording.replay()
+        return recording.logits.clone()
 
     def _reason(self, token: Tensor, cache: Any) -> str:
         if token.device.type != self.device:

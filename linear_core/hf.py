@@ -83,6 +83,11 @@ class LineCache(Cache):
         self._announced = self._attended = 0  # layers of this forward
 
     @property
+    def _held(self) -> Slots:
+        assert self.slots is not None, "the prompt is not in yet"
+        return self.slots
+
+    @property
     def nbytes(self) -> int:
         """Keys and values as allocated; 0 before the prompt."""
         return 0 if self.slots is None else self.slots.nbytes
@@ -106,12 +111,12 @@ class LineCache(Cache):
         if layer_idx == 0:
             self._begin(key_states, value_states)
         self._announced += 1
-        key_states.line_cache = self
+        key_states.line_cache = self  # type: ignore[attr-defined]  # the mark by which `line_attention` finds us
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far, held or not: positions go on from here."""
-        return 0 if self._fed is None else self.slots.grid.prompt + self._fed
+        return 0 if self._fed is None else self._held.grid.prompt + self._fed
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Keys a mask would have to speak of. transformers 4 gives the new tokens' places, 5 their number."""
@@ -161,7 +166,7 @@ class LineCache(Cache):
         if self._fed is None:
             self._open(k, v)
             return
-        slots, stride = self.slots, self.grid.stride
+        slots, stride = self._held, self.grid.stride
         if rows != slots.rows:
             raise UserError(
                 f"cache: it holds {slots.rows} sequences and {rows} are fed; call reset() before another batch."
@@ -217,7 +222,7 @@ class LineCache(Cache):
             raise UserError("model: it is in training mode; call model.eval() before drawing.")
         if foreign := [name for name in FOREIGN if kwargs.get(name) is not None]:
             raise UserError(f"model: its attention uses {foreign[0]}, which a line cache does not know.")
-        slots, layer = self.slots, self._attended
+        slots, layer = self._held, self._attended
         if k.device != slots.bias.device:
             raise UserError(f"model: its layers lie on {slots.bias.device} and {k.device}; put them on one device.")
         if self._fed is None:
@@ -231,7 +236,7 @@ class LineCache(Cache):
         return out, None
 
     def _attend_slots(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slots, groups = self.slots, q.shape[1] // k.shape[1]
+        slots, groups = self._held, q.shape[1] // k.shape[1]
         grouped = q.unflatten(1, (-1, groups))  # B H G T D
         mean = grouped.mean(2)
         if q.shape[2] == 1:
@@ -246,6 +251,7 @@ class LineCache(Cache):
     def _turn(self, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries L B H C D as if they stood so many lines later: the model's own rotation, once more."""
         rotary, rotate = self._decoder.rotary_emb, _turner(self._decoder)
+        assert rotate is not None, "__init__ has looked"
         place = torch.tensor([[lines * self.grid.stride]], device=queries.device)
         cos, sin = rotary(queries, place)
         turned, _ = rotate(flat := queries.flatten(0, 1), flat, cos, sin)
@@ -256,11 +262,11 @@ class LineCache(Cache):
         """Every layer has its tokens."""
         self._announced = self._attended = 0
         if self._fed is None:
-            self.slots.extend()
+            self._held.extend()
             self._fed = 0
             return
         if len(self._index) > 1:
-            self.slots.advance(self._index, self._column)
+            self._held.advance(self._index, self._column)
         self._fed += len(self._index)
 
 
@@ -289,8 +295,8 @@ def _grid(given: tuple[int, int] | Grid) -> Grid:
 
 def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
     """Give the decoder inside `model` our attention; returns the decoder. Raises UserError where it cannot work."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text] if text else []
     if not decoders:
         raise UserError(f"model: {type(model).__name__} is no transformers model with a decoder; give the whole model.")

@@ -65,11 +65,12 @@ class ImageModel:
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
         """One image for each text, guided away from `negative`; for models with a text tokenizer of their own."""
-        if not self.info.own_words:
+        read = self.info.family.prompt
+        if read is None:
             raise UserError(f"text: {self.info.name} does not read texts by itself; it needs a text encoder.")
         if not texts:
             raise UserError("text: it is empty; write what the picture shall show.")
-        return self.info.family.prompt(self.words, texts, negative, self.info)
+        return read(self.words, texts, negative, self.info)
 
 
 def bundled_files() -> ModelFiles:
@@ -270,7 +271,7 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
     if top is not None:
         names = partial(renamed, top=top)
     ours = {key: names(key) if names else key for key in weights.tensors}
-    shapes = {ours[key]: shape for key, shape in weights.shapes.items() if ours[key] is not None}
+    shapes = {name: shape for key, shape in weights.shapes.items() if (name := ours[key]) is not None}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
         raise weights.problem(
             f"is not a VQ tokenizer that LineAR knows ({len(weights.tensors)} weights); "
@@ -283,7 +284,7 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
     wanted = unless(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
 
     def places(key: str) -> Place | None:
-        return None if ours[key] is None else wanted(ours[key])
+        return None if (name := ours[key]) is None else wanted(name)
 
     return config, places
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Device = torch.device | str
+
 
 class Full:
     """Keys, or values, as they were computed."""
 
-    def __init__(self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device):
+    def __init__(
+        self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device: Device
+    ):
         self.numbers = torch.zeros(*lead, slots, dim, dtype=dtype, device=device)
 
     @property
@@ -50,7 +54,9 @@ class Int8(Full):
     again where something is folded into it). In half precision it takes D + 2 bytes where Full takes 2 D.
     """
 
-    def __init__(self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device):
+    def __init__(
+        self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device: Device
+    ):
         self.numbers = torch.zeros(*lead, slots, dim, dtype=torch.int8, device=device)
         self.scale = torch.zeros(*lead, slots, 1, dtype=dtype, device=device)
         self.fresh = torch.zeros(*lead, stride, dim, dtype=dtype, device=device)

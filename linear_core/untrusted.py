@@ -123,5 +123,5 @@ def check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OverflowError) as error:
         raise ValueError(f"it is incomplete or damaged: {error}") from error
     for code, argument, _ in pickletools.genops(pickled):
-        if code.name in ("GLOBAL", "INST") and not NAMED.fullmatch(argument):
-            raise ValueError(f"it asks for {argument.replace(' ', '.')}, which no weights need and is not run here")
+        if code.name in ("GLOBAL", "INST") and not NAMED.fullmatch(named := str(argument)):
+            raise ValueError(f"it asks for {named.replace(' ', '.')}, which no weights need and is not run here")

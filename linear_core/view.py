@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class View:
         count = max(1, pairs // (self.index.shape[2] * self.index.shape[3] ** 2))
         for first in range(0, self.index.shape[1], count):
             cut = slice(first, first + count)
-            shown = {
+            shown: dict[str, Any] = {
                 name: None if (held := getattr(self, name)) is None else held[:, cut]
                 for name in ("keys", "values", "bias", "index", "queries", "mass", "survey")
             }

@@ -24,7 +24,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of
 SINGLES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
 NESTS = ("model", "module", "state_dict")  # what published training scripts wrap a state dict in
 READABLE = "a checkpoint that can be read safely"
-HARMLESS = [argparse.Namespace]  # what they save beside it; it holds attributes and runs nothing
+HARMLESS: list[Any] = [argparse.Namespace]  # what they save beside it; it holds attributes and runs nothing
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
     """
     path = Path(path)
     files = shards(path) if path.is_dir() else (path,)
-    tensors, metadata = {}, {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: there is no such file.")

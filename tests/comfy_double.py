@@ -145,6 +145,14 @@ class ComfyExtension:
     pass
 
 
+def execute(node: type[ComfyNode], **inputs: Any) -> NodeOutput:
+    """What a node puts out, inputs that are not given at their defaults."""
+    known = {entry.id: entry for entry in node.GET_SCHEMA().inputs}
+    assert set(inputs) <= set(known), "an input that the node does not have"
+    defaults = {name: entry.options["default"] for name, entry in known.items() if "default" in entry.options}
+    return node.execute(**{**defaults, **inputs})
+
+
 def object_info(node: type[ComfyNode]) -> dict[str, Any]:
     """What /object_info says of a node, less what says nothing of ours (see `ours` in comfy_server.py)."""
     schema, more = node.GET_SCHEMA(), node.GET_SCHEMA().more

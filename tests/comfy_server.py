@@ -23,6 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,20 +105,50 @@ class Server:
         return [[self.base / i["type"] / i["subfolder"] / i["filename"] for i in images] for images in named]
 
 
+def finish(server: Server, prompt: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Run a prompt: its messages, and the last one."""
+    *messages, end = server.run(prompt)
+    return messages, end
+
+
+def twin(name: str, **settings: object) -> dict[str, Any]:
+    """The API form of a workflow, with other settings wherever it has those."""
+    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in prompt.values():
+        for key, value in settings.items():
+            if not isinstance(node["inputs"].get(key, []), list):  # a list is a link
+                node["inputs"][key] = value
+    return prompt
+
+
+def install(place: Path, archive: Path) -> None:
+    """Unpack the registry's zip as ComfyUI Manager does, with the list of files by which it knows its own."""
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(place)
+        (place / ".tracking").write_text("\n".join(packed.namelist()), encoding="utf-8")
+
+
+def link(place: Path) -> None:
+    """Lead from ComfyUI's folder to this one."""
+    try:
+        place.symlink_to(ROOT, target_is_directory=True)
+    except OSError:  # Windows, without the right to
+        shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", ".venv", "tests", "__pycache__"))
+
+
 @contextmanager
-def comfyui(seconds: float = 300) -> Iterator[Server]:
-    """Start ComfyUI in a folder of its own, which goes afterwards."""
+def comfyui(seconds: float = 300, archive: Path | None = None) -> Iterator[Server]:
+    """Start ComfyUI in a folder of its own, which goes afterwards, with this pack or with an `archive` of it."""
     comfy = Path(os.environ["COMFYUI_DIR"]).expanduser().resolve()
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     with tempfile.TemporaryDirectory(prefix="linear-host-", ignore_cleanup_errors=True) as folder:
         base = Path(folder)
         for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
             (base / name).mkdir()
-        link = base / "custom_nodes" / PACK
-        try:
-            link.symlink_to(ROOT, target_is_directory=True)
-        except OSError:  # Windows, without the right to
-            shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(".git", ".venv", "tests", "__pycache__"))
+        if archive is None:
+            link(base / "custom_nodes" / PACK)
+        else:
+            install(base / "custom_nodes" / PACK, archive)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -7,7 +7,7 @@ the CPU with torch 2.13 and one thread. None of its code is here, only its key n
 
 Weights. State dicts drawn in dictionary order from `numpy.random.default_rng(seed)`: uniform numbers of a given mean
 and deviation, which need nobody's sine or logarithm and so come out as the same bits everywhere. The fixture holds
-the `digest()` of what was used; where it differs from the digest of what is made here, the weights are not the
+the `digest` of what was used; where it differs from the digest of what is made here, the weights are not the
 recorded ones and no comparison means anything.
 
     c2i   dim 64, 4 heads of 16, 3 layers, feed-forward 256, vocabulary 96, 10 classes and null, block_size 36
@@ -43,14 +43,13 @@ Arrays. A batch of 4 is guidance as upstream runs it: two conditional rows, then
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Weights = dict[str, Tensor]
+from tests.drawn import Layers, Weights, draw
 
 DIM, HEADS, LAYERS, FEED_FORWARD, VOCABULARY = 64, 4, 3, 256, 96
 GRID = 6  # tokens along each side
@@ -78,26 +77,17 @@ def reference() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def digest(tensors: Weights) -> np.ndarray:
-    """SHA-256 over names and values, in order."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors.items():
-        sha.update(name.encode())
-        sha.update(tensor.contiguous().numpy().tobytes())
-    return np.frombuffer(sha.digest(), np.uint8)
-
-
 def c2i_weights(seed: int = C2I_SEED) -> Weights:
     rng = np.random.default_rng(seed)
-    return {"cls_embedding.embedding_table.weight": _draw(rng, (CLASSES + 1, DIM), 1.0)} | _body(rng)
+    return {"cls_embedding.embedding_table.weight": draw(rng, (CLASSES + 1, DIM), 1.0)} | _body(rng)
 
 
 def t2i_weights(seed: int = T2I_SEED) -> Weights:
     rng = np.random.default_rng(seed)
     return {
-        "cls_embedding.uncond_embedding": _draw(rng, (PREFIX, CAPTION_DIM), 1.0),
-        "cls_embedding.cap_proj.fc1.weight": _draw(rng, (DIM, CAPTION_DIM), 0.2),
-        "cls_embedding.cap_proj.fc2.weight": _draw(rng, (DIM, DIM), 0.2),
+        "cls_embedding.uncond_embedding": draw(rng, (PREFIX, CAPTION_DIM), 1.0),
+        "cls_embedding.cap_proj.fc1.weight": draw(rng, (DIM, CAPTION_DIM), 0.2),
+        "cls_embedding.cap_proj.fc2.weight": draw(rng, (DIM, DIM), 0.2),
     } | _body(rng)
 
 
@@ -111,34 +101,13 @@ def captions(seed: int = CAPTION_SEED) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(seed)
     features = torch.zeros(len(LENGTHS), PREFIX, CAPTION_DIM)
     for row, length in zip(features, LENGTHS, strict=True):
-        row[PREFIX - length :] = _draw(rng, (length, CAPTION_DIM), 1.0)
+        row[PREFIX - length :] = draw(rng, (length, CAPTION_DIM), 1.0)
     return features, torch.tensor(LENGTHS)
 
 
 def vq_weights(seed: int = VQ_SEED) -> Weights:
-    rng = np.random.default_rng(seed)
-    weights: Weights = {}
-
-    def conv(name: str, outer: int, inner: int, side: int = 1) -> None:
-        weights[f"{name}.weight"] = _draw(rng, (outer, inner, side, side), (inner * side * side) ** -0.5)
-        weights[f"{name}.bias"] = _draw(rng, (outer,), 0.1)
-
-    def norm(name: str, channels: int) -> None:
-        weights[f"{name}.weight"] = _draw(rng, (channels,), 0.1, mean=1.0)
-        weights[f"{name}.bias"] = _draw(rng, (channels,), 0.1)
-
-    def residual(name: str, inner: int, outer: int) -> None:
-        norm(f"{name}.norm1", inner)
-        conv(f"{name}.conv1", outer, inner, 3)
-        norm(f"{name}.norm2", outer)
-        conv(f"{name}.conv2", outer, outer, 3)
-        if inner != outer:
-            conv(f"{name}.nin_shortcut", outer, inner)
-
-    def attention(name: str, channels: int) -> None:
-        norm(f"{name}.norm", channels)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.{part}", channels, channels)
+    layers = Layers(seed)
+    conv, norm, residual, attention = layers.conv, layers.norm, layers.residual, layers.attention
 
     def level(name: str, inner: int, outer: int, blocks: int, resample: str) -> None:
         lowest = outer == WIDTHS[-1]
@@ -168,30 +137,26 @@ def vq_weights(seed: int = VQ_SEED) -> Weights:
     norm("decoder.norm_out", WIDTHS[0])
     conv("decoder.conv_out", 3, WIDTHS[0], 3)
 
-    weights["quantize.embedding.weight"] = _draw(rng, (CODES, CODE_DIM), 1.0)
-    weights["quantize.codebook_used"] = torch.zeros(65536)  # a training counter; published files carry it
+    layers.codebook(CODES, CODE_DIM, 1.0)
+    layers.weights["quantize.codebook_used"] = torch.zeros(65536)  # a training counter; published files carry it
     conv("quant_conv", CODE_DIM, Z)
     conv("post_quant_conv", Z, CODE_DIM)
-    return weights
+    return layers.weights
 
 
 def _body(rng: np.random.Generator) -> Weights:
-    weights = {"tok_embeddings.weight": _draw(rng, (VOCABULARY, DIM), 1.0)}
+    weights = {"tok_embeddings.weight": draw(rng, (VOCABULARY, DIM), 1.0)}
     for i in range(LAYERS):
         weights |= {
-            f"layers.{i}.attention.wqkv.weight": _draw(rng, (3 * DIM, DIM), 0.15),
-            f"layers.{i}.attention.wo.weight": _draw(rng, (DIM, DIM), 0.15),
-            f"layers.{i}.feed_forward.w1.weight": _draw(rng, (FEED_FORWARD, DIM), 0.15),
-            f"layers.{i}.feed_forward.w3.weight": _draw(rng, (FEED_FORWARD, DIM), 0.15),
-            f"layers.{i}.feed_forward.w2.weight": _draw(rng, (DIM, FEED_FORWARD), 0.075),
-            f"layers.{i}.attention_norm.weight": _draw(rng, (DIM,), 0.1, mean=1.0),
-            f"layers.{i}.ffn_norm.weight": _draw(rng, (DIM,), 0.1, mean=1.0),
+            f"layers.{i}.attention.wqkv.weight": draw(rng, (3 * DIM, DIM), 0.15),
+            f"layers.{i}.attention.wo.weight": draw(rng, (DIM, DIM), 0.15),
+            f"layers.{i}.feed_forward.w1.weight": draw(rng, (FEED_FORWARD, DIM), 0.15),
+            f"layers.{i}.feed_forward.w3.weight": draw(rng, (FEED_FORWARD, DIM), 0.15),
+            f"layers.{i}.feed_forward.w2.weight": draw(rng, (DIM, FEED_FORWARD), 0.075),
+            f"layers.{i}.attention_norm.weight": draw(rng, (DIM,), 0.1, mean=1.0),
+            f"layers.{i}.ffn_norm.weight": draw(rng, (DIM,), 0.1, mean=1.0),
         }
     return weights | {
-        "norm.weight": _draw(rng, (DIM,), 0.1, mean=1.0),
-        "output.weight": _draw(rng, (VOCABULARY, DIM), 0.15),
+        "norm.weight": draw(rng, (DIM,), 0.1, mean=1.0),
+        "output.weight": draw(rng, (VOCABULARY, DIM), 0.15),
     }
-
-
-def _draw(rng: np.random.Generator, shape: tuple[int, ...], deviation: float, mean: float = 0.0) -> Tensor:
-    return torch.from_numpy(((rng.random(shape) - 0.5) * (12**0.5 * deviation) + mean).astype(np.float32))

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.llamagen_reference import Weights, _draw, digest
+from tests.drawn import Layers, Weights, digest
 
 CODES, CODE_DIM, Z = 64, 24, 32
 WIDTHS = (128, 128, 256)  # of the levels, full resolution first
@@ -53,31 +53,13 @@ def vq_weights(
     widths: tuple[int, ...] = WIDTHS, blocks: int = BLOCKS, codes: int = CODES, code_dim: int = CODE_DIM, z: int = Z
 ) -> Weights:
     """State dict in the published layout: level 0 is the full resolution in both halves."""
-    rng = np.random.default_rng(VQ_SEED)
-    weights: Weights = {}
+    layers = Layers(VQ_SEED)
+    conv, norm, residual = layers.conv, layers.norm, layers.residual
     last = len(widths) - 1
-
-    def conv(name: str, outer: int, inner: int, side: int = 1) -> None:
-        weights[f"{name}.weight"] = _draw(rng, (outer, inner, side, side), (inner * side * side) ** -0.5)
-        weights[f"{name}.bias"] = _draw(rng, (outer,), 0.1)
-
-    def norm(name: str, channels: int) -> None:
-        weights[f"{name}.weight"] = _draw(rng, (channels,), 0.1, mean=1.0)
-        weights[f"{name}.bias"] = _draw(rng, (channels,), 0.1)
-
-    def residual(name: str, inner: int, outer: int) -> None:
-        norm(f"{name}.norm1", inner)
-        conv(f"{name}.conv1", outer, inner, 3)
-        norm(f"{name}.norm2", outer)
-        conv(f"{name}.conv2", outer, outer, 3)
-        if inner != outer:
-            conv(f"{name}.nin_shortcut", outer, inner)
 
     def middle(name: str) -> None:
         residual(f"{name}.block_1", widths[-1], widths[-1])
-        norm(f"{name}.attn_1.norm", widths[-1])
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.attn_1.{part}", widths[-1], widths[-1])
+        layers.attention(f"{name}.attn_1", widths[-1])
         residual(f"{name}.block_2", widths[-1], widths[-1])
 
     def level(name: str, inner: int, outer: int, count: int, resample: str) -> None:
@@ -100,11 +82,11 @@ def vq_weights(
     norm("decoder.norm_out", widths[0])
     conv("decoder.conv_out", 3, widths[0], 3)
 
-    weights["quantize.embedding.weight"] = _draw(rng, (codes, code_dim), 0.4)
+    layers.codebook(codes, code_dim, 0.4)
     conv("quant_conv", code_dim, z)
     conv("post_quant_conv", z, code_dim)
-    weights["loss.logvar"] = torch.zeros(())
-    return weights
+    layers.weights["loss.logvar"] = torch.zeros(())
+    return layers.weights
 
 
 @torch.inference_mode()

@@ -48,10 +48,10 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("generate.py", "reads=reads, static=static)", "reads=reads)", "a static step still grows"),
     ("storage.py", "(first + slot)", "slot", "all heads write to the first one's slots"),
-    ("graph.py", "self._logits.clone()", "self._logits", "the next token writes over the logits"),
+    ("graph.py", "recording.logits.clone()", "recording.logits", "the next token writes over the logits"),
     ("graph.py", "is not cache or", "is None or", "a graph outlives its cache"),
-    ("graph.py", " or self._recorded[1] != token.shape", "", "a graph outlives its rows"),
-    ("graph.py", "held.copy_(new)", "pass", "every token is the first"),
+    ("graph.py", " or recording.given[0].shape != token.shape", "", "a graph outlives its rows"),
+    ("graph.py", "place.copy_(new)", "pass", "every token is the first"),
     ("graph.py", "if not cache.static:", "if False:", "a step without a fixed shape is recorded"),
     ("packed.py", "self.bias = linear.bias", "self.bias = None", "packed layers lose their bias"),
     ("view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
@@ -510,7 +510,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "hf.py",
-        "else self.slots.grid.prompt + self._fed",
+        "else self._held.grid.prompt + self._fed",
         "else self.slots.extent",
         "transformers: positions from slots",
     ),
@@ -548,7 +548,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("models/raster.py", "x = self.embed_codes(tokens).to", "x = self.embed_tokens(tokens).to", "replay takes words"),
     ("prompts/__init__.py", "torch.cat([empty, self.tokens], 1)", "torch.cat([self.tokens, empty], 1)", "padded right"),
     ("generate.py", "seed=sample.seed + rows[0]", "seed=sample.seed", "parts of a batch draw the same pictures"),
-    ("generate.py", "above[list(rows)] if own else above", "above", "parts of a batch keep the first one's rows"),
+    ("generate.py", "else above[list(rows)]", "else above", "parts of a batch keep the first one's rows"),
     ("memory.py", "needed(most + 1) <= room", "needed(most) <= room", "one image too many is drawn at once"),
     # -- lines that are given
     (

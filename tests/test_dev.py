@@ -117,7 +117,8 @@ def test_a_torch_that_is_there_stays(monkeypatch, started):
 
 
 def test_installed_torch_asks_the_interpreter():
-    assert dev.installed_torch(Path(sys.executable)) == importlib.metadata.version("torch")
+    known = [found.version for found in importlib.metadata.distributions(name="torch")]
+    assert dev.installed_torch(Path(sys.executable)) == (known or [""])[0]
 
 
 # The commands
@@ -137,6 +138,7 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
         return int("check" in command)
 
     monkeypatch.setattr(dev, "set_up", lambda groups, index: Path("python"))
+    monkeypatch.setattr(dev, "registry_missing", lambda: "no network")
     monkeypatch.setattr(dev, "run", fail_the_linter)
     monkeypatch.setattr(dev.shutil, "which", lambda name: None)
     assert dev.main(["test", "-k", "one or two"]) == 1
@@ -144,9 +146,20 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     summary = capsys.readouterr().out.split("== summary")[1]
     assert "ruff check   failed" in summary
     assert "ruff format  passed" in summary
+    assert "mypy         passed" in summary
     assert "node --test  not run: " in summary
     assert "pytest       passed" in summary
     assert "browser      not run: Chromium was not found" in summary
+    assert "registry     not run: no network" in summary
+
+
+def test_the_share_of_the_core_that_tests_reach_is_asked_of_all_of_them():
+    def command(*extra):
+        return dev.checks(Path("python"), list(extra), None, [])[-1][1][3:]
+
+    assert command() == ["--cov"]
+    assert command("--record") == ["--cov", "--record"]
+    assert command("-k", "fold") == ["-k", "fold"]
 
 
 def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypatch):
@@ -169,30 +182,39 @@ def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypat
 
 def test_javascript_tests_say_why_they_do_not_run():
     def reason(node, scripts):
-        return dev.checks(Path("python"), [], node, scripts)[2][2]
+        return dev.checks(Path("python"), [], node, scripts)[3][2]
 
     assert reason("node", [Path("state.test.mjs")]) == ""
     assert "node was not found" in reason(None, [Path("state.test.mjs")])
     assert "there are no" in reason("node", [])
 
 
-def test_the_registry_group_is_installed_only_when_asked_for(monkeypatch, started):
-    groups = []
+def test_the_registrys_tools_get_an_environment_of_their_own_once(tmp_path, monkeypatch, started):
+    monkeypatch.setattr(dev, "REGISTRY", tmp_path / "registry")
+    dev.REGISTRY.mkdir()
+    assert dev.registry_missing() == ""
+    made, installed = started
+    assert made[1:3] == ["-m", "venv"] and made[-1] == str(dev.REGISTRY)
+    assert installed[0] == str(dev.venv_python(dev.REGISTRY))
+    assert [part.split("==")[0] for part in installed[-2:]] == ["comfy-cli", "comfy-test"]
 
-    def remember(wanted, index):
-        groups.append(wanted)
-        return Path("python")
+    started.clear()
+    assert dev.registry_missing() == ""
+    assert started == []
 
-    monkeypatch.setattr(dev, "set_up", remember)
-    dev.main(["test"])
-    dev.main(["test", "--registry"])
-    assert groups == [["standalone", "dev"], ["standalone", "dev", "registry"]]
+
+@pytest.mark.parametrize(("broken", "reason"), [("venv", "virtual environment"), ("pip", "could not be installed")])
+def test_where_the_registrys_tools_cannot_be_had_there_is_a_reason(broken, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "REGISTRY", tmp_path / "registry")
+    monkeypatch.setattr(dev, "run", lambda command: int(broken in command))
+    assert reason in dev.registry_missing()
+    assert not dev.REGISTRY.exists()
 
 
 def test_without_a_command_comes_the_help(capsys):
     assert dev.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("demo", "test", "comfy"))
+    assert all(name in shown for name in ("demo", "test", "release", "comfy"))
 
 
 def test_ctrl_c_ends_quietly(monkeypatch, capsys):

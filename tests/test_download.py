@@ -36,6 +36,8 @@ class Hub:
     states: dict[str, str] = field(default_factory=dict)  # hash of a file instead of the right one
     breaks: list[int] = field(default_factory=list)  # bytes after which the next answers break off
     ranges: bool = True
+    fails: str = ""  # where it has troubles of its own: what the path begins with
+    size: int | None = None  # of the large file as it is announced, instead of the right one
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     url: str = ""
 
@@ -59,6 +61,8 @@ class Handler(BaseHTTPRequestHandler):
         if name not in hub.content:
             return self.reply(404, {})
         content = hub.content[name]
+        if hub.fails and self.path.startswith(hub.fails):
+            return self.reply(503, {})
         if self.path.startswith("/old/"):
             return self.reply(307, {"Location": self.path.replace("/old/", "/someone/")})
         if self.path.startswith("/cdn/"):
@@ -67,9 +71,10 @@ class Handler(BaseHTTPRequestHandler):
             etag = hub.states.get(name, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
             return self.send(content, wanted, {"ETag": f'"{etag}"', "X-Repo-Commit": hub.commit})
         sha256 = hub.states.get(name, hashlib.sha256(content).hexdigest())
+        size = len(content) if hub.size is None else hub.size
         self.reply(302, {
             "Location": f"http://localhost:{self.server.server_address[1]}/cdn/{name}", "X-Repo-Commit": hub.commit,
-            "X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{sha256}"', "ETag": '"of the answer"',
+            "X-Linked-Size": str(size), "X-Linked-Etag": f'"{sha256}"', "ETag": '"of the answer"',
         })  # fmt: skip
 
     def send(self, content: bytes, wanted: bool, headers: dict[str, str] | None = None) -> None:
@@ -204,6 +209,36 @@ def test_no_hub(hub: Hub, tmp_path: Path) -> None:
         download(RELEASE, tmp_path, hub="http://127.0.0.1:1")
     hub.breaks[:] = [0] * 20
     refused(hub, tmp_path, "model", "could not be fetched")
+
+
+@pytest.mark.parametrize("where", ["/someone/", "/cdn/"])
+def test_a_hub_with_troubles_of_its_own(where: str, hub: Hub, tmp_path: Path) -> None:
+    """It is not asked again and again, as after a connection that breaks."""
+    hub.fails = where
+    with pytest.raises(UserError, match=r"model: could not be fetched from .* \(HTTPError\)"):
+        download(RELEASE, tmp_path, hub=hub.url)
+    assert everything(tmp_path) == {}
+    assert len([path for _, path, _ in hub.asked if path.startswith(where)]) == 1
+
+
+def test_connections_that_bring_nothing_are_given_up(hub: Hub, tmp_path: Path) -> None:
+    """After so many in a row; where one brings a piece they are counted anew."""
+    few = downloading.ATTEMPTS - 1
+    hub.breaks = [0] * few + [downloading.CHUNK] + [0] * few
+    download(RELEASE, tmp_path / "patient", hub=hub.url)
+    assert everything(tmp_path / "patient")["weights.pt"] == LARGE
+    hub.breaks = [0] * (few + 1)
+    with pytest.raises(UserError, match="could not be fetched"):
+        download(RELEASE, tmp_path / "given up", hub=hub.url)
+    assert everything(tmp_path / "given up") == {} and hub.breaks == []
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_more_or_less_than_was_announced(more: int, hub: Hub, tmp_path: Path) -> None:
+    hub.size = len(LARGE) + more
+    with pytest.raises(UserError, match=r"weights\.pt: \d+ bytes came where \d+ were announced; nothing was kept"):
+        download(RELEASE, tmp_path, hub=hub.url)
+    assert everything(tmp_path) == {}
 
 
 def test_stop(hub: Hub, tmp_path: Path) -> None:

@@ -16,12 +16,9 @@ from PIL import Image
 
 from linear_core.events import pack, unpack
 from tests.browser.chromium import Chromium, missing, script
-from tests.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, Server, comfyui, ours
+from tests.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, comfyui, finish, ours
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(not os.environ.get("COMFYUI_DIR"), reason="COMFYUI_DIR does not say where a ComfyUI is"),
-]
+pytestmark = pytest.mark.host
 ROWS = 24  # of the bundled model
 EVENT = "linear_ar.line"
 
@@ -57,12 +54,6 @@ def prompt_of(path: Path, seed: int) -> dict:
         if isinstance(node["inputs"].get("seed"), int):
             node["inputs"]["seed"] = seed
     return prompt
-
-
-def finish(server: Server, prompt: dict) -> tuple[list, dict]:
-    """Run a prompt: its messages, and the last one."""
-    *messages, end = server.run(prompt)
-    return messages, end
 
 
 def test_it_starts_without_a_word_of_complaint(server):

@@ -5,7 +5,6 @@ Runs as test_host.py does: COMFYUI_DIR=path/to/ComfyUI python3 dev.py test -m ho
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -18,13 +17,9 @@ from linear_core.plan import CachePlan, SamplePlan
 from linear_core.preview import decode
 from linear_core.sheet import to_image
 from tests import official_janus
-from tests.comfy_server import Server, comfyui
-from tests.test_host_llamagen import finish, twin
+from tests.comfy_server import Server, comfyui, finish, twin
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(not os.environ.get("COMFYUI_DIR"), reason="COMFYUI_DIR does not say where a ComfyUI is"),
-]
+pytestmark = pytest.mark.host
 
 
 @pytest.fixture(scope="module")

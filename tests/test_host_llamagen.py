@@ -5,8 +5,6 @@ Runs as test_host.py does: COMFYUI_DIR=path/to/ComfyUI python3 dev.py test -m ho
 
 from __future__ import annotations
 
-import json
-import os
 import re
 
 import pytest
@@ -20,12 +18,9 @@ from linear_core.preview import decode
 from linear_core.prompts import class_prompt
 from linear_core.sheet import to_image
 from tests import official
-from tests.comfy_server import WORKFLOWS, Server, comfyui
+from tests.comfy_server import Server, comfyui, finish, twin
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(not os.environ.get("COMFYUI_DIR"), reason="COMFYUI_DIR does not say where a ComfyUI is"),
-]
+pytestmark = pytest.mark.host
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +28,6 @@ def server():
     with comfyui() as running:
         official.write(running.base / "models")
         yield running
-
-
-def twin(name: str, **settings: object) -> dict:
-    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    for node in prompt.values():
-        for key, value in settings.items():
-            if not isinstance(node["inputs"].get(key, []), list):  # a list is a link
-                node["inputs"][key] = value
-    return prompt
-
-
-def finish(server: Server, prompt: dict) -> tuple[list, dict]:
-    *messages, end = server.run(prompt)
-    return messages, end
 
 
 @pytest.mark.parametrize(

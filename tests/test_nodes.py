@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import comfy_double
-from tests.comfy_double import CPU, PACK, ROOT, host, object_info
+from tests.comfy_double import CPU, PACK, ROOT, execute, host, object_info
 from tests.comfy_server import GOLDEN, ours
 
 PACKAGE = comfy_double.load_pack()
@@ -41,12 +41,7 @@ def comfy(tmp_path):
 
 
 def run(node, **inputs):
-    """What a node puts out, inputs that are not given at their defaults."""
-    cls = NODES[f"LineAR_{node}"]
-    known = {entry.id: entry for entry in cls.GET_SCHEMA().inputs}
-    assert set(inputs) <= set(known), "an input that the node does not have"
-    defaults = {name: entry.options["default"] for name, entry in known.items() if "default" in entry.options}
-    return cls.execute(**{**defaults, **inputs}).result
+    return execute(NODES[f"LineAR_{node}"], **inputs).result
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch import Tensor
 from linear_core import library
 from linear_core.families.llamagen import imagenet_classes
 from tests import comfy_double, official
-from tests.comfy_double import PACK, host, object_info
+from tests.comfy_double import PACK, execute, host, object_info
 
 comfy_double.load_pack()
 EXTENSION = importlib.import_module(f"{PACK}.nodes").LineARExtension
@@ -54,10 +54,7 @@ def comfy(tmp_path: Path):
 
 
 def run(node: str, **inputs: object):
-    cls = NODES[f"LineAR_{node}"]
-    known = {entry.id: entry for entry in cls.GET_SCHEMA().inputs}
-    defaults = {name: entry.options["default"] for name, entry in known.items() if "default" in entry.options}
-    return cls.execute(**{**defaults, **inputs})
+    return execute(NODES[f"LineAR_{node}"], **inputs)
 
 
 def small() -> object:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import comfy_double, lumina_official
-from tests.comfy_double import PACK, Host, host, object_info
+from tests.comfy_double import PACK, Host, execute, host, object_info
 
 pytest.importorskip("tokenizers")
 comfy_double.load_pack()
@@ -38,10 +38,7 @@ def comfy(models: Path) -> Iterator[Host]:
 
 
 def run(node: str, **inputs: object) -> object:
-    cls = NODES[f"LineAR_{node}"]
-    known = {entry.id: entry for entry in cls.GET_SCHEMA().inputs}
-    defaults = {name: entry.options["default"] for name, entry in known.items() if "default" in entry.options}
-    return cls.execute(**{**defaults, **inputs}).result[0]
+    return execute(NODES[f"LineAR_{node}"], **inputs).result[0]
 
 
 @pytest.fixture(scope="module")

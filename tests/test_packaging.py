@@ -1,46 +1,26 @@
 """What leaves this folder: the registry's rules, and what a pack may never do inside somebody's ComfyUI.
 
-The gates that need comfy-cli and comfy-test run with `python3 dev.py test --registry`; the others always do.
+The gates that need comfy-cli and comfy-test run where dev.py could install those; the others always do.
 """
 
 import ast
-import importlib.util
-import os
+import json
 import re
-import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests import archive
+from tests.archive import ROOT, ours, shipped
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MIB = 2**20
-
-
-def git(*arguments: str) -> list[str]:
-    """Paths that git prints, or a skip where this is not a checkout."""
-    if not (ROOT / ".git").exists() or not shutil.which("git"):
-        pytest.skip("not a git checkout, so there is no list of files")
-    command = ["git", "-c", f"safe.directory={ROOT.as_posix()}", "-C", str(ROOT), "ls-files", "-z", *arguments]
-    return [path for path in subprocess.check_output(command, text=True, encoding="utf-8").split("\0") if path]
-
-
-def ours() -> list[str]:
-    """Every file that is in the repository or would be after `git add .`."""
-    return sorted({path for path in git("-co", "--exclude-standard") if (ROOT / path).is_file()})
-
-
-def shipped() -> list[str]:
-    """The files of the registry archive: ours without those that .comfyignore names."""
-    return sorted(set(ours()) - set(git("-coi", "--exclude-from=.comfyignore")))
 
 
 # pyproject.toml and its neighbours
@@ -217,50 +197,32 @@ def test_the_pack_does_nothing_a_pack_may_not_do():
 @pytest.fixture
 def pack(tmp_path):
     """A copy of the shipped files, as a user unpacks them."""
-    for path in shipped():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    return tmp_path
-
-
-def tool(module: str, folder: Path, *arguments: str) -> str:
-    """Run a registry tool on `folder`, without a home, telemetry or questions; return what it printed."""
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed; python3 dev.py test --registry installs it")
-    home = folder.parent / f"{folder.name}-home"
-    home.mkdir(exist_ok=True)
-    env = {**os.environ, "HOME": str(home), "USERPROFILE": str(home), "DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
-    command = [sys.executable, "-m", module, *arguments]
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8")
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return archive.copy(shipped(), tmp_path)
 
 
 def test_comfy_node_validate_is_clean(pack):
-    said = tool("comfy_cli", pack, "--skip-prompt", "node", "validate")
+    said = archive.tool(pack, "-m", "comfy_cli", "--skip-prompt", "node", "validate")
     assert "All validation checks passed" in said
     assert "warning" not in said.lower()
 
 
 def test_comfy_node_pack_ships_what_we_think_it_does(tmp_path):
-    for path in ours():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    for arguments in (["init", "--quiet"], ["add", "--all"]):
-        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
-    tool("comfy_cli", tmp_path, "--skip-prompt", "node", "pack")
-    with zipfile.ZipFile(tmp_path / "node.zip") as archive:
-        assert sorted(archive.namelist()) == shipped()
+    with zipfile.ZipFile(archive.pack(tmp_path)) as packed:
+        assert sorted(packed.namelist()) == shipped()
 
 
 def test_comfy_test_lint_is_clean(pack):
-    tool("comfy_test", pack, "lint", "--strict")
+    archive.tool(pack, "-m", "comfy_test", "lint", "--strict")
+
+
+HAZARDS = """
+import json, pathlib
+from comfy_test.orchestration.levels.hazards import CHECKS
+print("found", json.dumps({name: list(map(str, check(pathlib.Path()))) for _band, name, _text, check in CHECKS}))
+"""
 
 
 def test_comfy_test_sees_no_hazards(pack):
-    if importlib.util.find_spec("comfy_test") is None:
-        pytest.skip("comfy_test is not installed; python3 dev.py test --registry installs it")
-    from comfy_test.orchestration.levels.hazards import CHECKS
-
-    found = {name: check(pack) for _band, name, _text, check in CHECKS}
+    found = json.loads(archive.tool(pack, "-c", HAZARDS).rpartition("found")[2])
+    assert len(found) > 3
     assert {name: hits for name, hits in found.items() if hits} == {}

@@ -16,6 +16,7 @@ from linear_core.prompts import Prompt, class_prompt
 from linear_core.vq.tokenizer import VQTokenizer
 from linear_core.vq.tokenizer import read_config as read_vq_config
 from tests import llamagen_reference as upstream
+from tests.drawn import digest
 
 TOLERANCE = 1e-4
 KINDS = ("c2i", "t2i")
@@ -54,6 +55,17 @@ def tokenizer() -> VQTokenizer:
 
 def largest(ours: Tensor, theirs: np.ndarray) -> float:
     return float((ours - torch.from_numpy(theirs)).abs().max())
+
+
+def test_the_weights_are_those_that_were_recorded(recorded: dict[str, np.ndarray]) -> None:
+    features, lengths = upstream.captions()
+    weights = {
+        "c2i": upstream.c2i_weights(),
+        "t2i": upstream.t2i_weights() | {"captions": features, "lengths": lengths},
+        "vq": upstream.vq_weights(),
+    }
+    for kind, drawn in weights.items():
+        assert (recorded[f"{kind}_digest"] == digest(drawn)).all(), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

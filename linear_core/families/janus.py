@@ -38,7 +38,7 @@ OURS = {
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
 
-def place(key: str, config: JanusConfig) -> Place | None:
+def place(key: str, config: JanusConfig | None) -> Place | None:
     """Where a weight of the decoder goes; queries, keys and values lie in one matrix here."""
     if key.endswith("rotary_emb.inv_freq"):
         return None  # a table that old files carry

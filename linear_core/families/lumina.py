@@ -76,8 +76,8 @@ NAMES = (
 )
 
 
-def place(key: str, config: LuminaConfig | None) -> Place | None:
-    """Where a weight goes; without `config` only the name counts, not what of the weight goes there."""
+def place(key: str, config: Any) -> Place | None:
+    """Where a weight goes. `config`: a LuminaConfig; None: only the name counts, not what of the weight goes there."""
     for pattern, ours, take in NAMES:
         if found := re.fullmatch(pattern, key):
             return Place(found.expand(ours), take=partial(take, config=config))

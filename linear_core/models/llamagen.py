@@ -52,15 +52,16 @@ class ClassEmbedding(nn.Module):
 
 
 class CaptionEmbedding(nn.Module):
+    uncond_embedding: Tensor
+
     def __init__(self, config: LlamaGenConfig, ops: Ops):
         super().__init__()
-        self.cap_proj = nn.Module()
-        self.cap_proj.fc1 = ops.Linear(config.caption_dim, config.width, bias=False)
-        self.cap_proj.fc2 = ops.Linear(config.width, config.width, bias=False)
+        fc1 = ops.Linear(config.caption_dim, config.width, bias=False)
+        self.cap_proj = nn.ModuleDict({"fc1": fc1, "fc2": ops.Linear(config.width, config.width, bias=False)})
         self.register_buffer("uncond_embedding", torch.zeros(config.caption_slots, config.caption_dim))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))
+        return self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
 
 
 class LlamaGen(Raster):
@@ -75,7 +76,7 @@ class LlamaGen(Raster):
 
     def __init__(self, config: LlamaGenConfig, grid: Grid, ops: Ops = nn):
         super().__init__(config, grid)
-        self.cls_embedding = (
+        self.cls_embedding: ClassEmbedding | CaptionEmbedding = (
             ClassEmbedding(config.classes, config.width, ops) if config.classes else CaptionEmbedding(config, ops)
         )
         self.tok_embeddings = ops.Embedding(config.codes, config.width)
@@ -103,10 +104,10 @@ class LlamaGen(Raster):
         self.check(prompt)
         if prompt.negative is not None:
             return prompt.stack(prompt.negative)
-        if self.config.classes:
-            nothing = torch.full_like(prompt.tokens, self.config.classes)
-        else:
+        if isinstance(self.cls_embedding, CaptionEmbedding):
             nothing = self.cls_embedding.uncond_embedding.to(prompt.tokens)[-prompt.length :].expand_as(prompt.tokens)
+        else:
+            nothing = torch.full_like(prompt.tokens, self.config.classes)
         return prompt.stack(Prompt(nothing, prompt.pad))
 
     def check(self, prompt: Prompt) -> None:

@@ -12,7 +12,7 @@ STEPS = 60
 LEAST = 1e-4  # of the mean weight: nobody weighs nothing
 
 
-def share_out(weights: Tensor, held: Tensor, view: View, plan: CachePlan) -> Tensor:
+def share_out(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) -> Tensor:
     """Image tokens that each of N heads keeps, in proportion to `weights` ... N: int64 ... N, budget tokens on average.
 
     held  ... N or a number, tokens that there are to keep

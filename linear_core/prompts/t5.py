@@ -6,15 +6,19 @@ are read elsewhere: nothing here touches the disk but a tokenizer's own, or the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from . import Prompt
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 LENGTH = 120  # places for a caption, in every published model
 FORMAT = torch.bfloat16  # as published; in float16 T5 overflows
@@ -33,7 +37,7 @@ class T5Tokenizer:
             tokenizer = Tokenizer.from_file(str(source))
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            self._ids = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+            self._ids: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         else:
             with _brought_by_comfyui():
                 from sentencepiece import SentencePieceProcessor
@@ -45,7 +49,7 @@ class T5Tokenizer:
         return [*self._ids(text)[: LENGTH - 1], END]
 
 
-def build(weights: Mapping[str, Tensor]) -> nn.Module:
+def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:
     """transformers' T5EncoderModel with `weights`: a T5's or its encoder's, under any prefix; other keys are ignored.
 
     Every size is read off the shapes; the rest (gelu, epsilon, reach of the position bias) is T5 1.1's and FLAN's.
@@ -101,7 +105,7 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 @torch.inference_mode()
-def encode(text: str, tokenizer: T5Tokenizer, encoder: nn.Module, device: torch.device | str) -> Tensor:
+def encode(text: str, tokenizer: T5Tokenizer, encoder: T5EncoderModel, device: torch.device | str) -> Tensor:
     """Features of a cleaned text: bfloat16 N D on the CPU, N at most LENGTH.
 
     Texts go through one by one, padded to LENGTH, so that a text's features depend on nothing but the text.

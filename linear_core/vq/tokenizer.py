@@ -32,6 +32,12 @@ class VQConfig:
         return 2 ** (len(self.decoder_widths) - 1)
 
 
+class Codebook(nn.Module):
+    def __init__(self, codes: int, dim: int, ops: Ops):
+        super().__init__()
+        self.embedding = ops.Embedding(codes, dim)
+
+
 class VQTokenizer(nn.Module):
     """A VQ-GAN without its losses. Key names are LlamaGen's."""
 
@@ -39,8 +45,7 @@ class VQTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_device: torch.device | None = None  # as LlamaGen's
-        self.quantize = nn.Module()
-        self.quantize.embedding = ops.Embedding(config.codes, config.code_dim)
+        self.quantize = Codebook(config.codes, config.code_dim, ops)
         self.post_quant_conv = ops.Conv2d(config.code_dim, config.z, 1)
         self.decoder = Decoder(list(config.decoder_widths), config.decoder_blocks, config.z, config.attention, ops)
         if config.encoder_widths:

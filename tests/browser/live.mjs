@@ -2,28 +2,11 @@
 //   node live.mjs URL legacy|vue [--shots FOLDER]      PLAYWRIGHT, ENDPOINT: see page.mjs
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
-import { openPage, until } from "./page.mjs";
+import { checks, openPage, until } from "./page.mjs";
 
 const [url, renderer, , shots] = process.argv.slice(2);
 const { page, problems, load, build, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", width: 1400, height: 900 });
-
-async function check(name, body) {
-  const started = Date.now();
-  console.log(JSON.stringify({ name }));
-  try {
-    await body();
-    console.log(JSON.stringify({ name, ok: true, ms: Date.now() - started }));
-  } catch (error) {
-    console.log(JSON.stringify({ name, ok: false, error: String(error.stack ?? error).slice(0, 1500) }));
-    await shot("failed").catch(() => {});
-    process.exit(1);
-  }
-}
-async function shot(name) {
-  if (!shots) return;
-  await painted();
-  await page.screenshot({ path: `${shots}/${name}-${renderer}.png` });
-}
+const { check, shot } = checks(page, painted, shots && ((name) => `${shots}/${name}-${renderer}.png`));
 
 /** The codes of each row that the node shows. @param {string} [node] */
 const codes = (node = "node") => page.evaluate((node) => window[node].widgets.find((w) => w.linearView).linearView.state.lines.map((line) => [...line.tokens].join(" ")), node);

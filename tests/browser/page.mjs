@@ -135,3 +135,26 @@ export async function until(read, good, what, pause = () => new Promise((done) =
     await pause();
   }
 }
+
+/** What the tests print and keep: a line of JSON as each check begins and as it ends, the first that fails being the last; pictures.
+ * @param {any} page @param {() => Promise<any>} painted @param {((name: string) => string) | undefined | ""} file where a picture goes; none: nowhere */
+export function checks(page, painted, file) {
+  async function shot(name) {
+    if (!file) return;
+    await painted();
+    await page.screenshot({ path: file(name) });
+  }
+  async function check(name, body) {
+    const started = Date.now();
+    console.log(JSON.stringify({ name }));
+    try {
+      await body();
+      console.log(JSON.stringify({ name, ok: true, ms: Date.now() - started }));
+    } catch (error) {
+      console.log(JSON.stringify({ name, ok: false, error: String(error.stack ?? error).slice(0, 1500) }));
+      await shot("failed").catch(() => {});
+      process.exit(1);
+    }
+  }
+  return { check, shot };
+}

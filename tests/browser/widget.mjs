@@ -1,30 +1,13 @@
 // The widgets in the real page, over host.py. A line of JSON as each check begins and as it ends; the first that fails is the last.
 //   node widget.mjs URL legacy|vue [--shots FOLDER] [--theme light]      PLAYWRIGHT, ENDPOINT: see page.mjs
 import assert from "node:assert/strict";
-import { openPage, until } from "./page.mjs";
+import { checks, openPage, until } from "./page.mjs";
 
 const [url, renderer, ...more] = process.argv.slice(2);
 const option = (name, otherwise) => (more.includes(name) ? more[more.indexOf(name) + 1] : otherwise);
 const shots = option("--shots", "");
 const { page, problems, post, load, build, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark") });
-
-async function check(name, body) {
-  const started = Date.now();
-  console.log(JSON.stringify({ name }));
-  try {
-    await body();
-    console.log(JSON.stringify({ name, ok: true, ms: Date.now() - started }));
-  } catch (error) {
-    console.log(JSON.stringify({ name, ok: false, error: String(error.stack ?? error).slice(0, 1500) }));
-    await shot("failed").catch(() => {});
-    process.exit(1);
-  }
-}
-async function shot(name) {
-  if (!shots) return;
-  await painted();
-  await page.screenshot({ path: `${shots}/${name}-${renderer}.png` });
-}
+const { check, shot } = checks(page, painted, shots && ((name) => `${shots}/${name}-${renderer}.png`));
 
 const text = (selector) => page.locator(selector).first().innerText();
 const canvas = page.locator("canvas[role=img]");
