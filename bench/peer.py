@@ -18,6 +18,7 @@ class Peer(Protocol):
 
     name: str  # in the tables
     label: str  # whose it is
+    told: str  # what is compared with ours
     block: int  # tokens at a time, where the loop takes turns with others
 
     def prefill(self) -> Tensor:

@@ -39,6 +39,10 @@ class Transformers:
     """
 
     name = label = "transformers"
+    told = (
+        "transformers: generate(generation_mode='image') with our weights, over its static cache for the whole image; "
+        "with --lines a logits processor takes the time at every token."
+    )
     block = 8  # every run begins with the prompt, which several tokens have to be worth
 
     @staticmethod

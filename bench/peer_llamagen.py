@@ -26,6 +26,7 @@ class Published:
     """
 
     name, label = "published", "LlamaGen"
+    told = "published: LlamaGen's generate.py and gpt.py, uncompiled, with our weights."
     block = 1
 
     @staticmethod

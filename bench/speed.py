@@ -343,6 +343,8 @@ def main() -> int:
                 found = measure(SHAPES[name], images, args, bandwidth)
                 results += found
                 print("\n".join(row_of(r) for r in found), flush=True)
+    if args.against:
+        print(chosen(args.against).told)
     if args.lines:
         print(f"Lines, images and their ratios are extrapolated from {args.lines} of each image's lines.")
     document = {
