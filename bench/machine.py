@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ import torch
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def timed(device: str, work: Callable[[], Any]) -> float:
+    """Seconds of `work`."""
+    synchronize(device)
+    begun = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begun
 
 
 def load() -> list[float] | None:

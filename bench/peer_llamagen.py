@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.machine import timed
+from bench.shapes import ModelShape
 from linear_core.models.llamagen import LlamaGen
 
 
@@ -23,12 +25,23 @@ class Published:
     `weights` are those of `model`, under their published names.
     """
 
-    name = "published"
+    name, label = "published", "LlamaGen"
+    told = "published: LlamaGen's generate.py and gpt.py, uncompiled, with our weights."
+    block = 1
 
-    def __init__(
-        self, checkout: Path, model: LlamaGen, weights: dict[str, Tensor], images: int, guidance: float, top_k: int
-    ):
-        sys.path.insert(0, str(checkout))
+    @staticmethod
+    def fits(shape: ModelShape) -> bool:
+        return shape.network is LlamaGen and shape.config.classes == 1000
+
+    @staticmethod
+    def missing(against: str) -> str:
+        """What there is not, and has to be."""
+        if (Path(against) / "autoregressive" / "models" / "generate.py").exists():
+            return ""
+        return f"{against} is no checkout of LlamaGen; autoregressive/models/generate.py is missing."
+
+    def __init__(self, against: str, model: LlamaGen, weights: dict[str, Tensor], shape: ModelShape, images: int):
+        sys.path.insert(0, against)
         warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # what it calls has a newer name
         gpt = importlib.import_module("autoregressive.models.gpt")
         self.loop = importlib.import_module("autoregressive.models.generate")
@@ -41,20 +54,17 @@ class Published:
         self.model = gpt.Transformer(settings)
         self.model.load_state_dict(weights, assign=True)
         self.model.eval()
-        self.images, self.guidance = images, guidance
-        self.sampling = {"temperature": 1.0, "top_k": top_k, "top_p": 1.0}
+        self.images, self.guidance = images, shape.sample.guidance
+        self.sampling = {"temperature": 1.0, "top_k": shape.sample.top_k, "top_p": 1.0}
         self.tokens, self.device = grid.tokens, model.device
         self.classes = torch.arange(images, device=model.device) % c.classes
+        rows = images * (2 if self.guidance > 1 else 1)
+        with torch.device(self.device):  # as `generate` does before its first token
+            self.model.setup_caches(rows, 1 + self.tokens, self.model.tok_embeddings.weight.dtype)
 
     def picture(self) -> Tensor:
         """The whole loop: int B N."""
         return self.loop.generate(self.model, self.classes, self.tokens, cfg_scale=self.guidance, **self.sampling)
-
-    def prepare(self) -> None:
-        """As `generate` does before its first token. What a step costs does not depend on how far it has come."""
-        rows = self.images * (2 if self.guidance > 1 else 1)
-        with torch.device(self.device):
-            self.model.setup_caches(rows, 1 + self.tokens, self.model.tok_embeddings.weight.dtype)
 
     @torch.no_grad()
     def prefill(self) -> Tensor:
@@ -63,9 +73,13 @@ class Published:
         cond = torch.cat([self.classes, nothing]) if self.guidance > 1 else self.classes
         return self.model(None, cond, torch.arange(1, device=self.device))[0][:, -1]
 
+    def seconds(self, count: int) -> list[float]:
+        """What each of so many tokens took."""
+        return [timed(self.device.type, self.step) for _ in range(count)]
+
     @torch.no_grad()
-    def steps(self, count: int) -> None:
-        """So many tokens by the published loop, sampling included."""
+    def step(self) -> None:
+        """A token by the published loop, sampling included. What it costs does not depend on how far it has come."""
         token = torch.zeros(self.images, 1, dtype=torch.int64, device=self.device)
         place = torch.tensor([self.tokens // 2], device=self.device, dtype=torch.int)
-        self.loop.decode_n_tokens(self.model, token, place, count, self.guidance, -1, **self.sampling)
+        self.loop.decode_n_tokens(self.model, token, place, 1, self.guidance, -1, **self.sampling)

@@ -2,11 +2,14 @@
 
     python bench/speed.py                                       LlamaGen-B, full cache against 4 of 24 lines
     python bench/speed.py --lines 2 --against ~/LlamaGen        beside LlamaGen's own loop, two lines of each image
+    python bench/speed.py --models Janus-Pro-1B --lines 2 --against transformers
     python bench/speed.py --models Janus-Pro-1B LlamaGen-XL --plans full fold:4 line:2:int8 --steps eager compiled
     python bench/speed.py --out cpu-b16                         also writes bench/results/speed-cpu-b16.json
 
 Random weights of the published sizes; the shapes, not the numbers, decide the time. Everything that is compared takes
 turns, a step each, so that whatever else the machine does is felt by all alike; medians and quartiles are given.
+Against transformers, whose loop begins every run with the prompt and cannot be stopped, a turn is up to eight steps; a
+logits processor takes the time at every token.
 
 Without --lines whole images are drawn by the real loop. With --lines N only N lines of an image are timed, each with a
 cache filled up to there, and an image's time is extrapolated from them: the prompt, then for each line its steps and
@@ -19,8 +22,8 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.machine import Peak, circumstances, copy_bandwidth, load, resident, spread, synchronize
-from bench.peer_llamagen import Published
+from bench.machine import Peak, circumstances, copy_bandwidth, load, resident, spread, timed
+from bench.peer import WHICH, Peer, chosen, problem
 from bench.shapes import SHAPES, ModelShape, count
 from linear_core.cache import LineCache
 from linear_core.generate import draw, end_line, generate
 from linear_core.graph import Captured
 from linear_core.memory import run_bytes
-from linear_core.models.llamagen import LlamaGen
 from linear_core.packed import pack
 from linear_core.plan import STORAGES, CachePlan
 from linear_core.policies import POLICIES, get_policy
@@ -133,32 +135,26 @@ class Ours:
         return [line.seconds for line in lines], lines[0].cache_bytes
 
 
-def timed(device: str, work: Any) -> float:
-    synchronize(device)
-    begun = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - begun
-
-
 def sampled_rows(rows: int, lines: int) -> list[int]:
     """The middle of each of `lines` equal parts of an image: what is timed there stands for its part."""
     lines = min(lines, rows)
     return [int((i + 0.5) * rows / lines) for i in range(lines)]
 
 
-def by_lines(ours: list[Ours], peer: Published | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times of all contenders from a few lines of an image."""
     device, grid = args.device, ours[0].grid
     for one in ours:
         one.allocate()
-    if peer:
-        peer.prepare()
     everyone: list[Any] = [*ours, *([peer] if peer else [])]
     prefill = {one.name: [timed(device, one.prefill) for _ in range(args.repeat + 1)][1:] for one in everyone}
     steps: dict[str, list[list[float]]] = {one.name: [] for one in everyone}
     ends: dict[str, list[list[float]]] = {one.name: [] for one in ours}
     read: dict[str, list[int]] = {one.name: [] for one in ours}
+    block = peer.block if peer else 1
+    columns = [1 + i % (grid.cols - 1) for i in range(args.repeat)]
+    if peer:
+        peer.seconds(1)  # warm
     for row in sampled_rows(grid.rows, args.lines):
         for one in everyone:
             steps[one.name].append([])
@@ -167,14 +163,12 @@ def by_lines(ours: list[Ours], peer: Published | None, args: argparse.Namespace)
             one.steps(0, 1)  # warm
             read[one.name].append(one.cache_read())
             ends[one.name].append([])
-        if peer:
-            peer.steps(1)
-        for repeat in range(args.repeat):
+        for first in range(0, args.repeat, block):
+            turn = columns[first : first + block]
             for one in ours:
-                column = 1 + repeat % (grid.cols - 1)
-                steps[one.name][-1].append(timed(device, partial(one.steps, column, 1)))
+                steps[one.name][-1] += [timed(device, partial(one.steps, column, 1)) for column in turn]
             if peer:
-                steps[peer.name][-1].append(timed(device, partial(peer.steps, 1)))
+                steps[peer.name][-1] += peer.seconds(len(turn))
         if row + 1 < grid.rows:
             for repeat in range(max(args.repeat // 2, 1)):
                 for one in ours:
@@ -205,7 +199,7 @@ def by_lines(ours: list[Ours], peer: Published | None, args: argparse.Namespace)
     return results
 
 
-def whole(ours: list[Ours], peer: Published | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+def whole(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times of all contenders from whole images, drawn in turns by the real loops."""
     everyone: list[Any] = [*ours, *([peer] if peer else [])]
     seconds: dict[str, list[float]] = {one.name: [] for one in everyone}
@@ -261,11 +255,11 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
             ours.append(Ours(label, model, shape, plan, images, kind))
     held = {one.name: memory(one, before, parameters, args.device) for one in ours}
     peer = None
-    if args.against and type(model) is LlamaGen and model.config.classes == 1000:
-        peer = Published(args.against, model, published, images, shape.sample.guidance, shape.sample.top_k)
+    if args.against:
+        peer = chosen(args.against)(args.against, model, published, shape, images)
         same_logits(ours[0], peer)
     results = by_lines(ours, peer, args) if args.lines else whole(ours, peer, args)
-    base = next((r["image_seconds"] for r in results if r["name"] == Published.name), None)
+    base = next((r["image_seconds"] for r in results if peer and r["name"] == peer.name), None)
     for result in results:
         seconds = result["image_seconds"]
         result |= {"model": shape.name, "images": images, "dtype": args.dtype}
@@ -280,15 +274,14 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
     return results
 
 
-def same_logits(one: Ours, peer: Published) -> None:
+def same_logits(one: Ours, peer: Peer) -> None:
     """The peer computes what we compute, or there is nothing to compare."""
     one.allocate()
-    peer.prepare()
     one.prefill()
     off = float((one.logits - peer.prefill()).abs().max())
     del one.cache
     if off > (1e-3 if one.model.dtype == torch.float32 else 0.5):
-        raise SystemExit(f"--against: its logits differ from ours by {off:.2g}; is it LlamaGen as published?")
+        raise SystemExit(f"--against: the logits of {peer.label} differ from ours by {off:.2g}; is it as published?")
 
 
 HEAD = (
@@ -327,16 +320,16 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--unpacked", action="store_true", help="leave matrices as PyTorch keeps them (CPU)")
-    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of LlamaGen: its loop, our weights")
+    parser.add_argument("--against", metavar="PATH", help=f"a published loop with our weights. {WHICH}")
     parser.add_argument("--out", metavar="NAME", help="also write bench/results/speed-NAME.json")
     args = parser.parse_args()
     args.plans = [plan_of(text, parser) for text in args.plans]
-    if args.against and not (args.against / "autoregressive" / "models" / "generate.py").exists():
-        parser.error(
-            f"--against: {args.against} is no checkout of LlamaGen; autoregressive/models/generate.py is missing."
-        )
+    if args.against and (why := problem(args.against, [SHAPES[name] for name in args.models])):
+        parser.error(f"--against: {why}")
     torch.manual_seed(0)
     about = circumstances(args.device)
+    if args.against == "transformers":
+        about["transformers"] = version("transformers")
     bandwidth = copy_bandwidth(args.device)
     print(
         f"{about['device']}, {about['threads']} of {about['cores']} cores, torch {about['torch']}, "
@@ -350,6 +343,8 @@ def main() -> int:
                 found = measure(SHAPES[name], images, args, bandwidth)
                 results += found
                 print("\n".join(row_of(r) for r in found), flush=True)
+    if args.against:
+        print(chosen(args.against).told)
     if args.lines:
         print(f"Lines, images and their ratios are extrapolated from {args.lines} of each image's lines.")
     document = {
@@ -366,7 +361,7 @@ def main() -> int:
 
 def _told(words: list[str], args: argparse.Namespace) -> list[str]:
     """The command as given, but for where on this machine the peer lies."""
-    return ["LlamaGen" if args.against and word == str(args.against) else word for word in words]
+    return [chosen(args.against).label if args.against and word == args.against else word for word in words]
 
 
 if __name__ == "__main__":
