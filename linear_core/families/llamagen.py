@@ -20,7 +20,13 @@ from . import Family, ModelInfo
 SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
 NAMES = Path(__file__).parents[1] / "assets" / "imagenet_classes.json"
 REAL = (int, float)
-SAMPLING: dict[str, Any] = {"guidance": REAL, "guidance_interval": int, "temperature": REAL, "top_k": int, "top_p": REAL}
+SAMPLING: dict[str, Any] = {
+    "guidance": REAL,
+    "guidance_interval": int,
+    "temperature": REAL,
+    "top_k": int,
+    "top_p": REAL,
+}
 place = unless("freqs_cis")  # the rotary table, which some files carry
 
 
