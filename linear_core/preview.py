@@ -108,7 +108,7 @@ class Painter:
         except self.stop:
             raise
         except Exception as error:
-            log.warning("LineAR: no last picture (%s)", error)
+            log.warning("LineAR: no last picture (%s)", str(error))
             return None
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Painter:
                 self.stopped = stop
                 return
             except Exception as error:  # the run is worth more than its preview
-                log.warning("LineAR: no preview (%s)", error)
+                log.warning("LineAR: no preview (%s)", str(error))  # itself it holds on to what was computed
                 return
             now = time.perf_counter()
             self.next = now + self._wait(now - begun, now - self.began, job[1])
