@@ -10,6 +10,7 @@ precision the same comparisons (test_generate.py, test_replay.py) show that noth
 from __future__ import annotations
 
 import importlib
+import platform
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_core import packed
 from linear_core.generate import generate
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt
@@ -84,6 +86,25 @@ def test_batches_of_any_size(kind, plan, seed):
         found, theirs = draw(model, prompt(images), plan, SamplePlan(seed, guidance=2.5))
         assert torch.equal(found, codes[:images])
         close(plan, theirs, logits[[*range(images), *range(8, 8 + images)]])
+
+
+@pytest.mark.skipif(
+    not packed.available() or platform.machine() not in ("x86_64", "AMD64"), reason="known of oneDNN on x86 alone"
+)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@every_plan
+@pytest.mark.parametrize("kind", ["llamagen", "janus"])
+def test_batches_of_any_size_to_the_bit_where_matrices_are_packed(kind, plan, guidance):
+    """oneDNN adds up a row in the same order however many there are; prompts are equally long, or more would differ."""
+    model = MODELS[kind]()[0]
+    assert packed.pack(model)
+    prompt = (lambda n: class_prompt(LABELS[:n])) if kind == "llamagen" else (lambda n: tiny.words([5] * n))
+    sample = SamplePlan(7, guidance=guidance)
+    codes, logits = draw(model, prompt(8), plan, sample)
+    for images in (1, 2, 5):
+        found, theirs = draw(model, prompt(images), plan, sample)
+        rows = [*range(images), *(range(8, 8 + images) if sample.guided else ())]
+        assert torch.equal(found, codes[:images]) and torch.equal(theirs, logits[rows])
 
 
 @pytest.mark.parametrize("seed", SEEDS)

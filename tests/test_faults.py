@@ -31,6 +31,7 @@ from linear_core.models.llamagen import LlamaGen
 from linear_core.plan import CachePlan as CorePlan
 from linear_core.plan import SamplePlan
 from linear_core.policies import POLICIES
+from linear_core.preview import Painter
 from linear_core.prompts import class_prompt
 from linear_core.waves import Waves, ran_out
 from tests import comfy_double, tiny
@@ -217,6 +218,26 @@ def test_a_run_is_worth_more_than_its_pictures(small, path, after, caplog):  # n
     same(again, whole)
     del again
     kept.check()
+
+
+def test_stop_in_the_last_picture_is_heard():
+    """Also where the host's interrupt is an ordinary exception, as it was on older ones; other errors are not."""
+
+    class Stop(Exception):
+        pass
+
+    for error in (Stop(), ValueError()):
+
+        def paint(job, error=error):
+            raise error
+
+        painter = Painter(paint, lambda picture, lines: None, LINES, Stop)
+        if isinstance(error, Stop):
+            with pytest.raises(Stop):
+                painter.last(1)
+        else:
+            assert painter.last(1) is None
+        assert not painter.thread.is_alive()
 
 
 @pytest.mark.parametrize(
