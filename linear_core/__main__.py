@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from .memory import fits, free_memory, run_bytes
 from .packed import pack
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
-from .preview import EMPTY, decode
+from .preview import EMPTY, Preview, decode
 from .prompts import Prompt, class_prompt
 from .sheet import contact_sheet, save, to_image
 from .waves import Wave, Waves, ran_out
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: not enough memory; {ADVICE}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
+        print("stopped.", file=sys.stderr)
         return 130
     return 0
 
@@ -67,20 +69,29 @@ def run_generate(args: argparse.Namespace) -> None:
     sample = _sample_plan(args, model.info)
     prompt = _prompt(args, model)
     out = _out(args.out, model.info.name + ".png")
-    (run,) = _draw(args, model, prompt, [plan], sample)
+    waves = _waves(args, prompt, sample, caches=1)
+
+    def write(pictures: Iterable[Tensor], **more: Any) -> None:
+        for i, picture in enumerate(pictures):
+            path = out if prompt.rows == 1 else out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}")
+            notes = {
+                "model": model.info.name,
+                "text" if model.info.text else "class": prompt.names[i],
+                **asdict(plan),
+                **asdict(replace(sample, seed=sample.seed + i)),
+            }
+            save(to_image(picture, args.size), path, notes | more)
+            print(path)
+
+    try:
+        (run,) = _draw(model, waves, [plan], args.step)
+    except (KeyboardInterrupt, UserError):  # what was drawn so far is worth having, the rest of it grey
+        write((_unfinished(model, codes) for part in waves.begun for codes in part), unfinished=True)
+        raise
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
         pictures = heatmap(lifetime(run.shares), *_enlarged(pictures, args.size), pictures)
-    for i, picture in enumerate(pictures):
-        path = out if len(pictures) == 1 else out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}")
-        notes = {
-            "model": model.info.name,
-            "text" if model.info.text else "class": prompt.names[i],
-            **asdict(plan),
-            **asdict(replace(sample, seed=sample.seed + i)),
-        }
-        save(to_image(picture, args.size), path, notes)
-        print(path)
+    write(pictures)
     print(_summary(run))
 
 
@@ -91,7 +102,8 @@ def run_compare(args: argparse.Namespace) -> None:
     prompt = _prompt(args, model)
     names = list(prompt.names)
     out = _out(args.out, "compare.png")
-    full, run = _draw(args, model, prompt, [CachePlan(policy="full"), few], sample)
+    waves = _waves(args, prompt, sample, caches=2)
+    full, run = _draw(model, waves, [CachePlan(policy="full"), few], args.step)
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
     seen = pictures[1].clone()
@@ -187,15 +199,23 @@ def run_convert(args: argparse.Namespace) -> None:
 # -- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _draw(
-    args: argparse.Namespace, model: ImageModel, prompt: Prompt, plans: list[CachePlan], sample: SamplePlan
-) -> list[Run]:
+def _waves(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> Waves:
+    return Waves(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
+
+
+def _draw(model: ImageModel, waves: Waves, plans: list[CachePlan], kind: str) -> list[Run]:
     """The same images once for each plan, in parts where all at once are too many."""
-    waves = Waves(prompt, sample, args.at_once or prompt.rows, caches=len(plans), advice=ADVICE)
     for wave in waves:
         with waves.watch(wave):
-            _draw_wave(model, wave, plans, args.step)
+            _draw_wave(model, wave, plans, kind)
     return waves.runs
+
+
+def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
+    """The rows there are of a picture, codes rows cols, and below them grey: H W 3."""
+    preview = Preview(model.tokenizer, model.info.grid.rows)
+    preview.lines = list(codes[None].unbind(1))
+    return preview.pictures()[0]
 
 
 def _draw_wave(model: ImageModel, wave: Wave, plans: list[CachePlan], kind: str) -> None:

@@ -35,12 +35,21 @@ class Wave:
     above: list[Tensor | None]
     runs: list[Run] = field(default_factory=list)
 
+    def so_far(self, cache: int = 0) -> Tensor | None:
+        """The lines there are, drawn or given: codes B rows cols."""
+        given, run = self.above[cache], self.runs[cache]
+        return run.tokens if len(run.lines) > (0 if given is None else given.shape[1]) else given
+
     def split(self, at_once: int) -> list[Wave]:
-        """In parts of at most `at_once` images, which begin with what was drawn of them so far.
+        """In parts of at most `at_once` images, which begin with what was drawn of them so far, but for the last line.
 
         Every image keeps the seed that it has in the whole, so its picture is the same.
         """
-        above = [_longer(given, run) for given, run in zip(self.above, self.runs, strict=True)]
+        above = [self.so_far(cache) for cache in range(len(self.runs))]
+        above = [
+            codes if codes is None or not run.lines else codes[:, : run.lines[0].rows - 1]
+            for codes, run in zip(above, self.runs, strict=True)
+        ]
 
         def own(given: Tensor | None, rows: range) -> Tensor | None:
             return given if given is None or len(given) == 1 else given[list(rows)]
@@ -54,14 +63,6 @@ class Wave:
             )
             for rows in waves(self.prompt.rows, at_once)
         ]
-
-
-def _longer(above: Tensor | None, run: Run) -> Tensor | None:
-    """The lines that a new run can begin with: all that were drawn but the picture's last, or those given at first."""
-    lines = run.lines[: run.lines[0].rows - 1] if run.lines else []
-    if len(lines) <= (0 if above is None else above.shape[1]):
-        return above
-    return torch.stack([line.tokens for line in lines], 1)
 
 
 class Waves:
@@ -105,6 +106,12 @@ class Waves:
             for line in together([part.lines for part in parts]):
                 run.add(line)
         return runs
+
+    @property
+    def begun(self) -> list[Tensor]:
+        """What there is of the first cache's pictures: codes B rows cols of each part, as far as it has come."""
+        parts = [wave.so_far() for wave in [*self.done, *self.left]]
+        return [codes for codes in parts if codes is not None]
 
     @contextmanager
     def watch(self, wave: Wave) -> Iterator[None]:

@@ -53,17 +53,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("generate.py", "if broken != 0:", "if False:", "nan: nobody is told"),
     ("generate.py", "if dtype == torch.float16", "if dtype == torch.bfloat16", "nan: float16 is not named"),
     ("waves.py", "traceback.clear_frames(error.__traceback__)", "pass", "waves: the error holds on to the cache"),
-    ("waves.py", "run.lines[: run.lines[0].rows - 1]", "run.lines", "waves: no line is left to draw"),
+    ("waves.py", "codes[:, : run.lines[0].rows - 1]", "codes", "waves: no line is left to draw"),
     (
         "waves.py",
-        "    if len(lines) <= (0 if above is None else above.shape[1]):\n",
-        "    if True:\n",
+        "run.tokens if len(run.lines) > (0 if given is None else given.shape[1]) else given",
+        "given",
         "waves: lines that were complete are drawn again",
     ),
     (
         "waves.py",
-        "    if len(lines) <= (0 if above is None else above.shape[1]):\n",
-        "    if not lines:\n",
+        "len(run.lines) > (0 if given is None else given.shape[1])",
+        "run.lines",
         "waves: rows that were given are drawn anew where fewer had come back",
     ),
     ("waves.py", "if self.halved or images == 1:", "if images == 1:", "waves: halved until nothing is left"),
@@ -677,10 +677,10 @@ def occurrences(file: str, old: str, root: Path = ROOT) -> int:
 
 
 def copy_tree(target: Path) -> None:
-    ignore = shutil.ignore_patterns("__pycache__", "assets", "*.safetensors", "node_modules")
-    for folder in ("linear_core", "tests", "web"):
+    ignore = shutil.ignore_patterns("__pycache__", "node_modules")
+    for folder in ("linear_core", "nodes", "tests", "web"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("__init__.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, target)
 
 

@@ -352,9 +352,10 @@ def test_no_room_below_rows_that_were_given(small, comfy, monkeypatch):  # noqa:
     above = draw(small, batch_size=4, seed=77)
     for given in (above, replace(above, codes=above.codes[:1])):
         whole = draw(small, batch_size=4, tokens=given, keep_rows=3)
-        with pytest.MonkeyPatch.context() as patch:
-            no_more_than(patch, 2, "linear_core.models.llamagen:LlamaGen.step", after=3)
-            same(draw(small, batch_size=4, tokens=given, keep_rows=3), whole)
+        for method, after in (("step", 3), ("feed", 1)):
+            with pytest.MonkeyPatch.context() as patch:
+                no_more_than(patch, 2, f"linear_core.models.llamagen:LlamaGen.{method}", after=after)
+                same(draw(small, batch_size=4, tokens=given, keep_rows=3), whole)
 
 
 def test_comparing_without_room(small, one, monkeypatch):  # noqa: F811
@@ -539,6 +540,41 @@ def test_the_command_line_names_it_too(monkeypatch, capsys, tmp_path):
         "error: landscapes: its logits are not numbers (nan or infinity, float32) in line 1 of 24"
         in capsys.readouterr().err
     )
+
+
+def test_the_command_line_stopped_keeps_what_was_drawn(tmp_path, monkeypatch, capsys):
+    """The part that is done whole, of the next one the rows there are, above grey; of the last there is nothing."""
+    asked = [
+        "generate",
+        "--class",
+        "desert day",
+        "--images",
+        "3",
+        "--at-once",
+        "1",
+        "--preset",
+        "LineAR",
+        "--size",
+        "96",
+    ]
+    assert command_line.main([*asked, "--out", str(tmp_path / "whole" / "a.png")]) == 0
+    step, calls = LlamaGen.step, []
+
+    def stopped(self, *given):
+        calls.append(1)
+        if len(calls) == LINES * LINES - 1 + 5 * LINES + 7:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(LlamaGen, "step", stopped)
+    assert command_line.main([*asked, "--out", str(tmp_path / "part" / "a.png")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped."
+    assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["a_01.png", "a_02.png"]
+    first, second = (Image.open(tmp_path / "part" / f"a_0{n}.png") for n in (1, 2))
+    assert first.tobytes() == Image.open(tmp_path / "whole" / "a_01.png").tobytes()
+    assert json.loads(second.text["linear"])["unfinished"] and json.loads(second.text["linear"])["seed"] == 1
+    top, rest = (second.crop((0, upper, 96, lower)) for upper, lower in ((0, 20), (20, 96)))
+    assert len(top.getcolors(9999)) > 50 and len(rest.getcolors()) == 1
 
 
 class Asked(TorchDispatchMode):
