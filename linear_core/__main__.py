@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from . import library, text
 from .convert import convert
 from .errors import UserError
 from .families import ModelInfo
-from .generate import Run, generate, in_waves, together
+from .generate import Run, generate
 from .graph import Captured
 from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles
@@ -26,9 +26,10 @@ from .memory import fits, free_memory, run_bytes
 from .packed import pack
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
-from .preview import EMPTY, decode
+from .preview import EMPTY, Preview, decode
 from .prompts import Prompt, class_prompt
 from .sheet import contact_sheet, save, to_image
+from .waves import Wave, Waves, ran_out
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +39,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "compiled": partial(torch.compile, dynamic=False),
     "graph": Captured,
 }
+ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MANY = 4096  # images at once; nobody asks for more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
@@ -52,11 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: not enough memory; lower --images or --budget (`plan` shows what they take).", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        print(f"error: not enough memory; {ADVICE}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
+        print("stopped.", file=sys.stderr)
         return 130
     return 0
 
@@ -70,24 +74,29 @@ def run_generate(args: argparse.Namespace) -> None:
     sample = _sample_plan(args, model.info)
     prompt = _prompt(args, model)
     out = _out(args.out, model.info.name + ".png")
-    run, parts = Run(), []
-    for some, own, _ in in_waves(prompt, sample, None, args.at_once or prompt.rows):
-        parts.append(_draw(model, some, [plan], own, args.step)[0].lines)
-    for line in together(parts):
-        run.add(line)
+    waves = _waves(args, prompt, sample, caches=1)
+
+    def write(pictures: Iterable[Tensor], **more: Any) -> None:
+        for i, picture in enumerate(pictures):
+            path = out if prompt.rows == 1 else out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}")
+            notes = {
+                "model": model.info.name,
+                "text" if model.info.text else "class": prompt.names[i],
+                **asdict(plan),
+                **asdict(replace(sample, seed=sample.seed + i)),
+            }
+            save(to_image(picture, args.size), path, notes | more)
+            print(path)
+
+    try:
+        (run,) = _draw(model, waves, [plan], args.step)
+    except (KeyboardInterrupt, UserError):  # what was drawn so far is worth having, the rest of it grey
+        write((_unfinished(model, codes) for part in waves.begun for codes in part), unfinished=True)
+        raise
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
         pictures = heatmap(lifetime(run.shares), *_enlarged(pictures, args.size), pictures)
-    for i, picture in enumerate(pictures):
-        path = out if len(pictures) == 1 else out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}")
-        notes = {
-            "model": model.info.name,
-            "text" if model.info.text else "class": prompt.names[i],
-            **asdict(plan),
-            **asdict(replace(sample, seed=sample.seed + i)),
-        }
-        save(to_image(picture, args.size), path, notes)
-        print(path)
+    write(pictures)
     print(_summary(run))
 
 
@@ -98,7 +107,8 @@ def run_compare(args: argparse.Namespace) -> None:
     prompt = _prompt(args, model)
     names = list(prompt.names)
     out = _out(args.out, "compare.png")
-    full, run = _draw(model, prompt, [CachePlan(policy="full"), few], sample, args.step)
+    waves = _waves(args, prompt, sample, caches=2)
+    full, run = _draw(model, waves, [CachePlan(policy="full"), few], args.step)
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
     seen = pictures[1].clone()
@@ -194,23 +204,43 @@ def run_convert(args: argparse.Namespace) -> None:
 # -- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _draw(model: ImageModel, prompt: Prompt, plans: list[CachePlan], sample: SamplePlan, kind: str) -> list[Run]:
-    """The same images once for each plan. The runs take turns line by line, so that their times compare."""
+def _waves(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> Waves:
+    return Waves(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
+
+
+def _draw(model: ImageModel, waves: Waves, plans: list[CachePlan], kind: str) -> list[Run]:
+    """The same images once for each plan, in parts where all at once are too many."""
+    for wave in waves:
+        with waves.watch(wave):
+            _draw_wave(model, wave, plans, kind)
+    return waves.runs
+
+
+def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
+    """The rows there are of a picture, codes rows cols, and below them grey: H W 3."""
+    preview = Preview(model.tokenizer, model.info.grid.rows)
+    preview.lines = list(codes[None].unbind(1))
+    return preview.pictures()[0]
+
+
+def _draw_wave(model: ImageModel, wave: Wave, plans: list[CachePlan], kind: str) -> None:
+    """The runs take turns line by line, so that their times compare."""
     steps = [STEPS[kind](model.decoder.step) for _ in plans]
     drawing = [
-        generate(model.decoder, prompt, plan, sample, step=step, static=kind != "eager")
-        for plan, step in zip(plans, steps, strict=True)
-    ]
-    runs = [Run() for _ in plans]
-    total = len(plans) * model.info.grid.rows * model.info.grid.cols * prompt.rows
+        generate(
+            model.decoder, wave.prompt, plan, wave.sample,
+            step=step, static=kind != "eager", above=above, name=model.info.name,
+        )
+        for plan, step, above in zip(plans, steps, wave.above, strict=True)
+    ]  # fmt: skip
+    total = len(plans) * model.info.grid.rows * model.info.grid.cols * wave.prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for lines in zip(*drawing, strict=True):
-            for run, line in zip(runs, lines, strict=True):
+            for run, line in zip(wave.runs, lines, strict=True):
                 run.add(line)
                 bar.update(line.tokens.numel())
     if why := getattr(steps[0], "why", ""):
         print(f"step: no graph was used; {why}.", file=sys.stderr)
-    return runs
 
 
 def _load(args: argparse.Namespace) -> ImageModel:

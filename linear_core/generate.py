@@ -16,7 +16,7 @@ from .cache import LineCache
 from .errors import UserError
 from .events import Line
 from .grid import Grid
-from .memory import fold_pairs, waves
+from .memory import fold_pairs
 from .plan import CachePlan, CacheShape, SamplePlan
 from .policies import Policy, choose, get_policy
 from .sampling import Noise, guide, pick, restrict
@@ -54,6 +54,7 @@ def generate(
     step: Step | None = None,
     static: bool = False,
     above: Tensor | None = None,
+    name: str = "the model",
 ) -> Iterator[Line]:
     """Draw one image for each row of `prompt`, yielding each row of tokens as it is finished.
 
@@ -63,8 +64,8 @@ def generate(
 
     `plan` says what the cache keeps, `sample` how tokens are drawn. `step` replaces the decoder's own (compiled,
     captured); `static` gives it one shape for the whole image, at the price of reading slots that are still empty.
-    Settings that do not fit raise UserError before anything is allocated. Dropping the iterator frees all
-    it holds.
+    Settings that do not fit raise UserError before anything is allocated. A line whose logits are no numbers raises it
+    at its end, and calls the model by `name`. Dropping the iterator frees all it holds.
     """
     policy = get_policy(plan.policy)
     asked = prompt.grid or decoder.grid
@@ -85,6 +86,7 @@ def generate(
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad
+    broken = torch.zeros((), device=device)  # no longer 0 once a logit is not finite; only a line's end looks at it
 
     started = time.perf_counter()
     logits = decoder.prefill(rows, cache)
@@ -100,6 +102,7 @@ def generate(
             )
         for column in range(grid.cols if replayed else 0, grid.cols):
             number = row * grid.stride + column
+            broken += logits.sum() * 0  # nan and infinity times 0 are nan
             token = draw(logits, number, images, sample, noise)
             tokens[:, column] = token
             fed = grid.fed_with(column)  # a line's end is known, so nobody has to wait for its logits
@@ -120,12 +123,24 @@ def generate(
         share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
+        if broken != 0:
+            raise UserError(_not_finite(name, decoder.dtype, row, grid.rows))
         now = time.perf_counter()
         yield Line(
             row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed,
             None if stands is None else stands.cpu(),
         )  # fmt: skip
         started = time.perf_counter()
+
+
+def _not_finite(name: str, dtype: torch.dtype, row: int, rows: int) -> str:
+    likely = (
+        "float16 ends at 65504, which large models exceed; compute in bfloat16 or float32"
+        if dtype == torch.float16
+        else "its file may be damaged, or be another model's; download it again or choose another"
+    )
+    kind = str(dtype).removeprefix("torch.")
+    return f"{name}: its logits are not numbers (nan or infinity, {kind}) in line {row + 1} of {rows}; {likely}."
 
 
 def draw(logits: Tensor, number: int, images: int, sample: SamplePlan, noise: Noise) -> Tensor:
@@ -180,37 +195,6 @@ def end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor,
             cache.release(view, victims)
     if not full:
         cache.extend()
-
-
-def in_waves(
-    prompt: Any, sample: SamplePlan, above: Tensor | None, at_once: int
-) -> Iterator[tuple[Any, SamplePlan, Tensor | None]]:
-    """A batch too large for the memory, in parts of at most `at_once` images: what to hand `generate` for each.
-
-    Every image keeps the seed that it has in the whole, so its picture is the same.
-    """
-    for rows in waves(prompt.rows, at_once):
-        own = None if above is None or len(above) < 2 else above[list(rows)]
-        yield prompt.take(rows), replace(sample, seed=sample.seed + rows[0]), above if own is None else own
-
-
-def together(parts: list[list[Line]]) -> list[Line]:
-    """The lines of a batch that was drawn in parts: as if at once, but for the time, and the cache of the largest."""
-
-    def one(lines: tuple[Line, ...]) -> Line:
-        images = [len(line.tokens) for line in lines]
-        stands = [line.stands for line in lines if line.stands is not None]
-        return replace(
-            lines[0],
-            tokens=torch.cat([line.tokens for line in lines]),
-            share=torch.cat([line.share for line in lines]),
-            stands=torch.cat(stands) if stands else None,
-            held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
-            seconds=sum(line.seconds for line in lines),
-            cache_bytes=max(line.cache_bytes for line in lines),
-        )
-
-    return [one(lines) for lines in zip(*parts, strict=True)]
 
 
 class Run:

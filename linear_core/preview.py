@@ -99,11 +99,17 @@ class Painter:
         if self.stopped is not None:
             raise self.stopped
 
-    def last(self, job: Any) -> Image.Image:
-        """The picture that must not be dropped."""
+    def last(self, job: Any) -> Image.Image | None:
+        """The picture that must not be dropped; None where it cannot be made, as the run is worth more."""
         self.close()
         self.check()
-        return self.paint(job)
+        try:
+            return self.paint(job)
+        except self.stop:
+            raise
+        except Exception as error:
+            log.warning("LineAR: no last picture (%s)", str(error))
+            return None
 
     def close(self) -> None:
         """Wait for the picture that is being made, if any, and end the thread."""
@@ -119,8 +125,8 @@ class Painter:
             except self.stop as stop:  # the host's layers ask for Stop on any thread, and it is told only once
                 self.stopped = stop
                 return
-            except Exception as error:  # the run is worth more than its preview; the last picture is made in any case
-                log.warning("LineAR: no preview (%s)", error)
+            except Exception as error:  # the run is worth more than its preview
+                log.warning("LineAR: no preview (%s)", str(error))  # itself it holds on to what was computed
                 return
             now = time.perf_counter()
             self.next = now + self._wait(now - begun, now - self.began, job[1])

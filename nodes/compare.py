@@ -12,7 +12,7 @@ from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
 from . import host
 from .live import COMPARE, SIZE, draw, report
-from .sockets import CACHE, MODEL, PROMPT, Model
+from .sockets import CACHE, MODEL, PROMPT, Model, connected
 
 OWN = -1  # in place of a number: what the model was published with
 
@@ -81,12 +81,13 @@ class Compare(io.ComfyNode):
         batch_size: int,
         view: str | None = None,
     ) -> io.NodeOutput:
+        connected(model=model, cache=cache, prompt=prompt)
         model = model.shaped(prompt.grid)
         image, info = model.image, model.image.info
         if not cache.evicts(info.grid):
             raise UserError("cache: this plan keeps every line, so both would be the same; choose fewer lines.")
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if value >= 0})
+        sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
         cache.check(info.grid)
         image.decoder.check(prompt)
         prompt = prompt.repeat(batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
-from .sockets import MODEL, TOKENS, Model, Tokens
+from .sockets import MODEL, TOKENS, Model, Tokens, connected
 
 
 class Decode(io.ComfyNode):
@@ -32,6 +32,7 @@ class Decode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, tokens: Tokens) -> io.NodeOutput:
+        connected(model=model, tokens=tokens)
         tokenizer, info = model.image.tokenizer, model.image.info
         if tokens.codebook != tokenizer.config.codes:
             raise UserError(

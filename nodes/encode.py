@@ -12,7 +12,7 @@ from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from ..linear_core.sizes import nearest
 from . import host
-from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens
+from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens, connected
 
 
 class EncodeImage(io.ComfyNode):
@@ -38,6 +38,7 @@ class EncodeImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, image: Tensor, prompt: Prompt | None = None) -> io.NodeOutput:
+        connected(model=model, image=image, **({} if prompt is None else {"prompt": prompt}))
         info, tokenizer = model.image.info, model.image.tokenizer
         if not tokenizer.config.encoder_widths:
             raise UserError(

@@ -137,7 +137,14 @@ def find_files(model: str, tokenizer: str, grid: tuple[int, int] | None = None) 
 
 def find_decoder(model: str) -> Path:
     """Where the chosen model is, without a look inside. Raises UserError where it is missing."""
+    _check_name("model", model)
     return bundled_files().decoder if model == BUNDLED_NAME else _find(model)
+
+
+def _check_name(widget: str, name: object) -> None:
+    """A workflow may hold anything where a name belongs, and ComfyUI leaves the check of these widgets to us."""
+    if not isinstance(name, str):
+        raise UserError(f"{widget}: {str(name)[:40]!r} is no file's name; choose one from the list.")
 
 
 def _find(name: str) -> Path:
@@ -194,6 +201,7 @@ def text_encoder_names() -> list[str]:
 
 def find_text_files(name: str) -> TextFiles:
     """The files of the chosen text encoder. Raises UserError where one is missing."""
+    _check_name("text_encoder", name)
     if name == NO_ENCODER:
         raise UserError(
             "text_encoder: 'none' is for a model that reads texts by itself (Janus); connect one, or choose FLAN-T5-XL."

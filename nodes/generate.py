@@ -11,7 +11,7 @@ from ..linear_core.errors import UserError
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from .live import VIEW, draw, kept_codes
-from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
+from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens, connected
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 OWN = -1  # in place of a number: what the model was published with
@@ -147,10 +147,11 @@ class Generate(io.ComfyNode):
         stop_after: int = 0,
         view: str | None = None,
     ) -> io.NodeOutput:
+        connected(model=model, cache=cache, prompt=prompt, **({} if tokens is None else {"tokens": tokens}))
         model = model.shaped(prompt.grid)
         image, info = model.image, model.image.info
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        asked = {name: value for name, value in asked.items() if value >= 0}  # below 0: the model's own
+        asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
         sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, **asked)
         cache.check(info.grid)
         image.decoder.check(prompt)
@@ -178,7 +179,7 @@ def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> 
     if not rows:
         return None
     if view:
-        codes = kept_codes(view)
+        codes = kept_codes(str(view))
     elif tokens is None:
         raise UserError(
             f"keep_rows: {rows} rows are to stay, but of which picture? Connect tokens, or set it to 0 to draw all."

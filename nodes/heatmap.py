@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linear_core.errors import UserError
 from ..linear_core.heatmap import heatmap, lifetime
 from . import host
-from .sockets import TOKENS, Tokens
+from .sockets import TOKENS, Tokens, connected
 
 LIFETIME, AFTER = "lifetime", "after a row"
 
@@ -78,8 +78,18 @@ class RetentionHeatmap(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, tokens: Tokens, strength: float, size: int, show: dict[str, Any], image: Tensor | None = None
+        cls,
+        tokens: Tokens,
+        strength: float,
+        size: int,
+        show: dict[str, Any] | None = None,
+        image: Tensor | None = None,
     ) -> io.NodeOutput:
+        connected(tokens=tokens, **({} if image is None else {"image": image}))
+        if show is None:  # what ComfyUI makes of a choice that there is not
+            raise UserError(f"show: it is missing or none that there is; choose '{LIFETIME}' or '{AFTER}'.")
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength: {strength} is out of range; choose 0 to 1.")
         share = lifetime(tokens.shares)
         if show["show"] == AFTER:
             share = tokens.shares[:, min(show["row"], tokens.shares.shape[1]) - 1]

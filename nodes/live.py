@@ -14,16 +14,18 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
-from ..linear_core.generate import Run, generate, in_waves, together
+from ..linear_core.generate import Run, generate
 from ..linear_core.memory import fits, run_bytes
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.preview import Painter, Preview
 from ..linear_core.prompts import Prompt
 from ..linear_core.sheet import to_image
+from ..linear_core.waves import Waves, together
 from . import host
 from .sockets import Model
 
 MIB = 2**20
+ADVICE = "keep fewer lines (Line Cache), lower batch_size, or close what else takes memory"
 SIZE = 384  # pixels of a preview's longer side, at most, unless it is larger by itself
 
 
@@ -110,8 +112,8 @@ class Live:
         self.progress = host.Progress(parts * self.rows, node_id)
         self.trace = Trace(started(model, plan, sample, prompt))
         self.lines: list[Line] = []
-        self.painter = Painter(self._paint, self._show, self.rows, host.Interrupted)
         self._tell(self.trace.latest)
+        self.painter = Painter(self._paint, self._show, self.rows, host.Interrupted)
 
     def add(self, line: Line) -> None:
         """Tell of one more row. Raises ComfyUI's interrupt when the user pressed Stop."""
@@ -124,7 +126,8 @@ class Live:
     def finish(self) -> None:
         """The last picture and the last event; `shown` is then what the node leaves on the page (its `ui`)."""
         picture = self.painter.last(self._job())
-        self._show(picture, len(self.lines))
+        if picture is not None:
+            self._show(picture, len(self.lines))
         self._tell(self.trace.finish())
         self.shown = left(self.trace, None if self.beside is not None else picture)
 
@@ -166,7 +169,8 @@ def draw(
     """Draw with each of `plans` at the same time, and tell the page: of the last one, with the first on its left.
 
     `above` are lines that stay, `stop_after` lines after which to stop (0: none). A batch that does not fit the host's
-    memory is drawn in parts. Returns the runs, what the last one was, and what the node leaves on the page.
+    memory, or for which it runs out, is drawn in parts. Returns the runs, what the last one was, and what the node
+    leaves on the page.
     """
     image = model.image
 
@@ -174,43 +178,40 @@ def draw(
         return sum(memory(model, plan, sample, prompt, images) for plan in plans)
 
     at_once = fits(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
-    host.load(model.decoder, model.tokenizer, memory=needed(at_once))
-    parts = list(in_waves(prompt, sample, above, at_once))
-    drawn: list[list[list[Line]]] = [[] for _ in plans]  # by plan and part
-    for number, (some, own, upper) in enumerate(parts):
-        runs = [Run() for _ in plans]
-        drawing = [generate(image.decoder, some, plan, own, above=upper) for plan in plans]
-        beside = runs[0].lines if len(plans) > 1 else None
-        live = Live(model, plans[-1], own, some, node_id, beside, part=number, parts=len(parts))
-        try:
-            for lines in zip(*drawing, strict=True):
-                for run, line in zip(runs, lines, strict=True):
-                    run.add(line)
-                live.add(lines[-1])
-                if lines[-1].row + 1 == stop_after:
-                    break
-            live.finish()
-        finally:
-            for lines in drawing:
-                lines.close()  # they hold the key-value caches
-            live.close()
-        for every, run in zip(drawn, [*(run.lines for run in runs[:-1]), live.lines], strict=True):
-            every.append(run)
-    joined = [Run() for _ in plans]
-    for run, lines_of_parts in zip(joined, drawn, strict=True):
-        for line in together(lines_of_parts):
-            run.add(line)
-    shown = live.shown
-    trace = live.trace
-    if len(parts) > 1:  # afterwards the page has all of the batch, as one run
-        trace = Trace(started(model, plans[-1], sample, prompt, at_once))
-        lines = together(drawn[-1])
+    waves = Waves(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
+    told: list[list[Line]] = []  # by part, as the page was told of the last plan
+    for wave in waves:
+        with waves.watch(wave):
+            host.load(model.decoder, model.tokenizer, memory=needed(wave.prompt.rows))
+            drawing = [
+                generate(image.decoder, wave.prompt, plan, wave.sample, above=upper, name=image.info.name)
+                for plan, upper in zip(plans, wave.above, strict=True)
+            ]
+            beside = wave.runs[0].lines if len(plans) > 1 else None
+            live = Live(model, plans[-1], wave.sample, wave.prompt, node_id, beside, part=len(told), parts=len(waves))
+            try:
+                for lines in zip(*drawing, strict=True):
+                    for run, line in zip(wave.runs, lines, strict=True):
+                        run.add(line)
+                    live.add(lines[-1])
+                    if lines[-1].row + 1 == stop_after:
+                        break
+                live.finish()
+            finally:
+                for lines in drawing:
+                    lines.close()  # they hold the key-value caches
+                live.close()
+            told.append(live.lines)
+    shown, trace = live.shown, live.trace
+    if len(waves) > 1:  # afterwards the page has all of the batch, as one run
+        trace = Trace(started(model, plans[-1], sample, prompt, waves.largest))
+        lines = together(told)
         for line in lines:
             trace.add(line)
         trace.finish()
-        picture = sheet(_pictures(image.tokenizer, tuple(lines), image.info.grid.rows)) if len(plans) == 1 else None
+        picture = live.painter.last([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
-    return joined, trace.started, shown
+    return waves.runs, trace.started, shown
 
 
 def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int) -> Tensor:

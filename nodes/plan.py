@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..linear_core.errors import UserError
 from ..linear_core.plan import PRESETS, RELEASES, STORAGES, CachePlan
 from ..linear_core.policies import POLICIES
 from .live import MEMORY
@@ -101,7 +102,11 @@ class LineCache(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, preset: dict[str, Any], memory: str | None = None) -> io.NodeOutput:
+    def execute(cls, preset: dict[str, Any] | None = None, memory: str | None = None) -> io.NodeOutput:
+        if preset is None:  # what ComfyUI makes of a choice that there is not
+            raise UserError(
+                f"preset: it is missing or none that there is; choose one of {', '.join([*PRESETS, CUSTOM])}."
+            )
         settings = dict(preset)
         name = settings.pop("preset")
         return io.NodeOutput(CachePlan(**settings) if name == CUSTOM else PRESETS[name])

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..linear_core.errors import UserError
 from ..linear_core.prompts import class_prompt
 from . import files
-from .sockets import MODEL, PROMPT, Model
+from .sockets import MODEL, PROMPT, Model, connected
 
 BELOW = "(only those below)"
 
@@ -45,6 +45,7 @@ class ClassPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, class_name: str, more_classes: str = "") -> io.NodeOutput:
+        connected(model=model)
         if model.image.info.text:
             raise UserError(f"model: {model.image.info.name} draws from texts; choose a model that knows classes.")
         names = [] if class_name == BELOW else [class_name]

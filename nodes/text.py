@@ -14,7 +14,7 @@ from ..linear_core.errors import UserError
 from ..linear_core.text import prompt
 from . import files, host
 from .size import OWN, size_input, sized
-from .sockets import MODEL, PROMPT, Model
+from .sockets import MODEL, PROMPT, Model, connected
 
 NOT_LINKED = object()
 ACTIVATIONS = 2**28  # bytes; one text at a time takes a quarter of this
@@ -105,6 +105,8 @@ class TextPrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         texts = [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]
         negative = negative_text.strip()
+        if model is not None:
+            connected(model=model)
         if model is not None and not model.image.info.text:
             raise UserError(f"model: {model.image.info.name} draws classes, not texts; connect it to Class Prompt.")
         if model is not None and model.image.info.own_words:

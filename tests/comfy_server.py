@@ -53,8 +53,8 @@ def ours(info: dict[str, Any]) -> dict[str, Any]:
 class Server:
     """A running ComfyUI."""
 
-    def __init__(self, url: str, base: Path, log: Path):
-        self.url, self.base, self._log = url, base, log
+    def __init__(self, url: str, base: Path, log: Path, pid: int):
+        self.url, self.base, self._log, self.pid = url, base, log, pid
 
     @property
     def log(self) -> str:
@@ -163,7 +163,7 @@ def comfyui(seconds: float = 300, archive: Path | None = None) -> Iterator[Serve
         env["PYTHONPYCACHEPREFIX"] = str(base / "pycache")  # nothing is written into anybody's checkout
         with log.open("w", encoding="utf-8") as out:
             process = subprocess.Popen(command, cwd=comfy, env=env, stdout=out, stderr=subprocess.STDOUT)
-        server = Server(f"http://127.0.0.1:{port}", base, log)
+        server = Server(f"http://127.0.0.1:{port}", base, log, process.pid)
         try:
             _wait(server, process, seconds)
             yield server

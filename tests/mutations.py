@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     *("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "replay", "events"),
-    *("llama", "memory", "speed", "hf", "imports", "bad_files"),
+    *("llama", "memory", "speed", "hf", "imports", "bad_files", "faults", "determinism"),
 )
 # What reads files is tried on the bad ones first, which would otherwise come last.
 READERS = ("untrusted.py", "weights.py", "library.py", "errors.py", "text.py", "vq/", "families/", "prompts/t5.py")
@@ -39,6 +39,56 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "stands: a sum, not a mean",
     ),
     ("events.py", "& ((stands > 8) | (self._stands > 8))", "& (stands > 8)", "stands: who is alone again is not told"),
+    # -- what goes wrong
+    (
+        "generate.py",
+        "broken += logits.sum() * 0",
+        "broken = logits.sum() * 0",
+        "nan: only a line's last token is looked at",
+    ),
+    (
+        "generate.py",
+        "broken += logits.sum() * 0",
+        "broken += logits[:images].isnan().sum()",
+        "nan: infinity is let pass",
+    ),
+    ("generate.py", "if broken != 0:", "if False:", "nan: nobody is told"),
+    ("generate.py", "if dtype == torch.float16", "if dtype == torch.bfloat16", "nan: float16 is not named"),
+    ("waves.py", "traceback.clear_frames(error.__traceback__)", "pass", "waves: the error holds on to the cache"),
+    ("waves.py", "codes[:, : run.lines[0].rows - 1]", "codes", "waves: no line is left to draw"),
+    (
+        "waves.py",
+        "run.tokens if len(run.lines) > (0 if given is None else given.shape[1]) else given",
+        "given",
+        "waves: lines that were complete are drawn again",
+    ),
+    (
+        "waves.py",
+        "len(run.lines) > (0 if given is None else given.shape[1])",
+        "run.lines",
+        "waves: rows that were given are drawn anew where fewer had come back",
+    ),
+    ("waves.py", "if self.halved or images == 1:", "if images == 1:", "waves: halved until nothing is left"),
+    (
+        "waves.py",
+        "[part for wave in self.left for part in wave.split(images // 2)]",
+        "[*wave.split(images // 2), *self.left[1:]]",
+        "waves: only the part that failed is halved",
+    ),
+    ("waves.py", "max(wave.prompt.rows", "min(wave.prompt.rows", "waves: the smallest part is told as the largest"),
+    (
+        "waves.py",
+        "            if not ran_out(error):\n                raise\n",
+        "",
+        "waves: every error is taken for memory",
+    ),
+    (
+        "waves.py",
+        "torch.cuda.OutOfMemoryError | MemoryError",
+        "torch.cuda.OutOfMemoryError",
+        "waves: the computer's own memory",
+    ),
+    ("preview.py", "        except self.stop:\n            raise\n", "", "Stop in the last picture is not heard"),
     # -- speed
     (
         "attention.py",
@@ -547,8 +597,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("models/llama.py", "k[row], v[row]", "k[row], v[row.flip(0)]", "rows that are alike get another's values"),
     ("models/raster.py", "x = self.embed_codes(tokens).to", "x = self.embed_tokens(tokens).to", "replay takes words"),
     ("prompts/__init__.py", "torch.cat([empty, self.tokens], 1)", "torch.cat([self.tokens, empty], 1)", "padded right"),
-    ("generate.py", "seed=sample.seed + rows[0]", "seed=sample.seed", "parts of a batch draw the same pictures"),
-    ("generate.py", "else above[list(rows)]", "else above", "parts of a batch keep the first one's rows"),
+    ("waves.py", "self.sample.seed + rows[0]", "self.sample.seed", "parts of a batch draw the same pictures"),
+    ("waves.py", "given[list(rows)]", "given[: len(rows)]", "parts of a batch keep the first one's rows"),
     ("memory.py", "needed(most + 1) <= room", "needed(most) <= room", "one image too many is drawn at once"),
     # -- lines that are given
     (
@@ -693,10 +743,10 @@ def occurrences(file: str, old: str, root: Path = ROOT) -> int:
 
 
 def copy_tree(target: Path) -> None:
-    ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "node_modules")
-    for folder in ("linear_core", "tests", "web"):
+    ignore = shutil.ignore_patterns("__pycache__", "node_modules")
+    for folder in ("linear_core", "nodes", "tests", "web"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("__init__.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, target)
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from linear_core.events import pack, unpack
 from tests.browser.chromium import Chromium, missing, script
-from tests.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, comfyui, finish, ours
+from tests.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, Server, comfyui, finish, ours
+from tests.values import GRAPH, cases, host
 
 pytestmark = pytest.mark.host
 ROWS = 24  # of the bundled model
@@ -30,6 +34,8 @@ def runs_anywhere(path: Path) -> bool:
     return models <= {"landscapes (bundled)"} and not any(node["class_type"] == "LoadImage" for node in nodes)
 
 
+GOLDEN_PROMPTS = sorted((GOLDEN.parent / "golden").glob("*/workflows/api/*.json"))
+SAVED = [path for path in GOLDEN_PROMPTS if runs_anywhere(path)]  # with earlier releases
 TWINS = [path for path in sorted(WORKFLOWS.glob("api/*.json")) if runs_anywhere(path)]
 
 
@@ -159,6 +165,122 @@ def test_stop_takes_effect_within_a_row_and_leaves_a_host_that_goes_on(server):
     _, end = finish(server, prompt_of(path, 2002))
     assert end["type"] == "execution_success"
     assert complaints(server.log) == []
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda p: f"{p.parents[2].name}-{p.stem}")
+def test_a_workflow_of_an_earlier_release_runs(server, path):
+    _, end = finish(server, prompt_of(path, 5005 + SAVED.index(path)))
+    assert end["type"] == "execution_success", end
+    assert complaints(server.log) == []
+
+
+# -- what hosts do -----------------------------------------------------------------------------------------------------
+
+
+def drawing(seed: int, **inputs: object) -> dict:
+    """first_image with so few rows that it takes a moment; other inputs of its nodes by name."""
+    prompt = prompt_of(WORKFLOWS / "api" / "first_image.json", seed)
+    for node in prompt.values():
+        node["inputs"] |= {name: value for name, value in inputs.items() if name in node["inputs"]}
+        if node["class_type"] == "LineAR_Generate":
+            node["inputs"]["stop_after"] = 3
+    return prompt
+
+
+def picture(server: Server, prompt_id: str) -> bytes:
+    return Image.open(server.pictures(prompt_id)[0][0]).tobytes()
+
+
+def drawn(server: Server, prompt: dict) -> bytes:
+    _, end = finish(server, prompt)
+    assert end["type"] == "execution_success", end
+    return picture(server, end["data"]["prompt_id"])
+
+
+def ended(server: Server, prompt_id: str) -> dict:
+    while prompt_id not in (history := server.get(f"/history/{prompt_id}")):
+        time.sleep(0.05)
+    return history[prompt_id]["status"]
+
+
+def test_two_graphs_queued_at_once(server):
+    """They wait for each other, share the model, and each draws what it draws alone."""
+    queued = [server.post("/prompt", {"prompt": drawing(seed)})["prompt_id"] for seed in (6001, 6002)]
+    assert [ended(server, name)["status_str"] for name in queued] == ["success"] * 2
+    together = [picture(server, name) for name in queued]
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert [drawn(server, drawing(seed)) for seed in (6001, 6002)] == together and together[0] != together[1]
+
+
+def test_models_that_the_host_took_away(server):
+    """Off the device, and then forgotten altogether: the next run is the same."""
+    before = drawn(server, drawing(7001))
+    for free in ({"unload_models": True}, {"unload_models": True, "free_memory": True}):
+        drawn(server, drawing(7002))  # so that the next one is not taken from the host's cache
+        server.post("/free", free)
+        time.sleep(1.5)  # the host does it when it next looks at its queue
+        assert drawn(server, drawing(7001)) == before
+    assert complaints(server.log) == []
+
+
+def test_a_model_file_that_changes_between_two_runs(server):
+    """The loader runs again, and only then."""
+    assets = Path(__file__).parents[1] / "linear_core" / "assets"
+    folder = server.base / "models" / "ar_image"
+    folder.mkdir(exist_ok=True)
+    tokenizer = shutil.copy(assets / "landscapes_vq.safetensors", folder)
+    path = Path(shutil.copy(assets / "landscapes.safetensors", folder / "mine.safetensors"))
+    chosen = {"model": path.name, "tokenizer": Path(tokenizer).name}
+
+    def run(seed: int) -> tuple[bytes, bool]:
+        prompt = drawing(seed)
+        loaders = {key for key, node in prompt.items() if node["class_type"] == "LineAR_LoadModel"}
+        for key in loaders:
+            prompt[key]["inputs"] |= chosen
+        messages, end = finish(server, prompt)
+        assert end["type"] == "execution_success", end
+        ran = {m["data"]["node"] for m in messages if isinstance(m, dict) and m["type"] == "executing"}
+        return picture(server, end["data"]["prompt_id"]), loaders <= ran
+
+    first, loaded = run(8001)
+    assert loaded and not run(8002)[1], "the same file is loaded once"
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        notes = file.metadata()
+    weights["output.weight"] = weights["output.weight"].flip(0)
+    save_file(weights, path.with_suffix(".new.safetensors"), notes)
+    path.with_suffix(".new.safetensors").replace(path)
+    other, loaded = run(8001)
+    assert loaded and other != first
+    shutil.copy(assets / "landscapes.safetensors", path)
+    assert run(8001) == (first, True)
+    assert complaints(server.log) == []
+
+
+# -- what strangers send -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", GRAPH)
+def test_every_value_is_caught_by_the_schema_or_in_one_sentence(server, node):
+    """As tests/values.py has it without a host: what its check lets pass is what passes here."""
+    for case in (case for case in cases() if case.node == node):
+        passes = host(case) is not None
+        if node == "LineAR_DownloadModel" and passes:
+            continue  # it would fetch something
+        try:
+            queued = server.post("/prompt", {"prompt": case.prompt})
+        except AssertionError as error:
+            answer = str(error)
+            assert "400" in answer and node in answer and case.name.rpartition(".")[2] in answer, f"{case}: {answer}"
+            assert not passes or "custom_validation_failed" in answer, f"{case}: {answer}"  # the node's own check
+            assert "exception_during_validation" not in answer, f"{case}: {answer}"
+            continue
+        assert passes, f"{case} was taken"
+        status = ended(server, queued["prompt_id"])
+        if status["status_str"] != "success":
+            (told,) = [more for kind, more in status["messages"] if kind == "execution_error"]
+            assert told["exception_type"].endswith("errors.UserError"), f"{case}: {told['exception_message']}"
+            assert told["node_id"] == node and "\n" not in told["exception_message"].strip()
 
 
 def test_a_mistake_is_told_in_one_sentence(server):

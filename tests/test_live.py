@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from tests.test_nodes import (  # the fixtures too
 
 live = importlib.import_module(f"{PACK}.nodes.live")
 events = importlib.import_module(f"{PACK}.linear_core.events")
+live_tokens = importlib.import_module(f"{PACK}.nodes.sockets").Tokens
 
 
 def told(comfy):  # noqa: F811
@@ -105,9 +107,10 @@ def test_rows_that_cannot_stay(one, inputs, named):  # noqa: F811
     codes = torch.zeros(1, ROWS, ROWS, dtype=torch.int64)
     book = one["model"].image.info.config.codes
     given = {
-        "whole": SimpleNamespace(codes=codes, codebook=book, model="m"),
-        "foreign": SimpleNamespace(codes=codes, codebook=book + 1, model="m"),
-    }
+        name: live_tokens(codes=codes, shares=codes[:, None].float(), names=("m",), model="m", codebook=codebook,
+                          plan=FULL, cache_bytes=0, seconds=0.0)
+        for name, codebook in (("whole", book), ("foreign", book + 1))
+    }  # fmt: skip
     if inputs.get("view", "").startswith("1x2x8"):
         inputs = inputs | {"view": events.pack_codes(codes[:, :2])}
     if "tokens" in inputs:
@@ -136,7 +139,7 @@ def live_fit(image):
 def test_a_tokenizer_without_its_encoder_says_so(small):  # noqa: F811
     tokenizer = SimpleNamespace(config=SimpleNamespace(encoder_widths=()))
     files = SimpleNamespace(tokenizer=SimpleNamespace(name="half.safetensors"))
-    model = SimpleNamespace(image=SimpleNamespace(info=small.image.info, tokenizer=tokenizer, files=files))
+    model = replace(small, image=SimpleNamespace(info=small.image.info, tokenizer=tokenizer, files=files))
     with pytest.raises(UserError, match=r"half\.safetensors has no encoder"):
         run("EncodeImage", model=model, image=torch.zeros(1, 8, 8, 3))
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from linear_core.generate import Run, generate, in_waves, together
+from linear_core.generate import Run, generate
 from linear_core.grid import Grid
 from linear_core.memory import fits, run_bytes, waves
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
+from linear_core.waves import Waves
 from tests import tiny
 
 
@@ -38,12 +39,12 @@ def test_folding_is_reckoned_with() -> None:
 
 
 def draw(decoder: Any, prompt: Any, plan: CachePlan, sample: SamplePlan, at_once: int, above: Any = None) -> Run:
-    run, parts = Run(), []
-    for some, own, upper in in_waves(prompt, sample, above, at_once):
-        parts.append(list(generate(decoder, some, plan, own, above=upper)))
-    for line in together(parts):
-        run.add(line)
-    return run
+    waves = Waves(prompt, sample, at_once, above, advice="draw fewer")
+    for wave in waves:
+        with waves.watch(wave):
+            for line in generate(decoder, wave.prompt, plan, wave.sample, above=wave.above[0]):
+                wave.runs[0].add(line)
+    return waves.runs[0]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
