@@ -147,8 +147,6 @@ class CacheShape:
         """Keys and values of the whole cache, as allocated before the first token."""
         slots = self.prompt + plan.lines(grid) * grid.stride
         heads = 2 * self.layers * rows * self.heads  # keys and values
-        if (
-            plan.storage == "int8"
-        ):  # a byte a number and one number to scale them; the line being written in full besides
+        if plan.storage == "int8":  # a byte a number, one number to scale them; the line being written in full besides
             return heads * slots * (self.dim + self.bytes_per_number) + self.line_bytes(grid, rows)
         return heads * slots * self.dim * self.bytes_per_number

@@ -101,7 +101,8 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
     weights = {name: decoder_bytes(info, dtype, kept) for name, kept in host.WEIGHT_DTYPES.items()}
     grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride}
     guided = int(info.defaults.guided)
-    return {**asdict(info.cache_shape(dtype)), **grid, "guided": guided, "weights": weights}
+    run = {"codes": info.config.codes, "device": host.device_type()}
+    return {**asdict(info.cache_shape(dtype)), **grid, **run, "guided": guided, "weights": weights}
 
 
 def memory_sizes() -> dict[str, dict[str, Any]]:

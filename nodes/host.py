@@ -95,6 +95,11 @@ class CastingLayers(Layers):
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
+def device_type() -> str:
+    """Of the device that models compute on: "cpu", "cuda", …"""
+    return str(management.get_torch_device().type)
+
+
 def compute_dtype() -> torch.dtype:
     """bfloat16 where ComfyUI finds it quick, float32 on a CPU; what the user forced on the command line goes first."""
     wanted = management.unet_dtype(management.get_torch_device(), supported_dtypes=[torch.bfloat16, torch.float32])

@@ -84,7 +84,7 @@ def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, im
     rows = rows // prompt.rows * images
     shape = model.image.decoder.cache_shape(places)
     preview = min(images, IMAGES) * model.picture_bytes(info.grid.rows, info.grid.cols)
-    return run_bytes(shape, info.grid, plan, rows, info.config.codes) + preview
+    return run_bytes(shape, info.grid, plan, rows, info.config.codes, host.device_type()) + preview
 
 
 class Live:

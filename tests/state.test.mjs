@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptText, memoryText, picturesThatFit, reduce, replay, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -129,13 +129,21 @@ test("memory before anything runs", () => {
   const full = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "full", budget: 4 }, 2);
   assert.equal(full, 2 * 6 * 2 * 6 * 32 * 577 * 4);
   const few = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "line", budget: 4 }, 2);
-  assert.deepEqual(memoryText(few, full, null), { text: "KV cache 2.1 MiB of 10.1 MiB, −79 %", fits: true, share: few / full });
-  assert.equal(memoryText(few, full, 1e6).fits, false);
+  assert.deepEqual(memoryText(few, full, 0, null, 4), { text: "KV cache 2.1 MiB of 10.1 MiB, −79 %", fits: true, share: few / full });
+  assert.match(memoryText(few, full, 0, 5, 5).text, / · room for 5 pictures at once$/);
+  assert.match(memoryText(few, full, 0, 1, 1).text, / · room for one picture at once$/);
+  assert.match(memoryText(few, full, 0, 512, 1).text, / · room for 512 pictures or more at once$/);
+  const tight = memoryText(few, full, 0, 3, 4);
+  assert.ok(!tight.fits && tight.text.endsWith("room for 3 of 4 pictures at once"));
+  assert.match(memoryText(few, full, 0, 0, 4).text, /too little memory is free for one picture$/);
+  assert.equal(picturesThatFit(100, (sequences) => 10 * sequences), 5);
+  assert.equal(picturesThatFit(100, (sequences) => 10 * sequences, 1), 10);
+  assert.equal(picturesThatFit(5, (sequences) => 10 * sequences), 0);
   const square = { rows: 64, cols: 64, stride: 65 };
   assert.deepEqual(gridOf(square, "832 x 1216"), { rows: 76, cols: 52, stride: 53 });
   assert.equal(gridOf(square, undefined), square);
-  assert.match(memoryText(few, full, 1e12, 7.1e9).text, /−79 % · weights 7.10 GB$/);
-  assert.equal(memoryText(full, full, 1e12).text, "KV cache 10.1 MiB, everything kept");
+  assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
+  assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");
 });
 
 test("the module is pure: it imports nothing and touches no page", () => {

@@ -31,6 +31,7 @@ from linear_core.events import (
 )
 from linear_core.generate import generate
 from linear_core.grid import Grid
+from linear_core.memory import run_bytes
 from linear_core.plan import PRESETS, RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
@@ -291,7 +292,7 @@ def test_javascript_replays_the_same(case, detail):
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node was not found; it computes memory with web/state.js")
 def test_the_memory_line_is_the_formula():
-    """web/state.js says of every preset, grid and model what CacheShape.bytes says."""
+    """web/state.js says of every preset, grid and model what CacheShape.bytes and run_bytes say."""
     cases = []
     for shape in (CacheShape(8, 8, 32, 1, 4), CacheShape(36, 20, 64, 1, 2), CacheShape(24, 32, 100, 120, 2)):
         for grid in (Grid(24, 24), Grid(16, 16), Grid(32, 20, eol=7), Grid(3, 5)):
@@ -305,11 +306,15 @@ def test_the_memory_line_is_the_formula():
             ]:
                 for rows in (1, 2, 16):
                     sizes = {"rows": grid.rows, "stride": grid.stride}
-                    cases.append([asdict(shape), sizes, asdict(plan), rows, shape.bytes(grid, plan, rows)])
+                    for device in ("cpu", "cuda"):
+                        model = {**asdict(shape), "codes": 1024, "device": device}
+                        ours = [shape.bytes(grid, plan, rows), run_bytes(shape, grid, plan, rows, 1024, device)]
+                        cases.append([model, sizes, asdict(plan), rows, ours])
     script = (
-        f"import {{ cacheBytes }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
+        f"import {{ cacheBytes, runBytes }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
         "import { readFileSync } from 'node:fs';"
-        "console.log(JSON.stringify(JSON.parse(readFileSync(0)).map(([s, g, p, n]) => cacheBytes(s, g, p, n))));"
+        "const cases = JSON.parse(readFileSync(0));"
+        "console.log(JSON.stringify(cases.map(([s, g, p, n]) => [cacheBytes(s, g, p, n), runBytes(s, g, p, n)])));"
     )
     command = ["node", "--input-type=module", "-e", script]
     out = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True)

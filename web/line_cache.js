@@ -12,7 +12,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, draw, layout } from "./draw.js";
-import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptText, memoryText, reduce, replay, statusText } from "./state.js";
+import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptText, memoryText, picturesThatFit, reduce, replay, runBytes, statusText } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -654,7 +654,7 @@ class Memory {
     const shape = known.models[widgetValue(loader, "model") ?? Object.keys(known.models)[0]];
     const preset = widgetValue(this.node, "preset");
     const own = (/** @type {string} */ name) => widgetValue(this.node, `preset.${name}`) ?? widgetValue(this.node, name);
-    const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage") };
+    const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release") };
     if (!shape || !plan.policy || !plan.budget) return null;
     const prompt = origin(user, "prompt");
     const more = String(widgetValue(prompt, "more_classes") ?? "").split("\n").filter((line) => line.trim()).length;
@@ -666,7 +666,7 @@ class Memory {
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
     const weights = shape.weights?.[widgetValue(loader, "weight_dtype") ?? "default"];
     const grid = gridOf(shape, widgetValue(prompt, "size.pixels"));
-    return { shape, grid, plan, weights, sequences: images * (guided ? 2 : 1) };
+    return { shape, grid, plan, weights, images, each: guided ? 2 : 1 };
   }
 
   show() {
@@ -676,12 +676,17 @@ class Memory {
     let text = "KV cache: choose a model to see its memory";
     let memory = { text, fits: true, share: 0 };
     if (sizes) {
-      const bytes = (/** @type {any} */ plan) => cacheBytes(sizes.shape, sizes.grid, plan, sizes.sequences);
-      memory = memoryText(bytes(sizes.plan), bytes({ policy: "full", budget: 1 }), FREE.bytes, sizes.weights);
+      const { shape, grid, plan, weights = 0, images, each } = sizes;
+      const bytes = (/** @type {any} */ plan) => cacheBytes(shape, grid, plan, images * each);
+      // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
+      const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - weights;
+      const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images);
     }
     if (this.status.textContent === memory.text) return;
     this.status.textContent = memory.text;
-    this.status.title = `${memory.text}. ${sizes ? `${sizes.sequences} sequence${sizes.sequences > 1 ? "s" : ""}, guidance included` : ""}`;
+    const sequences = sizes ? sizes.images * sizes.each : 0;
+    this.status.title = sizes ? `${memory.text}. ${sequences} sequence${sequences > 1 ? "s" : ""}, guidance included. A larger batch is drawn in parts.` : memory.text;
     this.fill.style.width = `${(memory.share * 100).toFixed(1)}%`;
     this.root.shadowRoot.host.classList.toggle("tight", !memory.fits);
     this.fill.parentElement.classList.toggle("tight", !memory.fits);

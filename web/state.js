@@ -277,6 +277,12 @@ export const keptRows = (text) => Number(/^\d+x(\d+)x\d+:/.exec(String(text ?? "
 /** Policies that share the budget out unevenly have room for twice the budget in every head: plan.py's UNEVEN. */
 const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
 
+/** Lines that each head has room for: CachePlan.lines. @param {{ policy: string, budget: number }} plan @param {{ rows: number }} grid */
+function linesOf(plan, grid) {
+  const kept = UNEVEN.includes(plan.policy) ? 2 * plan.budget : plan.budget;
+  return plan.policy === "full" ? grid.rows : Math.min(kept + 1, grid.rows);
+}
+
 /**
  * Bytes of the whole cache, as linear_core.plan.CacheShape.bytes has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, dim: number, prompt: number, bytes_per_number: number }} shape
@@ -285,12 +291,40 @@ const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
  * @param {number} sequences  images, twice with guidance
  */
 export function cacheBytes(shape, grid, plan, sequences) {
-  const kept = UNEVEN.includes(plan.policy) ? 2 * plan.budget : plan.budget;
-  const lines = plan.policy === "full" ? grid.rows : Math.min(kept + 1, grid.rows);
-  const slots = shape.prompt + lines * grid.stride;
+  const slots = shape.prompt + linesOf(plan, grid) * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
   const line = heads * shape.dim * grid.stride * shape.bytes_per_number;
   return plan.storage === "int8" ? heads * slots * (shape.dim + shape.bytes_per_number) + line : heads * shape.dim * slots * shape.bytes_per_number;
+}
+
+/**
+ * Bytes of a run beside the weights, as linear_core.memory.run_bytes has it; a test holds the two equal.
+ * @param {{ layers: number, heads: number, dim: number, prompt: number, bytes_per_number: number, codes: number, device: string }} model
+ * @param {{ rows: number, stride: number }} grid
+ * @param {{ policy: string, budget: number, release?: string }} plan
+ * @param {number} sequences
+ */
+export function runBytes(model, grid, plan, sequences) {
+  const { heads, dim, bytes_per_number: wide } = model;
+  const held = cacheBytes(model, grid, plan, sequences);
+  const line = cacheBytes({ ...model, prompt: 0 }, { rows: 1, stride: grid.stride }, { policy: "full", budget: 1 }, sequences);
+  const beside = Math.floor(held / (2 * dim * wide)) * (wide + 16) + Math.floor(line / 2);
+  const each = model.prompt + linesOf(plan, grid) * grid.stride;
+  let attention = sequences * heads * grid.stride * each * 8;
+  const folds = plan.release === "fold" || (plan.release === "auto" && plan.policy === "fold");
+  if (folds && plan.policy !== "full" && plan.budget + 1 < grid.rows) {
+    const pairs = model.device === "cpu" ? 2 ** 19 : 2 ** 25;
+    const together = Math.min(sequences, Math.max(1, Math.floor(pairs / (heads * each ** 2))));
+    attention = together * heads * each * (7 * each + 8 * grid.stride) * 4;
+  }
+  return held + beside + attention + sequences * model.codes * 32;
+}
+
+/** How many pictures, of so many sequences each, a run in `room` bytes can draw at once; up to `most`. */
+export function picturesThatFit(/** @type {number} */ room, /** @type {(sequences: number) => number} */ needed, each = 2, most = 512) {
+  let count = 0;
+  while (count < most && needed((count + 1) * each) <= room) count++;
+  return count;
 }
 
 /**
@@ -303,12 +337,16 @@ export function gridOf(own, size) {
 }
 
 /**
- * "KV cache 5.1 MiB of 24.3 MiB, −79 % · weights 3.0 GB", and whether the cache fits into `free` bytes.
- * @param {number} bytes @param {number} full @param {number | null} free @param {number} [weights]
+ * "KV cache 5.1 MiB of 24.3 MiB, −79 % · weights 3.0 GB · room for 40 pictures at once", and whether the batch fits.
+ * @param {number} bytes @param {number} full @param {number} weights @param {number | null} fitting  pictures that fit; null: not known
+ * @param {number} images
  */
-export function memoryText(bytes, full, free, weights = 0) {
-  const saved = Math.round((1 - bytes / full) * 100);
-  const text = `KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB, −${saved} %` : ", everything kept") + (weights ? ` · weights ${(weights / 1e9).toFixed(2)} GB` : "");
-  const fits = free === null || bytes <= free * 0.9;
-  return { text: fits ? text : `${text} · only ${mib(free ?? 0)} MiB free`, fits, share: bytes / full };
+export function memoryText(bytes, full, weights, fitting, images, most = 512) {
+  const parts = [`KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB, −${Math.round((1 - bytes / full) * 100)} %` : ", everything kept")];
+  if (weights) parts.push(`weights ${(weights / 1e9).toFixed(2)} GB`);
+  const fits = fitting === null || images <= fitting;
+  if (fitting === 0) parts.push("too little memory is free for one picture");
+  else if (!fits) parts.push(`room for ${fitting} of ${images} pictures at once`);
+  else if (fitting !== null) parts.push(`room for ${fitting >= most ? `${most} pictures or more` : fitting === 1 ? "one picture" : `${fitting} pictures`} at once`);
+  return { text: parts.join(" · "), fits, share: bytes / full };
 }
