@@ -77,7 +77,7 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (["--class", "sea"], ["class", "sea", "alpine dawn"]),
-        (["--budget", "1"], ["budget", "1 lines", "anchors"]),
+        (["--budget", "1", "--recent", "1"], ["budget", "1 lines", "anchors"]),
         (["--budget", "0"], ["budget", "choose 1"]),
         (["--grid", "3x3"], ["landscapes.safetensors", "24 x 24"]),
         (["--grid", "three"], ["grid", "24x24"]),
