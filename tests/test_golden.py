@@ -2,15 +2,13 @@
 
 A saved graph knows widgets and sockets by their order, a saved prompt by their names. So inputs are only appended, as
 optional ones; nothing is renamed, retyped or removed; choices are only added, ranges only grow, defaults stay.
-`python tests/test_golden.py` makes the folder of the version that pyproject.toml names.
+`python tests/golden.py` makes the folder of the version that pyproject.toml names.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import re
-import shutil
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.test_nodes import NODES, comfy, object_info  # noqa: F401 (fixtures)
-from tests.test_workflows import FOLDER, SCHEMAS, read, to_api, widgets
+from tests.test_workflows import SCHEMAS, read, to_api, widgets
 from tests.values import DYNAMIC, Case, declared, host, nested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,11 +257,3 @@ def test_a_saved_prompt_runs(path):
     for key, node in prompt.items():
         if node["class_type"] in NODES:
             assert running.run(key)
-
-
-if __name__ == "__main__":
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
-    target = GOLDEN / version
-    shutil.copytree(FOLDER, target / "workflows", ignore=shutil.ignore_patterns("*.jpg", "*.png"))
-    shutil.copy(ROOT / "tests" / "fixtures" / "object_info.json", target)
-    print(f"{target.relative_to(ROOT)}: {len(list(target.rglob('*.json')))} files, never to be changed")
