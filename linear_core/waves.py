@@ -127,8 +127,6 @@ class Waves:
             self.done.append(self.left.pop(0))
             return
         gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
         images = wave.prompt.rows
         if self.halved or images == 1:
             before = f"with {_pictures(self.halved)} at a time, and again " if self.halved else ""
