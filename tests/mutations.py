@@ -683,7 +683,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("untrusted.py", "r.compress_type or r.file_size != r.compress_size", "False", "loading: archives that unpack"),
     ("untrusted.py", "> PICKLE_BYTES", "> 2**40", "loading: lists of weights of any size"),
     ("untrusted.py", "len(lists) != 1 or", "len(lists) < 1 or", "loading: two lists of weights"),
-    ("untrusted.py", "and not NAMED.fullmatch(argument)", "and False", "loading: pickles name anything"),
+    ("untrusted.py", "and not NAMED.fullmatch(named := str(argument))", "and False", "loading: pickles name anything"),
     ("errors.py", 'letter if letter.isprintable() else " "', "letter", "loading: messages of several lines"),
     ("errors.py", "sentence[:LONGEST]", "sentence", "loading: messages without an end"),
     ("weights.py", "> 2 * (size :=", "> 2**60 * (size :=", "loading: more weights than bytes"),

@@ -101,8 +101,8 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
     try:
         vocabulary, width = shapes["embed_tokens.weight"]
         first, codes, eol = _ids(section(told, "vocabulary_map"))
-        if not max(first + codes - 1, eol) < vocabulary:
-            raise ValueError(f"its vocabulary_map names more than its {vocabulary} words")
+        if (last := max(first + codes - 1, eol)) >= vocabulary:
+            raise ValueError(f"its vocabulary_map, or the usual one, ends with {last} and it has {vocabulary} words")
         config = LuminaConfig(
             layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers.")),
             width=width,
