@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from bench.quality import Lab
     from bench.report import Field
 
-# Okabe and Ito's colours, which differ to everybody, and a mark each, so that colour is not needed.
+# Okabe and Ito's colours, but for one, which differ to everybody, and a mark each, so that colour is not needed.
 STYLE = {
     "fold": ("#0072B2", "o"),
     "line (published)": ("#D55E00", "s"),
     "random": ("#000000", "X"),
     "line fold": ("#56B4E9", "v"),
+    "fold int8": ("#332288", "P"),
 }
 RIVALS = (("#009E73", "D"), ("#CC79A7", "^"))
 GREY, INK = "#b4b8bd", "#202226"
