@@ -55,8 +55,7 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     gives = view.candidates().gather(-1, victims)  # a slot may be empty
     slot = torch.where(gives, _least(distance, view.index[..., None, :])[..., 0], victims)
     # One row of 0 and 1 for each victim. A product with it adds up the same way every time; scattering does not.
-    together = (slot[..., :, None] == slot[..., None, :]) & gives[..., None, :]
-    together = together.to(leaving.dtype)
+    together = (slot[..., :, None] == slot[..., None, :]).to(leaving.dtype)
 
     def merged(ours: Tensor, given: Tensor) -> Tensor:
         """What the slots have, L B H V N, and what the victims give them."""

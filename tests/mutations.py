@@ -147,7 +147,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("fold.py", "kept = view.candidates().scatter", "kept = (view.index >= 0).scatter", "the prompt takes victims in"),
     ("fold.py", "torch.where(gives, _least(", "torch.where(gives | True, _least(", "empty slots are folded"),
-    ("fold.py", " & gives[..., None, :]", "", "what is empty counts when it is folded"),
     ("fold.py", "number(strength)", "number(torch.ones_like(strength))", "means that do not care for attention"),
     ("fold.py", "torch.where(there, values, old_values)", "old_values", "values are dropped"),
     ("fold.py", "torch.where(there, keys, old_keys)", "old_keys", "keys stay where they are"),
