@@ -716,7 +716,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "families/lumina.py",
-        "if not max(first + codes - 1, eol) < vocabulary:",
+        "if (last := max(first + codes - 1, eol)) >= vocabulary:",
         "if False:",
         "loading: ids beyond the words",
     ),
