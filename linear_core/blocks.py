@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Ops = ModuleType | type[Any]
-Turn = Callable[[Tensor], Tensor]  # RoPE: rotates queries or keys B H T D
+Turn = Callable[[Tensor], Tensor]  # RoPE: rotates queries and keys 2 B H T D
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v B H T D -> B H T D
 
 
 @lru_cache(maxsize=8)
 def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """LlamaGen's rotary table, cosine and sine per pair: float32 rows*cols dim/2 2.
+    """LlamaGen's rotary table, for `turn_pairs`: float32 rows*cols 2 dim, cosines and signed sines.
 
     The first half of the pairs turns by the row, the second by the column.
     """
@@ -27,15 +27,8 @@ def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -
     row = (torch.arange(rows, device=device)[:, None] * inverse)[:, None].expand(-1, cols, -1)
     col = (torch.arange(cols, device=device)[:, None] * inverse)[None].expand(rows, -1, -1)
     angle = torch.cat([row, col], -1).flatten(0, 1)
-    return torch.stack([angle.cos(), angle.sin()], -1)
-
-
-def turn_pairs(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (x0 x1), (x2 x3), … of x B H T D by `table` T D/2 2, in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    cos, sin = table.unbind(-1)
-    a, b = pairs.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)], -2)
 
 
 @lru_cache(maxsize=8)
@@ -45,19 +38,31 @@ def _speeds(dim: int, base: float, device: torch.device) -> Tensor:
 
 
 def rope_1d(position: Tensor, dim: int, base: float) -> Tensor:
-    """Llama's rotary table, cosine and sine per pair, of whole-numbered positions of any shape: float32 ... dim/2 2."""
+    """Llama's rotary table, for `turn_halves`, of whole-numbered positions of any shape: float32 ... 2 dim."""
     angle = position.float()[..., None] * _speeds(dim, base, position.device)
-    return torch.stack([angle.cos(), angle.sin()], -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], -2)
+
+
+def turn_pairs(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate neighbouring pairs (x0 x1), (x2 x3), … of x ... T D by `table` T 2 D, in float32."""
+    x32 = x.float()
+    return _turn(x32, x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), table).to(x.dtype)
 
 
 def turn_halves(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate pairs half a head apart, (x0 xD/2), (x1 xD/2+1), … of x ... T D by `table` ... T D/2 2, in float32.
+    """Rotate pairs half a head apart, (x0 xD/2), (x1 xD/2+1), … of x ... T D by `table` ... T 2 D, in float32.
 
     How transformers keeps a Llama's heads; `turn_pairs` is how Meta, and LlamaGen after it, does.
     """
-    cos, sin = table.unbind(-1)
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    x32 = x.float()
+    return _turn(x32, x32.roll(x.shape[-1] // 2, -1), table).to(x.dtype)
+
+
+def _turn(x: Tensor, other: Tensor, table: Tensor) -> Tensor:
+    """Each number by its cosine, and the other of its pair by the sine that has the sign already."""
+    cos, sin = table.unbind(-2)
+    return x * cos + other * sin
 
 
 class HeadNorm(nn.Module):
@@ -82,13 +87,16 @@ class Attention(nn.Module):
         self.heads = heads
         self.wqkv = ops.Linear(width, 3 * width, bias=False)
         self.wo = ops.Linear(width, width, bias=False)
-        self.q_norm, self.k_norm = (HeadNorm(heads, width // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (HeadNorm(heads, width // heads) if qk_norm else None for _ in range(2))
 
     def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
         """x B T W."""
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return self.wo(attend(turn(q), turn(k), v).transpose(1, 2).flatten(2))
+        heads = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        both, v = heads[:2], heads[2]
+        if self.q_norm and self.k_norm:
+            both = torch.stack([self.q_norm(both[0]), self.k_norm(both[1])])
+        q, k = turn(both)  # at once, as a rotation is several operations too small to be worth their launch
+        return self.wo(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -55,7 +55,9 @@ class LineCache:
         self.count: Tensor | None = None
         self.survey: Tensor | None = None
         if reads & {"queries", "mass", "ahead"}:
-            self.queries = torch.zeros(layers, rows, heads, stride, dim, dtype=dtype, device=device)
+            # L B H C D; a token's lie together, as they are written for each and read once a line.
+            by_token = torch.zeros(layers, stride, rows, heads, dim, dtype=dtype, device=device)
+            self.queries = by_token.permute(0, 2, 3, 1, 4)
         if "mass" in reads:
             self.mass = torch.zeros(held, dtype=torch.float32, device=device)
         if plan.release == "fold":

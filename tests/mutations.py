@@ -572,12 +572,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- Llamas that draw
     (
         "blocks.py",
-        "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
-        "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
+        "torch.cat([-sin, sin], -1)",
+        "torch.cat([sin, -sin], -1)",
         "halves turn backwards",
     ),
     ("blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
-    ("blocks.py", "q, k = self.q_norm(q), self.k_norm(k)", "q = self.q_norm(q)", "keys are not normalised"),
+    ("blocks.py", "self.k_norm(both[1])", "both[1]", "keys are not normalised"),
+    ("blocks.py", "torch.stack([-sin, sin], -1)", "torch.stack([sin, -sin], -1)", "pairs turn backwards"),
     ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
     (
         "models/llama.py",

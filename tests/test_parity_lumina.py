@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_core.blocks import rope_1d, turn_halves, turn_pairs
+from linear_core.blocks import rope_1d, turn_halves
 from linear_core.cache import LineCache
 from linear_core.errors import UserError
 from linear_core.generate import generate
@@ -208,19 +208,25 @@ def test_anole_in_metas_layout(tmp_path: Path, model: ImageModel, weights: dict[
         assert torch.equal(ours, theirs), name
 
     x = torch.randn(1, 7, HEADS * DIM, generator=torch.Generator().manual_seed(2))
-    table = rope_1d(torch.arange(7), DIM, 10000.0)
+    turn = torch.polar(torch.ones(()), torch.arange(7)[:, None] * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM))
     q, k = (
-        turn_pairs(
+        turned(
             F.layer_norm((x @ loose[f"layers.0.attention.w{part}.weight"].T).unflatten(-1, (HEADS, DIM)), (DIM,),
                          *(loose[f"layers.0.attention.{part}_normalization.{kind}"] for kind in ("weight", "bias")))
-            .transpose(1, 2), table)
+            .transpose(1, 2), turn)
         for part in "qk"
     )  # fmt: skip
+    table = rope_1d(torch.arange(7), DIM, 10000.0)
     seen: list[Tensor] = []
     again.layers[0].attention(
         x, lambda t: turn_halves(t, table), lambda q, k, v: seen.extend((q @ k.transpose(-1, -2), v)) or v
     )
     torch.testing.assert_close(seen[0], q @ k.transpose(-1, -2), atol=1e-3, rtol=1e-4)
+
+
+def turned(x: Tensor, by: Tensor) -> Tensor:
+    """Meta's own rotation: neighbouring numbers of ... T D are one complex number."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * by).flatten(-2)
 
 
 def test_anoles_prompt(model: ImageModel) -> None:

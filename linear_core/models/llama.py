@@ -131,6 +131,6 @@ class Llama(Raster):
         return self.head(self.norm(x))
 
     def table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
-        """The rotary table of the tokens at `index` T of rows with `pad` B empty places: B 1 T D/2 2, for all heads."""
+        """The rotary table of the tokens at `index` T of rows with `pad` B empty places: B 1 T 2 D, for all heads."""
         position = (index - pad[:, None]).clamp(min=0)
         return rope_1d(position, self.config.dim, self.config.rope_base)[:, None]

@@ -95,7 +95,7 @@ class LlamaGen(Raster):
         return self.output(hidden)
 
     def table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
-        """T D/2 2; `pad` does not matter, LlamaGen turns by the place in the picture alone."""
+        """T 2 D; `pad` does not matter, LlamaGen turns by the place in the picture alone."""
         table = rope_2d(grid.rows, grid.cols, self.config.width // self.config.heads, ROPE_BASE, index.device)
         return table.index_select(0, index - grid.prompt)
 

@@ -47,7 +47,7 @@ class Raster(nn.Module):
 
     @staticmethod
     def turn(x: Tensor, table: Tensor) -> Tensor:
-        """Queries or keys B H T D, rotated."""
+        """Queries and keys ... T D, rotated."""
         raise NotImplementedError
 
     # -- what the loop asks -------------------------------------------------------------------------------------------
