@@ -161,7 +161,9 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
             f"lines of {grid.cols} tokens, at most {grid.rows - 1} of them."
         )
     if count not in (1, images):
-        raise UserError(f"tokens: {count} pictures are given and {images} are drawn; give one, or one for each.")
+        raise UserError(
+            f"tokens: {count} pictures are given and {images} are drawn; give one, or one for each (see batch_size)."
+        )
     if int(above.min()) < 0 or int(above.max()) >= codes:
         raise UserError(f"tokens: code {int(above.max())} is not one of the model's {codes}; give its own tokens.")
     return above.expand(images, -1, -1)

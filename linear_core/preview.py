@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .events import Line
 from .vq.tokenizer import VQTokenizer, to_pixels
+from .waves import ran_out
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,9 +57,36 @@ class Preview:
 
 @torch.inference_mode()
 def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
-    """The pictures, each one full decode: codes int64 B rows cols -> float32 B H W 3 in 0..1, on the CPU."""
-    device = tokenizer.device
-    return torch.cat([to_pixels(tokenizer.decode(part.to(device))).cpu() for part in tokens.split(batch)])
+    """The pictures, each one full decode: codes int64 B rows cols -> float32 B H W 3 in 0..1, on the CPU.
+
+    `batch` of them at a time; where the memory runs out, half as many. Raises UserError where one is too many.
+    """
+    done, left = [], tokens
+    while len(left):
+        pictures = _decoded(tokenizer, left[:batch])
+        if pictures is not None:
+            done.append(pictures)
+            left = left[batch:]
+        elif (batch := min(batch, len(left)) // 2) == 0:
+            height, width = (n * tokenizer.config.factor for n in tokens.shape[1:])
+            raise UserError(
+                f"memory: it ran out decoding one picture of {width} x {height}; close what else takes memory."
+            )
+        else:
+            log.warning("LineAR: memory ran out decoding; going on with %d pictures at a time", batch)
+    return torch.cat(done)
+
+
+def _decoded(tokenizer: VQTokenizer, codes: Tensor) -> Tensor | None:
+    """None where the memory ran out; nothing of the attempt is then left in it."""
+    try:
+        return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    return None
 
 
 class Painter:

@@ -131,6 +131,14 @@ class Live:
         self._tell(self.trace.finish())
         self.shown = left(self.trace, None if self.beside is not None else picture)
 
+    def become(self, trace: Trace, lines: list[Line]) -> None:
+        """Tell of another run in place of this one, with its picture."""
+        for event in trace.events:
+            self._tell(event)
+        picture = self.painter.last([tuple(lines)])
+        if picture is not None:
+            self._show(picture, len(lines), trace)
+
     def close(self) -> None:
         self.painter.close()
 
@@ -141,8 +149,8 @@ class Live:
         sheets = [sheet(_pictures(self.tokenizer, lines, self.rows)) for lines in runs]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
-    def _show(self, picture: Image.Image, lines: int) -> None:
-        self._tell(asdict(Picture(self.trace.started.run, lines)))
+    def _show(self, picture: Image.Image, lines: int, trace: Trace | None = None) -> None:
+        self._tell(asdict(Picture((trace or self.trace).started.run, lines)))
         host.preview(self.node_id, picture)
 
     def _tell(self, event: dict[str, Any]) -> None:
@@ -197,6 +205,11 @@ def draw(
                     if lines[-1].row + 1 == stop_after:
                         break
                 live.finish()
+            except host.Interrupted:  # the page gets the rows that all pictures so far have, to go on from
+                if told and live.lines and len(plans) == 1:
+                    at_once = max(len(part[0].tokens) for part in told)
+                    live.become(*_as_one(model, plans[-1], sample, prompt, at_once, [*told, live.lines]))
+                raise
             finally:
                 for lines in drawing:
                     lines.close()  # they hold the key-value caches
@@ -204,14 +217,23 @@ def draw(
             told.append(live.lines)
     shown, trace = live.shown, live.trace
     if len(waves) > 1:  # afterwards the page has all of the batch, as one run
-        trace = Trace(started(model, plans[-1], sample, prompt, waves.largest))
-        lines = together(told)
-        for line in lines:
-            trace.add(line)
+        trace, lines = _as_one(model, plans[-1], sample, prompt, waves.largest, told)
         trace.finish()
         picture = live.painter.last([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
     return waves.runs, trace.started, shown
+
+
+def _as_one(
+    model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int, parts: list[list[Line]]
+) -> tuple[Trace, list[Line]]:
+    """Parts of a batch, the first ones of `prompt`, as one run of the lines that they all have."""
+    rows = min(map(len, parts))
+    lines = together([part[:rows] for part in parts])
+    trace = Trace(started(model, plan, sample, prompt.take(range(len(lines[0].tokens))), at_once))
+    for line in lines:
+        trace.add(line)
+    return trace, lines
 
 
 def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int) -> Tensor:

@@ -152,6 +152,29 @@ def test_stop_at_every_line(tall, comfy):  # noqa: F811
     same(draw(tall), whole)
 
 
+def test_stop_in_a_later_part(tall, comfy, monkeypatch):  # noqa: F811
+    """The page has the rows that all pictures so far have, as one run from which all of them go on."""
+    whole, kept = draw(tall, batch_size=3), Kept()
+    monkeypatch.setattr(importlib.import_module(f"{PACK}.nodes.live"), "fits", lambda room, images, needed: 1)
+    comfy.sent.clear()
+    comfy.progress.clear()
+    comfy.stops, comfy.stop_after = 0, 2 * LINES + 5
+    with pytest.raises(comfy_double.Interrupted):
+        draw(tall, batch_size=3)
+    comfy.stop_after = None
+    kept.check()
+    events = told(comfy)
+    last = max(i for i, event in enumerate(events) if event["kind"] == "started")
+    begun, rows = events[last], [event for event in events[last:] if event["kind"] == "row"]
+    count = len(rows)
+    assert (begun["images"], begun["seed"]) == (3, 5) and count in (5, 6), "Stop can be heard just before a row is told"
+    codes = torch.tensor([LINEAR_EVENTS.unpack(row["tokens"]) for row in rows]).view(count, 3, LINES).transpose(0, 1)
+    assert torch.equal(codes, whole.codes[:, :count])
+    assert events[-1] == events[-1] | {"kind": "picture", "run": begun["run"], "lines": count}
+    view = f"3x{count}x{LINES}:{LINEAR_EVENTS.pack(codes.flatten().tolist())}"
+    assert torch.equal(draw(tall, batch_size=3, keep_rows=count, view=view).codes, whole.codes)
+
+
 LINEAR_EVENTS = importlib.import_module(f"{PACK}.linear_core.events")
 STAGES = [
     ("linear_core.models.llamagen:LlamaGen.with_unconditional", 0),
@@ -390,6 +413,33 @@ def test_once_is_enough(small, monkeypatch, images, room, words):  # noqa: F811
     del caught
     kept.check()
     same(draw(small), whole)
+
+
+def test_no_room_for_decoding(small, monkeypatch, caplog):  # noqa: F811
+    """Half as many pictures at a time until they fit; nothing of what did not is left."""
+    codes, kept = draw(small, batch_size=5), None
+    (whole,) = run("Decode", model=small, tokens=codes)
+    decode, sizes, features = small.image.tokenizer.decode, [], weakref.WeakSet()
+
+    def little(codes, room):
+        sizes.append(len(codes))
+        if len(codes) > room:
+            begun = torch.zeros(2**20)
+            features.add(begun)
+            raise out_of_memory()
+        assert not features, "what did not fit is still there"
+        return decode(codes)
+
+    monkeypatch.setattr(small.image.tokenizer, "decode", lambda codes: little(codes, 2))
+    torch.testing.assert_close(run("Decode", model=small, tokens=codes)[0], whole)
+    assert sizes == [5, 2, 2, 1] and "going on with 2 pictures at a time" in caplog.text
+    kept = Kept()
+    monkeypatch.setattr(small.image.tokenizer, "decode", lambda codes: little(codes, 0))
+    words = "memory: it ran out decoding one picture of 32 x 32; close what else takes memory."
+    with pytest.raises(UserError, match=re.escape(words)):
+        run("Decode", model=small, tokens=codes)
+    assert sizes[4:] == [5, 2, 1]
+    kept.check()
 
 
 def test_other_errors_are_not_taken_for_memory():

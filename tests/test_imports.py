@@ -65,7 +65,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"attention", "cache", "errors", "generate", "grid", "plan", "policies"},
         TENSORS | {"transformers"},
     ),
-    "preview": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
+    "preview": ({"errors", "events", "vq.*", "waves"}, TENSORS | {"numpy"}),
     "heatmap": ({"events", "grid", "vq.*"}, TENSORS | {"numpy"}),
     # people
     "families.__init__": ({"errors", "grid", "plan", "prompts", "prompts.*", "sizes", "weights"}, TENSORS),
