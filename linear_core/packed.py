@@ -17,11 +17,27 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self.bias, self.size = linear.bias, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x ... I -> ... O."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+        if torch.compiler.is_compiling():
+            return torch.ops.linear_ar.packed_linear(x, self.matrix, self.bias, self.size)
+        return _packed_linear(x, self.matrix, self.bias, self.size)
+
+
+def _packed_linear(x: Tensor, matrix: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+
+
+# The compiler takes PyTorch's own operation apart, and packs again; one of ours it calls as it is.
+_opaque = torch.library.custom_op(
+    "linear_ar::packed_linear",
+    _packed_linear,
+    mutates_args=(),
+    schema="(Tensor x, Tensor matrix, Tensor? bias, int size) -> Tensor",
+)
+_opaque.register_fake(lambda x, matrix, bias, size: x.new_empty(*x.shape[:-1], size))
 
 
 def available() -> bool:

@@ -172,11 +172,16 @@ def test_lines_that_are_fed_again(kind, plan, seed):
     not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler on the CPU"
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("plan", [PLANS[1], PLANS[3], PLANS[4]], ids=lambda p: f"{p.policy}-{p.storage}")
-def test_a_compiled_step(plan):
+@pytest.mark.parametrize(
+    "plan, packs",
+    [(PLANS[1], False), (PLANS[3], False), (PLANS[4], False), (PLANS[3], True)],
+    ids=lambda x: f"{x.policy}-{x.storage}" if isinstance(x, HostPlan | CachePlan) else "packed" * x,
+)
+def test_a_compiled_step(plan, packs):
     """By the real compiler: the codes of the eager one, for every seed; and its own again to the bit."""
     torch._dynamo.reset()
-    model, prompt, *_ = reference("llamagen", plan, SEEDS[0])
+    model, prompt = MODELS["llamagen"]()
+    assert not packs or not packed.available() or packed.pack(model)
     compiled = torch.compile(model.step, dynamic=False)
     for seed in SEEDS:
         _, _, codes, logits = reference("llamagen", plan, seed)
