@@ -18,8 +18,8 @@ from . import library, text
 from .convert import convert
 from .errors import UserError
 from .families import ModelInfo
-from .generate import Run, generate
-from .graph import Captured
+from .generate import Run, evict, generate
+from .graph import CapturedEnd, CapturedStep
 from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles
 from .memory import fits, free_memory, run_bytes
@@ -37,7 +37,7 @@ KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
 STEPS: dict[str, Callable[..., Any]] = {
     "eager": lambda step: step,
     "compiled": partial(torch.compile, dynamic=False),
-    "graph": Captured,
+    "graph": CapturedStep,
 }
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MANY = 4096  # images at once; nobody asks for more
@@ -226,12 +226,13 @@ def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
 def _draw_wave(model: ImageModel, wave: Wave, plans: list[CachePlan], kind: str) -> None:
     """The runs take turns line by line, so that their times compare."""
     steps = [STEPS[kind](model.decoder.step) for _ in plans]
+    ends = [CapturedEnd(evict) if kind == "graph" else None for _ in plans]
     drawing = [
         generate(
             model.decoder, wave.prompt, plan, wave.sample,
-            step=step, static=kind != "eager", above=above, name=model.info.name,
+            step=step, line_end=end, static=kind != "eager", above=above, name=model.info.name,
         )
-        for plan, step, above in zip(plans, steps, wave.above, strict=True)
+        for plan, step, end, above in zip(plans, steps, ends, wave.above, strict=True)
     ]  # fmt: skip
     total = len(plans) * model.info.grid.rows * model.info.grid.cols * wave.prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
@@ -239,8 +240,9 @@ def _draw_wave(model: ImageModel, wave: Wave, plans: list[CachePlan], kind: str)
             for run, line in zip(wave.runs, lines, strict=True):
                 run.add(line)
                 bar.update(line.tokens.numel())
-    if why := getattr(steps[0], "why", ""):
-        print(f"step: no graph was used; {why}.", file=sys.stderr)
+    for what, works in (("step", steps), ("line's end", ends)):
+        if why := next(filter(None, (getattr(work, "why", "") for work in works)), ""):
+            print(f"{what}: no graph was used; {why}.", file=sys.stderr)
 
 
 def _load(args: argparse.Namespace) -> ImageModel:
@@ -447,7 +449,7 @@ def _parser() -> argparse.ArgumentParser:
         default="eager",
         choices=list(STEPS),
         help="how a token is computed: as it is (eager), by torch.compile, which takes a minute at first (compiled), "
-        "or recorded as a CUDA graph (graph)",
+        "or recorded as a CUDA graph, as the end of a line then is too (graph)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="image i draws from seed N + i (default: 0)")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical 2 to 5")

@@ -27,12 +27,12 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return weights.to(v.dtype)[:, :, None] @ v
 
 
-def line_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int) -> Tensor:
+def line_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor) -> Tensor:
     """Full softmax of a line's queries over everything held, causal within the line, for one layer.
 
     queries B H C D (the token at `first`, `first` + 1, …), keys B H S D, bias and index B H S -> float32 B H C S.
     """
     scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
-    own = torch.arange(first, first + queries.shape[2], device=index.device, dtype=index.dtype)
+    own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)
     later = index[:, :, None] > own[:, None]
     return scores.masked_fill(later, float("-inf")).softmax(-1)

@@ -135,7 +135,7 @@ class LineCache:
         for layer in range(self.shape.layers):
             self._aim(layer)
 
-    def view(self, row: int, layer: int, turn: Callable[[Tensor, int], Tensor] | None = None) -> View:
+    def view(self, row: int | Tensor, layer: int, turn: Callable[[Tensor, int], Tensor] | None = None) -> View:
         """What one layer holds now that line `row` is complete: a view with L = 1.
 
         Brings attention mass up to date, so call it once a line. `turn`: see View.

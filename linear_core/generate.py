@@ -42,6 +42,8 @@ class Decoder(Protocol):
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
+Turn = Callable[[Tensor, int], Tensor]
+Evict = Callable[[LineCache, Policy, int, Turn], None]
 
 
 @torch.inference_mode()
@@ -52,6 +54,7 @@ def generate(
     sample: SamplePlan,
     *,
     step: Step | None = None,
+    line_end: Evict | None = None,
     static: bool = False,
     above: Tensor | None = None,
     name: str = "the model",
@@ -63,7 +66,8 @@ def generate(
     it, and drawing goes on below them.
 
     `plan` says what the cache keeps, `sample` how tokens are drawn. `step` replaces the decoder's own (compiled,
-    captured); `static` gives it one shape for the whole image, at the price of reading slots that are still empty.
+    captured), `line_end` our `evict` (captured); `static` gives a step one shape for the whole image, at the price of
+    reading slots that are still empty.
     Settings that do not fit raise UserError before anything is allocated. A line whose logits are no numbers raises it
     at its end, and calls the model by `name`. Dropping the iterator frees all it holds.
     """
@@ -116,10 +120,10 @@ def generate(
             if fed == 1:
                 logits = step(token, places, pad, ahead, cache)
             else:
-                line_end = F.pad(token[:, None], (0, 1), value=grid.eol)
-                logits = decoder.feed(line_end, places, pad, ahead, cache)
+                with_end = F.pad(token[:, None], (0, 1), value=grid.eol)
+                logits = decoder.feed(with_end, places, pad, ahead, cache)
         if row + 1 < grid.rows:
-            end_line(cache, policy, row, turn)
+            end_line(cache, policy, row, turn, line_end or evict)
         share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
@@ -169,34 +173,42 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
     return above.expand(images, -1, -1)
 
 
-def end_line(cache: LineCache, policy: Policy, row: int, turn: Callable[[Tensor, int], Tensor]) -> None:
-    """Bring the cache back to its budget and decide where the next line is written."""
+def evict(cache: LineCache, policy: Policy, row: int | Tensor, turn: Turn) -> None:
+    """Bring a full cache back to its budget; the next line is written over what leaves.
+
+    The same work for every line, so it can be recorded (`graph.py`); `row` is then a tensor of one number, on the
+    device. The first of a cache is not: it also asks for the policy's survey.
+    """
     plan, grid = cache.plan, cache.grid
-    full = plan.evicts(grid) and row >= plan.budget
-    if not full and cache.mass is None:
-        cache.extend()
-        return
-    if full:
-        cache.extent = cache.slots  # more than now where heads keep unequal numbers: some need their room from here on
     views: Iterable[View] = (cache.view(row, layer, turn) for layer in range(cache.shape.layers))
-    if full and policy.survey is not None and cache.survey is None:
+    if policy.survey is not None and cache.survey is None:
         views = list(views)
         cache.survey = torch.cat([policy.survey(view) for view in views])
         views = [replace(view, survey=cache.survey) for view in views]
-    if plan.release == "fold" and full:  # compares slots with slots, which for all rows at once takes much memory
+    if plan.release == "fold":  # compares slots with slots, which for all rows at once takes much memory
         pairs = fold_pairs(cache.index.device.type)
         views = (part for view in views for part in view.parts(pairs))
-    for view in views:  # looked at in any case: that is what attention mass is counted by
-        if full:
-            scores = policy.score(view)
-            keep = None if policy.keep is None else policy.keep(view, scores, plan)
-            victims = choose(
-                scores, view, grid.stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt,
-                keep=keep,
-            )  # fmt: skip
-            cache.release(view, victims)
-    if not full:
-        cache.extend()
+    for view in views:
+        scores = policy.score(view)
+        keep = None if policy.keep is None else policy.keep(view, scores, plan)
+        victims = choose(
+            scores, view, grid.stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt,
+            keep=keep,
+        )  # fmt: skip
+        cache.release(view, victims)
+
+
+def end_line(cache: LineCache, policy: Policy, row: int, turn: Turn, evict: Evict = evict) -> None:
+    """Decide where the next line is written: in slots never used before, or over what `evict` lets go."""
+    plan = cache.plan
+    if plan.evicts(cache.grid) and row >= plan.budget:
+        cache.extent = cache.slots  # more than now where heads keep unequal numbers: some need their room from here on
+        evict(cache, policy, row, turn)
+        return
+    if cache.mass is not None:
+        for layer in range(cache.shape.layers):
+            cache.view(row, layer)  # that is what counts it
+    cache.extend()
 
 
 class Run:

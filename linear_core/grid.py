@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from .errors import UserError
+
+Row = TypeVar("Row")  # a number, or a tensor of one
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,11 @@ class Grid:
         """The same grid behind `prompt` tokens of condition."""
         return replace(self, prompt=prompt)
 
-    def index(self, row: int, column: int = 0) -> int:
+    def index(self, row: Row, column: int = 0) -> Row:
         """Index in the sequence of the token at `row`, `column`."""
-        return self.prompt + row * self.stride + column
+        number: Any = row
+        index: Row = self.prompt + number * self.stride + column
+        return index
 
     def fed_with(self, column: int) -> int:
         """How many tokens are fed when the code at `column` is known: itself, and behind a line's last code its end."""

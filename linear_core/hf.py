@@ -252,7 +252,7 @@ class LineCache(Cache):
         """Rotated queries L B H C D as if they stood so many lines later: the model's own rotation, once more."""
         rotary, rotate = self._decoder.rotary_emb, _turner(self._decoder)
         assert rotate is not None, "__init__ has looked"
-        place = torch.tensor([[lines * self.grid.stride]], device=queries.device)
+        place = torch.full((1, 1), lines * self.grid.stride, device=queries.device)
         cos, sin = rotary(queries, place)
         turned, _ = rotate(flat := queries.flatten(0, 1), flat, cos, sin)
         # Some rotations also lengthen, which must not happen twice.

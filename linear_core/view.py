@@ -27,7 +27,8 @@ class View:
     index         int32 L B H S, which token of the sequence; -1: nothing there
     queries       L B H C D of the finished line, rotated; None unless the policy reads "queries" or "ahead"
     mass          L B H S, attention received so far, summed over all queries; None unless the policy reads "mass"
-    row           the line that has just finished
+    row           the line that has just finished. Where a line's end is recorded (`graph.py`) a tensor of one number,
+                  which is fit for arithmetic and to be compared with tensors, and for nothing else
     layer         number of the first layer shown
     turn          turns queries as if they stood so many lines later: the model's rotation; None unless the policy reads
                   "ahead"
@@ -42,7 +43,7 @@ class View:
     queries: Tensor | None
     mass: Tensor | None
     grid: Grid
-    row: int
+    row: int | Tensor
     layer: int = 0
     turn: Callable[[Tensor, int], Tensor] | None = None
     survey: Tensor | None = None
@@ -61,7 +62,7 @@ class View:
             yield replace(self, **shown, first=first)
 
     @property
-    def newest(self) -> int:
+    def newest(self) -> int | Tensor:
         """Index of the newest token held."""
         return self.grid.index(self.row + 1) - 1
 

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     *("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "replay", "events"),
-    *("llama", "memory", "speed", "hf", "imports", "bad_files", "faults", "determinism"),
+    *("llama", "memory", "speed", "graph", "hf", "imports", "bad_files", "faults", "determinism"),
 )
 # What reads files is tried on the bad ones first, which would otherwise come last.
 READERS = ("untrusted.py", "weights.py", "library.py", "errors.py", "text.py", "vq/", "families/", "prompts/t5.py")
@@ -101,11 +101,27 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("generate.py", "reads=reads, static=static)", "reads=reads)", "a static step still grows"),
     ("storage.py", "(first + slot)", "slot", "all heads write to the first one's slots"),
-    ("graph.py", "recording.logits.clone()", "recording.logits", "the next token writes over the logits"),
-    ("graph.py", "is not cache or", "is None or", "a graph outlives its cache"),
-    ("graph.py", " or recording.given[0].shape != token.shape", "", "a graph outlives its rows"),
-    ("graph.py", "place.copy_(new)", "pass", "every token is the first"),
-    ("graph.py", "if not cache.static:", "if False:", "a step without a fixed shape is recorded"),
+    ("graph.py", "else result.clone()", "else result", "the next token writes over the logits"),
+    ("graph.py", " and self.cache() is cache", "", "a graph outlives its cache"),
+    ("graph.py", "self.rows == cache.rows and ", "", "a graph outlives its rows"),
+    ("graph.py", "place.copy_(new) if", "None if", "every token is the first"),
+    ("graph.py", "else place.fill_(new)", "else None", "every line that ends is the first"),
+    ("graph.py", "lambda row: self.work(", "lambda _: self.work(", "a line's end is recorded with its number"),
+    ("graph.py", '"" if cache.static else', '"" if True else', "a step without a fixed shape is recorded"),
+    ("graph.py", "Recording(ref(cache)", "Recording((lambda: cache)", "a graph keeps its cache"),
+    ("graph.py", "except RuntimeError as error:", "except KeyError as error:", "a failed recording costs the picture"),
+    (
+        "graph.py",
+        "self.why = self._recording.why\n        return work",
+        "return work",
+        "a failed recording is replayed",
+    ),
+    (
+        "attention.py",
+        "own = first + torch.arange(queries.shape[2],",
+        "own = torch.arange(first, first + queries.shape[2],",
+        "a line's end asks the device for its number",
+    ),
     ("packed.py", "self.bias = linear.bias", "self.bias = None", "packed layers lose their bias"),
     ("view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
     # -- storage
@@ -508,15 +524,15 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "slots = self.prompt + plan.lines(grid) * grid.cols",
         "end-of-line tokens need no memory",
     ),
-    ("grid.py", "self.prompt + row * self.stride", "row * self.stride", "index without the prompt"),
+    ("grid.py", "self.prompt + number * self.stride", "number * self.stride", "index without the prompt"),
     ("grid.py", "from .errors import UserError", "import torch\n\nfrom .errors import UserError", "numbers load torch"),
     # -- the loop
     ("generate.py", "    cache.release(", "    str(", "release is skipped"),
     ("generate.py", "if row + 1 < grid.rows:", "if True:", "the last line is evicted too"),
     (
         "generate.py",
-        "if not full and cache.mass is None:",
-        "if not full:",
+        "            cache.view(row, layer)  # that is what counts it\n",
+        "            pass\n",
         "mass of the first lines is forgotten",
     ),
     ("generate.py", "token.repeat(", "token.repeat_interleave(", "halves are fed each other's tokens"),
@@ -585,8 +601,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
     (
         "models/llama.py",
-        "torch.tensor([lines * grid.stride]",
-        "torch.tensor([lines * grid.cols]",
+        "torch.full((1,), lines * grid.stride",
+        "torch.full((1,), lines * grid.cols",
         "the end of a line is not counted",
     ),
     ("models/llama.py", "return prompt.stack(prompt.negative)", "return prompt.stack(prompt)", "guided from itself"),

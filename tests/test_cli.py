@@ -47,7 +47,10 @@ def test_a_graph_that_cannot_be_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     """Without a GPU `--step graph` draws all the same, and says that it did so without one."""
     out = tmp_path / "g.png"
     assert main(["generate", "--device", "cpu", "--step", "graph", "--class", "desert day", "--out", str(out)]) == 0
-    assert out.exists() and "graphs are for cuda, and this runs on cpu" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    for what in ("step", "line's end"):
+        assert f"{what}: no graph was used; graphs are for cuda, and this runs on cpu." in told
+    assert out.exists()
 
 
 def test_plan_says_how_many_images_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

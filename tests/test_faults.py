@@ -192,6 +192,7 @@ STAGES = [
     ("linear_core.generate:restrict", 20),
     ("linear_core.generate:pick", 63),
     ("linear_core.generate:end_line", 5),
+    ("linear_core.generate:evict", 1),
     ("linear_core.cache:LineCache.extend", 3),
     ("linear_core.cache:LineCache.view", 1),
     ("linear_core.generate:choose", 1),

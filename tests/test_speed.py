@@ -1,4 +1,4 @@
-"""What makes the step fast: nothing is copied that need not be, a captured step, packed matrices, attention for one."""
+"""What makes the step fast: nothing is copied that need not be, packed matrices, attention for one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from linear_core import packed
 from linear_core.attention import attend
 from linear_core.generate import generate
-from linear_core.graph import Captured
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import class_prompt
 from tests.tiny import janus, llamagen, words
@@ -116,80 +115,6 @@ def test_one_query_sees_what_many_see(dtype, tolerance):
     found = attend(q, k, v, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
-
-
-# -- a captured step ---------------------------------------------------------------------------------------------------
-
-
-class Tape:
-    """A graph without a GPU: what was recorded runs again and leaves its result in the same memory, as graphs do."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, run):
-        self.recorded += 1
-        run()  # to warm up
-        result = run()
-
-        def replay() -> None:
-            self.replayed += 1
-            result.copy_(run())
-
-        return replay, result
-
-
-def draw(model, plan: CachePlan, sample: SamplePlan, step, static: bool) -> Tensor:
-    return torch.cat([line.tokens for line in generate(model, PROMPT, plan, sample, step=step, static=static)], 1)
-
-
-@pytest.mark.parametrize("plan", [CachePlan("line", 2, 1, 1), CachePlan("fold", 2, 1, 1), CachePlan("full")], ids=str)
-def test_a_captured_step_draws_the_same(plan):
-    """Recorded once for an image, and replayed for every token; once more where guidance's rows are dropped."""
-    for interval, graphs in ((-1, 1), (12, 2)):
-        model, tape = llamagen(6, 5), Tape()
-        sample = SamplePlan(3, guidance=2.0, guidance_interval=interval)
-        captured = Captured(model.step, capture=tape, device="cpu")
-        tokens = draw(model, plan, sample, captured, True)
-        assert torch.equal(tokens, draw(model, plan, sample, None, False))
-        assert (tape.recorded, tape.replayed, captured.why) == (graphs, 6 * 5 - 1, "")
-        draw(model, plan, sample, captured, True)
-        assert tape.recorded == 2 * graphs, "a new cache is other memory"
-
-
-def test_what_a_captured_step_returned_stays():
-    """The graph's own memory is written over by the next token."""
-    model, kept = llamagen(4, 3), []
-    captured = Captured(model.step, capture=Tape(), device="cpu")
-
-    def step(*inputs):
-        kept.append((captured(*inputs), model.step(*inputs)))
-        return kept[-1][0]
-
-    draw(model, CachePlan("line", 2, 1, 1), SAMPLE, step, True)
-    for replayed, plain in kept:
-        torch.testing.assert_close(replayed, plain)
-
-
-def test_a_step_that_cannot_be_captured_says_why():
-    model, tape = llamagen(4, 3), Tape()
-    for step, static, word in (
-        (Captured(model.step, capture=tape), True, "cuda"),
-        (Captured(model.step, capture=tape, device="cpu"), False, "grows"),
-    ):
-        draw(model, CachePlan("line", 2, 1, 1), SAMPLE, step, static)
-        assert word in step.why and tape.recorded == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("plan", [CachePlan("line", 2, 1, 1), CachePlan("fold", 2, 1, 1), CachePlan("full")], ids=str)
-def test_a_cuda_graph_draws_the_same(plan):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    model = llamagen(6, 5).cuda()
-    captured = Captured(model.step)
-    tokens = draw(model, plan, SAMPLE, captured, True)
-    assert captured.why == "" and torch.equal(tokens, draw(model, plan, SAMPLE, None, False))
 
 
 # -- packed matrices ---------------------------------------------------------------------------------------------------

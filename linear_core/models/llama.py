@@ -108,7 +108,7 @@ class Llama(Raster):
 
     def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""
-        place = torch.tensor([lines * grid.stride], device=queries.device)
+        place = torch.full((1,), lines * grid.stride, device=queries.device)
         return turn_halves(queries, rope_1d(place, self.config.dim, self.config.rope_base))
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:

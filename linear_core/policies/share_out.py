@@ -22,7 +22,7 @@ def share_out(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) 
     """
     low = plan.anchors + plan.recent * view.grid.stride
     budget = plan.budget * view.grid.stride
-    high = torch.as_tensor(held, device=weights.device).clamp(max=HEADROOM * budget).expand_as(weights)
+    high = (torch.zeros_like(weights, dtype=torch.int64) + held).clamp(max=HEADROOM * budget)
     total = weights.shape[-1] * budget
     weights = weights.float()
     weights = (weights / weights.mean(-1, keepdim=True).clamp(min=1e-30)).clamp(min=LEAST)

@@ -29,8 +29,9 @@ def stratified(policy: Policy) -> Policy:
         band = torch.where(there, line * BANDS // (view.row + 1), BANDS)
         scores = policy.score(view).float()
         budget = there.sum(-1, keepdim=True) - view.grid.stride  # a line has to leave
-        quota = SHARE * budget / min(BANDS, view.row + 1)
-        safe = rank(scores, view.index, band) < quota
+        place = rank(scores, view.index, band)
+        # Within the share of one of so many bands as there are lines yet, BANDS at most.
+        safe = (place * (view.row + 1) < SHARE * budget) | (place * BANDS < SHARE * budget)
         span = scores.masked_fill(~there, float("-inf")).amax(-1) - scores.masked_fill(~there, float("inf")).amin(-1)
         return scores + safe * (span[..., None] + 1)
 
