@@ -11,6 +11,8 @@ turns, a step each, so that whatever else the machine does is felt by all alike;
 Against transformers, whose loop begins every run with the prompt and cannot be stopped, a turn is up to eight steps; a
 logits processor takes the time at every token.
 
+With `--steps graph` the step and the end of a line are CUDA graphs; a result's `not_recorded` says why one is not.
+
 Without --lines whole images are drawn by the real loop. With --lines N only N lines of an image are timed, each with a
 cache filled up to there, and an image's time is extrapolated from them: the prompt, then for each line its steps and
 its end. What is extrapolated says so. The last line of the output is everything as one JSON document.
@@ -35,8 +37,8 @@ from bench.machine import Peak, circumstances, copy_bandwidth, load, resident, s
 from bench.peer import WHICH, Peer, chosen, problem
 from bench.shapes import SHAPES, ModelShape, count
 from linear_core.cache import LineCache
-from linear_core.generate import draw, end_line, generate
-from linear_core.graph import Captured
+from linear_core.generate import draw, end_line, evict, generate
+from linear_core.graph import Captured, CapturedEnd, CapturedStep
 from linear_core.memory import run_bytes
 from linear_core.packed import pack
 from linear_core.plan import STORAGES, CachePlan
@@ -74,7 +76,8 @@ class Ours:
         self.rows = model.with_unconditional(self.prompt) if self.sample.guided else self.prompt
         self.grid = model.grid.after(self.rows.length)
         self.static = kind != "eager"
-        self.step = {"eager": lambda step: step, "compiled": compiled, "graph": Captured}[kind](model.step)
+        self.step = {"eager": lambda step: step, "compiled": compiled, "graph": CapturedStep}[kind](model.step)
+        self.line_end = CapturedEnd(evict) if kind == "graph" else evict
 
     def allocate(self) -> None:
         """The cache and all else that is there before the first token; filled with numbers, as if all were drawn."""
@@ -123,7 +126,18 @@ class Ours:
             self.logits = self.step(fed, index, self.rows.pad, place, self.cache)
 
     def end(self) -> None:
-        end_line(self.cache, self.policy, self.row, partial(self.model.turn_ahead, self.grid))
+        end_line(self.cache, self.policy, self.row, partial(self.model.turn_ahead, self.grid), self.line_end)
+
+    def warm(self) -> None:
+        """A token and a line's end, so that what is compiled or recorded is so before anything is timed."""
+        self.prepare(max(self.grid.rows - 2, 0))
+        self.steps(0, 1)
+        self.end()
+
+    def not_recorded(self) -> dict[str, str]:
+        """Why what was to be a graph is none: the step, the end of a line."""
+        both = {"step": self.step, "line's end": self.line_end}
+        return {name: work.why for name, work in both.items() if isinstance(work, Captured) and work.why}
 
     def cache_read(self) -> int:
         """Bytes of keys and values that a step of the line reads."""
@@ -131,7 +145,11 @@ class Ours:
 
     def picture(self) -> tuple[list[float], int]:
         """The real loop: seconds of each line, bytes of the cache."""
-        lines = list(generate(self.model, self.prompt, self.plan, self.sample, step=self.step, static=self.static))
+        drawing = generate(
+            self.model, self.prompt, self.plan, self.sample,
+            step=self.step, line_end=self.line_end, static=self.static,
+        )  # fmt: skip
+        lines = list(drawing)
         return [line.seconds for line in lines], lines[0].cache_bytes
 
 
@@ -155,6 +173,8 @@ def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> l
     columns = [1 + i % (grid.cols - 1) for i in range(args.repeat)]
     if peer:
         peer.seconds(1)  # warm
+    for one in ours:
+        one.warm()
     for row in sampled_rows(grid.rows, args.lines):
         for one in everyone:
             steps[one.name].append([])
@@ -271,6 +291,8 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
             achieved = (read + result["cache_read"]) / (result["step_ms"]["median"] / 1e3)
             result |= {"bytes_per_second": achieved, "of_copy_bandwidth": round(achieved / bandwidth, 3)}
         result |= held.get(result["name"], {})
+    for one, result in zip(ours, results, strict=False):  # the peer comes last
+        result["not_recorded"] = one.not_recorded()
     return results
 
 

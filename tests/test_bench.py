@@ -50,6 +50,16 @@ def test_speed_says_what_it_measured(how, monkeypatch, capsys):
     assert document["circumstances"]["torch"] and document["circumstances"]["copy_bytes_per_second"] > 0
 
 
+@pytest.mark.parametrize("how", [["--lines", "2"], []])
+def test_speed_says_what_was_not_recorded(how, monkeypatch, capsys):
+    """Without a GPU neither the step nor the end of a line becomes a graph; a full cache has no such end."""
+    told = ["--models", "landscapes", "--images", "1", "--plans", "full", "line:4", "--repeat", "1", "--steps", "graph"]
+    document = last_line(speed.main, ["--device", "cpu", *told, *how], monkeypatch, capsys)
+    why = "graphs are for cuda, and this runs on cpu"
+    full, few = (r["not_recorded"] for r in document["results"])
+    assert full == {"step": why} and few == {"step": why, "line's end": why}
+
+
 def test_the_middle_of_each_part_stands_for_it():
     assert speed.sampled_rows(24, 2) == [6, 18] and speed.sampled_rows(24, 1) == [12]
     assert speed.sampled_rows(3, 9) == [0, 1, 2]
