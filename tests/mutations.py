@@ -447,6 +447,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/vase.py", "policy.score(view).float().clamp(min=1e-30).log()", "0", "vase: by chance alone"),
     ("policies/stratified.py", "+ safe * (span[..., None] + 1)", "", "stratified: no quota"),
     ("policies/stratified.py", "rank(scores, view.index, band)", "rank(scores, view.index)", "stratified: no bands"),
+    (
+        "policies/stratified.py",
+        "(place * (view.row + 1) < SHARE * budget) | ",
+        "",
+        "stratified: eight bands of three lines",
+    ),
+    ("policies/stratified.py", " | (place * BANDS < SHARE * budget)", "", "stratified: a band for each of many lines"),
     ("policies/stratified.py", "SHARE = 0.5", "SHARE = 0.25", "stratified: half the quota"),
     ("policies/ssd.py", "> SEMANTIC", "< SEMANTIC", "ssd: kinds swapped"),
     ("policies/ssd.py", "[view.layer :]", "[0:]", "ssd: the first layer's kinds for all"),

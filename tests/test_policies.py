@@ -527,6 +527,15 @@ def test_stratified_forgets_no_band():
     assert scores[~safe].argsort().tolist() == plain[~safe].argsort().tolist(), "the rest goes by attention"
 
 
+def test_stratified_of_few_lines_has_as_many_bands():
+    """Of each of three lines the best two come first: 8 / 2 / 3 is 1.33 each, which of eight bands were one."""
+    view = make(torch.linspace(0, 9, 13)[:, None], cols=4, queries=torch.full((4, 1), 2.0), rows=20)
+    scores = torch.tensor(score("stratified", view))[1:].view(3, 4)  # line, token
+    plain = torch.tensor(score("line", view))[1:].view(3, 4)
+    safe = torch.zeros(3, 4, dtype=torch.bool).scatter_(1, plain.topk(2).indices, True)
+    assert scores[safe].min() > scores[~safe].max()
+
+
 def test_reach_is_attention_above_the_two_newest_lines():
     """Of five lines the first three are far; what the prompt draws is left out."""
     prompt = looking(0, 0, 0, 0)
