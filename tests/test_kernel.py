@@ -141,7 +141,7 @@ def test_it_is_given_what_would_be_read(release, static, storage, monkeypatch):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_it_reads_as_far_as_there_are_slots(static):
-    """While lines are unused only what was written is read; all of it where a step has one shape. One query at a time."""
+    """While lines are unused only what was written is read; all of it where a step has one shape. One query alone."""
     held = LineCache(CacheShape(1, 2, 8, 1, 4), 1, Grid(3, 3, prompt=1), CachePlan("full"), dtype=torch.float32,
                      device="cpu", static=static)  # fmt: skip
     told = []
