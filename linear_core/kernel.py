@@ -8,6 +8,8 @@ what they found is put together afterwards (Flash-Decoding, Dao et al. 2023).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +43,7 @@ def attend_one(q: Tensor, keys: Held, values: Held, bias: Tensor) -> Tensor:
     # Of each part: the greatest score, the sum of weights, and values by weights.
     found = q.new_empty(rows, heads, parts, dim + 2, dtype=torch.float32) if parts > 1 else None
     line = 0 if keys.target is None else keys.target.shape[2]
-    with torch.cuda.device_of(q):
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton starts on the current one
         _attend[(heads, rows, parts)](
             out, found, q, *keys[:3], *values[:3], keys.target, bias, dim**-0.5, slots, share,
             *q.stride()[:2], *layout, *bias.stride()[:2],

@@ -256,7 +256,7 @@ def test_it_computes_what_pytorchs_does(where):
     if where == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     env = {**os.environ, "TRITON_INTERPRET": "1"} if where == "interpreter" else dict(os.environ)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "tests/kernel_checks.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/kernel_checks.py"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 80
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90
