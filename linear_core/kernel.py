@@ -70,13 +70,16 @@ def _attend(
     target_row, target_head, bias_row, bias_head,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr, LINE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One head's query over `share` of its slots; the last part also takes the line being written, of LINE tokens."""
+    """One head's query over `share` of its slots. The last part also takes the line being written, of LINE tokens; with
+    0 there is none, and numbers are as computed."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)  # a layer may have more than 2^31 numbers
     part, parts = tl.program_id(2), tl.num_programs(2)
     n = tl.arange(0, WIDTH)
     there = n < DIM
     query = tl.load(q + row * q_row + head * q_head + n, mask=there, other=0.0).to(tl.float32) * factor
     first_held = row * held_row + head * held_head
+    k += first_held
+    v += first_held
     bias += row * bias_row + head * bias_head
     if LINE:
         k_scale += row * scale_row + head * scale_head
@@ -89,7 +92,7 @@ def _attend(
     for first in range(part * share, end, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         inside = slot < end
-        place = first_held + slot[:, None] * held_slot + n[None, :]
+        place = slot[:, None] * held_slot + n[None, :]
         both = inside[:, None] & there[None, :]
         keys = tl.load(k + place, mask=both, other=0).to(tl.float32)
         values = tl.load(v + place, mask=both, other=0).to(tl.float32)
@@ -103,10 +106,12 @@ def _attend(
         most, total, mixed = _add(most, total, mixed, scores + seen, values)
     if LINE:
         first_fresh = row * fresh_row + head * fresh_head
+        k_fresh += first_fresh
+        v_fresh += first_fresh
         for first in range(0, tl.where(part == parts - 1, LINE, 0), BLOCK):
             token = first + tl.arange(0, BLOCK)
             inside = token < LINE
-            place = first_fresh + token[:, None] * fresh_token + n[None, :]
+            place = token[:, None] * fresh_token + n[None, :]
             both = inside[:, None] & there[None, :]
             keys = tl.load(k_fresh + place, mask=both, other=0.0).to(tl.float32)
             values = tl.load(v_fresh + place, mask=both, other=0.0).to(tl.float32)
