@@ -80,8 +80,8 @@ def rows_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.measure:
         plans = [CachePlan("line", budget=lines) if lines else CachePlan("full") for lines, _, _ in published]
         settings = argparse.Namespace(
-            device=args.device, dtype="bfloat16", plans=plans, steps=["eager"], lines=args.lines, repeat=3,
-            against=None, unpacked=False,
+            device=args.device, dtype="bfloat16", plans=plans, steps=["eager"], attention=["sdpa"],
+            lines=args.lines, repeat=3, against=None, unpacked=False,
         )  # fmt: skip
         with torch.inference_mode():
             told = measure(shape, images, settings, copy_bandwidth(args.device))

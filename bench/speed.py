@@ -1,9 +1,11 @@
-"""How fast does it draw, and how much of that could the machine do?
+r"""How fast does it draw, and how much of that could the machine do?
 
     python bench/speed.py                                       LlamaGen-B, full cache against 4 of 24 lines
     python bench/speed.py --lines 2 --against ~/LlamaGen        beside LlamaGen's own loop, two lines of each image
     python bench/speed.py --models Janus-Pro-1B --lines 2 --against transformers
     python bench/speed.py --models Janus-Pro-1B LlamaGen-XL --plans full fold:4 line:2:int8 --steps eager compiled
+    python bench/speed.py --dtype bfloat16 --plans full line:4 full:24:int8 line:4:int8 --steps eager graph \
+        --attention sdpa kernel                                 our kernel for NVIDIA GPUs beside PyTorch's attention
     python bench/speed.py --out cpu-b16                         also writes bench/results/speed-cpu-b16.json
 
 Random weights of the published sizes; the shapes, not the numbers, decide the time. Everything that is compared takes
@@ -22,10 +24,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.machine import Peak, circumstances, copy_bandwidth, load, resident, spread, timed
 from bench.peer import WHICH, Peer, chosen, problem
 from bench.shapes import SHAPES, ModelShape, count
+from linear_core.attention import ATTENTIONS, SWITCH, no_kernel
 from linear_core.cache import LineCache
 from linear_core.generate import draw, end_line, evict, generate
 from linear_core.graph import Captured, CapturedEnd, CapturedStep
@@ -69,8 +75,11 @@ compiled = partial(torch.compile, dynamic=False)
 class Ours:
     """A plan at work: the loop of `generate`, taken apart so that its pieces can be timed."""
 
-    def __init__(self, name: str, model: Any, shape: ModelShape, plan: CachePlan, images: int, kind: str):
+    def __init__(
+        self, name: str, model: Any, shape: ModelShape, plan: CachePlan, images: int, kind: str, attention: str = "sdpa"
+    ):
         self.name, self.model, self.shape, self.plan, self.images, self.kind = name, model, shape, plan, images, kind
+        self.attention = attention
         self.policy, self.sample = get_policy(plan.policy), shape.sample
         self.prompt = shape.prompt(images).to(model.device)
         self.rows = model.with_unconditional(self.prompt) if self.sample.guided else self.prompt
@@ -81,6 +90,7 @@ class Ours:
 
     def allocate(self) -> None:
         """The cache and all else that is there before the first token; filled with numbers, as if all were drawn."""
+        os.environ[SWITCH] = self.attention
         reads = self.policy.reads | ({"ahead"} if self.plan.release == "fold" else set())
         device, shape = self.model.device, self.model.cache_shape(self.rows.length)
         make = partial(LineCache, shape, self.rows.rows, self.grid, self.plan, dtype=self.model.dtype, device=device)
@@ -145,6 +155,7 @@ class Ours:
 
     def picture(self) -> tuple[list[float], int]:
         """The real loop: seconds of each line, bytes of the cache."""
+        os.environ[SWITCH] = self.attention
         drawing = generate(
             self.model, self.prompt, self.plan, self.sample,
             step=self.step, line_end=self.line_end, static=self.static,
@@ -270,10 +281,11 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
     ours = []
     for plan in args.plans:
         name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
-        for kind in args.steps:
-            label = name + (" int8" * (plan.storage == "int8")) + (f" {kind}" * (kind != "eager"))
-            ours.append(Ours(label, model, shape, plan, images, kind))
-    held = {one.name: memory(one, before, parameters, args.device) for one in ours}
+        for kind, attention in product(args.steps, args.attention):
+            label = name + " int8" * (plan.storage == "int8")
+            label += "".join(f" {word}" for word in (kind, attention) if word not in ("eager", "sdpa"))
+            ours.append(Ours(label, model, shape, plan, images, kind, attention))
+    held = {one.name: memory(one, before, parameters, args.device) | {"attention": one.attention} for one in ours}
     peer = None
     if args.against:
         peer = chosen(args.against)(args.against, model, published, shape, images)
@@ -307,7 +319,7 @@ def same_logits(one: Ours, peer: Peer) -> None:
 
 
 HEAD = (
-    f"{'model':17}{'images':>7} {'cache':20}{'prefill ms':>11}{'step ms':>9}{'quartiles':>17}{'line ms':>9}{'end':>6}"
+    f"{'model':17}{'images':>7} {'cache':31}{'prefill ms':>11}{'step ms':>9}{'quartiles':>17}{'line ms':>9}{'end':>6}"
     f"{'tok/s':>9}{'img/s':>9}{'of copy':>8}{'MiB':>8}{'foretold':>9}{'x publ.':>8}"
 )
 
@@ -320,7 +332,7 @@ def row_of(r: dict[str, Any]) -> str:
 
     quartiles = f"{step['low']:.1f} - {step['high']:.1f}" if step else "-"
     return (
-        f"{r['model']:17}{r['images']:>7} {r['name']:20}{some(prefill and prefill['median'], '.1f'):>11}"
+        f"{r['model']:17}{r['images']:>7} {r['name']:31}{some(prefill and prefill['median'], '.1f'):>11}"
         f"{some(step and step['median'], '.1f'):>9}{quartiles:>17}{some(r['line_ms'], '.0f'):>9}"
         f"{some(r.get('line_end_share'), '.1%'):>6}{r['tokens_per_second']:>9.1f}{r['images_per_second']:>9.4f}"
         f"{some(r.get('of_copy_bandwidth'), '.0%'):>8}{some(r.get('peak_mib'), '.0f'):>8}"
@@ -337,6 +349,8 @@ def main() -> int:
                         help="full, policy:lines or policy:lines:int8 (default: full line:4 fold:4)")  # fmt: skip
     parser.add_argument("--steps", nargs="+", default=["eager"], choices=["eager", "compiled", "graph"],
                         help="default: eager")  # fmt: skip
+    parser.add_argument("--attention", nargs="+", default=["sdpa"], choices=ATTENTIONS,
+                        help="of a token: PyTorch's, or our kernel for NVIDIA GPUs (default: sdpa)")  # fmt: skip
     parser.add_argument("--lines", type=int, default=0, metavar="N", help="time N lines only and extrapolate")
     parser.add_argument("--repeat", type=int, default=7, metavar="N", help="steps of each kind, or images (default: 7)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -348,8 +362,12 @@ def main() -> int:
     args.plans = [plan_of(text, parser) for text in args.plans]
     if args.against and (why := problem(args.against, [SHAPES[name] for name in args.models])):
         parser.error(f"--against: {why}")
+    if "kernel" in args.attention and (why := no_kernel(torch.device(args.device), DTYPES[args.dtype])):
+        parser.error(f"--attention: the kernel cannot be used, as {why}.")
     torch.manual_seed(0)
     about = circumstances(args.device)
+    if "kernel" in args.attention:
+        about["triton"] = import_module("triton").__version__
     if args.against == "transformers":
         about["transformers"] = version("transformers")
     bandwidth = copy_bandwidth(args.device)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .errors import UserError
+from .storage import Held
+
+ATTENTIONS = ("sdpa", "kernel")
+SWITCH = "LINEAR_ATTENTION"
+Kernel = Callable[[Tensor, Held, Held, Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -25,6 +36,39 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     scores = (k @ q.transpose(-1, -2))[..., 0] * q.shape[-1] ** -0.5 + bias
     weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
     return weights.to(v.dtype)[:, :, None] @ v
+
+
+def kernel(device: torch.device | str, dtype: torch.dtype) -> Kernel | None:
+    """Our own kernel for one query, where LINEAR_ATTENTION=kernel asks for it; None: PyTorch's own.
+
+    It is asked for by name and never chosen by a timing: the same seed would draw another picture on another day.
+    Raises UserError where it is asked for and cannot be had.
+    """
+    name = os.environ.get(SWITCH, "sdpa")
+    if name not in ATTENTIONS:
+        raise UserError(f"{SWITCH}: '{name}' is no attention; write sdpa or kernel.")
+    if name == "sdpa":
+        return None
+    if why := no_kernel(torch.device(device), dtype):
+        raise UserError(f"{SWITCH}: the kernel cannot be used, as {why}; write sdpa or leave it unset.")
+    from .kernel import attend_one
+
+    return attend_one
+
+
+def no_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """Why our own kernel cannot be used there; empty: it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton, on Windows triton-windows)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, and this is {str(dtype).removeprefix('torch.')}"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own way of running kernels anywhere, slowly, for tests
+        return ""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it is for NVIDIA GPUs, and this runs on {'an AMD GPU' if device.type == 'cuda' else device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it is for NVIDIA GPUs from Ampere (RTX 30, A100) on, and this one is older"
+    return ""
 
 
 def line_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .attention import line_probabilities
+from .attention import attend, kernel, line_probabilities
 from .fold import fold
 from .grid import Grid
 from .plan import CachePlan, CacheShape
@@ -39,6 +39,7 @@ class LineCache:
         reads: frozenset[str] = frozenset(),
         static: bool = False,
     ):
+        self.kernel = kernel(device, dtype)  # for one query; None: PyTorch's attention
         self.static = static  # read all slots from the first token on, so that a step has one shape for the image
         self.shape, self.rows, self.grid, self.plan = shape, rows, grid, plan
         layers, heads, dim, stride = shape.layers, shape.heads, shape.dim, grid.stride
@@ -71,6 +72,11 @@ class LineCache:
         """Whether the next line has to overwrite something."""
         return self.extent == self.slots
 
+    @property
+    def end(self) -> int:
+        """Slots that a token reads: those from here on are left out."""
+        return self.slots if self.static else self.extent
+
     # -- a prompt ----------------------------------------------------------------------------------------------------
 
     def write_prompt(self, layer: int, k: Tensor, v: Tensor, weight: Tensor) -> None:
@@ -100,8 +106,15 @@ class LineCache:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys B H S D, values B H S D and bias B H S of everything written so far; of all slots where static."""
-        end = self.slots if self.static else self.extent
+        end = self.end
         return self.keys.read(layer, end), self.values.read(layer, end), self.bias[layer, :, :, :end]
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """What queries B H T D, which all see the same, find in what `read` returns: B H T D."""
+        if self.kernel is None or q.shape[2] > 1:
+            return attend(q, *self.read(layer))
+        end = self.end
+        return self.kernel(q, self.keys.held(layer, end), self.values.held(layer, end), self.bias[layer, :, :, :end])
 
     def feed(self, layer: int, columns: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v, q B H T D of a line's tokens at once and return what each of these queries sees.
@@ -109,7 +122,7 @@ class LineCache:
         As if they had come one by one: a query sees what was visible before, less what the line has overwritten up to
         it, then the line up to itself. Keys and values B H S+T D, bias B H T S+T. `advance` comes after all layers.
         """
-        end, count = self.slots if self.static else self.extent, columns.shape[0]
+        end, count = self.end, columns.shape[0]
         keys = torch.cat([self.keys.read(layer, end), k], 2)
         values = torch.cat([self.values.read(layer, end), v], 2)
         old = self.bias[layer, :, :, :end]

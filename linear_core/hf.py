@@ -241,11 +241,10 @@ class LineCache(Cache):
         mean = grouped.mean(2)
         if q.shape[2] == 1:
             slots.write(layer, self._column, k, v, mean)
-            keys, values, bias = slots.read(layer)
+            out = slots.attend(layer, grouped.flatten(2, 3))
         else:
             keys, values, bias = slots.feed(layer, self._column, k, v, mean)
-            bias = bias.repeat(1, 1, groups, 1)
-        out = attention.attend(grouped.flatten(2, 3), keys, values, bias)
+            out = attention.attend(grouped.flatten(2, 3), keys, values, bias.repeat(1, 1, groups, 1))
         return out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).contiguous()
 
     def _turn(self, queries: Tensor, lines: int) -> Tensor:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 Device = torch.device | str
+
+
+class Held(NamedTuple):
+    """Keys, or values, of a layer's slots where they lie, for a kernel that reads them so.
+
+    numbers  B H S D
+    scale    B H S 1 that each slot's numbers are to be multiplied by; None: as they are
+    fresh    B H T D that are seen in place of what lies at `target`: the line being written; None: nothing is
+    target   int64 B H T, slots
+    """
+
+    numbers: Tensor
+    scale: Tensor | None = None
+    fresh: Tensor | None = None
+    target: Tensor | None = None
 
 
 class Full:
@@ -23,6 +40,10 @@ class Full:
     def read(self, layer: int, end: int) -> Tensor:
         """B H S D of the first `end` slots."""
         return self.numbers[layer, :, :, :end]
+
+    def held(self, layer: int, end: int) -> Held:
+        """The same where it lies."""
+        return Held(self.numbers[layer, :, :, :end])
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         """x B H T D of the line's tokens at `column` into `slot` B H T."""
@@ -70,6 +91,10 @@ class Int8(Full):
         held = self._unpack(self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end])
         slot = self.target[layer][..., None].expand_as(self.fresh[layer])
         return held.scatter(2, slot, self.fresh[layer])
+
+    def held(self, layer: int, end: int) -> Held:
+        numbers, scale = (x[layer, :, :, :end] for x in (self.numbers, self.scale))
+        return Held(numbers, scale, self.fresh[layer], self.target[layer])
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         self.fresh[layer].index_copy_(2, column, x)

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     *("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "replay", "events"),
-    *("llama", "memory", "speed", "graph", "hf", "imports", "bad_files", "faults", "determinism"),
+    *("llama", "memory", "speed", "graph", "kernel", "hf", "imports", "bad_files", "faults", "determinism"),
 )
 # What reads files is tried on the bad ones first, which would otherwise come last.
 READERS = ("untrusted.py", "weights.py", "library.py", "errors.py", "text.py", "vq/", "families/", "prompts/t5.py")
@@ -122,7 +122,30 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "own = torch.arange(first, first + queries.shape[2],",
         "a line's end asks the device for its number",
     ),
-    ("packed.py", "self.bias = linear.bias", "self.bias = None", "packed layers lose their bias"),
+    ("attention.py", 'get(SWITCH, "sdpa")', 'get(SWITCH, "kernel")', "kernel: taken by who did not ask"),
+    ("attention.py", 'if device.type != "cuda" or', "if", "kernel: taken to the CPU"),
+    (
+        "attention.py",
+        '        raise UserError(f"{SWITCH}: the kernel',
+        '        return None\n        print(f"{SWITCH}: the',
+        "kernel: who cannot have it is not told",
+    ),
+    ("cache.py", "if self.kernel is None or", "if True or", "kernel: never asked"),
+    ("cache.py", "is None or q.shape[2] > 1:", "is None:", "kernel: given many queries"),
+    ("cache.py", "return self.slots if self.static else self.extent", "return self.slots", "steps read what is empty"),
+    (
+        "storage.py",
+        "return Held(self.numbers[layer, :, :, :end])",
+        "return Held(self.numbers[layer])",
+        "kernel: reads what is empty",
+    ),
+    (
+        "storage.py",
+        "return Held(numbers, scale, self.fresh[layer], self.target[layer])",
+        "return Held(numbers, scale)",
+        "kernel: int8: the line being written is not seen",
+    ),
+    ("packed.py", "= linear.bias, linear.out", "= None, linear.out", "packed layers lose their bias"),
     ("view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
     # -- storage
     (

@@ -32,7 +32,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "memory": ({"grid", "plan"}, set()),
     "published": ({"errors"}, set()),  # names of files, and where they are to be had
     # tensors
-    "attention": (set(), TENSORS),
+    "attention": ({"errors", "kernel", "storage"}, TENSORS),
+    "kernel": ({"storage"}, TENSORS | {"triton"}),  # where there is Triton: attention imports it when it is asked for
     "outlook": (set(), TENSORS),
     "view": ({"attention", "grid", "outlook"}, TENSORS),
     "fold": ({"outlook", "view"}, TENSORS),

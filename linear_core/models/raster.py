@@ -84,7 +84,7 @@ class Raster(nn.Module):
 
             def attend_cache(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
                 cache.write(layer, column, k, v, q)
-                return attend(q, *cache.read(layer))
+                return cache.attend(layer, q)
 
             x = block(x, lambda t: self.turn(t, table), attend_cache)
         return self.head(self.norm(x[:, -1])).float()

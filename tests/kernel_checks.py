@@ -1,0 +1,334 @@
+"""What the kernel computes, beside PyTorch's attention and in double precision.
+
+`tests/test_kernel.py` runs this file in processes of their own: in Triton's interpreter on the CPU (TRITON_INTERPRET=1,
+which Triton has to find when it is imported), and on a GPU as it is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import speed
+from bench.shapes import SHAPES, ModelShape
+from linear_core import kernel
+from linear_core.attention import SWITCH, attend
+from linear_core.cache import LineCache
+from linear_core.generate import generate
+from linear_core.graph import Captured
+from linear_core.grid import Grid
+from linear_core.kernel import attend_one
+from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.plan import CachePlan, SamplePlan
+from linear_core.prompts import class_prompt
+from linear_core.storage import Held, Int8
+from tests.test_bench import last_line
+from tests.tiny import Recorder, janus, llamagen, words
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of numbers about 1
+NEVER = float("-inf")
+
+parts = pytest.mark.parametrize("fill", [1, 256], ids=["alone", "shared"])
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Softmax written out, in double precision."""
+    q, k, v, bias = (x.double() for x in (q, k, v, bias))
+    return ((k @ q.mT)[..., 0] * q.shape[-1] ** -0.5 + bias).softmax(-1)[:, :, None] @ v
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    off = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found.double(), wanted, atol=off, rtol=off)
+
+
+def cached(rows: int, heads: int, slots: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, bias as views of larger buffers, as a cache gives them: a layer, some rows, slots up to an extent."""
+    k, v = (noise(2, rows + 1, heads, slots + 5, dim, seed=n).to(dtype)[1, :rows, :, :slots] for n in (1, 2))
+    q = noise(rows, 1, heads, 3, dim, seed=3).to(dtype).select(3, 1).transpose(1, 2)
+    bias = noise(2, rows + 1, heads, slots + 5, seed=4)[1, :rows, :, :slots]
+    hidden = noise(rows, heads, slots, seed=5) > 0.5
+    hidden[..., slots // 2] = False
+    held = noise(2, rows + 1, heads, slots + 5).to(dtype)[1, :rows, :, :slots]
+    return q, k, v, held.copy_(bias.masked_fill(hidden, NEVER))
+
+
+# -- one query ---------------------------------------------------------------------------------------------------------
+
+
+@parts
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("slots", "dim"), [(1, 8), (2, 6), (121, 32), (128, 64), (333, 64), (70, 100), (161, 128)])
+def test_it_is_softmax(slots, dim, dtype, fill, monkeypatch):
+    """Views with gaps, weights and empty slots, numbers of slots and of D that fill no block."""
+    monkeypatch.setattr(kernel, "FILL", fill)
+    q, k, v, bias = cached(2, 3, slots, dim, dtype)
+    found = attend_one(q, Held(k), Held(v), bias)
+    assert found.dtype == dtype and found.shape == q.shape
+    close(found, expected(q, k, v, bias))
+
+
+@parts
+def test_slots_of_many_parts(fill, monkeypatch):
+    """A part may see nothing at all, and the greatest score may be in any."""
+    monkeypatch.setattr(kernel, "FILL", fill)
+    q, k, v, bias = cached(1, 2, 1500, 16, torch.float32)
+    bias[..., [0, -1]] = 0.3
+    for first, last in ((0, 900), (300, 1500), (1, 1499)):
+        hidden = bias.clone()
+        hidden[..., first:last] = NEVER
+        close(attend_one(q, Held(k), Held(v), hidden), expected(q, k, v, hidden))
+    for loud in (0, 700, 1499):
+        louder = bias.clone()
+        louder[..., loud] = 80.0
+        close(attend_one(q, Held(k), Held(v), louder), expected(q, k, v, louder))
+
+
+@parts
+def test_one_slot_that_is_seen_is_what_comes_out(fill, monkeypatch):
+    monkeypatch.setattr(kernel, "FILL", fill)
+    q, k, v, _ = cached(1, 2, 600, 8, torch.float32)
+    for slot in (0, 127, 128, 599):
+        bias = torch.full((1, 2, 600), NEVER, device=DEVICE)
+        bias[..., slot] = 0.7
+        torch.testing.assert_close(attend_one(q, Held(k), Held(v), bias)[:, :, 0], v[:, :, slot])
+
+
+@parts
+def test_who_sees_nothing_gets_zeros(fill, monkeypatch):
+    """As with PyTorch's. No query of a run does: its own token is always there."""
+    monkeypatch.setattr(kernel, "FILL", fill)
+    q, k, v, bias = cached(2, 2, 600, 8, torch.float32)
+    bias[1, 0] = NEVER
+    found = attend_one(q, Held(k), Held(v), bias)
+    theirs = F.scaled_dot_product_attention(*(x.cpu() for x in (q, k, v)), attn_mask=bias.cpu()[:, :, None])
+    assert not found[1, 0].any() and not theirs[1, 0].any()
+    close(found[0], expected(q, k, v, bias)[0])
+
+
+@parts
+def test_scores_of_any_size(fill, monkeypatch):
+    monkeypatch.setattr(kernel, "FILL", fill)
+    q, k, v, bias = cached(1, 2, 600, 8, torch.float32)
+    for scale in (1e3, -1e3):
+        found, wanted = attend_one(q * scale, Held(k), Held(v), bias), expected(q * scale, k, v, bias)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-2, rtol=1e-2)
+
+
+def test_the_same_shapes_give_the_same_numbers():
+    """To the bit; rows of the same batch do not touch each other."""
+    q, k, v, bias = cached(2, 3, 600, 8, torch.float32)
+    once = attend_one(q, Held(k), Held(v), bias)
+    assert torch.equal(attend_one(q, Held(k), Held(v), bias), once)
+    k[1], v[1], bias[1] = 0.0, 0.0, 0.0
+    again = attend_one(q, Held(k), Held(v), bias)
+    assert torch.equal(again[0], once[0]) and not torch.equal(again[1], once[1])
+
+
+# -- eight bits --------------------------------------------------------------------------------------------------------
+
+
+@parts
+@pytest.mark.parametrize(
+    ("slots", "dim", "stride", "dtype"),
+    [
+        (50, 8, 5, torch.bfloat16),
+        (270, 64, 24, torch.float32),
+        (90, 100, 17, torch.float16),
+        (70, 128, 40, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_eight_bits_and_the_line_being_written(slots, dim, stride, dtype, lazy, fill, monkeypatch):
+    """From its first token to its last. Where victims leave lazily, what lay there is seen until it is written over."""
+    monkeypatch.setattr(kernel, "FILL", fill)
+    q, *start, bias = cached(2, 3, slots, dim, dtype)
+    stored = [Int8((2, 2, 3), slots + 7, stride, dim, dtype, DEVICE) for _ in range(2)]
+    target = torch.stack([torch.randperm(slots, generator=torch.Generator().manual_seed(n))[:stride] for n in range(6)])
+    target = target.view(2, 3, stride).to(DEVICE)
+    for kind, x in zip(stored, start, strict=True):
+        kind.place(1, x)
+        kind.aim(1, target)
+    if not lazy:
+        bias.scatter_(2, target, NEVER)
+        bias[..., 0] = 0.0
+    packed = [kind.numbers[1, :, :, :slots].double() * kind.scale[1, :, :, :slots].double() for kind in stored]
+    seen, told = [x.clone() for x in packed], []
+    for column in range(stride):
+        slot = target[..., column : column + 1]
+        for n, (kind, there) in enumerate(zip(stored, seen, strict=True)):
+            x = noise(2, 3, 1, dim, seed=10 + 2 * column + n).to(dtype)
+            kind.write(1, slot, torch.tensor([column], device=DEVICE), x)
+            there.scatter_(2, slot[..., None].expand_as(x), x.double())
+        bias.scatter_(2, slot, 0.0)
+        if column in (0, stride // 2, stride - 1):
+            # what is not yet written over, unpacked and rounded, stands in the line's own buffer
+            waiting = target[..., column + 1 :, None].expand(-1, -1, -1, dim)
+            for kind, there in zip(stored, seen, strict=True):
+                there.scatter_(2, waiting, kind.fresh[1, :, :, column + 1 :].double())
+            keys, values = (kind.held(1, slots) for kind in stored)
+            told.append(attend_one(q, keys, values, bias))
+            close(told[-1], expected(q, *seen, bias))
+            torch.testing.assert_close(  # and the way that is taken otherwise, which rounds once more
+                told[-1].double(),
+                expected(q, *(kind.read(1, slots) for kind in stored), bias),
+                atol=3 * TOLERANCE[dtype],
+                rtol=3 * TOLERANCE[dtype],
+            )
+    assert (told[-1].double() - expected(q, *packed, bias)).abs().max() > 0.05, "the line makes a difference"
+
+
+# -- broken on purpose -------------------------------------------------------------------------------------------------
+
+BREAKS = [  # text that occurs once in the kernel, what it becomes, what that breaks; as in tests/mutations.py
+    (".to(tl.float32) * factor", ".to(tl.float32)", "scores without the 1/sqrt(D)"),
+    ("mixed, scores + seen, values)", "mixed, scores, values)", "the bias is ignored"),
+    ("row * held_row + head", "head", "every row reads the first one's slots"),
+    ("bias += row * bias_row + head * bias_head", "bias += row * bias_row", "every head has the first one's bias"),
+    ("(part + 1) * share, slots)", "(part + 1) * share, slots - 1)", "the last slot is not read"),
+    ("part * share, end, BLOCK", "0, end, BLOCK", "parts read what others have read"),
+    (
+        '(higher == float("-inf"), 0.0, higher)  # nothing',
+        "(higher != higher, 0.0, higher)  # nothing",
+        "nothing seen is no number",
+    ),
+    ("total * before", "total", "weights are not brought to the new greatest score"),
+    ("mixed * before", "mixed", "values are not brought to the new greatest score"),
+    ("tl.sum(weights * total, 0)", "tl.sum(total, 0)", "parts count alike, whatever their scores"),
+    ("scores *= tl.load", "scores = scores + 0 * tl.load", "int8: keys without their scale"),
+    ("values *= tl.load(v_scale", "values *= tl.load(k_scale", "int8: values with the scale of the keys"),
+    ("replaced > 0", "replaced < 0", "int8: what is written over is still seen"),
+    ("query[None, :], 1) + seen", "query[None, :], 1)", "int8: tokens that are not yet there are seen"),
+    ("part == parts - 1", "part >= 0", "int8: every part adds the line"),
+    ("mask=line < LINE, other=-1)", "mask=line < LINE - 1, other=-1)", "int8: the line's last token is seen twice"),
+]
+
+
+def probe(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line half written in each storage, whose slots are shared and not, the first of them unseen."""
+    q, k, v, bias = cached(2, 3, 600, 8, torch.float32)
+    bias[..., :300] = NEVER
+    bias[..., 599] = 2.0
+    target = torch.tensor([301, 420, 10, 598], device=DEVICE).expand(2, 3, 4)
+    line = [noise(2, 3, 4, 8, seed=n) for n in (7, 8)]
+    scales = [noise(2, 3, 600, 1, seed=n).abs() / 40 for n in (9, 10)]
+    packed = [(x * 40).round().clamp(-127, 127).to(torch.int8) for x in (k, v)]
+    eight = [Held(x, scale, fresh, target) for x, scale, fresh in zip(packed, scales, line, strict=True)]
+    seen = [
+        (x * scale).scatter(2, target[..., None].expand_as(fresh), fresh)
+        for x, scale, fresh in zip(packed, scales, line, strict=True)
+    ]
+    for fill in (1, 256):
+        monkeypatch.setattr(module, "FILL", fill)
+        close(module.attend_one(q, Held(k), Held(v), bias), expected(q, k, v, bias))
+        close(module.attend_one(q, *eight, bias), expected(q, *seen, bias))
+
+
+def test_the_probe_passes_what_is_whole(monkeypatch):
+    probe(kernel, monkeypatch)
+
+
+@pytest.mark.parametrize(("old", "new"), [pytest.param(old, new, id=breaks) for old, new, breaks in BREAKS])
+def test_what_is_broken_is_noticed(old, new, monkeypatch, tmp_path):
+    text = Path(kernel.__file__).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    (tmp_path / "kernel.py").write_text(text.replace(old, new), encoding="utf-8")
+    spec = spec_from_file_location("linear_core.broken", tmp_path / "kernel.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(AssertionError, match="not close"):
+        probe(module, monkeypatch)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+PLANS = [
+    CachePlan("full"),
+    CachePlan("line", 2, 2, 1),
+    CachePlan("line", 2, 2, 1, "lazy"),
+    CachePlan("fold", 2, 2, 0),
+    CachePlan("headkv", 2, 2, 1),  # heads that keep unequal numbers
+]
+storages = pytest.mark.parametrize("storage", ["full", "int8"])
+
+
+@storages
+@pytest.mark.parametrize(
+    ("kind", "plan", "static"),
+    [
+        *(("llamagen", plan, False) for plan in PLANS),
+        ("llamagen", PLANS[2], True),
+        *(("janus", plan, False) for plan in PLANS[1:4]),
+    ],
+    ids=str,
+)
+def test_a_picture_is_the_same(kind, plan, static, storage, monkeypatch):
+    """Every attention and every logit of an image, with padding in the prompt, guidance, rows that leave at its end.
+
+    Rounded to 8 bits, keys whose last digits differ can be a whole step apart, which logits then show.
+    """
+    through_the_door = LineCache.attend
+
+    def attend_twice(self: LineCache, layer: int, q: Tensor) -> Tensor:
+        found = through_the_door(self, layer, q)
+        torch.testing.assert_close(found, attend(q, *self.read(layer)), atol=5e-5, rtol=5e-5)
+        return found
+
+    model, prompt = (llamagen(4, 3), class_prompt([1])) if kind == "llamagen" else (janus(4, 3), words([3, 5]))
+    plan = replace(plan, storage=storage)
+    sample = SamplePlan(seed=5, guidance=2.5, guidance_interval=8)
+    monkeypatch.setattr(LineCache, "attend", attend_twice)
+    runs, off = [], 1e-4 if storage == "full" else 1e-2
+    for attention in ("sdpa", "kernel"):
+        monkeypatch.setenv(SWITCH, attention)
+        run = Recorder(model.to(DEVICE))
+        run.lines.extend(generate(run, prompt, plan, sample, static=static))
+        runs.append(run)
+    plain, ours = runs
+    assert plain.cache.kernel is None and ours.cache.kernel is attend_one
+    for one, other in zip(plain.logits, ours.logits, strict=True):
+        torch.testing.assert_close(other, one, atol=off, rtol=off)
+    assert torch.equal(ours.tokens, plain.tokens)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a GPU alone")
+@storages
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_cuda_graph_draws_the_same(plan, storage, monkeypatch):
+    monkeypatch.setenv(SWITCH, "kernel")
+    model, plan, sample = llamagen(5, 4).to(DEVICE), replace(plan, storage=storage), SamplePlan(seed=5, guidance=2.5)
+    captured = Captured(model.step)
+    drawn = [
+        torch.cat([line.tokens for line in generate(model, class_prompt([1, 3]), plan, sample, step=step, static=True)])
+        for step in (None, captured)
+    ]
+    assert captured.why == "" and torch.equal(*drawn)
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+
+SIZES = LlamaGenConfig(2, 24, 3, 32, codes=20, classes=5)
+SHAPE = ModelShape("tiny LlamaGen", LlamaGen, SIZES, Grid(4, 3), SamplePlan(guidance=3.0))
+
+
+def test_the_benchmark_names_who_attended(monkeypatch, capsys):
+    monkeypatch.setenv(SWITCH, "sdpa")
+    monkeypatch.setitem(SHAPES, SHAPE.name, SHAPE)
+    told = ["--models", SHAPE.name, "--images", "1", "--plans", "line:2:int8", "--repeat", "1", "--lines", "1"]
+    document = last_line(speed.main, ["--device", DEVICE, "--attention", "sdpa", "kernel", *told], monkeypatch, capsys)
+    assert [r["name"] for r in document["results"]] == ["line 2/4 int8", "line 2/4 int8 kernel"]
+    assert [r["attention"] for r in document["results"]] == ["sdpa", "kernel"]
+    assert document["circumstances"]["triton"]
