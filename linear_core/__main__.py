@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .convert import convert
 from .errors import UserError
 from .families import ModelInfo
 from .generate import Run, evict, generate
-from .graph import CapturedEnd, CapturedStep
+from .graph import Graphs
 from .heatmap import heatmap, lifetime
 from .library import ImageModel, ModelFiles
 from .memory import fits, free_memory, run_bytes
@@ -34,11 +33,7 @@ from .waves import Wave, Waves, ran_out
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
-STEPS: dict[str, Callable[..., Any]] = {
-    "eager": lambda step: step,
-    "compiled": partial(torch.compile, dynamic=False),
-    "graph": CapturedStep,
-}
+STEPS = ("eager", "graph")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MANY = 4096  # images at once; nobody asks for more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
@@ -225,24 +220,20 @@ def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
 
 def _draw_wave(model: ImageModel, wave: Wave, plans: list[CachePlan], kind: str) -> None:
     """The runs take turns line by line, so that their times compare."""
-    steps = [STEPS[kind](model.decoder.step) for _ in plans]
-    ends = [CapturedEnd(evict) if kind == "graph" else None for _ in plans]
+    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
+    given: list[dict[str, Any]] = [each.given for each in graphs] or [{} for _ in plans]
     drawing = [
-        generate(
-            model.decoder, wave.prompt, plan, wave.sample,
-            step=step, line_end=end, static=kind != "eager", above=above, name=model.info.name,
-        )
-        for plan, step, end, above in zip(plans, steps, ends, wave.above, strict=True)
-    ]  # fmt: skip
+        generate(model.decoder, wave.prompt, plan, wave.sample, above=above, name=model.info.name, **more)
+        for plan, above, more in zip(plans, wave.above, given, strict=True)
+    ]
     total = len(plans) * model.info.grid.rows * model.info.grid.cols * wave.prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for lines in zip(*drawing, strict=True):
             for run, line in zip(wave.runs, lines, strict=True):
                 run.add(line)
                 bar.update(line.tokens.numel())
-    for what, works in (("step", steps), ("line's end", ends)):
-        if why := next(filter(None, (getattr(work, "why", "") for work in works)), ""):
-            print(f"{what}: no graph was used; {why}.", file=sys.stderr)
+    if why := next((each.why for each in graphs if each.why), ""):
+        print(f"{why}.", file=sys.stderr)
 
 
 def _load(args: argparse.Namespace) -> ImageModel:
@@ -447,9 +438,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--step",
         default="eager",
-        choices=list(STEPS),
-        help="how a token is computed: as it is (eager), by torch.compile, which takes a minute at first (compiled), "
-        "or recorded as a CUDA graph, as the end of a line then is too (graph)",
+        choices=STEPS,
+        help="how a token is computed: as it is (eager), or recorded as a CUDA graph, as the end of a line then is too "
+        "(graph)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="image i draws from seed N + i (default: 0)")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical 2 to 5")

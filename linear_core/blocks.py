@@ -16,7 +16,7 @@ Turn = Callable[[Tensor], Tensor]  # RoPE: rotates queries and keys 2 B H T D
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v B H T D -> B H T D
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # a recorded graph reads what is kept here
 def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -> Tensor:
     """LlamaGen's rotary table, for `turn_pairs`: float32 rows*cols 2 dim, cosines and signed sines.
 
@@ -31,7 +31,7 @@ def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -
     return torch.stack([cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)], -2)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _speeds(dim: int, base: float, device: torch.device) -> Tensor:
     """Radians a position for each pair: float32 dim/2."""
     return base ** -(torch.arange(0, dim, 2, device=device).float() / dim)

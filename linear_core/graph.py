@@ -105,3 +105,16 @@ class CapturedEnd(Captured):
 
     def __call__(self, cache: Any, policy: Any, row: int, turn: Any) -> None:
         self._run(lambda row: self.work(cache, policy, row, turn), (row,), cache)
+
+
+class Graphs:
+    """Both for a run: `given` is what `generate` takes of them."""
+
+    def __init__(self, step: Callable[..., Tensor], evict: Callable[..., None]):
+        self.works = {"step": CapturedStep(step), "line's end": CapturedEnd(evict)}
+        self.given: dict[str, Any] = {"step": self.works["step"], "line_end": self.works["line's end"], "static": True}
+
+    @property
+    def why(self) -> str:
+        """Why one was not recorded; empty: both were."""
+        return "; ".join(f"{name}: no graph was used, {work.why}" for name, work in self.works.items() if work.why)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import uuid
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
-from ..linear_core.generate import Run, generate
+from ..linear_core.generate import Run, evict, generate
+from ..linear_core.graph import Graphs
 from ..linear_core.memory import fits, run_bytes
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.preview import Painter, Preview
@@ -24,7 +27,9 @@ from ..linear_core.waves import Waves, together
 from . import host
 from .sockets import Model
 
+log = logging.getLogger(__name__)
 MIB = 2**20
+STEP = "LINEAR_STEP"
 ADVICE = "keep fewer lines (Line Cache), lower batch_size, or close what else takes memory"
 SIZE = 384  # pixels of a preview's longer side, at most, unless it is larger by itself
 
@@ -191,9 +196,11 @@ def draw(
     for wave in waves:
         with waves.watch(wave):
             host.load(model.decoder, model.tokenizer, memory=needed(wave.prompt.rows))
+            graphs = _graphs(image.decoder, len(plans))
+            given = [each.given for each in graphs] or [{} for _ in plans]
             drawing = [
-                generate(image.decoder, wave.prompt, plan, wave.sample, above=upper, name=image.info.name)
-                for plan, upper in zip(plans, wave.above, strict=True)
+                generate(image.decoder, wave.prompt, plan, wave.sample, above=upper, name=image.info.name, **more)
+                for plan, upper, more in zip(plans, wave.above, given, strict=True)
             ]
             beside = wave.runs[0].lines if len(plans) > 1 else None
             live = Live(model, plans[-1], wave.sample, wave.prompt, node_id, beside, part=len(told), parts=len(waves))
@@ -215,6 +222,8 @@ def draw(
                     lines.close()  # they hold the key-value caches
                 live.close()
             told.append(live.lines)
+            for why in {each.why for each in graphs if each.why}:
+                log.warning("LineAR: %s", why)
     shown, trace = live.shown, live.trace
     if len(waves) > 1:  # afterwards the page has all of the batch, as one run
         trace, lines = _as_one(model, plans[-1], sample, prompt, waves.largest, told)
@@ -222,6 +231,14 @@ def draw(
         picture = live.painter.last([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
     return waves.runs, trace.started, shown
+
+
+def _graphs(decoder: Any, runs: int) -> list[Graphs]:
+    """One for each run where the environment asks: they are tried on no GPU yet, so nobody gets them unasked."""
+    asked = os.environ.get(STEP, "eager")
+    if asked not in ("eager", "graph"):
+        raise UserError(f"{STEP}: '{asked}' is no kind of step; write eager or graph, and start ComfyUI again.")
+    return [Graphs(decoder.step, evict) for _ in range(runs)] if asked == "graph" else []
 
 
 def _as_one(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.test_graph import Tape
 from tests.test_nodes import (  # the fixtures too
     FACTOR,
     FULL,
@@ -170,6 +171,42 @@ def test_compare_decodes_by_parts_where_memory_is_short(small, one, comfy, monke
     settings = {"seed": 5, "guidance": 1.0, "batch_size": 3, "temperature": -1, "top_k": -1, "top_p": -1}
     NODES["LineAR_Compare"].execute(cache=CachePlan(budget=2, recent=1), **settings, **one)
     assert sizes[-6:] == [(1, ROWS)] * 6, "three pictures of each, one at a time"
+
+
+# -- graphs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypatch, caplog, batch):  # noqa: F811
+    """Step and line's end are recorded, once for each part; where there is no GPU the log says that they are not."""
+    settings = {"cache": CachePlan("fold", 2, recent=1), "seed": 5, "guidance": 2.0, "batch_size": batch, **one}
+    (eager,) = run("Generate", **settings)
+    monkeypatch.setenv(live.STEP, "graph")
+    (without,) = run("Generate", **settings)
+    assert torch.equal(without.codes, eager.codes)
+    assert caplog.text.count("no graph was used, graphs are for cuda") == 2, "of the step, and of the line's end"
+
+    tapes, graph = [], importlib.import_module(f"{PACK}.linear_core.graph")
+
+    def taped(step, evict):
+        made = graph.Graphs(step, evict)
+        for work in made.works.values():
+            work.capture, work.device = Tape(), "cpu"
+            tapes.append(work.capture)
+        return made
+
+    monkeypatch.setattr(live, "Graphs", taped)
+    monkeypatch.setattr(live, "fits", lambda room, images, needed: 2)
+    caplog.clear()
+    (recorded,) = run("Generate", **settings)
+    assert torch.equal(recorded.codes, eager.codes) and not caplog.text
+    assert [(tape.recorded, tape.replayed > 0) for tape in tapes] == [(1, True)] * 2 * (1 if batch < 3 else 2)
+
+
+def test_a_kind_of_step_that_there_is_not(one, comfy, monkeypatch):  # noqa: F811
+    monkeypatch.setenv(live.STEP, "compiled")
+    with pytest.raises(UserError, match="LINEAR_STEP: 'compiled' is no kind of step; write eager or graph"):
+        run("Generate", cache=CachePlan(), seed=1, **one)
 
 
 # -- the sampler never waits ----------------------------------------------------------------------------------------
