@@ -185,7 +185,7 @@ STAGES = [
     ("nodes.host:Layers.Linear.forward", 300),
     ("nodes.host:Layers.Embedding.forward", 40),
     ("nodes.host:Layers.RMSNorm.forward", 100),
-    ("linear_core.models.raster:attend", 44),
+    ("linear_core.cache:LineCache.attend", 44),
     ("linear_core.cache:LineCache.write", 44),
     ("linear_core.cache:LineCache.advance", 44),
     ("linear_core.sampling:Noise.exponential", 33),
