@@ -140,6 +140,8 @@ class Live:
         """Tell of another run in place of this one, with its picture."""
         for event in trace.events:
             self._tell(event)
+        self.painter.close()
+        self.painter.stopped = None  # where the thread was told of Stop: it has been heard
         picture = self.painter.last([tuple(lines)])
         if picture is not None:
             self._show(picture, len(lines), trace)
