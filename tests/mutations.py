@@ -1,33 +1,69 @@
 """Break the core on purpose, once per line of MUTATIONS, and see that its tests notice.
 
-    python tests/mutations.py               every mutation; stops each run at the first failing test
-    python tests/mutations.py --all         runs each to its end and counts the failures
+    python tests/mutations.py               every mutation, each until a test fails
+    python tests/mutations.py --record      and writes down which (tests/mutations.md) and how many (README.md)
+    python tests/mutations.py --missing     only those that are not written down yet
+    python tests/mutations.py --all         runs all tests that reach the changed lines, and counts the failures
     python tests/mutations.py recent noise  only those whose description has one of these words
 
-Works on a copy, takes a few minutes, and is never part of the default suite. Exit status 1: a mutation survived, or no
-longer applies. When a mutation survives, a test is missing; when one no longer applies, bring its text up to date.
+Works on copies, one for each core, and is never part of the default suite. First the tests run unbroken, under
+coverage: they have to pass, and which lines each of them reaches, and how long it takes, is kept in `.mutations.json`
+until a file changes that tests depend on. A mutation then meets the test that noticed it last time, the tests that
+reach its lines, the quickest first, and at last all others. So the order saves time and leaves out no test but those in
+a real ComfyUI and in a browser. A test that no longer ends has noticed, too.
+
+Exit status 1: a mutation survived, or no longer applies. When a mutation survives, a test is missing; when one no
+longer applies, bring its text up to date.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import faulthandler
+import hashlib
+import importlib.util
+import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = (
-    *("grid", "plan", "policies", "cache", "fold", "storage", "sampling", "oracles", "generate", "replay", "events"),
-    *("llama", "memory", "speed", "graph", "kernel", "hf", "imports", "bad_files", "faults", "determinism"),
-)
-# What reads files is tried on the bad ones first, which would otherwise come last.
-READERS = ("untrusted.py", "weights.py", "library.py", "errors.py", "text.py", "vq/", "families/", "prompts/t5.py")
-CHECK = "tests/test_oracles.py::test_mutations_still_apply"  # fails by its nature once a mutation is applied
+RECORD = ROOT / "tests" / "mutations.md"
+MAP = ROOT / ".mutations.json"
+OWN = ("mutations.py", "mutations.md", "test_mutations.py")  # in tests: no mutation is noticed by them
+ROW = re.compile(r"^\| `(.+?)` \| (.+?) \| `(.+?)` \| (\S+) \|$", re.M)
+WAYS = re.compile(r"in \d+ ways")
+PATIENCE = 60  # seconds: what takes so much more than ten times its own, hangs
+BETWEEN = 60  # seconds that collecting the tests, or ending them, may take of its own
+FEW = 50  # tests that are tried at first: mostly enough, and their files are soon collected
+# What many tests import: once for all of them, where a process can be forked.
+SHARED = ("aiohttp", "hypothesis", "PIL.Image", "requests", "safetensors.torch", "torch", "transformers")
+PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+TABLE = """# What the tests notice
+
+Written by `python tests/mutations.py --record`: each line is one way to break `linear_core`, the first test that failed
+then, and the commit on which that was tried.
+
+{noticed} of {count} mutations were noticed. {where}.
+
+| file | what is broken | noticed by | on |
+|---|---|---|---|
+{rows}
+"""
 
 # file under linear_core, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
@@ -791,57 +827,306 @@ def occurrences(file: str, old: str, root: Path = ROOT) -> int:
     return (root / "linear_core" / file).read_text(encoding="utf-8").count(old)
 
 
-def copy_tree(target: Path) -> None:
-    ignore = shutil.ignore_patterns("__pycache__", "node_modules")
-    for folder in ("linear_core", "nodes", "tests", "web"):
-        shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
-    for name in ("__init__.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, target)
+# One run of pytest, in a process of its own --------------------------------------------------------------------------
 
 
-def run_tests(tree: Path, stop: bool, broken: str = "") -> tuple[int, list[str]]:
-    """Exit status of pytest, and the tests that failed; `broken` is the file that was changed."""
-    names = sorted(TESTS, key=lambda name: name != "bad_files") if broken.startswith(READERS) else TESTS
-    files = [f"tests/test_{name}.py" for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect", CHECK, *files]
-    # No bytecode: a mutation of equal length within a second would otherwise run yesterday's.
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
-    done = subprocess.run(
-        command + ["-x"] * stop, cwd=tree, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.M)
+class Run(NamedTuple):
+    files: list[str]
+    order: list[str]  # ids of tests, first to last
+    seconds: dict[str, float]  # that each test takes, where it is known
+    rest: bool = False  # whether the files' other tests run, too, before them
+    stop: bool = True  # at the first that fails
+    trace: bool = False
+
+
+class Teller:
+    """Plugin of pytest: puts the tests in order, tells what becomes of them, and ends the process when one hangs."""
+
+    def __init__(self, told: Connection, run: Run, cover: Any):
+        self.told, self.run, self.cover = told, run, cover
+        self.place = {name: place for place, name in enumerate(run.order)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if self.run.rest or item.nodeid in self.place]
+        items.sort(key=lambda item: self.place.get(item.nodeid, -1))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.told.send(("start", nodeid))
+        end_after(self.run.seconds.get(nodeid, 60))
+        if self.cover:
+            self.cover.switch_context(nodeid)
+
+    def pytest_runtest_logfinish(self) -> None:
+        end_after(BETWEEN)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.told.send(("failed", report.nodeid))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.told.send(("seconds", (report.nodeid, report.duration)))
+        if report.failed:
+            self.told.send(("failed", report.nodeid))
+
+
+def end_after(seconds: float) -> None:
+    """End this process when it hangs in what takes so long; calling this again starts anew."""
+    faulthandler.dump_traceback_later(PATIENCE + 10 * seconds, exit=True, file=sys.__stderr__)
+
+
+def run_tests(told: Connection, tree: Path, run: Run) -> None:
+    """What the process does: tell which tests start and fail, their seconds and, with `trace`, the lines they reach."""
+    os.chdir(tree)
+    sys.path[0] = str(tree)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    end_after(BETWEEN)
+    cover = None
+    if run.trace:
+        import coverage  # here, as whoever imports MUTATIONS needs none
+
+        cover = coverage.Coverage(None, source=[str(tree / "linear_core")], config_file=False)
+    options = ["-p", "no:cacheprovider", "--tb=no", "-m", "not host and not browser", *["-x"] * run.stop]
+    with cover.collect() if cover else contextlib.nullcontext():
+        status = pytest.main([*options, *run.files], [Teller(told, run, cover)])
+    if cover:
+        told.send(("lines", lines_of_tests(cover.get_data(), tree / "linear_core")))
+    told.send(("end", int(status)))
+
+
+def lines_of_tests(data: Any, core: Path) -> dict[str, dict[str, list[int]]]:
+    """The lines that each test reaches, by file of the core."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for path in data.measured_files():
+        file = Path(path).relative_to(core).as_posix()
+        for line, tests in data.contexts_by_lineno(path).items():
+            for test in filter(None, tests):
+                found.setdefault(test, {}).setdefault(file, []).append(line)
+    return found
+
+
+# In the worker that owns a copy --------------------------------------------------------------------------------------
+
+TREE = Path()  # that copy
+
+
+def prepare(folder: str) -> None:
+    """A copy for this worker, and for its processes what they would all import."""
+    global TREE
+    TREE = Path(tempfile.mkdtemp(dir=folder)) / "pack"
+    shutil.copytree(ROOT, TREE, ignore=shutil.ignore_patterns(".*", "__pycache__", "node_modules", "out", "runs"))
+    for name in OWN:
+        (TREE / "tests" / name).unlink(missing_ok=True)
+    for name in SHARED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def told_by(run: Run) -> list[tuple[str, Any]]:
+    """All that the process of this run tells, until it ends in one way or another."""
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=run_tests, args=(sender, TREE, run))
+    process.start()
+    sender.close()
+    told: list[tuple[str, Any]] = [("start", "import")]
+    with contextlib.suppress(EOFError):
+        while True:
+            told.append(receiver.recv())
+    process.join()
+    return told
+
+
+def failures(told: list[tuple[str, Any]]) -> list[str]:
+    """Tests that failed, and the one that the process did not survive."""
+    failed = [what.removeprefix("tests/") for kind, what in told if kind == "failed"]
+    kind, status = told[-1]
+    if kind != "end":
+        last = [what for kind, what in told if kind == "start"][-1]
+        failed.append(f"{last.removeprefix('tests/')} hangs")
+    elif status not in (0, 1, 5) and not failed:  # 5: no test was left to run
+        failed.append(f"pytest ended with {status}")
+    return failed
+
+
+@contextlib.contextmanager
+def broken(file: str, old: str, new: str) -> Iterator[None]:
+    """The copy's file changed, and as it was afterwards, to its time."""
+    path = TREE / "linear_core" / file
+    aside = TREE.parent / "unbroken"
+    text = path.read_text(encoding="utf-8")
+    path.rename(aside)
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    try:
+        yield
+    finally:
+        aside.replace(path)
+        # Else the next mutation within a second, if of equal length, would run this one's bytecode.
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+
+def noticed_by(mutation: tuple[str, str, str, str], runs: list[Run]) -> list[str]:
+    """The tests that fail once the core is broken, in the first of these runs in which any does."""
+    with broken(*mutation[:3]):
+        return next(filter(None, (failures(told_by(run)) for run in runs)), [])
+
+
+# The whole -----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint() -> str:
+    """Changes with every file that tests depend on."""
+    names = ("__init__.py", "pyproject.toml", "bench", "linear_core", "nodes", "tests", "web", "workflows")
+    paths = [path for name in names for path in (ROOT / name, *(ROOT / name).rglob("*")) if path.is_file()]
+    kept = (p for p in paths if p.suffix != ".pyc" and p.name not in OWN)
+    text = "\n".join(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(kept))
+    return hashlib.sha256(f"{sys.version}\n{text}".encode()).hexdigest()
+
+
+def unbroken(workers: ProcessPoolExecutor) -> dict[str, Any]:
+    """The tests, quickest first: the `seconds` of each and the `lines` that it reaches; and which of them `failed`."""
+    key = fingerprint()
+    if MAP.is_file() and (known := json.loads(MAP.read_text(encoding="utf-8")))["key"] == key:
+        return known
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    runs = [Run([f"tests/{p.name}"], [], {}, rest=True, stop=False, trace=True) for p in files if p.name not in OWN]
+    started, seconds = time.monotonic(), {}
+    known = {"key": key, "lines": {}, "failed": []}
+    for run, told in zip(runs, workers.map(told_by, runs), strict=True):
+        print(f"unbroken: {run.files[0]}", flush=True)
+        known["failed"] += failures(told)
+        for kind, what in told:
+            if kind == "seconds":
+                seconds[what[0]] = seconds.get(what[0], 0) + what[1]
+            elif kind == "lines":
+                known["lines"] |= what
+    known["seconds"] = dict(sorted(seconds.items(), key=lambda item: item[1]))
+    known["took"] = time.monotonic() - started
+    if not known["failed"]:
+        MAP.write_text(json.dumps(known), encoding="utf-8")
+    return known
+
+
+def changed_lines(file: str, old: str) -> set[int]:
+    """Lines of the innermost statement that the change lies in; of the whole file where it lies in none."""
+    text = (ROOT / "linear_core" / file).read_text(encoding="utf-8")
+    first = text[: text.index(old) + len(old) - len(old.lstrip())].count("\n") + 1
+    last = first + old.strip().count("\n")
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
+    around = [(n.lineno, n.end_lineno) for n in nodes if n.lineno <= first and last <= n.end_lineno]
+    start, end = min(around, key=lambda span: span[1] - span[0], default=(1, text.count("\n") + 1))
+    return set(range(start, end + 1))
+
+
+def plan(mutation: tuple[str, str, str, str], known: dict[str, Any], last: str, count: bool) -> list[Run]:
+    """The runs that a mutation meets; to `count` failures, one of all tests that reach its lines, or else its file."""
+    file, old, _, _ = mutation
+    tests, lines = known["seconds"], changed_lines(file, old)
+    again = [test for test in tests if last and test.startswith(f"tests/{last.removesuffix(' hangs')}")]
+    same = [test for test in tests if file in known["lines"].get(test, ())]
+    near = in_turn((test for test in same if not lines.isdisjoint(known["lines"][test][file])), known)
+    if count:
+        return [run_of(near or same, tests)._replace(stop=False)]
+    tried = set(near)
+    others = dict.fromkeys([*in_turn(same, known), *in_turn(tests, known)])
+    order = [*(test for test in others if test not in tried), *near]
+    return [
+        *(run_of(names, tests) for names in (again, near[:FEW], near[FEW:]) if names),
+        Run(["tests"], order, tests, rest=True),  # also a test that has another name once the core is broken
+    ]
+
+
+def in_turn(tests: Iterable[str], known: dict[str, Any]) -> list[str]:
+    """The quickest first, but cases of a test that reach the same files mostly notice the same: the second counts twice
+    its time, the third three times."""
+    cases: Counter[tuple[str, ...]] = Counter()
+    times = {}
+    for test in tests:
+        kind = (test.split("[")[0], *sorted(known["lines"].get(test, ())))
+        cases[kind] += 1
+        times[test] = known["seconds"][test] * cases[kind]
+    return sorted(times, key=times.get)
+
+
+def run_of(names: list[str], seconds: dict[str, float]) -> Run:
+    return Run(list(dict.fromkeys(name.split("::")[0] for name in names)), names, seconds)
+
+
+def recorded() -> dict[tuple[str, str], tuple[str, str]]:
+    """Who noticed what breaks, and on which commit, by file and description."""
+    text = RECORD.read_text(encoding="utf-8") if RECORD.is_file() else ""
+    return {(file, breaks): (who, on) for file, breaks, who, on in ROW.findall(text)}
+
+
+def verdict(found: list[str], count: bool) -> str:
+    names = ", ".join(sorted({name.split("[")[0] for name in found}))
+    return (f"{len(found)} tests: " * count + names) if found else "SURVIVED"
+
+
+def tried_on() -> str:
+    """The commit that there is."""
+    sys.path.insert(0, str(ROOT))
+    from tests.versions import commit
+
+    return commit() or "-"
+
+
+def record(found: dict[tuple[str, str], tuple[str, str]]) -> None:
+    """Put these into the table, beside what it says of others, and into the README how many ways there are."""
+    from bench.machine import circumstances
+    from tests.versions import README
+
+    known = recorded() | found
+    rows = {key: known[key] for file, _, _, breaks in MUTATIONS if (key := (file, breaks)) in known}
+    noticed = sum(who != "SURVIVED" for who, _ in rows.values())
+    c = circumstances("cpu")
+    where = f"{c['device']}, {c['cores']} cores, Python {c['python']}, PyTorch {c['torch']}, {c['date'][:10]}"
+    lines = "\n".join(f"| `{file}` | {breaks} | `{who}` | {on} |" for (file, breaks), (who, on) in rows.items())
+    RECORD.write_text(TABLE.format(noticed=noticed, count=len(MUTATIONS), where=where, rows=lines), encoding="utf-8")
+    README.write_text(WAYS.sub(f"in {noticed} ways", README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="only mutations whose description has one of these")
     parser.add_argument("--all", action="store_true", help="run to the end and count")
+    parser.add_argument("--missing", action="store_true", help="only what the table does not have")
+    parser.add_argument("--record", action="store_true", help="write the table")
     args = parser.parse_args()
+    if args.record and args.all:
+        parser.error("--record tells of the first test that fails")
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as cores
+    last = recorded()
     chosen = [m for m in MUTATIONS if not args.words or any(word in m[3] for word in args.words)]
-    bad, started = 0, time.monotonic()
+    chosen = [m for m in chosen if not args.missing or (m[0], m[3]) not in last]
+    stale = [m for m in chosen if occurrences(m[0], m[1]) != 1]
+    for file, old, _, breaks in stale:
+        print(f"{file:21} {breaks:52} DOES NOT APPLY: its text occurs {occurrences(file, old)} times")
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        copy_tree(tree)
-        status, failed = run_tests(tree, stop=True)
-        if status:
-            print(f"The tests fail before anything is broken: {', '.join(failed) or f'pytest ended with {status}'}")
-            return 1
-        for file, old, new, breaks in chosen:
-            path = tree / "linear_core" / file
-            text = path.read_text(encoding="utf-8")
-            if text.count(old) != 1:
-                verdict = f"DOES NOT APPLY: its text occurs {text.count(old)} times"
-            else:
-                path.write_text(text.replace(old, new), encoding="utf-8")
-                status, failed = run_tests(tree, stop=not args.all, broken=file)
-                path.write_text(text, encoding="utf-8")
-                names = sorted({name.split("[")[0] for name in failed})
-                many = f"{len(failed)} tests: " if args.all else ""
-                verdict = "SURVIVED" if status == 0 else many + (", ".join(names) or f"pytest ended with {status}")
-            bad += verdict.isupper() or verdict.startswith("DOES NOT")
-            print(f"{file:21} {breaks:52} {verdict}", flush=True)
-    print(f"{len(chosen) - bad} of {len(chosen)} mutations were noticed, in {time.monotonic() - started:.0f} s.")
-    return int(bad > 0)
+        workers = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), PROCESSES, prepare, (folder,))
+        try:
+            known = unbroken(workers)
+            if known["failed"]:
+                print(f"The tests fail before anything is broken: {', '.join(known['failed'])}")
+                return 1
+            started, on = time.monotonic(), tried_on() if args.record else ""
+            jobs = {}
+            for m in chosen:
+                if m not in stale:
+                    runs = plan(m, known, last.get((m[0], m[3]), ("", ""))[0], args.all)
+                    jobs[workers.submit(noticed_by, m, runs)] = m[0], m[3]
+            for job in as_completed(jobs):
+                key = file, breaks = jobs[job]
+                rows[key] = verdict(job.result(), args.all), on
+                print(f"{file:21} {breaks:52} {rows[key][0]}", flush=True)
+                if args.record:  # at once: a run that is broken off has tried what it has tried
+                    record(rows)
+        finally:
+            workers.shutdown(cancel_futures=True)
+    noticed = sum(who != "SURVIVED" for who, _ in rows.values())
+    print(f"{noticed} of {len(chosen)} mutations were noticed, in {time.monotonic() - started:.0f} s.")
+    return int(noticed < len(chosen))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,18 @@ def table() -> str:
     return "" if same else "README's table is not what tests/versions.json says; python tests/versions.py writes it"
 
 
+def mutations() -> str:
+    found = re.search(r"^(\d+) of (\d+) mutations were noticed", text("tests/mutations.md"), re.M)
+    if found is None:
+        return "tests/mutations.md tells of no run"
+    if found[1] != found[2]:
+        return f"{int(found[2]) - int(found[1])} mutations survived, or were not tried"
+    tried = re.findall(r"^\|.*\| (\S+) \|$", text("tests/mutations.md"), re.M)[1:]  # below the head
+    if old := sum(not unchanged_since(on) for on in set(tried)):
+        return f"some were tried on {old} older commits, and what was tested has changed since"
+    return ""
+
+
 def archive() -> str:
     """The zip holds what it should and passes the registry's gates: the tests that say so, none of them skipped."""
     done = subprocess.run([sys.executable, *ARCHIVE], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
@@ -138,9 +150,10 @@ CHECKS: dict[str, Check] = {
     "and in the oldest ComfyUI": host_floor,
     "and in the newest": host_newest,
     "README's table is up to date": table,
+    "every mutation was noticed": mutations,
     "the archive passes the registry's gates": archive,
 }
-THEN = """By hand: python tests/mutations.py; the pictures of the README; then
+THEN = """By hand: the pictures of the README; then
     git tag v{version} && git push --tags && comfy node publish"""
 
 

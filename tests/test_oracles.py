@@ -22,7 +22,6 @@ from linear_core.plan import RELEASES, UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import class_prompt
 from linear_core.view import View
-from tests.mutations import MUTATIONS, occurrences
 from tests.tiny import Recorder, Toy, caption_prompt, decode, janus, llamagen, lumina, lumina_words, policy, words
 
 
@@ -307,9 +306,3 @@ def test_a_policy_is_shown_the_finished_line():
         torch.testing.assert_close(view.keys * there, keys[one].gather(3, place) * there)
         torch.testing.assert_close(view.values * there, values[one].gather(3, place) * there)
         assert view.newest == first + view.grid.stride - 1 == int(view.index.max())
-
-
-def test_mutations_still_apply():
-    """Each text of tests/mutations.py stands exactly once in its file, so that list does not rot."""
-    stale = [(file, old, n) for file, old, _, _ in MUTATIONS if (n := occurrences(file, old)) != 1]
-    assert stale == [], "bring tests/mutations.py up to date"

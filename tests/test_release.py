@@ -37,10 +37,16 @@ def pack(tmp_path, monkeypatch):
     git(tmp_path, "init", "-q")
     keep(tmp_path)
     git(tmp_path, "tag", "v0.1.0")
+    notice(tmp_path, 3, versions.commit())
     for row in ({}, {"comfyui": "0.14.0", "tests": "host only"}, {"comfyui": "0.33.0", "tests": "host only"}):
         versions.add({**ROW, "commit": versions.commit(), **row})
     keep(tmp_path)
     return tmp_path
+
+
+def notice(folder, count, commit):
+    said = f"{count} of 3 mutations were noticed. A machine.\n\n| file | on |\n|---|---|\n| x | {commit} |\n"
+    (folder / "tests" / "mutations.md").write_text(said, encoding="utf-8")
 
 
 def git(folder, *arguments):
@@ -122,7 +128,8 @@ def test_what_was_tested_has_changed_since(file, pack, capsys):
     (pack / file).parent.mkdir(exist_ok=True)
     change(pack, file, new="x = 1\n")
     found = left(capsys)
-    assert list(found) == ["all tests passed", "and in the oldest ComfyUI", "and in the newest"]
+    expected = ["all tests passed", "and in the oldest ComfyUI", "and in the newest", "every mutation was noticed"]
+    assert list(found) == expected
     assert all("has changed since" in why for why in found.values())
 
 
@@ -155,6 +162,17 @@ def test_a_run_of_some_tests_or_of_what_was_not_committed_does_not_count(pack, c
     assert "has changed since" in found["all tests passed"]
     assert "no run of ComfyUI 0.14.0" in found["and in the oldest ComfyUI"]
     assert "no ComfyUI newer than 0.14.0" in found["and in the newest"]
+
+
+def test_a_mutation_that_survived_or_none_that_was_tried(pack, capsys):
+    notice(pack, 1, versions.commit())
+    keep(pack)
+    assert left(capsys) == {"every mutation was noticed": "2 mutations survived, or were not tried"}
+    notice(pack, 3, versions.commit() + "+")
+    keep(pack)
+    assert "has changed since" in left(capsys)["every mutation was noticed"]
+    change(pack, "tests/mutations.md", new="")
+    assert left(capsys) == {"every mutation was noticed": "tests/mutations.md tells of no run"}
 
 
 @pytest.mark.parametrize("said", ["1 failed, 2 passed", "2 passed, 1 skipped"])

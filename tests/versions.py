@@ -25,7 +25,7 @@ RECORD = ROOT / "tests" / "versions.json"
 README = ROOT / "README.md"
 OPEN, CLOSE = "<!-- versions: written by tests/versions.py -->", "<!-- /versions -->"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-WRITTEN = ("tests/versions.json", "README.md")  # by recording itself
+WRITTEN = ("tests/versions.json", "tests/mutations.md", "README.md")  # by recording itself
 COLUMNS = {
     "python": "Python", "torch": "PyTorch", "transformers": "transformers", "comfyui": "ComfyUI",
     "frontend": "its page", "system": "system", "tests": "tests", "passed": "passed", "skipped": "skipped",
