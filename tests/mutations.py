@@ -990,7 +990,7 @@ def unbroken(workers: ProcessPoolExecutor) -> dict[str, Any]:
         return known
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
     runs = [Run([f"tests/{p.name}"], [], {}, rest=True, stop=False, trace=True) for p in files if p.name not in OWN]
-    started, seconds = time.monotonic(), {}
+    seconds: dict[str, float] = {}
     known = {"key": key, "lines": {}, "failed": []}
     for run, told in zip(runs, workers.map(told_by, runs), strict=True):
         print(f"unbroken: {run.files[0]}", flush=True)
@@ -1000,11 +1000,22 @@ def unbroken(workers: ProcessPoolExecutor) -> dict[str, Any]:
                 seconds[what[0]] = seconds.get(what[0], 0) + what[1]
             elif kind == "lines":
                 known["lines"] |= what
+    known["lines"] = shared(known["lines"], seconds)
     known["seconds"] = dict(sorted(seconds.items(), key=lambda item: item[1]))
-    known["took"] = time.monotonic() - started
     if not known["failed"]:
         MAP.write_text(json.dumps(known), encoding="utf-8")
     return known
+
+
+def shared(lines: dict[str, dict[str, list[int]]], tests: Iterable[str]) -> dict[str, dict[str, list[int]]]:
+    """The lines by test, where what one test reaches counts for all of its file that have the same parameters: a result
+    that they share (functools.cache, a fixture) is computed in one of them."""
+    groups: dict[str, dict[str, set[int]]] = {}
+    group = {test: test.split("::")[0] + test.partition("[")[2] if "[" in test else test for test in tests}
+    for test, name in group.items():
+        for file, found in lines.get(test, {}).items():
+            groups.setdefault(name, {}).setdefault(file, set()).update(found)
+    return {test: {f: sorted(s) for f, s in groups.get(name, {}).items()} for test, name in group.items()}
 
 
 def changed_lines(file: str, old: str) -> set[int]:

@@ -112,6 +112,13 @@ def test_cases_that_reach_the_same_files_wait_the_longer_the_more_there_were():
     assert mutations.in_turn(seconds, known) == ["x[0]", "x[3]", "y", "x[1]", "z", "x[2]"]
 
 
+def test_what_is_computed_for_several_tests_counts_for_all_of_the_file_with_its_parameters():
+    lines = {"x.py::a[1]": {"numbers.py": [3, 5]}, "x.py::b[1]": {"numbers.py": [4]}, "x.py::c": {"numbers.py": [9]}}
+    found = mutations.shared(lines, [*lines, "x.py::b[2]", "y.py::a[1]"])
+    assert found["x.py::a[1]"] == found["x.py::b[1]"] == {"numbers.py": [3, 4, 5]}
+    assert (found["x.py::c"], found["x.py::b[2]"], found["y.py::a[1]"]) == ({"numbers.py": [9]}, {}, {})
+
+
 @pytest.fixture
 def pack(tmp_path):
     """A pack of one file, tests/mutations.py with it, which breaks it in other ways and waits but a second."""
