@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +76,12 @@ def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
 
 
 def _decoded(tokenizer: VQTokenizer, codes: Tensor) -> Tensor | None:
-    """None where the memory ran out; nothing of the attempt is then left in it."""
+    """None where the memory ran out; the error, and with it all that was computed, is gone then."""
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()
     except Exception as error:
         if not ran_out(error):
             raise
-        traceback.clear_frames(error.__traceback__)
-    gc.collect()
     return None
 
 

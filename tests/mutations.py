@@ -126,7 +126,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("preview.py", "min(batch, len(left)) // 2", "0", "decoding without room: not even half is tried"),
     ("preview.py", "min(batch, len(left)) // 2", "batch // 2", "decoding without room: as many are tried again"),
-    ("preview.py", "traceback.clear_frames(error.__traceback__)", "pass", "decoding without room: it stays taken"),
     ("preview.py", "        except self.stop:\n            raise\n", "", "Stop in the last picture is not heard"),
     # -- speed
     (
