@@ -8,9 +8,9 @@
 
 Works on copies, one for each core, and is never part of the default suite. First the tests run unbroken, under
 coverage: they have to pass, and which lines each of them reaches, and how long it takes, is kept in `.mutations.json`
-until a file changes that tests depend on. A mutation then meets the test that noticed it last time, the tests that
-reach its lines, the quickest first, and at last all others. So the order saves time and leaves out no test but those in
-a real ComfyUI and in a browser. A test that no longer ends has noticed, too.
+until its file changes, or one that other files need. A mutation then meets the test that noticed it last time, the
+tests that reach its lines, the quickest first, and at last all others. So the order saves time and leaves out no test
+but those in a real ComfyUI and in a browser. A test that no longer ends has noticed, too.
 
 Exit status 1: a mutation survived, or no longer applies. When a mutation survives, a test is missing; when one no
 longer applies, bring its text up to date.
@@ -973,37 +973,42 @@ def noticed_by(mutation: tuple[str, str, str, str], runs: list[Run]) -> list[str
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def fingerprint() -> str:
-    """Changes with every file that tests depend on."""
+def fingerprints() -> dict[str, str]:
+    """Every file of tests, the largest first, with a hash that changes when the file does, or one that others need."""
     names = ("__init__.py", "pyproject.toml", "bench", "linear_core", "nodes", "tests", "web", "workflows")
-    paths = [path for name in names for path in (ROOT / name, *(ROOT / name).rglob("*")) if path.is_file()]
-    kept = (p for p in paths if p.suffix != ".pyc" and p.name not in OWN)
-    text = "\n".join(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(kept))
-    return hashlib.sha256(f"{sys.version}\n{text}".encode()).hexdigest()
+    paths = [path for name in names for path in (ROOT / name, *(ROOT / name).rglob("*"))]
+    kept = [path for path in paths if path.is_file() and path.name not in OWN and path.suffix != ".pyc"]
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
+    tests = {path: path.read_text(encoding="utf-8") for path in hashes if re.fullmatch(r"test_\w+\.py", path.name)}
+    needed = {name for text in tests.values() for name in re.findall(r"^from tests\.(test_\w+)", text, re.M)}
+    common = [sha for path, sha in hashes.items() if path not in tests or path.stem in needed]
+    return {
+        f"tests/{path.name}": hashlib.sha256(f"{sys.version} {common} {hashes[path]}".encode()).hexdigest()
+        for path in sorted(tests, key=lambda path: -len(tests[path]))
+    }
 
 
-def unbroken(workers: ProcessPoolExecutor) -> dict[str, Any]:
-    """The tests, quickest first: the `seconds` of each and the `lines` that it reaches; and which of them `failed`."""
-    key = fingerprint()
-    if MAP.is_file() and (known := json.loads(MAP.read_text(encoding="utf-8")))["key"] == key:
-        return known
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
-    runs = [Run([f"tests/{p.name}"], [], {}, rest=True, stop=False, trace=True) for p in files if p.name not in OWN]
-    seconds: dict[str, float] = {}
-    known = {"key": key, "lines": {}, "failed": []}
-    for run, told in zip(runs, workers.map(told_by, runs), strict=True):
-        print(f"unbroken: {run.files[0]}", flush=True)
-        known["failed"] += failures(told)
-        for kind, what in told:
-            if kind == "seconds":
-                seconds[what[0]] = seconds.get(what[0], 0) + what[1]
-            elif kind == "lines":
-                known["lines"] |= what
-    known["lines"] = shared(known["lines"], seconds)
-    known["seconds"] = dict(sorted(seconds.items(), key=lambda item: item[1]))
-    if not known["failed"]:
-        MAP.write_text(json.dumps(known), encoding="utf-8")
-    return known
+def unbroken(workers: ProcessPoolExecutor) -> tuple[dict[str, Any], list[str]]:
+    """Of each test its `seconds`, the quickest first, and the `lines` that it reaches; and the tests that fail."""
+    keys = fingerprints()
+    kept = json.loads(MAP.read_text(encoding="utf-8")) if MAP.is_file() else {}
+    kept = {name: part for name, part in kept.items() if part["key"] == keys.get(name)}
+    names, failed = [name for name in keys if name not in kept], []
+    runs = [Run([name], [], {}, rest=True, stop=False, trace=True) for name in names]
+    for name, told in zip(names, workers.map(told_by, runs), strict=True):
+        print(f"unbroken: {name}", flush=True)
+        if failures(told):
+            failed += failures(told)
+            continue
+        seconds: Counter[str] = Counter()  # of set-up, test and tear-down together
+        for test, took in (what for kind, what in told if kind == "seconds"):
+            seconds[test] += took
+        (lines,) = (what for kind, what in told if kind == "lines")
+        kept[name] = {"key": keys[name], "seconds": seconds, "lines": shared(lines, seconds)}
+    MAP.write_text(json.dumps(kept), encoding="utf-8")
+    seconds = {test: took for part in kept.values() for test, took in part["seconds"].items()}
+    lines = {test: found for part in kept.values() for test, found in part["lines"].items()}
+    return {"seconds": dict(sorted(seconds.items(), key=lambda item: item[1])), "lines": lines}, failed
 
 
 def shared(lines: dict[str, dict[str, list[int]]], tests: Iterable[str]) -> dict[str, dict[str, list[int]]]:
@@ -1037,9 +1042,8 @@ def plan(mutation: tuple[str, str, str, str], known: dict[str, Any], last: str, 
     near = in_turn((test for test in same if not lines.isdisjoint(known["lines"][test][file])), known)
     if count:
         return [run_of(near or same, tests)._replace(stop=False)]
-    tried = set(near)
-    others = dict.fromkeys([*in_turn(same, known), *in_turn(tests, known)])
-    order = [*(test for test in others if test not in tried), *near]
+    tried = set(near)  # not those first that reach the file: what reads its text, or starts a program, reaches nothing
+    order = [*(test for test in in_turn(tests, known) if test not in tried), *near]
     return [
         *(run_of(names, tests) for names in (again, near[:FEW], near[FEW:]) if names),
         Run(["tests"], order, tests, rest=True),  # also a test that has another name once the core is broken
@@ -1116,9 +1120,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         workers = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), PROCESSES, prepare, (folder,))
         try:
-            known = unbroken(workers)
-            if known["failed"]:
-                print(f"The tests fail before anything is broken: {', '.join(known['failed'])}")
+            known, failed = unbroken(workers)
+            if failed:
+                print(f"The tests fail before anything is broken: {', '.join(failed)}")
                 return 1
             started, on = time.monotonic(), tried_on() if args.record else ""
             jobs = {}

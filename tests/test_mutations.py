@@ -90,10 +90,10 @@ def test_the_lines_of_a_change_are_those_of_the_statement_around_it(old, lines, 
 
 
 def test_who_noticed_last_time_comes_first_then_who_reaches_the_lines_then_all_others(monkeypatch):
-    """Seven tests, named in the order of their seconds; a, c and e reach line 5, b another line, d another file."""
+    """Seven tests, named in the order of their seconds; a, c and e reach line 5, d another line, b another file."""
     names = [f"tests/test_x.py::{letter}" for letter in "abcdefg"]
     a, b, c, d, e, f, g = names
-    lines = {test: {"numbers.py": [5, 6]} for test in (a, c, e)} | {b: {"numbers.py": [2]}, d: {"other.py": [5]}}
+    lines = {test: {"numbers.py": [5, 6]} for test in (a, c, e)} | {d: {"numbers.py": [2]}, b: {"other.py": [5]}}
     known = {"seconds": {name: place for place, name in enumerate(names)}, "lines": lines}
     monkeypatch.setattr(mutations, "FEW", 2)
     monkeypatch.setattr(mutations, "changed_lines", lambda file, old: {4, 5})
