@@ -434,12 +434,16 @@ def test_no_room_for_decoding(small, monkeypatch, caplog):  # noqa: F811
     monkeypatch.setattr(small.image.tokenizer, "decode", lambda codes: little(codes, 2))
     torch.testing.assert_close(run("Decode", model=small, tokens=codes)[0], whole)
     assert sizes == [5, 2, 2, 1] and "going on with 2 pictures at a time" in caplog.text
+    sizes.clear()
+    inside("linear_core.preview:decode")[0].decode(small.image.tokenizer, codes.codes, 16)
+    assert sizes == [5, 2, 2, 1], "half of how many there are, not of how many there may be"
+    sizes.clear()
     kept = Kept()
     monkeypatch.setattr(small.image.tokenizer, "decode", lambda codes: little(codes, 0))
     words = "memory: it ran out decoding one picture of 32 x 32; close what else takes memory."
     with pytest.raises(UserError, match=re.escape(words)):
         run("Decode", model=small, tokens=codes)
-    assert sizes[4:] == [5, 2, 1]
+    assert sizes == [5, 2, 1]
     kept.check()
 
 
