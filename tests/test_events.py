@@ -185,6 +185,12 @@ def test_numbers_for_the_text_line():
         assert event["evicted"] == "" and event is trace_.events[-1]
     end = trace_.finish()
     assert (end["rows"], end["seconds"], end["tokens_per_second"], end["held"]) == (3, 4.75, round(20 / 0.75, 1), 10.0)
+    whole = Trace(run)
+    for row, held in enumerate(
+        [7.0, 9.0, 30.0]
+    ):  # after the last line nothing is let go, and nothing reads what is held
+        whole.add(Line(row, 3, torch.zeros(2, 5).long(), torch.zeros(2, 3, 5), held, 1.0, 7))
+    assert whole.finish()["held"] == 9.0
 
 
 def test_lists_of_unequal_length_are_filled_up():
