@@ -186,9 +186,7 @@ def test_numbers_for_the_text_line():
     end = trace_.finish()
     assert (end["rows"], end["seconds"], end["tokens_per_second"], end["held"]) == (3, 4.75, round(20 / 0.75, 1), 10.0)
     whole = Trace(run)
-    for row, held in enumerate(
-        [7.0, 9.0, 30.0]
-    ):  # after the last line nothing is let go, and nothing reads what is held
+    for row, held in enumerate([7.0, 9.0, 30.0]):  # the last line lets nothing go
         whole.add(Line(row, 3, torch.zeros(2, 5).long(), torch.zeros(2, 3, 5), held, 1.0, 7))
     assert whole.finish()["held"] == 9.0
 
