@@ -138,6 +138,9 @@ def pack(tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
+    (tmp_path / "bench").mkdir()
+    for name in ("bench/machine.py", "tests/versions.py"):  # what --record asks
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
@@ -150,9 +153,6 @@ def run(pack, *arguments):
 def test_it_says_who_noticed_what(pack):
     pytest.importorskip("coverage")
     pytest.importorskip("torch")
-    (pack / "bench").mkdir()
-    for name in ("bench/machine.py", "tests/versions.py"):
-        shutil.copy(ROOT / name, pack / name)
     status, said = run(pack, "--record")
     table = (pack / "tests" / "mutations.md").read_text()
     found = {breaks: who for _, breaks, who, _ in mutations.ROW.findall(table)}
@@ -188,9 +188,6 @@ def test_what_nobody_notices_survives(pack):
 def test_what_is_written_down_stays_and_what_is_missing_is_tried(pack):
     pytest.importorskip("coverage")
     pytest.importorskip("torch")
-    (pack / "bench").mkdir()
-    for name in ("bench/machine.py", "tests/versions.py"):
-        shutil.copy(ROOT / name, pack / name)
     assert run(pack, "--record", "doubles")[0] == 0
     assert (pack / "README.md").read_text() == "breaks it in 1 ways"
     status, said = run(pack, "--record", "--missing", "doubles", "Python")
