@@ -196,9 +196,9 @@ def demo(args: argparse.Namespace, extra: list[str]) -> int:
 def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]) -> list[tuple[str, list, str]]:
     """What `test` does: a name, the command, and why it cannot run (empty when it can)."""
     if not scripts:
-        missing = "there are no tests/*.test.mjs"
+        missing = "there are no tests/web/*.test.mjs"
     else:
-        missing = "" if node else "node was not found; Node.js 20 or newer runs tests/*.test.mjs"
+        missing = "" if node else "node was not found; Node.js 20 or newer runs tests/web/*.test.mjs"
     return [
         ("ruff check", [python, "-m", "ruff", "check", "."], ""),
         ("ruff format", [python, "-m", "ruff", "format", "--check", "."], ""),
@@ -248,7 +248,8 @@ def test(args: argparse.Namespace, extra: list[str]) -> int:
             run(command)  # where that fails, the tests that need it say so
     no_gates = registry_missing()
     summary, failed = [], False
-    for name, command, missing in checks(python, extra, shutil.which("node"), sorted(ROOT.glob("tests/*.test.mjs"))):
+    scripts = sorted(ROOT.glob("tests/web/*.test.mjs"))
+    for name, command, missing in checks(python, extra, shutil.which("node"), scripts):
         if missing:
             summary.append(f"{name:12} not run: {missing}")
             continue

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.quality import CHOOSE, ROOT, Lab, circumstances
 from bench.report import figure, head, line
 from bench.uncertainty import half_width
-from linear_core import cache, view
-from linear_core import fold as folding
-from linear_core.library import bundled_files
-from linear_core.outlook import LINES, wide
+from linear_core.cache import fold as folding
+from linear_core.cache import line_cache, view
+from linear_core.cache.outlook import LINES, wide
+from linear_core.cache.view import View
+from linear_core.checkpoints.library import bundled_files
 from linear_core.plan import CachePlan
-from linear_core.view import View
 
 
 class Shy(View):
@@ -78,9 +78,12 @@ VARIANTS: dict[str, tuple[str, dict[str, list[tuple[Any, str, Any]]]]] = {
         str(folding.SLACK),
         {str(x): [(folding, "SLACK", x)] for x in (0.0, 2.0)},
     ),
-    "what counts in means of keys and values": ("attention foreseen", {"tokens": [(cache, "fold", fold_by_number)]}),
+    "what counts in means of keys and values": (
+        "attention foreseen",
+        {"tokens": [(line_cache, "fold", fold_by_number)]},
+    ),
     "what counts in victims and means": ("attention foreseen", {"tokens": [(View, "strength", by_number)]}),
-    "the finished line absorbs": ("yes", {"no": [(cache, "fold", fold_shyly)]}),
+    "the finished line absorbs": ("yes", {"no": [(line_cache, "fold", fold_shyly)]}),
 }
 
 

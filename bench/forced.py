@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_core.attention import line_probabilities
-from linear_core.cache import LineCache
-from linear_core.generate import Decoder, end_line
+from linear_core.cache.attention import line_probabilities
+from linear_core.cache.line_cache import LineCache
 from linear_core.grid import Grid
+from linear_core.loop.generate import Decoder, end_line
 from linear_core.plan import CachePlan
 from linear_core.policies import get_policy
 

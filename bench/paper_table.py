@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.machine import circumstances, copy_bandwidth
 from bench.shapes import SHAPES, ModelShape
 from bench.speed import measure
-from linear_core.memory import run_bytes
+from linear_core.loop.memory import run_bytes
 from linear_core.plan import CachePlan
 
 GB = 1e9

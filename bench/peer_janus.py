@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.machine import synchronize
 from bench.shapes import ModelShape
-from linear_core.families.janus import place
+from linear_core.checkpoints.families.janus import place
 from linear_core.models.janus import Janus
 
 

@@ -41,9 +41,9 @@ from bench import machine
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
 from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
+from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model
 from linear_core.errors import UserError
-from linear_core.generate import Run, generate
-from linear_core.library import ModelFiles, bundled_files, find_tokenizer, load_model
+from linear_core.loop.generate import Run, generate
 from linear_core.plan import CachePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.uncertainty import half_width, ratio_interval
-from linear_core.preview import decode
-from linear_core.sheet import contact_sheet, save
+from linear_core.pictures.preview import decode
+from linear_core.pictures.sheet import contact_sheet, save
 
 if TYPE_CHECKING:
     from bench.quality import Lab

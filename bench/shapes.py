@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from linear_core.checkpoints.library import bundled_files, load_model
 from linear_core.grid import Grid
-from linear_core.library import bundled_files, load_model
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.models.lumina import Lumina, LuminaConfig

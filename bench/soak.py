@@ -2,10 +2,11 @@
 
     COMFYUI_DIR=path/to/ComfyUI python bench/soak.py --out bench/results/soak.json
 
-Starts ComfyUI on the CPU with this pack (see tests/comfy_server.py for COMFYUI_PYTHON) and queues prompts of --batch
-images with the bundled model: seeds, policies, budgets and storages change, now and then one is stopped half-way, the
-models are taken away, or a mistake is made. After each prompt it reads from /proc what the process holds; Linux only.
-ComfyUI keeps what each run told the page, for up to 10000 runs; that history is emptied as it goes, and its size said.
+Starts ComfyUI on the CPU with this pack (see tests/nodes/comfy_server.py for COMFYUI_PYTHON) and queues prompts of
+--batch images with the bundled model: seeds, policies, budgets and storages change, now and then one is stopped
+half-way, the models are taken away, or a mistake is made. After each prompt it reads from /proc what the process
+holds; Linux only. ComfyUI keeps what each run told the page, for up to 10000 runs; that history is emptied as it goes,
+and its size is reported.
 
 The memory's slope is that of a straight line through the second half of the prompts; its interval comes from blocks
 drawn again, as neighbouring prompts are alike. Exit status 1: something is left over, or the slope is surely above
@@ -27,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.machine import circumstances
-from tests.comfy_server import WORKFLOWS, Server, comfyui
+from tests.nodes.comfy_server import WORKFLOWS, Server, comfyui
 
 CACHES = [
     *[{"preset": name} for name in ("Balanced", "Smallest", "LineAR", "Full")],

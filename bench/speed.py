@@ -41,15 +41,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.machine import Peak, circumstances, copy_bandwidth, load, resident, spread, timed
 from bench.peer import WHICH, Peer, chosen, problem
 from bench.shapes import SHAPES, ModelShape, count
-from linear_core.attention import ATTENTIONS, SWITCH, no_kernel
-from linear_core.cache import LineCache
-from linear_core.generate import draw, end_line, evict, generate
-from linear_core.graph import Captured, CapturedEnd, CapturedStep
-from linear_core.memory import run_bytes
-from linear_core.packed import pack
+from linear_core.cache.attention import ATTENTIONS, SWITCH, no_kernel
+from linear_core.cache.line_cache import LineCache
+from linear_core.loop.generate import draw, end_line, evict, generate
+from linear_core.loop.graph import Captured, CapturedEnd, CapturedStep
+from linear_core.loop.memory import run_bytes
+from linear_core.loop.sampling import Noise
+from linear_core.models.packed import pack
 from linear_core.plan import STORAGES, CachePlan
 from linear_core.policies import POLICIES, get_policy
-from linear_core.sampling import Noise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIB = 2**20

@@ -22,16 +22,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from linear_core.checkpoints.library import bundled_files, load_model
 from linear_core.events import Line, Started, Trace, detail
-from linear_core.generate import generate
 from linear_core.grid import Grid
-from linear_core.library import bundled_files, load_model
+from linear_core.loop.generate import generate
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.pictures.preview import Painter, Preview
+from linear_core.pictures.sheet import to_image
 from linear_core.plan import CachePlan, SamplePlan
-from linear_core.preview import Painter, Preview
 from linear_core.prompts import class_prompt
-from linear_core.sheet import to_image
-from linear_core.vq.tokenizer import VQTokenizer
+from linear_core.tokenizers.tokenizer import VQTokenizer
 
 
 def run(model: LlamaGen, tokenizer: VQTokenizer, told: bool) -> tuple[float, float, float, int, int]:

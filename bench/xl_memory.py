@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.shapes import CODES
 from bench.shapes import LLAMAGEN as SIZES
-from linear_core.generate import Run, generate
+from linear_core.checkpoints.library import ModelFiles, load_model
 from linear_core.grid import Grid
-from linear_core.library import ModelFiles, load_model
+from linear_core.loop.generate import Run, generate
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.plan import PRESETS, CachePlan
 from linear_core.prompts import class_prompt
-from linear_core.vq.tokenizer import VQConfig, VQTokenizer
+from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
 
 VQ = VQConfig(CODES, 8, 256, (512, 256, 256, 128, 128), 3)  # VQ-16, its decoder
 MIB = 2**20

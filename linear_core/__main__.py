@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import library, text
-from .convert import convert
+from .checkpoints import library, text
+from .checkpoints.convert import convert
+from .checkpoints.families import ModelInfo
+from .checkpoints.library import ImageModel, ModelFiles
 from .errors import UserError
-from .families import ModelInfo
-from .generate import Run, evict, generate
-from .graph import Graphs
-from .heatmap import heatmap, lifetime
-from .library import ImageModel, ModelFiles
-from .memory import fits, free_memory, run_bytes
-from .packed import pack
+from .loop.generate import Run, evict, generate
+from .loop.graph import Graphs
+from .loop.memory import fits, free_memory, run_bytes
+from .loop.waves import Wave, Waves, ran_out
+from .models.packed import pack
+from .pictures.heatmap import heatmap, lifetime
+from .pictures.preview import EMPTY, Preview, decode
+from .pictures.sheet import contact_sheet, save, to_image
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
-from .preview import EMPTY, Preview, decode
 from .prompts import Prompt, class_prompt
-from .sheet import contact_sheet, save, to_image
-from .waves import Wave, Waves, ran_out
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention
-from .cache import LineCache as Slots
+from .cache import attention
+from .cache.line_cache import LineCache as Slots
 from .errors import UserError
-from .generate import end_line
 from .grid import Grid
+from .loop.generate import end_line
 from .plan import CachePlan, CacheShape
 from .policies import get_policy
 
@@ -36,8 +36,8 @@ try:
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
     raise UserError(
-        f"linear_core.hf: needs transformers 4.57 or newer ({error}); install it, or use linear_core.generate, which "
-        "needs none."
+        f"linear_core.hf: needs transformers 4.57 or newer ({error}); install it, or use linear_core.loop.generate, "
+        "which needs none."
     ) from error
 
 NAME = "line_cache"

@@ -7,9 +7,9 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
+from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
-from ..linear_core.sheet import to_image
 from . import host
 from .live import COMPARE, SIZE, draw, report
 from .sockets import CACHE, MODEL, PROMPT, Model, connected

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..linear_core.download import Fetched, download
-from ..linear_core.published import RELEASES, Release
+from ..linear_core.checkpoints.download import Fetched, download
+from ..linear_core.checkpoints.published import RELEASES, Release
 from . import host
 
 SCALE = 2**20  # the progress bar counts MiB

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from ..linear_core import published
-from ..linear_core.errors import UserError, quoted
-from ..linear_core.families import ModelInfo
-from ..linear_core.families.llamagen import imagenet_classes
-from ..linear_core.library import (
+from ..linear_core.checkpoints import published
+from ..linear_core.checkpoints.families import ModelInfo
+from ..linear_core.checkpoints.families.llamagen import imagenet_classes
+from ..linear_core.checkpoints.library import (
     BUNDLED,
     ModelFiles,
     bundled_files,
@@ -22,9 +21,10 @@ from ..linear_core.library import (
     is_tokenizer,
     read_info,
 )
-from ..linear_core.text import TextFiles, find_text_encoder, is_text_encoder
-from ..linear_core.untrusted import inside
-from ..linear_core.weights import INDEXES, read_weights, shards, whole
+from ..linear_core.checkpoints.text import TextFiles, find_text_encoder, is_text_encoder
+from ..linear_core.checkpoints.untrusted import inside
+from ..linear_core.checkpoints.weights import INDEXES, read_weights, shards, whole
+from ..linear_core.errors import UserError, quoted
 from . import host
 
 BUNDLED_NAME = f"{BUNDLED} (bundled)"

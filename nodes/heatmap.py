@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.heatmap import heatmap, lifetime
+from ..linear_core.pictures.heatmap import heatmap, lifetime
 from . import host
 from .sockets import TOKENS, Tokens, connected
 

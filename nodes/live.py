@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
-from ..linear_core.generate import Run, evict, generate
-from ..linear_core.graph import Graphs
-from ..linear_core.memory import fits, run_bytes
+from ..linear_core.loop.generate import Run, evict, generate
+from ..linear_core.loop.graph import Graphs
+from ..linear_core.loop.memory import fits, run_bytes
+from ..linear_core.loop.waves import Waves, together
+from ..linear_core.pictures.preview import Painter, Preview
+from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan, SamplePlan
-from ..linear_core.preview import Painter, Preview
 from ..linear_core.prompts import Prompt
-from ..linear_core.sheet import to_image
-from ..linear_core.waves import Waves, together
 from . import host
 from .sockets import Model
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..linear_core.checkpoints.library import load_model
 from ..linear_core.errors import UserError
-from ..linear_core.library import load_model
 from . import files, host
 from .sockets import MODEL, Model
 

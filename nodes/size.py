@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linear_core.families import ModelInfo
-from ..linear_core.families.lumina import SIDES
+from ..linear_core.checkpoints.families import ModelInfo
+from ..linear_core.checkpoints.families.lumina import SIDES
 from ..linear_core.sizes import sizes
 
 OWN = "the model's own"

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..linear_core.checkpoints.library import ImageModel
 from ..linear_core.errors import UserError
 from ..linear_core.grid import Grid
-from ..linear_core.library import ImageModel
+from ..linear_core.pictures.preview import decode
 from ..linear_core.plan import CachePlan
-from ..linear_core.preview import decode
 from ..linear_core.prompts import Prompt
 from . import host
 

@@ -10,8 +10,8 @@ import torch
 from comfy_api.latest import io
 from torch import nn
 
+from ..linear_core.checkpoints.text import prompt
 from ..linear_core.errors import UserError
-from ..linear_core.text import prompt
 from . import files, host
 from .size import OWN, size_input, sized
 from .sockets import MODEL, PROMPT, Model, connected

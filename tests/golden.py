@@ -1,4 +1,4 @@
-"""Keep a release's workflows and schemas for tests/test_golden.py, under the version that pyproject.toml names.
+"""Keep a release's workflows and schemas for tests/nodes/test_golden.py, under the version that pyproject.toml names.
 
 python tests/golden.py
 """

@@ -21,7 +21,7 @@ from tests import versions
 ROOT = versions.ROOT
 FLOOR = re.compile(r'requires-comfyui = ">=(.+)"')
 TESTED = ("__init__.py", "linear_core", "nodes", "web", "workflows", "pyproject.toml", "requirements.txt", "tests")
-ARCHIVE = ("-m", "pytest", "-p", "no:cacheprovider", "tests/test_packaging.py")
+ARCHIVE = ("-m", "pytest", "-p", "no:cacheprovider", "tests/project/test_packaging.py")
 Check = Callable[[], str]  # what is not done; an empty text: it is
 
 

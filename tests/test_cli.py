@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from linear_core import library
 from linear_core.__main__ import main
-from linear_core.memory import run_bytes
+from linear_core.checkpoints import library
+from linear_core.loop.memory import run_bytes
 from linear_core.plan import PRESETS, CachePlan
 from linear_core.policies import POLICIES
 

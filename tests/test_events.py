@@ -29,9 +29,9 @@ from linear_core.events import (
     unpack,
     unpack_codes,
 )
-from linear_core.generate import generate
 from linear_core.grid import Grid
-from linear_core.memory import run_bytes
+from linear_core.loop.generate import generate
+from linear_core.loop.memory import run_bytes
 from linear_core.plan import PRESETS, RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
@@ -274,7 +274,7 @@ def test_javascript_knows_the_fields():
 def test_javascript_replays_the_same(case, detail):
     """web/state.js says after every line what Python says: shares, heads, layers and when each cell was evicted."""
     lines, told = trace(*case, detail=detail)
-    script = ROOT / "tests" / "replay.mjs"
+    script = ROOT / "tests" / "web" / "replay.mjs"
     out = subprocess.run(["node", script], input=json.dumps(told.events), capture_output=True, text=True, check=True)
     answers = json.loads(out.stdout)
     run = told.started

@@ -24,15 +24,15 @@ from transformers import AttentionInterface, DynamicCache, JanusForConditionalGe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
+from linear_core.checkpoints.families.janus import place  # noqa: E402
 from linear_core.errors import UserError  # noqa: E402
-from linear_core.families.janus import place  # noqa: E402
 from linear_core.grid import Grid  # noqa: E402
 from linear_core.hf import NAME, LineCache, line_attention  # noqa: E402
 from linear_core.models.janus import Janus, JanusConfig  # noqa: E402
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan  # noqa: E402
 from linear_core.policies import POLICIES, Policy  # noqa: E402
 from linear_core.prompts import Prompt, token_prompt  # noqa: E402
-from tests.test_oracles import predict  # noqa: E402
+from tests.cache.test_oracles import predict  # noqa: E402
 from tests.tiny import decode, policy, watched  # noqa: E402
 
 BOS, EOS, PAD, BOI = 0, 1, 2, 4
@@ -328,7 +328,7 @@ def ours() -> Janus:
 def test_it_holds_what_our_own_janus_holds(name, release, lengths):
     """Two loops, two decoders, one set of weights: codes, logits and the tokens held are the same after every token.
 
-    Ours drawn by `linear_core.generate`, transformers' by its own `generate`; greedy, with guidance.
+    Ours drawn by `linear_core.loop.generate`, transformers' by its own `generate`; greedy, with guidance.
     """
     plan, (ids, mask) = CachePlan(name, 2, 2, 1, release), words(lengths)
     rows = [row[row.shape[0] - length :].tolist() for row, length in zip(ids, lengths, strict=True)]

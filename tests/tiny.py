@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.attention import attend
-from linear_core.cache import LineCache
+from linear_core.cache.attention import attend
+from linear_core.cache.line_cache import LineCache
+from linear_core.cache.view import View
 from linear_core.events import Line
-from linear_core.generate import generate
 from linear_core.grid import Grid
+from linear_core.loop.generate import generate
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.models.lumina import Lumina, LuminaConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import Prompt, token_prompt
-from linear_core.view import View
 
 CLASSES, CODES = 5, 23
 CAPTION, CAPTION_DIM = 7, 6  # slots of a caption, numbers a slot

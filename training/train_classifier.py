@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from linear_core.library import bundled_files, load_tokenizer
-from linear_core.vq.tokenizer import VQTokenizer
+from linear_core.checkpoints.library import bundled_files, load_tokenizer
+from linear_core.tokenizers.tokenizer import VQTokenizer
 from training import scenes
 
 WEIGHTS = Path(__file__).parents[1] / "bench" / "classifier.safetensors"

@@ -24,7 +24,7 @@ from train_vq import pictures
 from linear_core.grid import Grid
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.prompts import Prompt
-from linear_core.vq.tokenizer import VQTokenizer
+from linear_core.tokenizers.tokenizer import VQTokenizer
 
 GRID = Grid(24, 24)
 CONFIG = LlamaGenConfig(layers=6, width=256, heads=8, hidden=768, codes=VQ_CONFIG.codes, classes=len(scenes.CLASSES))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_core.vq.tokenizer import VQConfig, VQTokenizer
+from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
 
 CONFIG = VQConfig(
     codes=1024,

@@ -7,7 +7,7 @@
  * line says how much of that line is left.
  */
 
-/** Cividis, nine points: linear_core/heatmap.py has the same, and a test holds the two equal. */
+/** Cividis, nine points: linear_core/pictures/heatmap.py has the same, and a test holds the two equal. */
 export const CIVIDIS = [
   [0.000, 0.135, 0.304], [0.000, 0.213, 0.430], [0.207, 0.289, 0.420], [0.348, 0.367, 0.425], [0.476, 0.448, 0.445],
   [0.607, 0.530, 0.438], [0.747, 0.620, 0.406], [0.889, 0.717, 0.338], [0.996, 0.909, 0.217],

@@ -298,7 +298,7 @@ export function cacheBytes(shape, grid, plan, sequences) {
 }
 
 /**
- * Bytes of a run beside the weights, as linear_core.memory.run_bytes has it; a test holds the two equal.
+ * Bytes of a run beside the weights, as linear_core.loop.memory.run_bytes has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, dim: number, prompt: number, bytes_per_number: number, codes: number, device: string }} model
  * @param {{ rows: number, stride: number }} grid
  * @param {{ policy: string, budget: number, release?: string }} plan

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .storage import Held
 
 ATTENTIONS = ("sdpa", "kernel")

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..grid import Grid
+from ..plan import CachePlan, CacheShape
 from .attention import attend, kernel, line_probabilities
 from .fold import fold
-from .grid import Grid
-from .plan import CachePlan, CacheShape
 from .storage import STORAGE
 from .view import View
 

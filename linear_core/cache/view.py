@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..grid import Grid
 from .attention import line_probabilities
-from .grid import Grid
 from .outlook import LINES, Outlook, look_ahead, wide
 
 SPARE = 0.1

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..models.llamagen import LlamaGen
+from ..tokenizers.tokenizer import VQTokenizer
 from . import library
-from .errors import UserError
 from .families import llamagen
-from .models.llamagen import LlamaGen
-from .vq.tokenizer import VQTokenizer
 from .weights import Places, Weights, checked, matching, read_weights
 
 Notes = dict[str, str]

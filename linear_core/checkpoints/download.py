@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from .errors import UserError
+from ..errors import UserError
 from .published import HUB, Release, Remote
 
 CHUNK = 2**20

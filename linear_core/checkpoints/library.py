@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UserError, quoted
+from ..models.blocks import Ops
+from ..prompts import Prompt
+from ..prompts.words import Words
+from ..tokenizers.layouts import renamed, taming_top
+from ..tokenizers.tokenizer import VQConfig, VQTokenizer
+from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .blocks import Ops
-from .errors import UserError, quoted
 from .families import Family, ModelInfo, janus, llamagen, lumina
-from .prompts import Prompt
-from .prompts.words import Words
-from .vq.layouts import renamed, taming_top
-from .vq.tokenizer import VQConfig, VQTokenizer
-from .vq.tokenizer import read_config as read_vq_config
 from .weights import SUFFIXES, Place, Places, Weights, fill, read_weights, unless, whole
 
 FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
 UNSCALED = "chameleon-vq"  # what a converted file says of itself: its layout is ours, its codebook as Chameleon's
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
 
 # What a VQ tokenizer's file carries besides its weights: a counter and losses of training.
@@ -44,7 +44,7 @@ class ImageModel:
     """A decoder and the tokenizer whose codes it draws."""
 
     info: ModelInfo
-    decoder: Any  # what linear_core.generate.Decoder says
+    decoder: Any  # what linear_core.loop.generate.Decoder says
     tokenizer: VQTokenizer
     files: ModelFiles = field(repr=False)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..prompts import Prompt
+from ..prompts.caption import clean
+from ..prompts.t5 import PROBE, T5Tokenizer, build, encode, text_prompt
 from . import published
-from .errors import UserError
-from .prompts import Prompt
-from .prompts.caption import clean
-from .prompts.t5 import PROBE, T5Tokenizer, build, encode, text_prompt
 from .weights import Weights, checked, listed, read_weights
 
 INDEX = "model.safetensors.index.json"

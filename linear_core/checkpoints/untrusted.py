@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 MIB = 2**20
 JSON_BYTES = 16 * MIB  # the largest published, Lumina-mGPT's config with its vocabulary, takes 2

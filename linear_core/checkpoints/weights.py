@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .errors import UserError, quoted
+from ..errors import UserError, quoted
 from .untrusted import check_archive, check_header, inside, read_json
 
 PIECE = 2**28  # bytes

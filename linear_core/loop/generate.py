@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import LineCache
-from .errors import UserError
-from .events import Line
-from .grid import Grid
+from ..cache.line_cache import LineCache
+from ..cache.view import View
+from ..errors import UserError
+from ..events import Line
+from ..grid import Grid
+from ..plan import CachePlan, CacheShape, SamplePlan
+from ..policies import Policy, choose, get_policy
 from .memory import fold_pairs
-from .plan import CachePlan, CacheShape, SamplePlan
-from .policies import Policy, choose, get_policy
 from .sampling import Noise, guide, pick, restrict
-from .view import View
 
 
 class Decoder(Protocol):

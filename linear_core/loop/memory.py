@@ -7,8 +7,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from .grid import Grid
-from .plan import CachePlan, CacheShape
+from ..grid import Grid
+from ..plan import CachePlan, CacheShape
 
 
 def fold_pairs(device: str) -> int:

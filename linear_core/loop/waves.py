@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .events import Line
+from ..errors import UserError
+from ..events import Line
+from ..plan import SamplePlan
 from .generate import Run
 from .memory import waves
-from .plan import SamplePlan
 
 log = logging.getLogger(__name__)
 

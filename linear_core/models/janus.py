@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import Ops
 from ..grid import Grid
+from .blocks import Ops
 from .llama import Llama, LlamaConfig
 
 DIM = 128  # numbers a head, in every published size

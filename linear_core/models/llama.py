@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import Block, Ops, rope_1d, turn_halves
-from ..cache import LineCache
+from ..cache.line_cache import LineCache
 from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
+from .blocks import Block, Ops, rope_1d, turn_halves
 from .raster import Raster
 
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import Block, Ops, rope_2d, turn_pairs
-from ..cache import LineCache
+from ..cache.line_cache import LineCache
 from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
+from .blocks import Block, Ops, rope_2d, turn_pairs
 from .raster import Raster
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # published widths

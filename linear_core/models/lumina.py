@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..blocks import Ops
 from ..grid import Grid
+from .blocks import Ops
 from .llama import Llama, LlamaConfig
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import attend
-from ..cache import LineCache
+from ..cache.attention import attend
+from ..cache.line_cache import LineCache
 from ..grid import Grid
 from ..plan import CacheShape
 

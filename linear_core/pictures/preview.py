@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .events import Line
-from .vq.tokenizer import VQTokenizer, to_pixels
-from .waves import ran_out
+from ..errors import UserError
+from ..events import Line
+from ..loop.waves import ran_out
+from ..tokenizers.tokenizer import VQTokenizer, to_pixels
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..cache.view import View
 from ..plan import CachePlan
-from ..view import View
 from .choose import protect
 from .policy import Policy
 from .share_out import share_out

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache.view import View
 from ..plan import CachePlan
-from ..view import View
 from .policy import Policy
 from .share_out import share_out_layers
 

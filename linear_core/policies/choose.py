@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..view import View
+from ..cache.view import View
 
 
 def protect(scores: Tensor, index: Tensor, view: View, anchors: int, recent: int) -> Tensor:

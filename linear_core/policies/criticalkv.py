@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..outlook import wide
-from ..view import View
+from ..cache.outlook import wide
+from ..cache.view import View
 from .policy import Policy
 from .rank import rank
 

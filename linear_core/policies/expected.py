@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..outlook import wide
-from ..view import View
+from ..cache.outlook import wide
+from ..cache.view import View
 
 
 def expected(view: View) -> Tensor:

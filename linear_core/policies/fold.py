@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..outlook import vectors, wide
-from ..view import View
+from ..cache.outlook import vectors, wide
+from ..cache.view import View
 
 
 def fold(view: View) -> Tensor:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..view import View
+from ..cache.view import View
 
 
 def h2o(view: View) -> Tensor:

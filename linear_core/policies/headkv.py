@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..cache.view import View
 from ..plan import CachePlan
-from ..view import View
 from .line import line
 from .policy import Policy
 from .reach import reach

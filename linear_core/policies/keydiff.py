@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..view import View
+from ..cache.view import View
 
 
 def keydiff(view: View) -> Tensor:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..view import View
+from ..cache.view import View
 
 
 def next_line(view: View) -> Tensor:

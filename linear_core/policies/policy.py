@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..cache.view import View
 from ..plan import CachePlan
-from ..view import View
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cache.view import View
 from ..plan import CachePlan
-from ..view import View
 from .policy import Policy
 from .share_out import share_out_layers
 from .snapkv import snapkv

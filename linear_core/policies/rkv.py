@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..view import View
+from ..cache.view import View
 
 WINDOW = 8
 KERNEL = 7

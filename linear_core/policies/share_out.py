@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cache.view import View
 from ..plan import HEADROOM, CachePlan
-from ..view import View
 
 STEPS = 60
 LEAST = 1e-4  # of the mean weight: nobody weighs nothing

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..view import View
+from ..cache.view import View
 from .h2o import h2o
 
 SEMANTIC = 0.5

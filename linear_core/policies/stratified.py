@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..view import View
+from ..cache.view import View
 from .policy import Policy
 from .rank import rank
 

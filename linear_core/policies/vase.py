@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..outlook import wide
-from ..view import View
+from ..cache.outlook import wide
+from ..cache.view import View
 from .policy import Policy
 from .random import random
 from .rank import rank

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import Prompt, token_prompt
+from ..prompts import Prompt, token_prompt
 from .words import Words
 
 BEGIN = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"

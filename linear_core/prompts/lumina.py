@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from ..errors import UserError
 from ..grid import Grid
+from ..prompts import Prompt, token_prompt
 from ..sizes import STEP, Size
-from . import Prompt, token_prompt
 from .words import Words
 
 BEGIN, END_OF_TURN = "<s>", "<reserved08706>"

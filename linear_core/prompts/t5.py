@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import Prompt
+from ..prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel

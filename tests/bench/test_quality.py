@@ -16,10 +16,10 @@ from bench import quality
 from bench.forced import FULL, drift, forced_logits, reference
 from bench.report import Field, bars
 from bench.uncertainty import frechet, frechet_excess, half_width, ratio_interval, share_interval
-from linear_core.library import ModelFiles
+from linear_core.checkpoints.library import ModelFiles
 from linear_core.plan import CachePlan, SamplePlan
-from tests import official
-from tests.test_replay import setting
+from tests.loop.test_replay import setting
+from tests.models import official
 from tests.tiny import CODES, decode, janus, llamagen, words
 
 PLANS = [

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from linear_core import packed
-from linear_core.attention import attend
-from linear_core.generate import generate
+from linear_core.cache.attention import attend
+from linear_core.loop.generate import generate
+from linear_core.models import packed
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import class_prompt
 from tests.tiny import janus, llamagen, words

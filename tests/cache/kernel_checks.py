@@ -1,6 +1,6 @@
 """What the kernel computes, beside PyTorch's attention and in double precision.
 
-`tests/test_kernel.py` runs this file in processes of their own: in Triton's interpreter on the CPU (TRITON_INTERPRET=1,
+`test_kernel.py` runs this file in processes of their own: in Triton's interpreter on the CPU (TRITON_INTERPRET=1,
 which Triton has to find when it is imported), and on a GPU as it is compiled.
 """
 
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from bench import speed
 from bench.shapes import SHAPES, ModelShape
-from linear_core import kernel
-from linear_core.attention import SWITCH, attend
-from linear_core.cache import LineCache
-from linear_core.generate import generate
-from linear_core.graph import Captured
+from linear_core.cache import kernel
+from linear_core.cache.attention import SWITCH, attend
+from linear_core.cache.kernel import attend_one
+from linear_core.cache.line_cache import LineCache
+from linear_core.cache.storage import Held, Int8
 from linear_core.grid import Grid
-from linear_core.kernel import attend_one
+from linear_core.loop.generate import generate
+from linear_core.loop.graph import Captured
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import class_prompt
-from linear_core.storage import Held, Int8
-from tests.test_bench import last_line
+from tests.bench.test_bench import last_line
 from tests.tiny import Recorder, janus, llamagen, words
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.attention import attend, line_probabilities
-from linear_core.cache import LineCache
+from linear_core.cache.attention import attend, line_probabilities
+from linear_core.cache.line_cache import LineCache
+from linear_core.cache.view import View
 from linear_core.grid import Grid
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
-from linear_core.view import View
 from tests.tiny import Toy, decode, policy
 
 LAYERS, ROWS, HEADS, DIM, PROMPT = 2, 3, 2, 4, 2

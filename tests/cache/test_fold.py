@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.blocks import rope_2d, turn_pairs
-from linear_core.cache import LineCache
-from linear_core.fold import SLACK, fold
+from linear_core.cache.fold import SLACK, fold
+from linear_core.cache.line_cache import LineCache
+from linear_core.cache.outlook import LINES
+from linear_core.cache.view import SPARE, View
 from linear_core.grid import Grid
+from linear_core.models.blocks import rope_2d, turn_pairs
 from linear_core.models.llamagen import ROPE_BASE
-from linear_core.outlook import LINES
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
-from linear_core.view import SPARE, View
 from tests.tiny import Toy, caption_prompt, decode, llamagen
 
 DOUBLE = torch.float64

@@ -1,4 +1,4 @@
-"""Our kernel for one query: who gets it, that it compiles for GPUs, and what it computes (`tests/kernel_checks.py`)."""
+"""Our kernel for one query: who gets it, that it compiles for GPUs, and what it computes (`kernel_checks.py`)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from bench import speed
-from linear_core import attention
 from linear_core.__main__ import main
-from linear_core.attention import SWITCH, no_kernel
-from linear_core.cache import LineCache
+from linear_core.cache import attention
+from linear_core.cache.attention import SWITCH, no_kernel
+from linear_core.cache.line_cache import LineCache
+from linear_core.cache.storage import STORAGE, Held
 from linear_core.errors import UserError
-from linear_core.generate import generate
 from linear_core.grid import Grid
+from linear_core.loop.generate import generate
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
-from linear_core.storage import STORAGE, Held
-from tests.test_speed import Allocations
+from tests.bench.test_speed import Allocations
 from tests.tiny import Recorder, llamagen
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -95,7 +95,7 @@ def test_the_command_line_and_the_benchmark_say_so(gpu, monkeypatch, capsys):
 
 
 def test_who_does_not_ask_needs_no_triton():
-    code = "import sys, linear_core.generate; sys.exit('linear_core.kernel' in sys.modules)"
+    code = "import sys, linear_core.loop.generate; sys.exit('linear_core.cache.kernel' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -130,7 +130,7 @@ def test_it_is_given_what_would_be_read(release, static, storage, monkeypatch):
         return stand_in(*given)
 
     for kernel in (None, counted):
-        monkeypatch.setattr("linear_core.cache.kernel", lambda device, dtype, kernel=kernel: kernel)
+        monkeypatch.setattr("linear_core.cache.line_cache.kernel", lambda device, dtype, kernel=kernel: kernel)
         run = Recorder(model)
         above = torch.arange(8).view(1, 2, 4)
         run.lines.extend(generate(run, class_prompt([1, 3]), plan, sample, static=static, above=above))
@@ -199,7 +199,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 def launches(monkeypatch, held: Held, rows: int, dtype: torch.dtype) -> dict[str, Launches]:
     """What one query over these slots, as keys and as values, starts on the GPU."""
-    from linear_core import kernel
+    from linear_core.cache import kernel
 
     told = {name: Launches() for name in ("_attend", "_put_together")}
     heads, slots, dim = held.numbers.shape[1:]
@@ -224,7 +224,7 @@ def slots_of(storage: str, rows: int, dim: int, dtype: torch.dtype) -> Held:
 def test_it_compiles_for_gpus(dim, storage, capability, monkeypatch, tmp_path):
     """To machine code, which needs no GPU: every dtype, slots shared among programs and not."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from linear_core import kernel
+    from linear_core.cache import kernel
 
     for dtype, rows in ((DTYPES[0], 1), (DTYPES[0], 128), (DTYPES[1], 1), (DTYPES[2], 1)):
         told = launches(monkeypatch, slots_of(storage, rows, dim, dtype), rows, dtype)
@@ -256,7 +256,7 @@ def test_it_computes_what_pytorchs_does(where):
     if where == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     env = {**os.environ, "TRITON_INTERPRET": "1"} if where == "interpreter" else dict(os.environ)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/kernel_checks.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/cache/kernel_checks.py"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90

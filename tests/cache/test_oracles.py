@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_core.cache.view import View
 from linear_core.plan import RELEASES, UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import class_prompt
-from linear_core.view import View
 from tests.tiny import Recorder, Toy, caption_prompt, decode, janus, llamagen, lumina, lumina_words, policy, words
 
 
@@ -95,7 +95,7 @@ def run(name: str, release: str, case: Case) -> Recorder:
 
 
 every_run = pytest.mark.parametrize("which", RUNS, ids=name_of)
-# Folding changes keys and values, which no mask can describe: tests/test_fold.py has its oracles.
+# Folding changes keys and values, which no mask can describe: tests/cache/test_fold.py has its oracles.
 every_dropping_run = pytest.mark.parametrize("which", [run for run in RUNS if run[1] != "fold"], ids=name_of)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.cache import LineCache
-from linear_core.generate import generate
+from linear_core.cache.line_cache import LineCache
+from linear_core.cache.storage import Full, Int8
 from linear_core.grid import Grid
+from linear_core.loop.generate import generate
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
-from linear_core.storage import Full, Int8
 from tests.tiny import Recorder, decode, llamagen
 
 LEAD, SLOTS, STRIDE, DIM = (2, 3, 2), 11, 4, 6

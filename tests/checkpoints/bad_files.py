@@ -29,12 +29,12 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from linear_core.library import ModelFiles, find_tokenizer, load_model
+from linear_core.checkpoints.library import ModelFiles, find_tokenizer, load_model
+from linear_core.checkpoints.text import find_text_encoder, load_encoder
 from linear_core.models.llamagen import HEADS
-from linear_core.text import find_text_encoder, load_encoder
-from linear_core.vq.tokenizer import VQConfig, VQTokenizer
-from tests import llamagen_reference as llamagen
-from tests import lumina_official, lumina_reference, official, official_janus
+from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
+from tests.models import llamagen_reference as llamagen
+from tests.models import lumina_official, lumina_reference, official, official_janus
 
 Damage = Callable[[Path], None]
 CANARY = "the canary flew"  # the file that appears where something was run

@@ -1,6 +1,6 @@
 """Files from strangers: whatever is wrong with one is told in a sentence, at once, and nothing in it is run.
 
-The cases are in tests/bad_files.py. `python -m pytest tests/test_bad_files.py` runs them all.
+The cases are in tests/checkpoints/bad_files.py. `python -m pytest tests/checkpoints/test_bad_files.py` runs them all.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from linear_core.checkpoints.library import find_checkpoints
+from linear_core.checkpoints.untrusted import NAMED, inside
+from linear_core.checkpoints.weights import read_weights
 from linear_core.errors import UserError
-from linear_core.library import find_checkpoints
-from linear_core.untrusted import NAMED, inside
-from linear_core.weights import read_weights
-from tests import bad_files
-from tests.bad_files import CANARY, CASES, LAYOUTS, Case
+from tests.checkpoints import bad_files
+from tests.checkpoints.bad_files import CANARY, CASES, LAYOUTS, Case
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
@@ -71,7 +71,7 @@ def test_the_good_files_load(made: dict[str, Path]) -> None:
 
 def test_there_are_more_than_a_thousand_cases() -> None:
     """As many as the README says; each has a name of its own, and each layout is damaged in many ways."""
-    assert f"{len(CASES)} bad files" in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{len(CASES)} bad files" in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert len(CASES) == len(list(bad_files.cases())) == 1125
     assert all(sum(case.layout == layout for case in CASES.values()) >= 60 for layout in LAYOUTS)
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linear_core import convert as converting
-from linear_core import library, published
 from linear_core.__main__ import main
-from linear_core.convert import convert
+from linear_core.checkpoints import convert as converting
+from linear_core.checkpoints import library, published
+from linear_core.checkpoints.convert import convert
+from linear_core.checkpoints.library import ModelFiles, find_tokenizer, load_model, load_tokenizer, read_info
+from linear_core.checkpoints.weights import read_weights
 from linear_core.errors import UserError
-from linear_core.library import ModelFiles, find_tokenizer, load_model, load_tokenizer, read_info
 from linear_core.models.llamagen import HEADS
-from linear_core.weights import read_weights
-from tests import official
+from tests.models import official
 
 WIDTH = 64
 

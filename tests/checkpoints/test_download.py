@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from linear_core import download as downloading
-from linear_core.download import download
+from linear_core.checkpoints import download as downloading
+from linear_core.checkpoints.download import download
+from linear_core.checkpoints.published import Release, Remote, Repository
 from linear_core.errors import UserError
-from linear_core.published import Release, Remote, Repository
 
 requests = pytest.importorskip("requests")
 
@@ -258,7 +258,7 @@ def test_stop(hub: Hub, tmp_path: Path) -> None:
 
 def test_nothing_else_opens_a_connection() -> None:
     """The other files of the project name no library that could."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     words = ("requests", "urllib.request", "http.client", "httpx", "aiohttp", "huggingface_hub", "socket", "urlopen")
     for path in [*root.glob("linear_core/**/*.py"), *root.glob("nodes/**/*.py")]:
         text = path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Files of any content at all: a model, or a sentence that says what is wrong, and never another exception.
 
 hypothesis draws bytes, headers, configs and names, always the same ones (`derandomize`), so that a run can be repeated.
-`python -m pytest tests/test_fuzz_files.py` runs this; the dev dependencies have hypothesis.
+`python -m pytest tests/checkpoints/test_fuzz_files.py` runs this; the dev dependencies have hypothesis.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from linear_core.checkpoints.library import read_info
+from linear_core.checkpoints.untrusted import inside
 from linear_core.errors import UserError
-from linear_core.library import read_info
-from linear_core.untrusted import inside
-from tests import bad_files
-from tests.bad_files import LAYOUTS
+from tests.checkpoints import bad_files
+from tests.checkpoints.bad_files import LAYOUTS
 
 pytest.importorskip("hypothesis")
 pytest.importorskip("tokenizers")

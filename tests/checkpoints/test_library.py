@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from linear_core import library
+from linear_core.checkpoints import library
+from linear_core.checkpoints.families import llamagen as family
+from linear_core.checkpoints.library import ModelFiles, load_model, read_info
+from linear_core.checkpoints.weights import read_weights
 from linear_core.errors import UserError
-from linear_core.families import llamagen as family
-from linear_core.library import ModelFiles, load_model, read_info
 from linear_core.prompts import class_prompt
-from linear_core.weights import read_weights
-from tests import llamagen_reference as upstream
+from tests.models import llamagen_reference as upstream
 
 NOTES = {"heads": str(upstream.HEADS), "grid": f"{upstream.GRID}x{upstream.GRID}"}
 

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from linear_core import text
 from linear_core.__main__ import main
+from linear_core.checkpoints import text
 from linear_core.errors import UserError
 from linear_core.prompts import class_prompt
 from linear_core.prompts.caption import clean
 from linear_core.prompts.t5 import LENGTH
-from tests import official
+from tests.models import official
 from tests.tiny import caption_prompt, llamagen
 
 transformers = pytest.importorskip("transformers")

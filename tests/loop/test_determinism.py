@@ -20,14 +20,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core import packed
-from linear_core.generate import generate
+from linear_core.loop.generate import generate
+from linear_core.loop.waves import Waves
+from linear_core.models import packed
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt
-from linear_core.waves import Waves
 from tests import tiny
-from tests.test_nodes import PACK, comfy, one, run, small  # noqa: F401 (fixtures)
-from tests.test_nodes import CachePlan as HostPlan
+from tests.nodes.test_nodes import PACK, comfy, one, run, small  # noqa: F401 (fixtures)
+from tests.nodes.test_nodes import CachePlan as HostPlan
 
 ROWS, COLS = 10, 8
 LABELS = [1, 4, 1, 3, 0, 2, 2, 1]

@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_core import __main__ as command_line
-from linear_core.cache import LineCache
+from linear_core.cache.line_cache import LineCache
 from linear_core.errors import UserError as CoreError
-from linear_core.generate import Run, generate
+from linear_core.loop.generate import Run, generate
+from linear_core.loop.waves import Waves, ran_out
 from linear_core.models.llamagen import LlamaGen
+from linear_core.pictures.preview import Painter
 from linear_core.plan import CachePlan as CorePlan
 from linear_core.plan import SamplePlan
 from linear_core.policies import POLICIES
-from linear_core.preview import Painter
 from linear_core.prompts import class_prompt
-from linear_core.waves import Waves, ran_out
-from tests import comfy_double, tiny
-from tests.test_live import told
-from tests.test_nodes import (  # the fixtures too
+from tests import tiny
+from tests.nodes import comfy_double
+from tests.nodes.test_live import told
+from tests.nodes.test_nodes import (  # the fixtures too
     FULL,
     LINEAR,
     NODES,
@@ -107,8 +108,8 @@ def tall(tmp_path_factory):
     """One layer of the bundled model, 24 lines of 24."""
     folder = tmp_path_factory.mktemp("tall")
     path = cut_down(folder / "tall.safetensors", grid=LINES)
-    files = LINEAR["library"].ModelFiles(path, LINEAR["library"].bundled_files().tokenizer)
-    image = LINEAR["library"].load_model(files, ops=inside("nodes.host:Layers")[0].Layers)
+    files = LINEAR["checkpoints.library"].ModelFiles(path, LINEAR["checkpoints.library"].bundled_files().tokenizer)
+    image = LINEAR["checkpoints.library"].load_model(files, ops=inside("nodes.host:Layers")[0].Layers)
     managed = importlib.import_module(f"{PACK}.nodes.host").managed
     return importlib.import_module(f"{PACK}.nodes.sockets").Model(
         image, managed(image.decoder), managed(image.tokenizer)
@@ -178,27 +179,27 @@ def test_stop_in_a_later_part(tall, comfy, monkeypatch):  # noqa: F811
 LINEAR_EVENTS = importlib.import_module(f"{PACK}.linear_core.events")
 STAGES = [
     ("linear_core.models.llamagen:LlamaGen.with_unconditional", 0),
-    ("linear_core.cache:LineCache.__init__", 0),
+    ("linear_core.cache.line_cache:LineCache.__init__", 0),
     ("linear_core.models.llamagen:LlamaGen.prefill", 0),
-    ("linear_core.cache:LineCache.write_prompt", 0),
+    ("linear_core.cache.line_cache:LineCache.write_prompt", 0),
     ("linear_core.models.llamagen:LlamaGen.step", 45),
     ("nodes.host:Layers.Linear.forward", 300),
     ("nodes.host:Layers.Embedding.forward", 40),
     ("nodes.host:Layers.RMSNorm.forward", 100),
-    ("linear_core.cache:LineCache.attend", 44),
-    ("linear_core.cache:LineCache.write", 44),
-    ("linear_core.cache:LineCache.advance", 44),
-    ("linear_core.sampling:Noise.exponential", 33),
-    ("linear_core.generate:restrict", 20),
-    ("linear_core.generate:pick", 63),
-    ("linear_core.generate:end_line", 5),
-    ("linear_core.generate:evict", 1),
-    ("linear_core.cache:LineCache.extend", 3),
-    ("linear_core.cache:LineCache.view", 1),
-    ("linear_core.generate:choose", 1),
-    ("linear_core.cache:LineCache.release", 2),
-    ("linear_core.cache:fold", 1),
-    ("linear_core.cache:LineCache.share_held", 6),
+    ("linear_core.cache.line_cache:LineCache.attend", 44),
+    ("linear_core.cache.line_cache:LineCache.write", 44),
+    ("linear_core.cache.line_cache:LineCache.advance", 44),
+    ("linear_core.loop.sampling:Noise.exponential", 33),
+    ("linear_core.loop.generate:restrict", 20),
+    ("linear_core.loop.generate:pick", 63),
+    ("linear_core.loop.generate:end_line", 5),
+    ("linear_core.loop.generate:evict", 1),
+    ("linear_core.cache.line_cache:LineCache.extend", 3),
+    ("linear_core.cache.line_cache:LineCache.view", 1),
+    ("linear_core.loop.generate:choose", 1),
+    ("linear_core.cache.line_cache:LineCache.release", 2),
+    ("linear_core.cache.line_cache:fold", 1),
+    ("linear_core.cache.line_cache:LineCache.share_held", 6),
     ("linear_core.events:Trace.add", 4),
     ("nodes.host:tell", 0),
     ("nodes.host:tell", 6),
@@ -227,7 +228,7 @@ def test_an_error_in_every_stage(small, path, after):  # noqa: F811
     [
         ("nodes.live:Live._paint", 0),
         ("nodes.live:Live._paint", 1),
-        ("linear_core.vq.tokenizer:VQTokenizer.decode", 0),
+        ("linear_core.tokenizers.tokenizer:VQTokenizer.decode", 0),
         ("nodes.host:Layers.Conv2d.forward", 3),
         ("nodes.host:Layers.GroupNorm.forward", 3),
     ],
@@ -268,15 +269,15 @@ def test_stop_in_the_last_picture_is_heard():
 @pytest.mark.parametrize(
     ("node", "path"),
     [
-        ("LoadModel", "linear_core.library:fill"),
-        ("LoadModel", "linear_core.library:load_tokenizer"),
+        ("LoadModel", "linear_core.checkpoints.library:fill"),
+        ("LoadModel", "linear_core.checkpoints.library:load_tokenizer"),
         ("LoadModel", "nodes.load:load_model"),
         ("ClassPrompt", "nodes.prompt:class_prompt"),
-        ("Decode", "linear_core.vq.tokenizer:VQTokenizer.decode"),
+        ("Decode", "linear_core.tokenizers.tokenizer:VQTokenizer.decode"),
         ("Decode", "nodes.sockets:decode"),
         ("RetentionHeatmap", "nodes.heatmap:heatmap"),
-        ("EncodeImage", "linear_core.vq.tokenizer:VQTokenizer.encode"),
-        ("Compare", "linear_core.cache:LineCache.release"),
+        ("EncodeImage", "linear_core.tokenizers.tokenizer:VQTokenizer.encode"),
+        ("Compare", "linear_core.cache.line_cache:LineCache.release"),
         ("Compare", "nodes.sockets:decode"),
     ],
 )
@@ -329,7 +330,7 @@ def test_no_room_for_the_cache(small, comfy, monkeypatch, error):  # noqa: F811
     """Parts of half the size, with the same pictures; and the first cache is gone before the second is made."""
     whole = draw(small, batch_size=5)
     kept = Kept()
-    rows = no_more_than(monkeypatch, 2, "linear_core.cache:LineCache.__init__", error=error)
+    rows = no_more_than(monkeypatch, 2, "linear_core.cache.line_cache:LineCache.__init__", error=error)
     comfy.sent.clear()
     parts = draw(small, batch_size=5)
     assert rows == [2, 4, 4], "parts of 1, 2 and 2 images, with guidance"
@@ -409,7 +410,7 @@ def test_once_is_enough(small, monkeypatch, images, room, words):  # noqa: F811
             draw(small, batch_size=images)
     text = str(caught.value)
     assert text.endswith("lower batch_size, or close what else takes memory.") and "\n" not in text
-    caches = [thing for thing in gc.get_objects() if type(thing) is LINEAR["cache"].LineCache]
+    caches = [thing for thing in gc.get_objects() if type(thing) is LINEAR["cache.line_cache"].LineCache]
     assert not caches, "whoever keeps the error must not keep the cache with it"
     del caught
     kept.check()
@@ -435,7 +436,7 @@ def test_no_room_for_decoding(small, monkeypatch, caplog):  # noqa: F811
     torch.testing.assert_close(run("Decode", model=small, tokens=codes)[0], whole)
     assert sizes == [5, 2, 2, 1] and "going on with 2 pictures at a time" in caplog.text
     sizes.clear()
-    inside("linear_core.preview:decode")[0].decode(small.image.tokenizer, codes.codes, 16)
+    inside("linear_core.pictures.preview:decode")[0].decode(small.image.tokenizer, codes.codes, 16)
     assert sizes == [5, 2, 2, 1], "half of how many there are, not of how many there may be"
     sizes.clear()
     kept = Kept()
@@ -721,7 +722,7 @@ def test_two_graphs_at_once(small):  # noqa: F811
 def test_a_model_file_that_changes(comfy):  # noqa: F811
     """Another fingerprint, so the host runs the loader again; the model that was loaded before is what it was."""
     path = cut_down(comfy.models / "ar_image" / "mine.safetensors")
-    (path.parent / "vq.safetensors").write_bytes(LINEAR["library"].bundled_files().tokenizer.read_bytes())
+    (path.parent / "vq.safetensors").write_bytes(LINEAR["checkpoints.library"].bundled_files().tokenizer.read_bytes())
     chosen = {"model": "mine.safetensors", "tokenizer": "vq.safetensors"}
     fingerprint = lambda: NODES["LineAR_LoadModel"].fingerprint_inputs(grid_rows=0, grid_cols=0, **chosen)  # noqa: E731
     before = fingerprint()

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.cache import LineCache
+from linear_core.cache.line_cache import LineCache
 from linear_core.errors import UserError
-from linear_core.generate import Run, generate
 from linear_core.grid import Grid
+from linear_core.loop.generate import Run, generate
+from linear_core.loop.sampling import Noise, guide, pick, restrict
 from linear_core.plan import RELEASES, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
-from linear_core.sampling import Noise, guide, pick, restrict
 from tests.tiny import CAPTION, CODES, Recorder, Toy, caption_prompt, decode, janus, llamagen, words
 
 PLAN = CachePlan(budget=2, anchors=2, recent=1)
@@ -380,7 +380,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(plan, prompt,
         raise AssertionError("allocated first")
 
     model = llamagen(6, 5)
-    monkeypatch.setattr("linear_core.generate.LineCache", never)
+    monkeypatch.setattr("linear_core.loop.generate.LineCache", never)
     monkeypatch.setattr(model, "prefill", never)
     with pytest.raises(UserError, match=word):
         next(generate(model, prompt, plan, GUIDED))

@@ -21,15 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from linear_core import generate as loop
-from linear_core.cache import LineCache
-from linear_core.generate import draw, end_line, evict, generate
-from linear_core.graph import CapturedEnd, CapturedStep
+from linear_core.cache.line_cache import LineCache
+from linear_core.cache.view import View
+from linear_core.loop import generate as loop
+from linear_core.loop.generate import draw, end_line, evict, generate
+from linear_core.loop.graph import CapturedEnd, CapturedStep
+from linear_core.loop.sampling import Noise
 from linear_core.plan import RELEASES, STORAGES, UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, get_policy
 from linear_core.prompts import class_prompt
-from linear_core.sampling import Noise
-from linear_core.view import View
 from tests.tiny import janus, llamagen, lumina, lumina_words, words
 
 PROMPT = class_prompt([1, 3])

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from linear_core.generate import Run, generate
 from linear_core.grid import Grid
-from linear_core.memory import fits, run_bytes, waves
+from linear_core.loop.generate import Run, generate
+from linear_core.loop.memory import fits, run_bytes, waves
+from linear_core.loop.waves import Waves
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
-from linear_core.waves import Waves
 from tests import tiny
 
 
@@ -73,7 +73,7 @@ def test_rows_folded_one_by_one_are_folded_as_all_at_once(policy: str, storage: 
     decoder, sample = tiny.llamagen(7, 5), SamplePlan(seed=2, guidance=3.0)
     plan, caches = CachePlan(policy, 3, 2, 1, "fold", storage), []
     for pairs in (1, 3 * 2 * 21**2, 10**9):
-        monkeypatch.setattr("linear_core.generate.fold_pairs", lambda device, pairs=pairs: pairs)
+        monkeypatch.setattr("linear_core.loop.generate.fold_pairs", lambda device, pairs=pairs: pairs)
         recorder = tiny.Recorder(decoder)
         recorder.lines.extend(generate(recorder, class_prompt([1, 3, 0]), plan, sample))
         keys, values, bias = recorder.cache.read(0)

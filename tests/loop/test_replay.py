@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from linear_core.errors import UserError
-from linear_core.generate import Run, generate
+from linear_core.loop.generate import Run, generate
 from linear_core.plan import RELEASES, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt

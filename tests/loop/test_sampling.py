@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core import sampling
-from linear_core.sampling import Noise, guide, pick, restrict
+from linear_core.loop import sampling
+from linear_core.loop.sampling import Noise, guide, pick, restrict
 
 INF = float("inf")
 

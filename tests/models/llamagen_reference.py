@@ -68,7 +68,7 @@ BLOCKS = 1
 
 C2I_SEED, T2I_SEED, CAPTION_SEED, VQ_SEED = 4, 3, 103, 0
 
-FIXTURE = Path(__file__).parent / "fixtures" / "llamagen.npz"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "llamagen.npz"
 
 
 def reference() -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.lumina_reference import vq_weights
+from tests.models.lumina_reference import vq_weights
 
 CODES = 8192
 DIM = 128  # numbers a head

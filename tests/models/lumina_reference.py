@@ -40,7 +40,7 @@ WIDTHS = (128, 128, 256)  # of the levels, full resolution first
 BLOCKS = 1  # of the encoder's levels
 VQ_SEED, DATA_SEED = 6, 106
 
-FIXTURE = Path(__file__).parent / "fixtures" / "lumina_vq.npz"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "lumina_vq.npz"
 
 
 def reference() -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from linear_core.grid import Grid
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
-from linear_core.vq.tokenizer import VQConfig, VQTokenizer
+from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
 
 CODES = 16384
 CONFIG = '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'

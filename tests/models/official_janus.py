@@ -18,7 +18,7 @@ from torch import Tensor
 from linear_core.grid import Grid
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.prompts.janus import BEGIN, IMAGE, PAD, ROLES
-from tests.official import CODES, _random, tokenizer
+from tests.models.official import CODES, _random, tokenizer
 
 WORDS = [PAD, BEGIN, "<|end|>", *ROLES, "<image_placeholder>", IMAGE, "<end_of_image>"]
 

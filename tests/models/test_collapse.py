@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_core.cache import LineCache
+from linear_core.cache.line_cache import LineCache
 from linear_core.models.llamagen import LlamaGen
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES

@@ -12,18 +12,25 @@ import pytest
 import torch
 
 from linear_core.__main__ import main
-from linear_core.cache import LineCache
+from linear_core.cache.line_cache import LineCache
+from linear_core.checkpoints.families import ModelInfo, janus
+from linear_core.checkpoints.library import (
+    ModelFiles,
+    decoder_bytes,
+    find_checkpoints,
+    find_tokenizer,
+    load_model,
+    read_info,
+)
 from linear_core.errors import UserError
-from linear_core.families import ModelInfo, janus
 from linear_core.grid import Grid
-from linear_core.library import ModelFiles, decoder_bytes, find_checkpoints, find_tokenizer, load_model, read_info
-from linear_core.memory import run_bytes
+from linear_core.loop.memory import run_bytes
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.plan import PRESETS, SamplePlan
-from tests import official_janus
-from tests.official_janus import config
+from tests.models import official_janus
+from tests.models.official_janus import config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("tokenizers")
 
 
@@ -134,7 +141,7 @@ def test_an_index_leads_nowhere_else(folder: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizers_do_not_mix(folder: Path, tmp_path: Path) -> None:
-    from tests import official
+    from tests.models import official
 
     other = tmp_path / "vq_ds16_c2i.pt"
     torch.save({"model": official.tokenizer(channels=16)}, other)
@@ -166,8 +173,8 @@ def test_the_old_roles_where_the_new_ones_are_no_tokens(tmp_path: Path) -> None:
 PEAK = """
     import sys, threading, torch
     from pathlib import Path
-    from linear_core import weights
-    from linear_core.library import ModelFiles, load_model
+    from linear_core.checkpoints import weights
+    from linear_core.checkpoints.library import ModelFiles, load_model
 
     weights.PIECE = 2**23  # as small against this model as it is against a published one
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_core.blocks import HeadNorm, rope_1d, turn_halves
-from linear_core.cache import LineCache
+from linear_core.cache.line_cache import LineCache
 from linear_core.errors import UserError
 from linear_core.grid import Grid
+from linear_core.models.blocks import HeadNorm, rope_1d, turn_halves
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt, token_prompt
 from tests.tiny import WORDS, decode, janus, words

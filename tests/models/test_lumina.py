@@ -14,22 +14,23 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from linear_core import library
 from linear_core.__main__ import main
-from linear_core.cache import LineCache
-from linear_core.convert import convert
+from linear_core.cache.line_cache import LineCache
+from linear_core.checkpoints import library
+from linear_core.checkpoints.convert import convert
+from linear_core.checkpoints.families import ModelInfo, lumina
+from linear_core.checkpoints.library import ModelFiles, find_tokenizer, load_model, read_info
 from linear_core.errors import UserError
-from linear_core.families import ModelInfo, lumina
-from linear_core.generate import generate
 from linear_core.grid import Grid
-from linear_core.library import ModelFiles, find_tokenizer, load_model, read_info
+from linear_core.loop.generate import generate
 from linear_core.models.lumina import LuminaConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import token_prompt
 from linear_core.prompts.words import Words
 from linear_core.sizes import sizes
-from tests import lumina_official as official
-from tests import lumina_reference, tiny
+from tests import tiny
+from tests.models import lumina_official as official
+from tests.models import lumina_reference
 
 pytest.importorskip("tokenizers")
 CODES, HEADS, DIM = lumina_reference.CODES, 2, 16

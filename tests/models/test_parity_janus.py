@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from linear_core.generate import Run, generate
+from linear_core.checkpoints.library import ImageModel, ModelFiles, load_model
 from linear_core.grid import Grid
-from linear_core.library import ImageModel, ModelFiles, load_model
+from linear_core.loop.generate import Run, generate
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, token_prompt
 from linear_core.prompts.janus import BEGIN, IMAGE, PAD, ROLES
-from tests.official_janus import text_tokenizer, to_official
+from tests.models.official_janus import text_tokenizer, to_official
 from tests.tiny import decode
 
 transformers = pytest.importorskip("transformers")

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.cache import LineCache
-from linear_core.generate import generate
+from linear_core.cache.line_cache import LineCache
 from linear_core.grid import Grid
+from linear_core.loop.generate import generate
 from linear_core.models.llamagen import LlamaGen, read_config
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt
-from linear_core.vq.tokenizer import VQTokenizer
-from linear_core.vq.tokenizer import read_config as read_vq_config
-from tests import llamagen_reference as upstream
+from linear_core.tokenizers.tokenizer import VQTokenizer
+from linear_core.tokenizers.tokenizer import read_config as read_vq_config
 from tests.drawn import digest
+from tests.models import llamagen_reference as upstream
 
 TOLERANCE = 1e-4
 KINDS = ("c2i", "t2i")

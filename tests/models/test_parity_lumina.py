@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_core.blocks import rope_1d, turn_halves
-from linear_core.cache import LineCache
+from linear_core.cache.line_cache import LineCache
+from linear_core.checkpoints.library import ImageModel, ModelFiles, load_model
+from linear_core.checkpoints.weights import fill, read_weights
 from linear_core.errors import UserError
-from linear_core.generate import generate
 from linear_core.grid import Grid
-from linear_core.library import ImageModel, ModelFiles, load_model
+from linear_core.loop.generate import generate
+from linear_core.models.blocks import rope_1d, turn_halves
 from linear_core.models.lumina import Lumina
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, token_prompt
-from linear_core.weights import fill, read_weights
-from tests import lumina_official as official
-from tests import lumina_reference as upstream
+from tests.models import lumina_official as official
+from tests.models import lumina_reference as upstream
 from tests.tiny import decode
 
 pytest.importorskip("transformers")

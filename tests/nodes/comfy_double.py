@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACK = "linear_pack"
 CPU = torch.device("cpu")
 

@@ -1,6 +1,6 @@
 """A real ComfyUI for tests: started from COMFYUI_DIR on the CPU, with this pack linked into it.
 
-    COMFYUI_DIR=path/to/ComfyUI python tests/comfy_server.py
+    COMFYUI_DIR=path/to/ComfyUI python tests/nodes/comfy_server.py
 
 records from it tests/fixtures/object_info.json (the schemas that test_nodes.py holds the nodes to) and the thumbnails
 of workflows/. COMFYUI_PYTHON names the interpreter that ComfyUI was installed with, where this one is another;
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACK = "ar-line-cache"
 GOLDEN = ROOT / "tests" / "fixtures" / "object_info.json"
 WORKFLOWS = ROOT / "workflows"

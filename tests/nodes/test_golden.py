@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.test_nodes import NODES, comfy, object_info  # noqa: F401 (fixtures)
-from tests.test_workflows import SCHEMAS, read, to_api, widgets
-from tests.values import DYNAMIC, Case, declared, host, nested
+from tests.nodes.test_nodes import NODES, comfy, object_info  # noqa: F401 (fixtures)
+from tests.nodes.test_workflows import SCHEMAS, read, to_api, widgets
+from tests.nodes.values import DYNAMIC, Case, declared, host, nested
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 
 

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from linear_core.events import pack, unpack
-from tests.browser.chromium import Chromium, missing, script
-from tests.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, Server, comfyui, finish, ours
-from tests.values import GRAPH, cases, host
+from tests.nodes.comfy_server import GOLDEN, PACK, PREVIEW, WORKFLOWS, Server, comfyui, finish, ours
+from tests.nodes.values import GRAPH, cases, host
+from tests.web.browser.chromium import Chromium, missing, script
 
 pytestmark = pytest.mark.host
 ROWS = 24  # of the bundled model
@@ -138,7 +138,7 @@ def test_rows_that_the_widget_hands_back_stay_and_the_rest_is_drawn_anew(server)
 @pytest.mark.skipif(bool(missing()), reason=missing() or "never")
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
 def test_reroll_keep_and_going_on_downward_in_the_page(server, renderer, tmp_path):
-    """tests/browser/live.mjs: a person's presses, and the codes that come of them."""
+    """tests/web/browser/live.mjs: a person's presses, and the codes that come of them."""
     chromium, shots = Chromium(), os.environ.get("LINEAR_SHOTS", tmp_path)
     try:
         run = ("live.mjs", server.url, renderer, "--shots", shots)
@@ -225,7 +225,7 @@ def test_models_that_the_host_took_away(server):
 
 def test_a_model_file_that_changes_between_two_runs(server):
     """The loader runs again, and only then."""
-    assets = Path(__file__).parents[1] / "linear_core" / "assets"
+    assets = Path(__file__).parents[2] / "linear_core" / "assets"
     folder = server.base / "models" / "ar_image"
     folder.mkdir(exist_ok=True)
     tokenizer = shutil.copy(assets / "landscapes_vq.safetensors", folder)
@@ -262,7 +262,7 @@ def test_a_model_file_that_changes_between_two_runs(server):
 
 @pytest.mark.parametrize("node", GRAPH)
 def test_every_value_is_caught_by_the_schema_or_in_one_sentence(server, node):
-    """As tests/values.py has it without a host: what its check lets pass is what passes here."""
+    """As tests/nodes/values.py has it without a host: what its check lets pass is what passes here."""
     for case in (case for case in cases() if case.node == node):
         passes = host(case) is not None
         if node == "LineAR_DownloadModel" and passes:

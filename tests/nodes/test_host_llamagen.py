@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from linear_core.generate import Run, generate
-from linear_core.library import ModelFiles, load_model
+from linear_core.checkpoints.library import ModelFiles, load_model
+from linear_core.loop.generate import Run, generate
+from linear_core.pictures.preview import decode
+from linear_core.pictures.sheet import to_image
 from linear_core.plan import CachePlan, SamplePlan
-from linear_core.preview import decode
 from linear_core.prompts import class_prompt
-from linear_core.sheet import to_image
-from tests import official
-from tests.comfy_server import Server, comfyui, finish, twin
+from tests.models import official
+from tests.nodes.comfy_server import Server, comfyui, finish, twin
 
 pytestmark = pytest.mark.host
 

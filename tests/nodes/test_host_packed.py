@@ -10,8 +10,9 @@ import re
 
 import pytest
 
-from tests import archive, lumina_official, official, official_janus
-from tests.comfy_server import GOLDEN, PACK, WORKFLOWS, comfyui, finish, twin
+from tests import archive
+from tests.models import lumina_official, official, official_janus
+from tests.nodes.comfy_server import GOLDEN, PACK, WORKFLOWS, comfyui, finish, twin
 
 pytestmark = pytest.mark.host
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_graph import Tape
-from tests.test_nodes import (  # the fixtures too
+from tests.loop.test_graph import Tape
+from tests.nodes.test_nodes import (  # the fixtures too
     FACTOR,
     FULL,
     NODES,
@@ -186,7 +186,7 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
     assert torch.equal(without.codes, eager.codes)
     assert caplog.text.count("no graph was used, graphs are for cuda") == 2, "of the step, and of the line's end"
 
-    tapes, graph = [], importlib.import_module(f"{PACK}.linear_core.graph")
+    tapes, graph = [], importlib.import_module(f"{PACK}.linear_core.loop.graph")
 
     def taped(step, evict):
         made = graph.Graphs(step, evict)

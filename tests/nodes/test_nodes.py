@@ -1,4 +1,4 @@
-"""The nodes against a stand-in for ComfyUI (tests/comfy_double.py): what they do with it, and what users are told."""
+"""The nodes against a stand-in for ComfyUI (comfy_double.py): what they do with it, and what users are told."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests import comfy_double
-from tests.comfy_double import CPU, PACK, ROOT, execute, host, object_info
-from tests.comfy_server import GOLDEN, ours
+from tests.nodes import comfy_double
+from tests.nodes.comfy_double import CPU, PACK, ROOT, execute, host, object_info
+from tests.nodes.comfy_server import GOLDEN, ours
 
 PACKAGE = comfy_double.load_pack()
 EXTENSION = importlib.import_module(f"{PACK}.nodes").LineARExtension
 LINEAR = {
-    name: importlib.import_module(f"{PACK}.linear_core.{name}") for name in ("cache", "errors", "library", "plan")
+    name: importlib.import_module(f"{PACK}.linear_core.{name}")
+    for name in ("cache.line_cache", "checkpoints.library", "errors", "plan")
 }
 UserError, CachePlan = LINEAR["errors"].UserError, LINEAR["plan"].CachePlan
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(EXTENSION().get_node_list())}
@@ -55,7 +56,7 @@ def bundled(tmp_path_factory):
 
 def cut_down(path, *, tokenizer="", heads="8", grid=ROWS):
     """The bundled decoder with one layer and a smaller grid, as a file of somebody's own."""
-    weights = LINEAR["library"].read_weights(LINEAR["library"].bundled_files().decoder)
+    weights = LINEAR["checkpoints.library"].read_weights(LINEAR["checkpoints.library"].bundled_files().decoder)
     tensors = {k: v.contiguous() for k, v in weights.tensors.items() if not re.match(r"layers\.[1-9]", k)}
     tokenizer = tokenizer or weights.metadata["tokenizer"]
     save_file(tensors, path, {**weights.metadata, "heads": heads, "tokenizer": tokenizer, "grid": f"{grid}x{grid}"})
@@ -70,7 +71,7 @@ def small(tmp_path_factory):
     folder = host.models / "ar_image"
     folder.mkdir(parents=True)
     cut_down(folder / "small.safetensors", tokenizer="small_vq.safetensors")
-    (folder / "small_vq.safetensors").write_bytes(LINEAR["library"].bundled_files().tokenizer.read_bytes())
+    (folder / "small_vq.safetensors").write_bytes(LINEAR["checkpoints.library"].bundled_files().tokenizer.read_bytes())
     with torch.inference_mode():
         (model,) = run("LoadModel", model="small.safetensors", tokenizer="automatic")
     return model
@@ -100,10 +101,10 @@ def test_the_schemas_are_those_that_a_live_host_recorded():
     """Saved workflows know widgets by their order and nodes by their id: a difference here breaks them, or is meant."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     told = json.loads(json.dumps({name: object_info(node) for name, node in NODES.items()}))
-    assert sorted(told) == sorted(golden), "a node came or went; record again as tests/comfy_server.py says"
+    assert sorted(told) == sorted(golden), "a node came or went; record again as tests/nodes/comfy_server.py says"
     for name, info in told.items():
         assert ours(info) == golden[name], (
-            f"{name} differs; if that is meant, record again as tests/comfy_server.py says"
+            f"{name} differs; if that is meant, record again as tests/nodes/comfy_server.py says"
         )
 
 
@@ -154,7 +155,7 @@ def test_decoders_and_tokenizers_are_listed_apart(comfy):
     folder = comfy.models / "ar_image"
     (folder / "below").mkdir()
     cut_down(folder / "below" / "mine.safetensors")
-    (folder / "vq.safetensors").write_bytes(LINEAR["library"].bundled_files().tokenizer.read_bytes())
+    (folder / "vq.safetensors").write_bytes(LINEAR["checkpoints.library"].bundled_files().tokenizer.read_bytes())
     (folder / "broken.pt").write_bytes(b"no checkpoint")
     (folder / "README.md").write_text("not a model")
     info = object_info(NODES["LineAR_LoadModel"])["input"]["required"]
@@ -177,7 +178,7 @@ def test_a_decoder_finds_the_tokenizer_its_file_names(comfy):
     cut_down(folder / "mine.safetensors", tokenizer="mine_vq.safetensors")
     with pytest.raises(UserError, match=r"mine_vq\.safetensors: there is no such file"):
         run("LoadModel", model="set/mine.safetensors", tokenizer="automatic")
-    (folder / "mine_vq.safetensors").write_bytes(LINEAR["library"].bundled_files().tokenizer.read_bytes())
+    (folder / "mine_vq.safetensors").write_bytes(LINEAR["checkpoints.library"].bundled_files().tokenizer.read_bytes())
     (model,) = run("LoadModel", model="set/mine.safetensors", tokenizer="automatic")
     assert model.image.files.tokenizer == folder / "mine_vq.safetensors"
     assert model.image.info.config.layers == 1
@@ -185,7 +186,7 @@ def test_a_decoder_finds_the_tokenizer_its_file_names(comfy):
 
 def test_the_fingerprint_changes_with_the_file_and_not_without(comfy):
     path = cut_down(comfy.models / "ar_image" / "mine.safetensors")
-    (path.parent / "vq.safetensors").write_bytes(LINEAR["library"].bundled_files().tokenizer.read_bytes())
+    (path.parent / "vq.safetensors").write_bytes(LINEAR["checkpoints.library"].bundled_files().tokenizer.read_bytes())
     ask = lambda model: NODES["LineAR_LoadModel"].fingerprint_inputs(  # noqa: E731
         model=model, tokenizer="vq.safetensors", grid_rows=0, grid_cols=0
     )
@@ -211,7 +212,7 @@ def test_no_name_leads_out_of_the_model_folders(comfy, name):
 
 
 def test_a_truncated_file_and_a_tokenizer_in_the_models_place(comfy):
-    folder, files = comfy.models / "ar_image", LINEAR["library"].bundled_files()
+    folder, files = comfy.models / "ar_image", LINEAR["checkpoints.library"].bundled_files()
     (folder / "cut.safetensors").write_bytes(files.decoder.read_bytes()[:5000])
     (folder / "vq.safetensors").write_bytes(files.tokenizer.read_bytes())
     with pytest.raises(UserError, match=r"cut\.safetensors: .*download it again"):
@@ -282,7 +283,7 @@ def test_the_bundled_model_draws(bundled):
 def test_nothing_but_codes_and_shares_stays_in_memory(one):
     (tokens,) = run("Generate", cache=CachePlan(), seed=5, guidance=1.0, **one)
     gc.collect()
-    assert not any(isinstance(thing, LINEAR["cache"].LineCache) for thing in gc.get_objects())
+    assert not any(isinstance(thing, LINEAR["cache.line_cache"].LineCache) for thing in gc.get_objects())
     sizes = {name: value.nbytes for name, value in vars(tokens).items() if isinstance(value, torch.Tensor)}
     assert set(sizes) == {"codes", "shares"} and sum(sizes.values()) < 2**17
 
@@ -326,7 +327,7 @@ def test_stop_ends_within_a_row_and_frees_everything(one, comfy, after, where):
     if where != "LineAR preview":  # that one is heard when it has its turn
         assert comfy.progress[-1][0] <= after + 1
     gc.collect()
-    assert not any(isinstance(thing, LINEAR["cache"].LineCache) for thing in gc.get_objects())
+    assert not any(isinstance(thing, LINEAR["cache.line_cache"].LineCache) for thing in gc.get_objects())
     assert not any(thread.name == "LineAR preview" for thread in threading.enumerate())
     comfy.stop_after = None
     (again,) = run("Generate", cache=CachePlan(), seed=5, guidance=1.0, **one)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests import bad_files, comfy_double
-from tests.comfy_double import PACK, host
+from tests.checkpoints import bad_files
+from tests.nodes import comfy_double
+from tests.nodes.comfy_double import PACK, host
 
 comfy_double.load_pack()
 EXTENSION = importlib.import_module(f"{PACK}.nodes").LineARExtension

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from linear_core import library
-from linear_core.families.llamagen import imagenet_classes
-from tests import comfy_double, official
-from tests.comfy_double import PACK, execute, host, object_info
+from linear_core.checkpoints import library
+from linear_core.checkpoints.families.llamagen import imagenet_classes
+from tests.models import official
+from tests.nodes import comfy_double
+from tests.nodes.comfy_double import PACK, execute, host, object_info
 
 comfy_double.load_pack()
 EXTENSION = importlib.import_module(f"{PACK}.nodes").LineARExtension
@@ -48,7 +49,7 @@ def comfy(tmp_path: Path):
         save_file(official.text_encoder(DIM, 64), encoders / folder / "model.safetensors")
     (encoders / "flan-t5-xl" / "config.json").write_text(official.CONFIG)
     save_file({"x": torch.zeros(1)}, encoders / "clip_l.safetensors")
-    importlib.import_module(f"{PACK}.linear_core.text").forget()
+    importlib.import_module(f"{PACK}.linear_core.checkpoints.text").forget()
     with torch.inference_mode():
         yield host
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import comfy_double, lumina_official
-from tests.comfy_double import PACK, Host, execute, host, object_info
+from tests.models import lumina_official
+from tests.nodes import comfy_double
+from tests.nodes.comfy_double import PACK, Host, execute, host, object_info
 
 pytest.importorskip("tokenizers")
 comfy_double.load_pack()

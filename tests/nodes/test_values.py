@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests import comfy_double
-from tests.test_nodes import NODES, UserError, comfy, run, small  # noqa: F401 (fixtures)
-from tests.values import GRAPH, MISSING, SCHEMAS, Case, cases, declared, host, nested
+from tests.nodes import comfy_double
+from tests.nodes.test_nodes import NODES, UserError, comfy, run, small  # noqa: F401 (fixtures)
+from tests.nodes.values import GRAPH, MISSING, SCHEMAS, Case, cases, declared, host, nested
 
 CASES = list(cases())
 # What may be anything: texts, what our page draws where no code reads it, and a sampling setting that is "the model's".

@@ -1,6 +1,6 @@
 """The workflows that come with the pack: they open as they were saved, and their API twins say the same.
 
-A twin that no longer fits is written anew by `python tests/test_workflows.py`.
+A twin that no longer fits is written anew by `python tests/nodes/test_workflows.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
 SCHEMAS = json.loads((ROOT / "tests" / "fixtures" / "object_info.json").read_text(encoding="utf-8"))
 FILES = sorted(FOLDER.glob("*.json"))
@@ -118,7 +118,7 @@ def test_the_twin_says_the_same(path):
     twin = {
         key: {k: v for k, v in node.items() if k != "_meta"} for key, node in read(FOLDER / "api" / path.name).items()
     }
-    assert twin == to_api(read(path)), "write the twin anew: python tests/test_workflows.py"
+    assert twin == to_api(read(path)), "write the twin anew: python tests/nodes/test_workflows.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -128,7 +128,7 @@ def test_a_reader_knows_what_to_do(path):
     assert notes and "Run" in notes[0]["widgets_values"][0]
     assert any(node["type"] in ("SaveImage", "PreviewImage", "LineAR_Compare") for node in drawn(workflow))
     thumbnails = [path.with_suffix(end) for end in (".jpg", ".png") if path.with_suffix(end).is_file()]
-    assert len(thumbnails) == 1, "one thumbnail; tests/comfy_server.py makes them"
+    assert len(thumbnails) == 1, "one thumbnail; tests/nodes/comfy_server.py makes them"
     assert thumbnails[0].stat().st_size < 60_000
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMAS = json.loads((Path(__file__).parent / "fixtures" / "object_info.json").read_text(encoding="utf-8"))
+SCHEMAS = json.loads((Path(__file__).parents[1] / "fixtures" / "object_info.json").read_text(encoding="utf-8"))
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 MISSING = "(missing)"
 

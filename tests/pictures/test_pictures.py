@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from linear_core.events import Line
-from linear_core.heatmap import colour, heatmap, lifetime
-from linear_core.preview import EMPTY, Preview, decode
-from linear_core.sheet import contact_sheet, save, to_image
-from linear_core.vq.tokenizer import VQConfig, VQTokenizer
+from linear_core.pictures.heatmap import colour, heatmap, lifetime
+from linear_core.pictures.preview import EMPTY, Preview, decode
+from linear_core.pictures.sheet import contact_sheet, save, to_image
+from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
 
 
 @pytest.fixture

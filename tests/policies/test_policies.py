@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_core.cache.view import View
 from linear_core.grid import Grid
 from linear_core.plan import UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, Policy, choose
@@ -20,7 +21,6 @@ from linear_core.policies.share_out import share_out, share_out_layers
 from linear_core.policies.snapkv import WINDOW
 from linear_core.policies.stratified import stratified
 from linear_core.prompts import class_prompt
-from linear_core.view import View
 from tests.tiny import decode, llamagen, policy
 
 INF = float("inf")

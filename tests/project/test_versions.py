@@ -44,7 +44,7 @@ def test_the_readme_has_the_table_of_what_was_recorded():
 
 
 def test_a_run_writes_one_row_and_the_table(files):
-    page = SimpleNamespace(nodeid="tests/test_browser.py::test_the_widgets_in_the_page[legacy-1.58.1]")
+    page = SimpleNamespace(nodeid="tests/web/test_browser.py::test_the_widgets_in_the_page[legacy-1.58.1]")
     stats = {"passed": [page] * 2, "skipped": [1], "failed": [1], "error": [1]}
     versions.pytest_terminal_summary(reporter(**stats), 1, session())
     (row,) = versions.rows()

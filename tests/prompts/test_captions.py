@@ -9,7 +9,8 @@ import pytest
 
 from linear_core.prompts.caption import clean
 
-RECORDED = json.loads((Path(__file__).parent / "fixtures" / "captions.json").read_text(encoding="utf-8"))["captions"]
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "captions.json"
+RECORDED = json.loads(FIXTURE.read_text(encoding="utf-8"))["captions"]
 
 
 @pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["caption"][:30].encode("ascii", "replace").decode())

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { CIVIDIS, cellAt, colour, draw, layout } from "../web/draw.js";
+import { CIVIDIS, cellAt, colour, draw, layout } from "../../web/draw.js";
 
 const theme = { background: "#111", foreground: "#eee", muted: "#999", border: "#444" };
 const run = { rows: 4, cols: 4, shown: 1, columns: 1 };
@@ -33,7 +33,7 @@ const paint = (what) => {
 const rgb = (share) => `rgb(${colour(share).join(" ")})`;
 
 test("the ramp is the heatmap's", () => {
-  const text = readFileSync(new URL("../linear_core/heatmap.py", import.meta.url), "utf8");
+  const text = readFileSync(new URL("../../linear_core/pictures/heatmap.py", import.meta.url), "utf8");
   const table = /_CIVIDIS = torch\.tensor\(\[(.*?)\]\)/s.exec(text)[1];
   const numbers = [...table.matchAll(/\[([^\]]+)\]/g)].map((m) => m[1].split(",").map(Number));
   assert.deepEqual(CIVIDIS, numbers);

@@ -1,6 +1,6 @@
 // Reads a trace on stdin and says what web/state.js makes of it after every line; for tests/test_events.py.
 import { readFileSync } from "node:fs";
-import { EMPTY, evictedAfter, held, reduce, standsFor } from "../web/state.js";
+import { EMPTY, evictedAfter, held, reduce, standsFor } from "../../web/state.js";
 
 const events = JSON.parse(readFileSync(0, "utf8"));
 const [run] = events;

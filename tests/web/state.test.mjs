@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import * as web from "../web/state.js";
+import * as web from "../../web/state.js";
 
 const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptText, memoryText, picturesThatFit, reduce, replay, statusText } = web;
 const MIB = 2 ** 20;
@@ -148,7 +148,7 @@ test("memory before anything runs", () => {
 
 test("the module is pure: it imports nothing and touches no page", () => {
   for (const name of ["state.js", "draw.js"]) {
-    const text = readFileSync(new URL(`../web/${name}`, import.meta.url), "utf8");
+    const text = readFileSync(new URL(`../../web/${name}`, import.meta.url), "utf8");
     assert.ok(text.startsWith("// @ts-check"));
     assert.doesNotMatch(text, /^import|\b(window|document|globalThis|app|fetch)\./m);
   }

@@ -1,4 +1,4 @@
-"""The widgets in ComfyUI's real page, in a real browser, over a host that replays a recording (tests/browser).
+"""The widgets in ComfyUI's real page, in a real browser, over a host that replays a recording (tests/web/browser).
 
 Both renderers, on the newest page and on that of the oldest supported ComfyUI. What is needed beside Chromium and
 Node.js is put into .venv/browser by `python3 dev.py test`; without them these tests say that they did not run.
@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import dev
-from tests.browser.chromium import Chromium, missing, page_of, replaying, script
+from tests.web.browser.chromium import Chromium, missing, page_of, replaying, script
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240  # a run takes 12 on a quiet machine
 needs_aiohttp = pytest.mark.skipif(not importlib.util.find_spec("aiohttp"), reason="aiohttp is not installed")
 
@@ -36,7 +36,7 @@ def chromium():
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
 @pytest.mark.parametrize("version", dev.FRONTENDS)
 def test_the_widgets_in_the_page(version, renderer, chromium, tmp_path):
-    """tests/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
+    """tests/web/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
     if not (page_of(version) / "index.html").is_file():
         pytest.skip(f"there is no page {version}: {page_of(version)}")
     shots = Path(os.environ.get("LINEAR_SHOTS", tmp_path)) / version
@@ -70,7 +70,7 @@ def test_the_host_knows_a_page_that_was_loaded_again(tmp_path):
     from aiohttp import ClientSession
     from aiohttp.test_utils import TestServer
 
-    from tests.browser.host import Replay
+    from tests.web.browser.host import Replay
 
     async def reload() -> str:
         async with TestServer(Replay(tmp_path).app()) as server, ClientSession() as page:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
-from ..grid import Grid
-from ..plan import CacheShape, SamplePlan
-from ..prompts import Prompt
-from ..prompts.words import Words
-from ..sizes import PIXELS, Size, nearest
+from ...errors import UserError
+from ...grid import Grid
+from ...plan import CacheShape, SamplePlan
+from ...prompts import Prompt
+from ...prompts.words import Words
+from ...sizes import PIXELS, Size, nearest
 from ..weights import Place, Weights
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 
-from ..grid import Grid
-from ..models.janus import DIM, Janus, JanusConfig
-from ..plan import SamplePlan
-from ..prompts.janus import janus_prompt
+from ...grid import Grid
+from ...models.janus import DIM, Janus, JanusConfig
+from ...plan import SamplePlan
+from ...prompts.janus import janus_prompt
+from ...tokenizers.layouts import renamed
+from ..families import Family, ModelInfo
 from ..untrusted import number, section
-from ..vq.layouts import renamed
 from ..weights import Place, Weights
-from . import Family, ModelInfo
 from .llama import in_layer
 
 SIDE = 24  # tokens along each side of the only size there is: 384 pixels

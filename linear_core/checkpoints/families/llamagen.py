@@ -8,17 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...errors import UserError
+from ...grid import Grid
+from ...models.llamagen import LlamaGen, LlamaGenConfig, read_config
+from ...plan import SamplePlan
 from .. import published
-from ..errors import UserError
-from ..grid import Grid
-from ..models.llamagen import LlamaGen, LlamaGenConfig, read_config
-from ..plan import SamplePlan
+from ..families import Family, ModelInfo
 from ..untrusted import inside, parse_json
 from ..weights import Weights, unless
-from . import Family, ModelInfo
 
 SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
-NAMES = Path(__file__).parents[1] / "assets" / "imagenet_classes.json"
+NAMES = Path(__file__).parents[2] / "assets" / "imagenet_classes.json"
 REAL = (int, float)
 SAMPLING: dict[str, Any] = {
     "guidance": REAL,

@@ -13,18 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ...errors import UserError
+from ...grid import Grid
+from ...models.lumina import Lumina, LuminaConfig
+from ...plan import SamplePlan
+from ...prompts import Prompt
+from ...prompts.lumina import END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
+from ...prompts.words import Words
+from ...sizes import PIXELS, sizes
 from .. import published
-from ..errors import UserError
-from ..grid import Grid
-from ..models.lumina import Lumina, LuminaConfig
-from ..plan import SamplePlan
-from ..prompts import Prompt
-from ..prompts.lumina import END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
-from ..prompts.words import Words
-from ..sizes import PIXELS, sizes
+from ..families import Family, ModelInfo
 from ..untrusted import number, section
 from ..weights import Place, Weights
-from . import Family, ModelInfo
 from .llama import QKV, in_layer
 
 SIDES = (512, 768, 1024)  # pixels of Lumina-mGPT's square pictures

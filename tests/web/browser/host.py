@@ -1,6 +1,6 @@
 """ComfyUI's real page over a host that only repeats what record.py heard from a live one.
 
-    python tests/browser/host.py PORT FRONTEND     FRONTEND: the folder with the frontend's index.html
+    python tests/web/browser/host.py PORT FRONTEND     FRONTEND: the folder with the frontend's index.html
 
 Needs aiohttp and nothing of ComfyUI. Node ids of the recording become those of the prompt that is queued, so the same
 recording plays inside a subgraph. Header and policy are those of `--disable-api-nodes`.
@@ -21,7 +21,7 @@ from typing import Any
 from aiohttp import WSMsgType, web
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 PACK = "ar-line-cache"
 STEP = 0.02  # seconds between messages, at most
 POLICY = (

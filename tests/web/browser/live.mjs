@@ -87,7 +87,7 @@ await check("then Continue: the picture as if it had not been stopped", async ()
 });
 
 await check("the workflow that goes on downward", async () => {
-  const graph = JSON.parse(await readFile(new URL("../../workflows/continue_downward.json", import.meta.url), "utf8"));
+  const graph = JSON.parse(await readFile(new URL("../../../workflows/continue_downward.json", import.meta.url), "utf8"));
   await page.evaluate(async (graph) => {
     const { app } = window;
     await app.loadGraphData(graph);

@@ -1,6 +1,6 @@
 """Make docs/widget.png and docs/run.webp from the recording: the widget in the real page, row by row.
 
-python tests/browser/pictures.py     (after `python3 dev.py test`, which fetches the page; needs Chromium and Node.js)
+python tests/web/browser/pictures.py     (after `python3 dev.py test`, which fetches the page; needs Chromium and Node.js)
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 import dev  # noqa: E402
-from tests.browser.chromium import Chromium, page_of, replaying, script  # noqa: E402
+from tests.web.browser.chromium import Chromium, page_of, replaying, script  # noqa: E402
 
 
 def main() -> None:

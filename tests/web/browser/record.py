@@ -1,8 +1,8 @@
 """Record what a live ComfyUI says of our nodes, for host.py to say again without one.
 
-    python tests/browser/record.py PORT     (of a ComfyUI with this pack, on this machine; run it with its Python)
+    python tests/web/browser/record.py PORT     (of a ComfyUI with this pack, on this machine; run it with its Python)
 
-Writes tests/browser/fixture.json: the schemas that the page asks for, and for each prompt below every message of the
+Writes tests/web/browser/fixture.json: the schemas that the page asks for, and for each prompt below every message of the
 websocket and every temporary picture.
 """
 

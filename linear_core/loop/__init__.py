@@ -1,0 +1,1 @@
+"""What turns a model into a picture over time: drawing tokens, ending lines, splitting batches that do not fit."""
