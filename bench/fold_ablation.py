@@ -28,7 +28,7 @@ from bench.report import figure, head, line
 from bench.uncertainty import half_width
 from linear_core.cache import fold as folding
 from linear_core.cache import line_cache, view
-from linear_core.cache.outlook import LINES, wide
+from linear_core.cache.look_ahead import HORIZONS, upcast
 from linear_core.cache.view import View
 from linear_core.checkpoints.library import bundled_files
 from linear_core.plan import CachePlan
@@ -41,8 +41,8 @@ class Shy(View):
         newest = self.grid.prompt + self.row * self.grid.stride
         return super().candidates() & (self.index < newest)
 
-    def strength(self) -> Tensor:
-        return View(**own(self)).strength()
+    def importance(self) -> Tensor:
+        return View(**own(self)).importance()
 
 
 def own(shown: View) -> dict[str, Any]:
@@ -55,24 +55,24 @@ def fold_shyly(shown: View, victims: Tensor, count: Tensor) -> folding.Folded:
 
 def by_number(shown: View) -> Tensor:
     """Every token counts alike, whatever attention it will draw."""
-    return wide(shown.bias).exp()
+    return upcast(shown.bias).exp()
 
 
 def fold_by_number(shown: View, victims: Tensor, count: Tensor) -> folding.Folded:
     """Victims as they are chosen, plain means of what is folded together."""
-    with patch.object(View, "strength", by_number):
+    with patch.object(View, "importance", by_number):
         return folding.fold(shown, victims, count)
 
 
 # What is varied -> the way it is, and the other ways: a name and what to patch.
 VARIANTS: dict[str, tuple[str, dict[str, list[tuple[Any, str, Any]]]]] = {
     "lines looked ahead": (
-        ", ".join(map(str, LINES)),
-        {", ".join(map(str, n)): [(View.outlook, "__defaults__", (n,))] for n in ((1,), (1, 2), (1, 2, 4))},
+        ", ".join(map(str, HORIZONS)),
+        {", ".join(map(str, n)): [(View.look_ahead, "__defaults__", (n,))] for n in ((1,), (1, 2), (1, 2, 4))},
     ),
-    "SPARE, a token's least strength, of the mean": (
-        str(view.SPARE),
-        {str(x): [(view, "SPARE", x)] for x in (0.0, 0.03, 0.3, 1.0)},
+    "FLOOR, the least importance of a token, of the mean": (
+        str(view.FLOOR),
+        {str(x): [(view, "FLOOR", x)] for x in (0.0, 0.03, 0.3, 1.0)},
     ),
     "SLACK, ln of how far a weight may be from the number of tokens": (
         str(folding.SLACK),
@@ -82,7 +82,7 @@ VARIANTS: dict[str, tuple[str, dict[str, list[tuple[Any, str, Any]]]]] = {
         "attention foreseen",
         {"tokens": [(line_cache, "fold", fold_by_number)]},
     ),
-    "what counts in victims and means": ("attention foreseen", {"tokens": [(View, "strength", by_number)]}),
+    "what counts in victims and means": ("attention foreseen", {"tokens": [(View, "importance", by_number)]}),
     "the finished line absorbs": ("yes", {"no": [(line_cache, "fold", fold_shyly)]}),
 }
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_core.cache.attention import line_probabilities
+from linear_core.cache.attention import attention_weights
 from linear_core.cache.line_cache import LineCache
 from linear_core.grid import Grid
 from linear_core.loop.generate import Decoder, end_line
@@ -45,7 +45,7 @@ def forced_logits(
     reads = reads | policy.reads | ({"ahead"} if plan.release == "fold" else set())
     shape = decoder.cache_shape(prompt.length)
     cache = LineCache(shape, prompt.rows, grid, plan, dtype=decoder.dtype, device=decoder.device, reads=reads)
-    turn = partial(decoder.turn_ahead, grid)
+    rotate = partial(decoder.rotate_ahead, grid)
     columns = torch.arange(grid.stride, device=decoder.device)
     lines = codes.to(decoder.device)
     if grid.eol is not None:
@@ -56,7 +56,7 @@ def forced_logits(
         logits.append(decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, every=True))
         look(row, cache)
         if row + 1 < grid.rows:
-            end_line(cache, policy, row, turn)
+            end_line(cache, policy, row, rotate)
     expected = torch.cat(logits, 1)[:, : grid.tokens]  # those after token n - 1 are of token n
     return expected.unflatten(1, (grid.rows, grid.stride))[:, :, : grid.cols].flatten(1, 2)
 
@@ -85,7 +85,7 @@ def reference(decoder: Decoder, prompt: Any, codes: Tensor) -> Reference:
         for layer, queries in enumerate(cache.queries):
             keys, _, bias = cache.read(layer)
             index = cache.index[layer, ..., : cache.extent]
-            seen.append(line_probabilities(queries, keys, bias, index, cache.grid.index(row)).mean(2))
+            seen.append(attention_weights(queries, keys, bias, index, cache.grid.index(row)).mean(2))
         image = torch.stack(seen)[..., cache.shape.prompt :]  # a full cache lies in order
         attention.append(F.pad(image, (0, cache.grid.tokens - image.shape[-1])))
 

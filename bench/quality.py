@@ -124,7 +124,7 @@ class Lab:
     def __init__(self, files: ModelFiles, out: Path, grid: tuple[int, int] | None = None):
         self.model = load_model(files, grid=grid)
         info = self.model.info
-        if info.text and not info.own_words:
+        if info.text and not info.own_tokenizer:
             raise UserError(f"{info.name}: needs a text encoder; measure a model of classes or of own words.")
         self.kinds = len(TEXTS) if info.text else info.config.classes
         self.files, self.out = files, out
@@ -223,7 +223,7 @@ class Lab:
         begun = time.perf_counter()
         found = self.measure(plan, split)
         shape = self.model.decoder.cache_shape(self.held_out(split)[0].length)
-        token_bytes = 2 * shape.layers * shape.heads * shape.dim * shape.bytes_per_number
+        token_bytes = 2 * shape.layers * shape.heads * shape.head_dim * shape.bytes_per_element
         row = {
             "names": [name],
             **key,

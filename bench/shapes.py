@@ -31,17 +31,17 @@ WORDS = 48  # tokens of a prompt, about what a sentence takes in a chat
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model before it has weights; `words` tokens of prompt, or 0 where a class is all there is."""
+    """A model before it has weights; `prompt_tokens` tokens of prompt, or 0 where a class is all there is."""
 
     name: str
     network: type[nn.Module]
     config: Any
     grid: Grid
     sample: SamplePlan
-    words: int = 0
+    prompt_tokens: int = 0
 
     def cache_shape(self, dtype: torch.dtype) -> CacheShape:
-        return self.config.cache_shape(max(self.words, 1), dtype.itemsize)
+        return self.config.cache_shape(max(self.prompt_tokens, 1), dtype.itemsize)
 
     def parameters(self) -> tuple[int, int]:
         """Numbers in all, and those that every step reads: tables are looked up, not read."""
@@ -49,10 +49,10 @@ class ModelShape:
             return count(self.network(self.config, self.grid))
 
     def prompt(self, images: int) -> Prompt:
-        if not self.words:
+        if not self.prompt_tokens:
             return class_prompt([i % self.config.classes for i in range(images)])
-        rows = [[1, *[5] * (self.words - 2), 2]] * images
-        return token_prompt(rows, negative=token_prompt([[1, *[3] * (self.words - 2), 2]] * images))
+        rows = [[1, *[5] * (self.prompt_tokens - 2), 2]] * images
+        return token_prompt(rows, negative=token_prompt([[1, *[3] * (self.prompt_tokens - 2), 2]] * images))
 
     def make(self, dtype: torch.dtype, device: str) -> nn.Module:
         """The bundled model as it is; any other with random weights, as large as trained ones."""

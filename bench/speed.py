@@ -123,7 +123,7 @@ class Ours:
         cache.target.copy_(torch.arange(prompt + held, cache.extent, device=cache.target.device))
         for layer in range(cache.shape.layers):
             for stored in (cache.keys, cache.values):
-                stored.aim(layer, cache.target[layer])
+                stored.start_line(layer, cache.target[layer])
         self.row = row
 
     def steps(self, first: int, steps: int) -> None:
@@ -136,7 +136,7 @@ class Ours:
             self.logits = self.step(fed, index, self.rows.pad, place, self.cache)
 
     def end(self) -> None:
-        end_line(self.cache, self.policy, self.row, partial(self.model.turn_ahead, self.grid), self.line_end)
+        end_line(self.cache, self.policy, self.row, partial(self.model.rotate_ahead, self.grid), self.line_end)
 
     def warm(self) -> None:
         """A token and a line's end, so that what is compiled or recorded is so before anything is timed."""
@@ -195,11 +195,11 @@ def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> l
             read[one.name].append(one.cache_read())
             ends[one.name].append([])
         for first in range(0, args.repeat, block):
-            turn = columns[first : first + block]
+            rotate = columns[first : first + block]
             for one in ours:
-                steps[one.name][-1] += [timed(device, partial(one.steps, column, 1)) for column in turn]
+                steps[one.name][-1] += [timed(device, partial(one.steps, column, 1)) for column in rotate]
             if peer:
-                steps[peer.name][-1] += peer.seconds(len(turn))
+                steps[peer.name][-1] += peer.seconds(len(rotate))
         if row + 1 < grid.rows:
             for repeat in range(max(args.repeat // 2, 1)):
                 for one in ours:

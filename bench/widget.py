@@ -27,7 +27,7 @@ from linear_core.events import Line, Started, Trace, detail
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
-from linear_core.pictures.preview import Painter, Preview
+from linear_core.pictures.preview import Preview, PreviewWorker
 from linear_core.pictures.sheet import to_image
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import class_prompt
@@ -56,12 +56,12 @@ def run(model: LlamaGen, tokenizer: VQTokenizer, told: bool) -> tuple[float, flo
         return picture
 
     begun = time.perf_counter()
-    painter = Painter(paint, lambda picture, lines: None, grid.rows)
+    painter = PreviewWorker(paint, lambda picture, lines: None, grid.rows)
     for line in generate(model, class_prompt([0]), plan, SamplePlan(guidance=2.0)):
         if told:
             start = time.perf_counter()
             lines.append(line)
-            painter.offer(tuple(lines), len(lines))
+            painter.submit(tuple(lines), len(lines))
             size += len(json.dumps(trace.add(line)))
             telling += time.perf_counter() - start
     if told:

@@ -21,7 +21,7 @@ from .errors import UserError
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs
 from .loop.memory import fits, free_memory, run_bytes
-from .loop.waves import Wave, Waves, ran_out
+from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime
 from .pictures.preview import EMPTY, Preview, decode
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         print(f"error: not enough memory; {ADVICE}.", file=sys.stderr)
         return 2
@@ -69,7 +69,7 @@ def run_generate(args: argparse.Namespace) -> None:
     sample = _sample_plan(args, model.info)
     prompt = _prompt(args, model)
     out = _out(args.out, model.info.name + ".png")
-    waves = _waves(args, prompt, sample, caches=1)
+    micro_batches = _micro_batches(args, prompt, sample, caches=1)
 
     def write(pictures: Iterable[Tensor], **more: Any) -> None:
         for i, picture in enumerate(pictures):
@@ -84,9 +84,9 @@ def run_generate(args: argparse.Namespace) -> None:
             print(path)
 
     try:
-        (run,) = _draw(model, waves, [plan], args.step)
+        (run,) = _draw(model, micro_batches, [plan], args.step)
     except (KeyboardInterrupt, UserError):  # what was drawn so far is worth having, the rest of it grey
-        write((_unfinished(model, codes) for part in waves.begun for codes in part), unfinished=True)
+        write((_unfinished(model, codes) for part in micro_batches.begun for codes in part), unfinished=True)
         raise
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
@@ -102,8 +102,8 @@ def run_compare(args: argparse.Namespace) -> None:
     prompt = _prompt(args, model)
     names = list(prompt.names)
     out = _out(args.out, "compare.png")
-    waves = _waves(args, prompt, sample, caches=2)
-    full, run = _draw(model, waves, [CachePlan(policy="full"), few], args.step)
+    micro_batches = _micro_batches(args, prompt, sample, caches=2)
+    full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args.step)
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
     seen = pictures[1].clone()
@@ -138,8 +138,10 @@ def run_plan(args: argparse.Namespace) -> None:
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
     weights = {name: library.decoder_bytes(info, dtype, kept) / MIB for name, kept in KEPT.items()}
-    print(f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
-          f"{info.config.heads} heads of {shape.dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk")  # fmt: skip
+    print(
+        f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
+        f"{info.config.heads} heads of {shape.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
+    )
     print("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
     print(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
     print(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
@@ -157,7 +159,7 @@ def run_plan(args: argparse.Namespace) -> None:
             f"{free / MIB:.0f} MiB are free. Beside the weights they hold so many images at once: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
-    if info.own_words:
+    if info.own_tokenizer:
         print(f"A prompt of {shape.prompt} tokens is reckoned with; a longer one takes a slot more for each.")
 
 
@@ -199,16 +201,16 @@ def run_convert(args: argparse.Namespace) -> None:
 # -- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _waves(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> Waves:
-    return Waves(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
+def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> MicroBatches:
+    return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
 
 
-def _draw(model: ImageModel, waves: Waves, plans: list[CachePlan], kind: str) -> list[Run]:
+def _draw(model: ImageModel, micro_batches: MicroBatches, plans: list[CachePlan], kind: str) -> list[Run]:
     """The same images once for each plan, in parts where all at once are too many."""
-    for wave in waves:
-        with waves.watch(wave):
-            _draw_wave(model, wave, plans, kind)
-    return waves.runs
+    for micro_batch in micro_batches:
+        with micro_batches.watch(micro_batch):
+            _draw_micro_batch(model, micro_batch, plans, kind)
+    return micro_batches.runs
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
@@ -218,18 +220,18 @@ def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
     return preview.pictures()[0]
 
 
-def _draw_wave(model: ImageModel, wave: Wave, plans: list[CachePlan], kind: str) -> None:
+def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
     """The runs take turns line by line, so that their times compare."""
     graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
     given: list[dict[str, Any]] = [each.given for each in graphs] or [{} for _ in plans]
     drawing = [
-        generate(model.decoder, wave.prompt, plan, wave.sample, above=above, name=model.info.name, **more)
-        for plan, above, more in zip(plans, wave.above, given, strict=True)
+        generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
+        for plan, above, more in zip(plans, micro_batch.above, given, strict=True)
     ]
-    total = len(plans) * model.info.grid.rows * model.info.grid.cols * wave.prompt.rows
+    total = len(plans) * model.info.grid.rows * model.info.grid.cols * micro_batch.prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for lines in zip(*drawing, strict=True):
-            for run, line in zip(wave.runs, lines, strict=True):
+            for run, line in zip(micro_batch.runs, lines, strict=True):
                 run.add(line)
                 bar.update(line.tokens.numel())
     if why := next((each.why for each in graphs if each.why), ""):
@@ -297,7 +299,7 @@ def _sized(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
     width, _, height = args.pixels.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise UserError(f"pixels: '{args.pixels}' is not a size; write width x height, for example 832x1216.")
-    return info.sized((int(width), int(height)))
+    return info.with_size((int(width), int(height)))
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
@@ -324,7 +326,7 @@ def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
         raise UserError(f"images: {args.images} is none; choose 1 or more.")
     if args.at_once < 0:
         raise UserError(f"at-once: {args.at_once} is none; choose 1 or more, or 0 for all.")
-    if info.own_words:
+    if info.own_tokenizer:
         if not args.texts:
             raise UserError(f"text: {info.name} draws what a text says; add --text 'a red fox in the snow'.")
         prompt = model.prompt(args.texts, args.negative)

@@ -46,6 +46,6 @@ class Grid:
         index: Row = self.prompt + number * self.stride + column
         return index
 
-    def fed_with(self, column: int) -> int:
+    def tokens_fed(self, column: int) -> int:
         """How many tokens are fed when the code at `column` is known: itself, and behind a line's last code its end."""
         return self.stride - column if column + 1 == self.cols else 1

@@ -68,7 +68,7 @@ class LineCache(Cache):
         self._decoder = _switch(model, self.grid)
         self._layers = self._decoder.config.num_hidden_layers
         self._reads = self.policy.reads | ({"ahead"} if plan.release == "fold" else set())
-        if "ahead" in self._reads and _turner(self._decoder) is None:
+        if "ahead" in self._reads and _rotation(self._decoder) is None:
             raise UserError(
                 f"model: how {type(self._decoder).__name__} turns its queries is not known, which folding needs; "
                 "choose another policy, with release strict or lazy."
@@ -183,7 +183,7 @@ class LineCache(Cache):
                 "time, and call reset() before another prompt."
             )
         if column == 0 and row > 0:
-            end_line(slots, self.policy, row - 1, self._turn)
+            end_line(slots, self.policy, row - 1, self._rotate)
         self._column = torch.arange(column, column + count, device=k.device)
         self._index = self._column + slots.grid.index(row)
         if count == 1:
@@ -247,9 +247,9 @@ class LineCache(Cache):
             out = attention.attend(grouped.flatten(2, 3), keys, values, bias.repeat(1, 1, groups, 1))
         return out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).contiguous()
 
-    def _turn(self, queries: Tensor, lines: int) -> Tensor:
+    def _rotate(self, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries L B H C D as if they stood so many lines later: the model's own rotation, once more."""
-        rotary, rotate = self._decoder.rotary_emb, _turner(self._decoder)
+        rotary, rotate = self._decoder.rotary_emb, _rotation(self._decoder)
         assert rotate is not None, "__init__ has looked"
         place = torch.full((1, 1), lines * self.grid.stride, device=queries.device)
         cos, sin = rotary(queries, place)
@@ -315,7 +315,7 @@ def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
     return decoders[-1]
 
 
-def _turner(decoder: PreTrainedModel) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def _rotation(decoder: PreTrainedModel) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """How the model rotates queries and keys: what transformers keeps beside every decoder with RoPE."""
     rotate = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     return rotate if hasattr(decoder, "rotary_emb") else None

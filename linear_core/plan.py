@@ -135,18 +135,18 @@ class CacheShape:
 
     layers: int
     heads: int  # key heads
-    dim: int  # numbers a head
+    head_dim: int
     prompt: int  # slots the prompt takes
-    bytes_per_number: int
+    bytes_per_element: int
 
     def line_bytes(self, grid: Grid, rows: int) -> int:
         """Keys and values of one line for `rows` sequences (images, twice with guidance)."""
-        return 2 * self.layers * rows * self.heads * self.dim * grid.stride * self.bytes_per_number
+        return 2 * self.layers * rows * self.heads * self.head_dim * grid.stride * self.bytes_per_element
 
     def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache, as allocated before the first token."""
         slots = self.prompt + plan.lines(grid) * grid.stride
         heads = 2 * self.layers * rows * self.heads  # keys and values
         if plan.storage == "int8":  # a byte a number, one number to scale them; the line being written in full besides
-            return heads * slots * (self.dim + self.bytes_per_number) + self.line_bytes(grid, rows)
-        return heads * slots * self.dim * self.bytes_per_number
+            return heads * slots * (self.head_dim + self.bytes_per_element) + self.line_bytes(grid, rows)
+        return heads * slots * self.head_dim * self.bytes_per_element

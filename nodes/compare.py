@@ -82,7 +82,7 @@ class Compare(io.ComfyNode):
         view: str | None = None,
     ) -> io.NodeOutput:
         connected(model=model, cache=cache, prompt=prompt)
-        model = model.shaped(prompt.grid)
+        model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
         if not cache.evicts(info.grid):
             raise UserError("cache: this plan keeps every line, so both would be the same; choose fewer lines.")

@@ -45,10 +45,10 @@ class EncodeImage(io.ComfyNode):
                 f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."
             )
         if prompt is not None:
-            info = info.shaped(prompt.grid)
+            info = info.with_grid(prompt.grid)
         elif info.sizes:
             height, width = image.shape[1:3]
-            info = info.sized(nearest((width, height), info.sizes)[0])
+            info = info.with_size(nearest((width, height), info.sizes)[0])
         grid, factor = info.grid, tokenizer.config.factor
         pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
         host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))

@@ -23,7 +23,7 @@ from ..linear_core.checkpoints.library import (
 )
 from ..linear_core.checkpoints.text import TextFiles, find_text_encoder, is_text_encoder
 from ..linear_core.checkpoints.untrusted import inside
-from ..linear_core.checkpoints.weights import INDEXES, read_weights, shards, whole
+from ..linear_core.checkpoints.weights import INDEXES, model_path, read_weights, shards
 from ..linear_core.errors import UserError, quoted
 from . import host
 
@@ -50,7 +50,7 @@ def _checkpoints() -> dict[str, Path]:
         path = Path(host.full_path(name) or name)
         if not path.is_file():
             continue
-        folder, parent = whole(path), Path(name).parent
+        folder, parent = model_path(path), Path(name).parent
         if folder != path and parent.name:
             found.setdefault(parent.as_posix(), folder)
         elif path.suffix != ".bin":  # by themselves these are seldom ours
@@ -188,8 +188,10 @@ def _text_encoders() -> dict[str, Path]:
                 continue
             stat, parent = Path(path).stat(), Path(name).parent
             if _is_text_encoder(path, stat.st_size, stat.st_mtime_ns):
-                whole = parent.name and (Path(path).parent / "config.json").is_file()
-                found.setdefault(parent.as_posix() if whole else name, Path(path).parent if whole else Path(path))
+                model_path = parent.name and (Path(path).parent / "config.json").is_file()
+                found.setdefault(
+                    parent.as_posix() if model_path else name, Path(path).parent if model_path else Path(path)
+                )
     return found
 
 

@@ -148,7 +148,7 @@ class Generate(io.ComfyNode):
         view: str | None = None,
     ) -> io.NodeOutput:
         connected(model=model, cache=cache, prompt=prompt, **({} if tokens is None else {"tokens": tokens}))
-        model = model.shaped(prompt.grid)
+        model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own

@@ -19,8 +19,8 @@ from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, d
 from ..linear_core.loop.generate import Run, evict, generate
 from ..linear_core.loop.graph import Graphs
 from ..linear_core.loop.memory import fits, run_bytes
-from ..linear_core.loop.waves import Waves, together
-from ..linear_core.pictures.preview import Painter, Preview
+from ..linear_core.loop.micro_batches import MicroBatches, merge_lines
+from ..linear_core.pictures.preview import Preview, PreviewWorker
 from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.prompts import Prompt
@@ -118,12 +118,12 @@ class Live:
         self.trace = Trace(started(model, plan, sample, prompt))
         self.lines: list[Line] = []
         self._tell(self.trace.latest)
-        self.painter = Painter(self._paint, self._show, self.rows, host.Interrupted)
+        self.painter = PreviewWorker(self._paint, self._show, self.rows, host.Interrupted)
 
     def add(self, line: Line) -> None:
         """Tell of one more row. Raises ComfyUI's interrupt when the user pressed Stop."""
         self.lines.append(line)
-        self.painter.offer(self._job(), len(self.lines))
+        self.painter.submit(self._job(), len(self.lines))
         self.painter.check()
         self.progress.update(self.before + len(self.lines), self.text)
         self._tell(self.trace.add(line))
@@ -193,22 +193,39 @@ def draw(
         return sum(memory(model, plan, sample, prompt, images) for plan in plans)
 
     at_once = fits(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
-    waves = Waves(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
+    micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
     told: list[list[Line]] = []  # by part, as the page was told of the last plan
-    for wave in waves:
-        with waves.watch(wave):
-            host.load(model.decoder, model.tokenizer, memory=needed(wave.prompt.rows))
+    for micro_batch in micro_batches:
+        with micro_batches.watch(micro_batch):
+            host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
             graphs = _graphs(image.decoder, len(plans))
             given = [each.given for each in graphs] or [{} for _ in plans]
             drawing = [
-                generate(image.decoder, wave.prompt, plan, wave.sample, above=upper, name=image.info.name, **more)
-                for plan, upper, more in zip(plans, wave.above, given, strict=True)
+                generate(
+                    image.decoder,
+                    micro_batch.prompt,
+                    plan,
+                    micro_batch.sample,
+                    above=upper,
+                    name=image.info.name,
+                    **more,
+                )
+                for plan, upper, more in zip(plans, micro_batch.above, given, strict=True)
             ]
-            beside = wave.runs[0].lines if len(plans) > 1 else None
-            live = Live(model, plans[-1], wave.sample, wave.prompt, node_id, beside, part=len(told), parts=len(waves))
+            beside = micro_batch.runs[0].lines if len(plans) > 1 else None
+            live = Live(
+                model,
+                plans[-1],
+                micro_batch.sample,
+                micro_batch.prompt,
+                node_id,
+                beside,
+                part=len(told),
+                parts=len(micro_batches),
+            )
             try:
                 for lines in zip(*drawing, strict=True):
-                    for run, line in zip(wave.runs, lines, strict=True):
+                    for run, line in zip(micro_batch.runs, lines, strict=True):
                         run.add(line)
                     live.add(lines[-1])
                     if lines[-1].row + 1 == stop_after:
@@ -227,12 +244,12 @@ def draw(
             for why in {each.why for each in graphs if each.why}:
                 log.warning("LineAR: %s", why)
     shown, trace = live.shown, live.trace
-    if len(waves) > 1:  # afterwards the page has all of the batch, as one run
-        trace, lines = _as_one(model, plans[-1], sample, prompt, waves.largest, told)
+    if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
+        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.largest, told)
         trace.finish()
         picture = live.painter.last([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
-    return waves.runs, trace.started, shown
+    return micro_batches.runs, trace.started, shown
 
 
 def _graphs(decoder: Any, runs: int) -> list[Graphs]:
@@ -248,7 +265,7 @@ def _as_one(
 ) -> tuple[Trace, list[Line]]:
     """Parts of a batch, the first ones of `prompt`, as one run of the lines that they all have."""
     rows = min(map(len, parts))
-    lines = together([part[:rows] for part in parts])
+    lines = merge_lines([part[:rows] for part in parts])
     trace = Trace(started(model, plan, sample, prompt.take(range(len(lines[0].tokens))), at_once))
     for line in lines:
         trace.add(line)

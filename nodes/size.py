@@ -48,4 +48,4 @@ def sized(info: ModelInfo, size: dict[str, Any] | None) -> ModelInfo:
     if size is None or size["size"] == OWN:
         return info
     width, _, height = size["pixels"].partition(" x ")
-    return info.sized((int(width), int(height)))
+    return info.with_size((int(width), int(height)))

@@ -29,9 +29,9 @@ class Model:
     decoder: host.ModelPatcher
     tokenizer: host.ModelPatcher
 
-    def shaped(self, grid: Grid | None) -> Model:
+    def with_grid(self, grid: Grid | None) -> Model:
         """The same where it is asked for a picture of this grid; None: its own."""
-        return replace(self, image=replace(self.image, info=self.image.info.shaped(grid)))
+        return replace(self, image=replace(self.image, info=self.image.info.with_grid(grid)))
 
     def picture_bytes(self, rows: int, cols: int) -> int:
         """Room for decoding one picture of rows x cols tokens: about twelve feature maps of the widest level."""

@@ -109,7 +109,7 @@ class TextPrompt(io.ComfyNode):
             connected(model=model)
         if model is not None and not model.image.info.text:
             raise UserError(f"model: {model.image.info.name} draws classes, not texts; connect it to Class Prompt.")
-        if model is not None and model.image.info.own_words:
+        if model is not None and model.image.info.own_tokenizer:
             image = replace(model.image, info=sized(model.image.info, size))
             return io.NodeOutput(image.prompt(texts, negative))
         if size is not None and size["size"] != OWN:

@@ -20,8 +20,8 @@ def test_an_end_of_line_token_makes_a_line_longer():
     plain, ended = Grid(2, 3), Grid(2, 3, eol=99)
     assert (plain.stride, plain.tokens) == (3, 6)
     assert (ended.stride, ended.tokens) == (4, 8)
-    assert [plain.fed_with(c) for c in range(3)] == [1, 1, 1]
-    assert [ended.fed_with(c) for c in range(3)] == [1, 1, 2]
+    assert [plain.tokens_fed(c) for c in range(3)] == [1, 1, 1]
+    assert [ended.tokens_fed(c) for c in range(3)] == [1, 1, 2]
     assert Grid(2, 3, eol=0).stride == 4, "code 0 can end a line"
 
 

@@ -401,7 +401,7 @@ def test_bfloat16():
     half = replace(half, codes=half.words, head=model.lm_head)
     past = LineCache(model, (SIDE, SIDE), CachePlan(budget=2, recent=1))
     drawn = draw(half, past, LENGTHS, some_tokens(2, SIDE * SIDE - 1))
-    assert past.slots.keys.numbers.dtype == torch.bfloat16 and torch.isfinite(torch.stack(drawn.logits)).all()
+    assert past.slots.keys.data.dtype == torch.bfloat16 and torch.isfinite(torch.stack(drawn.logits)).all()
 
 
 def test_other_caches_stay_as_they_were():
@@ -595,7 +595,7 @@ def test_without_transformers():
 # -- what the README says ----------------------------------------------------------------------------------------------
 
 
-class Words:
+class TextTokenizer:
     """In the place of Janus' processor, which needs a vocabulary."""
 
     def apply_chat_template(self, chat, add_generation_prompt):
@@ -611,10 +611,10 @@ def test_the_readme_example(monkeypatch):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     code = readme.split("### With transformers")[1].split("```python")[1].split("```")[0]
     monkeypatch.setattr(JanusForConditionalGeneration, "from_pretrained", lambda name: janus(24))
-    monkeypatch.setattr(transformers.JanusProcessor, "from_pretrained", lambda name: Words())
+    monkeypatch.setattr(transformers.JanusProcessor, "from_pretrained", lambda name: TextTokenizer())
     exec(code, names := {})
     assert names["codes"].shape == (1, 576) and names["cache"].slots.slots == 8 + 5 * 24
     assert names["pictures"].shape == (1, 48, 48, 3) and 0 <= names["pictures"].min() < names["pictures"].max() <= 1
-    pro = CacheShape(layers=24, heads=16, dim=128, prompt=20, bytes_per_number=2)
+    pro = CacheShape(layers=24, heads=16, head_dim=128, prompt=20, bytes_per_element=2)
     for plan, said in ((CachePlan(budget=4), "52.5 MiB"), (CachePlan("full"), "takes 223.5")):
         assert f"{pro.bytes(Grid(24, 24), plan, rows=2) / 2**20:.1f}" in said and said in readme

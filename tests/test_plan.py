@@ -123,7 +123,7 @@ def test_unknown_policy_is_answered_with_the_known_ones():
 
 def test_bytes_are_known_before_anything_is_loaded():
     """24 layers, 16 heads of 128 in bf16, a guidance pair, 120 + 24 x 24 tokens: 261 MiB whole, 90 MiB at 4 lines."""
-    shape = CacheShape(layers=24, heads=16, dim=128, prompt=120, bytes_per_number=2)
+    shape = CacheShape(layers=24, heads=16, head_dim=128, prompt=120, bytes_per_element=2)
     mib = 2**20
     assert shape.bytes(SQUARE, CachePlan("full"), 2) == 261 * mib
     assert shape.bytes(SQUARE, CachePlan(budget=4), 2) == 90 * mib
@@ -133,7 +133,7 @@ def test_bytes_are_known_before_anything_is_loaded():
 
 def test_an_end_of_line_token_takes_memory():
     """A line of 24 codes and its end is 25 slots."""
-    shape = CacheShape(layers=1, heads=1, dim=1, prompt=0, bytes_per_number=1)
+    shape = CacheShape(layers=1, heads=1, head_dim=1, prompt=0, bytes_per_element=1)
     assert shape.line_bytes(Grid(24, 24, eol=7), 1) == 2 * 25
     assert shape.bytes(Grid(24, 24, eol=7), CachePlan(budget=4), 1) == 2 * 5 * 25
 

@@ -33,7 +33,7 @@ def _mix(a: np.ndarray, b: np.ndarray, share: np.ndarray | float) -> np.ndarray:
     return a + (b - a) * share
 
 
-class Painter:
+class PreviewWorker:
     """A canvas and the random numbers of one scene. Heights and positions are in pixels, y grows downwards."""
 
     def __init__(self, rng: np.random.Generator):
@@ -223,7 +223,7 @@ class Painter:
 # -- the scenes: one function a class --------------------------------------------------------------------------------
 
 
-def _alpine(p: Painter, sky: tuple[str, str, str], far: str, near: str, sun: str, glow: str, ground: str) -> None:
+def _alpine(p: PreviewWorker, sky: tuple[str, str, str], far: str, near: str, sun: str, glow: str, ground: str) -> None:
     horizon = p.uniform(52, 62)
     p.sky(*sky, horizon)
     x = p.uniform(14, 82)
@@ -241,15 +241,15 @@ def _alpine(p: Painter, sky: tuple[str, str, str], far: str, near: str, sun: str
     del line
 
 
-def _alpine_dawn(p: Painter) -> None:
+def _alpine_dawn(p: PreviewWorker) -> None:
     _alpine(p, ("#7d9fd6", "#f3c1c6", "#ffe3b8"), "#b7a0bd", "#4d5a86", "#fff6d8", "#ffdca0", "#5d6f57")
 
 
-def _alpine_dusk(p: Painter) -> None:
+def _alpine_dusk(p: PreviewWorker) -> None:
     _alpine(p, ("#2a2455", "#a8456f", "#f78d4d"), "#8a4b78", "#2c2244", "#ffd27a", "#ff7a3c", "#2d2a3a")
 
 
-def _starry_night(p: Painter) -> None:
+def _starry_night(p: PreviewWorker) -> None:
     horizon = p.uniform(62, 72)
     p.sky("#070b24", "#12205a", "#32508f", horizon)
     p.stars(int(p.rng.integers(22, 40)), horizon - 8)
@@ -267,7 +267,7 @@ def _starry_night(p: Painter) -> None:
 
 
 def _desert(
-    p: Painter, sky: tuple[str, str, str], sand: str, rock: str, sun: str, glow: str, sun_y: tuple[float, float]
+    p: PreviewWorker, sky: tuple[str, str, str], sand: str, rock: str, sun: str, glow: str, sun_y: tuple[float, float]
 ) -> None:
     horizon = p.uniform(50, 60)
     p.sky(*sky, horizon)
@@ -298,16 +298,16 @@ def _desert(
             p.blend(green, np.clip(stem + arms + left + right, 0, 1).astype(np.float32))
 
 
-def _desert_day(p: Painter) -> None:
+def _desert_day(p: PreviewWorker) -> None:
     _desert(p, ("#3f8fd8", "#86c1ea", "#e9e6cf"), "#e6bd74", "#b86f45", "#fffbe6", "#fff3c0", (9, 28))
 
 
-def _desert_dusk(p: Painter) -> None:
+def _desert_dusk(p: PreviewWorker) -> None:
     _desert(p, ("#3b2a63", "#c4506a", "#ffae5c"), "#b0623f", "#6a3247", "#fff0b0", "#ff9a4c", (34, 48))
 
 
 def _ocean(
-    p: Painter,
+    p: PreviewWorker,
     sky: tuple[str, str, str],
     sea: str,
     sun: str,
@@ -346,7 +346,7 @@ def _ocean(
         p.ground(shore, sand, sand * 0.85)
 
 
-def _ocean_day(p: Painter) -> None:
+def _ocean_day(p: PreviewWorker) -> None:
     _ocean(
         p,
         ("#2f83d6", "#7dbdec", "#d9eef5"),
@@ -359,7 +359,7 @@ def _ocean_day(p: Painter) -> None:
     )
 
 
-def _ocean_dusk(p: Painter) -> None:
+def _ocean_dusk(p: PreviewWorker) -> None:
     _ocean(
         p,
         ("#33306e", "#b5547e", "#ffb163"),
@@ -372,7 +372,7 @@ def _ocean_dusk(p: Painter) -> None:
     )
 
 
-def _foggy_forest(p: Painter) -> None:
+def _foggy_forest(p: PreviewWorker) -> None:
     fog = p.tint("#c9d6d3", 0.025)
     p.sky("#aebfc4", "#c6d3d2", "#dde4df", 80)
     far, near = fog * 0.74, p.tint("#22382f", 0.025)
@@ -386,7 +386,7 @@ def _foggy_forest(p: Painter) -> None:
             p.mist(float(line.mean()) + 9, p.uniform(5, 9), fog, 0.55)
 
 
-def _autumn_hills(p: Painter) -> None:
+def _autumn_hills(p: PreviewWorker) -> None:
     horizon = p.uniform(46, 56)
     p.sky("#6fa3d2", "#b3cfe0", "#f3e6c8", horizon)
     p.clouds(int(p.rng.integers(1, 5)), 8, 30, "#fff8ec", "#d4cfd0")
@@ -400,7 +400,7 @@ def _autumn_hills(p: Painter) -> None:
         p.broadleaves(line, int(p.rng.integers(5, 10)), 2.2 + 0.9 * i, 3.8 + 1.4 * i, leaves)
 
 
-def _winter_snow(p: Painter) -> None:
+def _winter_snow(p: PreviewWorker) -> None:
     horizon = p.uniform(48, 58)
     p.sky("#8fb0d3", "#c3d6e6", "#eef2f3", horizon)
     p.clouds(int(p.rng.integers(0, 4)), 8, 28, "#f7fafc", "#c8d3e0")
@@ -426,7 +426,7 @@ def _winter_snow(p: Painter) -> None:
         p.blend(_rgb("#ffd977"), ((np.abs(_X - at - 2) < 1.6) * (np.abs(_Y - foot + 3.5) < 1.6)).astype(np.float32))
 
 
-def _green_valley(p: Painter) -> None:
+def _green_valley(p: PreviewWorker) -> None:
     horizon = p.uniform(46, 56)
     p.sky("#3d8fdc", "#8cc4ee", "#dff0f4", horizon)
     p.disc(p.uniform(12, 84), p.uniform(8, 24), p.uniform(4, 6), "#fffdf0", "#fff6cf", 9, 0.5)
@@ -453,7 +453,7 @@ def _green_valley(p: Painter) -> None:
         p.blend(_rgb("#4a6076"), ((np.abs(_X - at + 2) < 1.1) * (np.abs(_Y - foot + 3) < 1.1)).astype(np.float32))
 
 
-def _tropical_lagoon(p: Painter) -> None:
+def _tropical_lagoon(p: PreviewWorker) -> None:
     level = p.uniform(52, 60)
     p.sky("#2f9be0", "#86d0ef", "#e3f5f0", level)
     x = p.uniform(16, 80)
@@ -489,7 +489,7 @@ def _tropical_lagoon(p: Painter) -> None:
                 p.blend(leaf, np.clip(1.6 - np.abs(_Y - arc), 0, 1) * (d > -1) * (d < length))
 
 
-SCENES: dict[str, Callable[[Painter], None]] = {
+SCENES: dict[str, Callable[[PreviewWorker], None]] = {
     "alpine dawn": _alpine_dawn,
     "alpine dusk": _alpine_dusk,
     "starry night": _starry_night,
@@ -508,7 +508,7 @@ CLASSES = list(SCENES)
 
 def paint(name: str, seed: int) -> np.ndarray:
     """One scene of class `name`: uint8, SIZE x SIZE x 3."""
-    painter = Painter(np.random.default_rng([CLASSES.index(name), seed]))
+    painter = PreviewWorker(np.random.default_rng([CLASSES.index(name), seed]))
     SCENES[name](painter)
     return (np.clip(painter.canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 

@@ -285,7 +285,7 @@ function linesOf(plan, grid) {
 
 /**
  * Bytes of the whole cache, as linear_core.plan.CacheShape.bytes has it; a test holds the two equal.
- * @param {{ layers: number, heads: number, dim: number, prompt: number, bytes_per_number: number }} shape
+ * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number }} shape
  * @param {{ rows: number, stride: number }} grid
  * @param {{ policy: string, budget: number }} plan
  * @param {number} sequences  images, twice with guidance
@@ -293,19 +293,19 @@ function linesOf(plan, grid) {
 export function cacheBytes(shape, grid, plan, sequences) {
   const slots = shape.prompt + linesOf(plan, grid) * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
-  const line = heads * shape.dim * grid.stride * shape.bytes_per_number;
-  return plan.storage === "int8" ? heads * slots * (shape.dim + shape.bytes_per_number) + line : heads * shape.dim * slots * shape.bytes_per_number;
+  const line = heads * shape.head_dim * grid.stride * shape.bytes_per_element;
+  return plan.storage === "int8" ? heads * slots * (shape.head_dim + shape.bytes_per_element) + line : heads * shape.head_dim * slots * shape.bytes_per_element;
 }
 
 /**
  * Bytes of a run beside the weights, as linear_core.loop.memory.run_bytes has it; a test holds the two equal.
- * @param {{ layers: number, heads: number, dim: number, prompt: number, bytes_per_number: number, codes: number, device: string }} model
+ * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, codes: number, device: string }} model
  * @param {{ rows: number, stride: number }} grid
  * @param {{ policy: string, budget: number, release?: string }} plan
  * @param {number} sequences
  */
 export function runBytes(model, grid, plan, sequences) {
-  const { heads, dim, bytes_per_number: wide } = model;
+  const { heads, head_dim: dim, bytes_per_element: wide } = model;
   const held = cacheBytes(model, grid, plan, sequences);
   const line = cacheBytes({ ...model, prompt: 0 }, { rows: 1, stride: grid.stride }, { policy: "full", budget: 1 }, sequences);
   const beside = Math.floor(held / (2 * dim * wide)) * (wide + 16) + Math.floor(line / 2);

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from .storage import Held
+from .storage import RawSlots
 
 ATTENTIONS = ("sdpa", "kernel")
 SWITCH = "LINEAR_ATTENTION"
-Kernel = Callable[[Tensor, Held, Held, Tensor], Tensor]
+Kernel = Callable[[Tensor, RawSlots, RawSlots, Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def line_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor) -> Tensor:
+def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor) -> Tensor:
     """Full softmax of a line's queries over everything held, causal within the line, for one layer.
 
     queries B H C D (the token at `first`, `first` + 1, …), keys B H S D, bias and index B H S -> float32 B H C S.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .outlook import distances, vectors, wide
+from .look_ahead import distances, gather_vectors, upcast
 from .view import View
 
 SLACK = 1.0
@@ -48,10 +48,10 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     would have drawn together, and at most e^SLACK times more or less than their number, as the outlook is a forecast.
     Equal keys are folded without loss: n tokens of key k and values v_i are one of key k, mean value and weight n.
     """
-    look, strength = view.outlook(), view.strength()
+    look, importance = view.look_ahead(), view.importance()
     kept = view.candidates().scatter(-1, victims, False)
-    leaving = wide(vectors(view.keys, victims))
-    distance = distances(leaving, wide(view.keys)).masked_fill(~kept[..., None, :], float("inf"))
+    leaving = upcast(gather_vectors(view.keys, victims))
+    distance = distances(leaving, upcast(view.keys)).masked_fill(~kept[..., None, :], float("inf"))
     gives = view.candidates().gather(-1, victims)  # a slot may be empty
     slot = torch.where(gives, _least(distance, view.index[..., None, :])[..., 0], victims)
     # One row of 0 and 1 for each victim. A product with it adds up the same way every time; scattering does not.
@@ -65,21 +65,21 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
         """x L B H S of the slots and of the victims: L B H V 1 each."""
         return x.gather(-1, slot)[..., None], x.gather(-1, victims)[..., None]
 
-    share, given = number(strength)
+    share, given = number(importance)
     total = merged(share, given)
-    old_keys, old_values = (wide(vectors(x, slot)) for x in (view.keys, view.values))
+    old_keys, old_values = (upcast(gather_vectors(x, slot)) for x in (view.keys, view.values))
     keys = merged(old_keys * share, leaving * given) / total
-    values = merged(old_values * share, wide(vectors(view.values, victims)) * given) / total
+    values = merged(old_values * share, upcast(gather_vectors(view.values, victims)) * given) / total
     tokens = merged(*number(count.to(keys.dtype)))[..., 0]
     even = tokens.log()
-    weight = (merged(*number(look.mass))[..., 0] / look.pull(keys)).log()
+    weight = (merged(*number(look.mass))[..., 0] / look.attention_mass(keys)).log()
     weight = weight.nan_to_num(0.0).clamp(even - SLACK, even + SLACK)
     there = gives[..., None]
     return Folded(
         slot,
         torch.where(there, keys, old_keys),
         torch.where(there, values, old_values),
-        torch.where(gives, weight, wide(view.bias).gather(-1, slot)),
+        torch.where(gives, weight, upcast(view.bias).gather(-1, slot)),
         torch.where(gives, tokens, count.gather(-1, slot).to(keys.dtype)),
     )
 

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .storage import Held
+from .storage import RawSlots
 
 TILE = 4096  # numbers that a program holds of keys, and of values, at a time: 32 for each thread of four warps
 FILL = 256  # programs that fill a GPU, about two for each of its processors
 
 
-def attend_one(q: Tensor, keys: Held, values: Held, bias: Tensor) -> Tensor:
+def attend_one(q: Tensor, keys: RawSlots, values: RawSlots, bias: Tensor) -> Tensor:
     """`attention.attend` for queries B H 1 D and bias B H S, with keys and values as they lie.
 
     Keys and values have the same layout, and the last dimension of everything lies together. Queries that see nothing
@@ -50,15 +50,15 @@ def attend_one(q: Tensor, keys: Held, values: Held, bias: Tensor) -> Tensor:
             DIM=dim, WIDTH=width, BLOCK=block, LINE=line, LINE_WIDTH=triton.next_power_of_2(max(line, 1)),
         )  # fmt: skip
         if found is not None:
-            _put_together[(heads, rows)](
+            _reduce_parts[(heads, rows)](
                 out, found, parts, DIM=dim, WIDTH=width, PARTS_WIDTH=triton.next_power_of_2(parts)
             )
     return out
 
 
-def _layout(held: Held) -> list[int]:
+def _layout(held: RawSlots) -> list[int]:
     """Strides of rows, heads and slots; of scale and target, whose slots lie together, of rows and heads."""
-    given = [(held.numbers, 3), (held.scale, 2), (held.fresh, 3), (held.target, 2)]
+    given = [(held.data, 3), (held.scale, 2), (held.fresh, 3), (held.target, 2)]
     assert all(x is None or x.stride(n) == 1 for x, n in given)
     return [x.stride(i) if x is not None else 0 for x, n in given for i in range(n)]
 
@@ -139,7 +139,7 @@ def _add(most, total, mixed, scores, values):
 
 
 @triton.jit
-def _put_together(
+def _reduce_parts(
     out, found, parts, DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS_WIDTH: tl.constexpr
 ):  # fmt: skip
     """What all parts of a head's slots found."""

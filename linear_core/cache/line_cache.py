@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape
-from .attention import attend, kernel, line_probabilities
+from .attention import attend, attention_weights, kernel
 from .fold import fold
 from .storage import STORAGE
 from .view import View
@@ -42,7 +42,7 @@ class LineCache:
         self.kernel = kernel(device, dtype)  # for one query; None: PyTorch's attention
         self.static = static  # read all slots from the first token on, so that a step has one shape for the image
         self.shape, self.rows, self.grid, self.plan = shape, rows, grid, plan
-        layers, heads, dim, stride = shape.layers, shape.heads, shape.dim, grid.stride
+        layers, heads, dim, stride = shape.layers, shape.heads, shape.head_dim, grid.stride
         self.slots = shape.prompt + plan.lines(grid) * stride
         held = (layers, rows, heads, self.slots)
         self.keys, self.values = (
@@ -82,8 +82,8 @@ class LineCache:
     def write_prompt(self, layer: int, k: Tensor, v: Tensor, weight: Tensor) -> None:
         """k, v B H P D into the prompt's P slots; `weight` B P tokens each, 0 for padding."""
         end = self.shape.prompt
-        self.keys.place(layer, k)
-        self.values.place(layer, v)
+        self.keys.write_prompt(layer, k)
+        self.values.write_prompt(layer, v)
         self.bias[layer, :, :, :end] = weight.log().to(self.bias.dtype)[:, None]
         places = torch.arange(end, dtype=torch.int32, device=self.index.device)
         self.index[layer, :, :, :end] = torch.where(weight > 0, places, -1)[:, None]
@@ -114,7 +114,7 @@ class LineCache:
         if self.kernel is None or q.shape[2] > 1:
             return attend(q, *self.read(layer))
         end = self.end
-        return self.kernel(q, self.keys.held(layer, end), self.values.held(layer, end), self.bias[layer, :, :, :end])
+        return self.kernel(q, self.keys.raw(layer, end), self.values.raw(layer, end), self.bias[layer, :, :, :end])
 
     def feed(self, layer: int, columns: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v, q B H T D of a line's tokens at once and return what each of these queries sees.
@@ -142,18 +142,18 @@ class LineCache:
         stride = self.grid.stride
         if self.extent > self.shape.prompt:  # there was a line before this one
             for layer in range(self.shape.layers):
-                self._settle(layer)
+                self._finish_line(layer)
         self.target.copy_(torch.arange(self.extent, self.extent + stride, device=self.target.device))
         self.extent += stride
         for layer in range(self.shape.layers):
-            self._aim(layer)
+            self._start_line(layer)
 
-    def view(self, row: int | Tensor, layer: int, turn: Callable[[Tensor, int], Tensor] | None = None) -> View:
+    def view(self, row: int | Tensor, layer: int, rotate: Callable[[Tensor, int], Tensor] | None = None) -> View:
         """What one layer holds now that line `row` is complete: a view with L = 1.
 
         Brings attention mass up to date, so call it once a line. `turn`: see View.
         """
-        self._settle(layer)
+        self._finish_line(layer)
         end, one = self.extent, slice(layer, layer + 1)
         keys, values = self.keys.read(layer, end)[None], self.values.read(layer, end)[None]
         bias, index = self.bias[one, ..., :end], self.index[one, ..., :end]
@@ -161,8 +161,8 @@ class LineCache:
         mass = None
         if self.mass is not None and queries is not None:
             mass = self.mass[one, ..., :end]
-            mass += line_probabilities(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
-        return View(keys, values, bias, index, queries, mass, self.grid, row, layer, turn, self.survey)
+            mass += attention_weights(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
+        return View(keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey)
 
     def release(self, view: View, victims: Tensor) -> None:
         """`victims` int64 1 B H V, least useful first, are let go in the layer and rows that `view` shows; -1: none.
@@ -176,34 +176,34 @@ class LineCache:
         if self.count is not None:
             folded = fold(view, victims.clamp(min=0), self.count[one][..., :end])
             slot = folded.slot[0]
-            self.keys.change(view.layer, rows, slot, folded.keys[0])
-            self.values.change(view.layer, rows, slot, folded.values[0])
+            self.keys.overwrite(view.layer, rows, slot, folded.keys[0])
+            self.values.overwrite(view.layer, rows, slot, folded.values[0])
             self.bias[view.layer, rows].scatter_(2, slot, folded.bias[0].to(self.bias.dtype))
             self.count[view.layer, rows].scatter_(2, slot, folded.count[0].to(self.count.dtype))
             self.count[one][..., :end].masked_fill_(leaving, 1.0)  # what comes there stands for itself
         self.target[one] = victims[..., -stride:]
-        self._aim(view.layer)
+        self._start_line(view.layer)
         if self.mass is not None:
             self.mass[one][..., :end].masked_fill_(leaving, 0.0)
         hidden = _mark(victims[..., :-stride], end) if self.plan.release == "lazy" else leaving
         self.bias[one][..., :end].masked_fill_(hidden, float("-inf"))
         self.index[one][..., :end].masked_fill_(hidden, -1)
 
-    def _settle(self, layer: int) -> None:
+    def _finish_line(self, layer: int) -> None:
         for stored in (self.keys, self.values):
-            stored.settle(layer, self.target[layer])
+            stored.finish_line(layer, self.target[layer])
 
-    def _aim(self, layer: int) -> None:
+    def _start_line(self, layer: int) -> None:
         for stored in (self.keys, self.values):
-            stored.aim(layer, self.target[layer])
+            stored.start_line(layer, self.target[layer])
 
     # -- the batch ---------------------------------------------------------------------------------------------------
 
     def keep_rows(self, rows: int) -> None:
         """Go on with the first `rows` sequences only: guidance has ended. Saves work; the memory stays taken."""
         self.rows = rows
-        self.keys.keep(rows)
-        self.values.keep(rows)
+        self.keys.keep_rows(rows)
+        self.values.keep_rows(rows)
         for name in ("bias", "index", "queries", "mass", "count", "survey", "target"):
             if (buffer := getattr(self, name)) is not None:
                 setattr(self, name, buffer[:, :rows])

@@ -10,7 +10,7 @@ from torch import Tensor
 Device = torch.device | str
 
 
-class Held(NamedTuple):
+class RawSlots(NamedTuple):
     """Keys, or values, of a layer's slots where they lie, for a kernel that reads them so.
 
     numbers  B H S D
@@ -19,7 +19,7 @@ class Held(NamedTuple):
     target   int64 B H T, slots
     """
 
-    numbers: Tensor
+    data: Tensor
     scale: Tensor | None = None
     fresh: Tensor | None = None
     target: Tensor | None = None
@@ -31,41 +31,41 @@ class Full:
     def __init__(
         self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device: Device
     ):
-        self.numbers = torch.zeros(*lead, slots, dim, dtype=dtype, device=device)
+        self.data = torch.zeros(*lead, slots, dim, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
-        return self.numbers.nbytes
+        return self.data.nbytes
 
     def read(self, layer: int, end: int) -> Tensor:
         """B H S D of the first `end` slots."""
-        return self.numbers[layer, :, :, :end]
+        return self.data[layer, :, :, :end]
 
-    def held(self, layer: int, end: int) -> Held:
+    def raw(self, layer: int, end: int) -> RawSlots:
         """The same where it lies."""
-        return Held(self.numbers[layer, :, :, :end])
+        return RawSlots(self.data[layer, :, :, :end])
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         """x B H T D of the line's tokens at `column` into `slot` B H T."""
-        _put(self.numbers[layer], slot, x)
+        _write_slots(self.data[layer], slot, x)
 
-    def place(self, layer: int, x: Tensor) -> None:
+    def write_prompt(self, layer: int, x: Tensor) -> None:
         """x B H P D into the first P slots."""
-        self.numbers[layer, :, :, : x.shape[2]] = x
+        self.data[layer, :, :, : x.shape[2]] = x
 
-    def change(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
+    def overwrite(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
         """x B H T D of these rows into `slot` B H T."""
-        _put(self.numbers[layer, rows], slot, x.to(self.numbers.dtype))
+        _write_slots(self.data[layer, rows], slot, x.to(self.data.dtype))
 
-    def settle(self, layer: int, target: Tensor) -> None:
+    def finish_line(self, layer: int, target: Tensor) -> None:
         """The line that went to `target` (B H C slots) is complete."""
 
-    def aim(self, layer: int, target: Tensor) -> None:
+    def start_line(self, layer: int, target: Tensor) -> None:
         """The next line will go to `target`; what lies there may be read until it is written over."""
 
-    def keep(self, rows: int) -> None:
+    def keep_rows(self, rows: int) -> None:
         """Only the first rows of the batch from now on."""
-        self.numbers = self.numbers[:, :rows]
+        self.data = self.data[:, :rows]
 
 
 class Int8(Full):
@@ -78,57 +78,57 @@ class Int8(Full):
     def __init__(
         self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device: Device
     ):
-        self.numbers = torch.zeros(*lead, slots, dim, dtype=torch.int8, device=device)
+        self.data = torch.zeros(*lead, slots, dim, dtype=torch.int8, device=device)
         self.scale = torch.zeros(*lead, slots, 1, dtype=dtype, device=device)
         self.fresh = torch.zeros(*lead, stride, dim, dtype=dtype, device=device)
         self.target = torch.zeros(*lead, stride, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
-        return self.numbers.nbytes + self.scale.nbytes + self.fresh.nbytes
+        return self.data.nbytes + self.scale.nbytes + self.fresh.nbytes
 
     def read(self, layer: int, end: int) -> Tensor:
-        held = self._unpack(self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end])
+        held = self._dequantize(self.data[layer, :, :, :end], self.scale[layer, :, :, :end])
         slot = self.target[layer][..., None].expand_as(self.fresh[layer])
         return held.scatter(2, slot, self.fresh[layer])
 
-    def held(self, layer: int, end: int) -> Held:
-        numbers, scale = (x[layer, :, :, :end] for x in (self.numbers, self.scale))
-        return Held(numbers, scale, self.fresh[layer], self.target[layer])
+    def raw(self, layer: int, end: int) -> RawSlots:
+        data, scale = (x[layer, :, :, :end] for x in (self.data, self.scale))
+        return RawSlots(data, scale, self.fresh[layer], self.target[layer])
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         self.fresh[layer].index_copy_(2, column, x)
 
-    def place(self, layer: int, x: Tensor) -> None:
+    def write_prompt(self, layer: int, x: Tensor) -> None:
         end = x.shape[2]
-        self.numbers[layer, :, :, :end], self.scale[layer, :, :, :end] = _pack(x, self.scale.dtype)
+        self.data[layer, :, :, :end], self.scale[layer, :, :, :end] = _quantize(x, self.scale.dtype)
 
-    def change(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
-        numbers, scale = _pack(x, self.scale.dtype)
-        _put(self.numbers[layer, rows], slot, numbers)
-        _put(self.scale[layer, rows], slot, scale)
+    def overwrite(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
+        data, scale = _quantize(x, self.scale.dtype)
+        _write_slots(self.data[layer, rows], slot, data)
+        _write_slots(self.scale[layer, rows], slot, scale)
 
-    def settle(self, layer: int, target: Tensor) -> None:
-        numbers, scale = _pack(self.fresh[layer], self.scale.dtype)
-        _put(self.numbers[layer], target, numbers)
-        _put(self.scale[layer], target, scale)
+    def finish_line(self, layer: int, target: Tensor) -> None:
+        data, scale = _quantize(self.fresh[layer], self.scale.dtype)
+        _write_slots(self.data[layer], target, data)
+        _write_slots(self.scale[layer], target, scale)
 
-    def aim(self, layer: int, target: Tensor) -> None:
+    def start_line(self, layer: int, target: Tensor) -> None:
         self.target[layer] = target
         slot = target[..., None]
-        numbers = self.numbers[layer].gather(2, slot.expand_as(self.fresh[layer]))
-        self.fresh[layer] = self._unpack(numbers, self.scale[layer].gather(2, slot))
+        data = self.data[layer].gather(2, slot.expand_as(self.fresh[layer]))
+        self.fresh[layer] = self._dequantize(data, self.scale[layer].gather(2, slot))
 
-    def keep(self, rows: int) -> None:
-        for name in ("numbers", "scale", "fresh", "target"):
+    def keep_rows(self, rows: int) -> None:
+        for name in ("data", "scale", "fresh", "target"):
             setattr(self, name, getattr(self, name)[:, :rows])
 
-    def _unpack(self, numbers: Tensor, scale: Tensor) -> Tensor:
+    def _dequantize(self, data: Tensor, scale: Tensor) -> Tensor:
         dtype = self.fresh.dtype
-        return numbers.to(dtype) * scale.to(dtype)
+        return data.to(dtype) * scale.to(dtype)
 
 
-def _put(held: Tensor, slot: Tensor, x: Tensor) -> None:
+def _write_slots(held: Tensor, slot: Tensor, x: Tensor) -> None:
     """x B H T N into the places `slot` B H T of `held` B H S N.
 
     As rows of one long table: scattering into half precision copies all of `held`, twice, on CPUs.
@@ -137,7 +137,7 @@ def _put(held: Tensor, slot: Tensor, x: Tensor) -> None:
     held.view(-1, held.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
 
 
-def _pack(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x ... D as int8 and one scale of `dtype` each: ... 1."""
     x = x.float()
     # A little more, so that the greatest number stays within 127 steps however the scale is rounded.

@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid
-from .attention import line_probabilities
-from .outlook import LINES, Outlook, look_ahead, wide
+from .attention import attention_weights
+from .look_ahead import HORIZONS, LookAhead, upcast
 
-SPARE = 0.1
+FLOOR = 0.1
 
 
 @dataclass(frozen=True)
 class View:
     """The cache at a line's end, read only. L layers, B rows of the batch, H key heads, S slots, C tokens a line.
 
-    The loop shows one layer after the other, each as a view with L = 1, so that what a policy computes stays small.
+    The loop passes one layer at a time, each as a view with L = 1, which keeps a policy's temporaries small.
 
     keys, values  L B H S D, keys rotated to their true positions
     bias          L B H S, ln of how many tokens a slot stands for; -inf: nothing there
     index         int32 L B H S, which token of the sequence; -1: nothing there
     queries       L B H C D of the finished line, rotated; None unless the policy reads "queries" or "ahead"
     mass          L B H S, attention received so far, summed over all queries; None unless the policy reads "mass"
-    row           the line that has just finished. Where a line's end is recorded (`graph.py`) a tensor of one number,
-                  which is fit for arithmetic and to be compared with tensors, and for nothing else
+    row           the line that has just finished. Where a line's end is captured as a CUDA graph (`loop/graph.py`) a
+                  tensor of one element: use it in arithmetic and in comparisons with tensors, and nowhere else
     layer         number of the first layer shown
-    turn          turns queries as if they stood so many lines later: the model's rotation; None unless the policy reads
-                  "ahead"
+    rotate        rotates queries as if they stood so many lines further down, with the model's RoPE; None unless the
+                  policy reads "ahead"
     first         number of the first row shown
     survey        all layers B ..., what the policy's survey found at the first eviction; None unless it has one
     """
@@ -45,13 +45,13 @@ class View:
     grid: Grid
     row: int | Tensor
     layer: int = 0
-    turn: Callable[[Tensor, int], Tensor] | None = None
+    rotate: Callable[[Tensor, int], Tensor] | None = None
     survey: Tensor | None = None
     first: int = 0
-    _outlooks: dict[tuple[int, ...], Outlook] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
-        """The same, so many rows at a time that they have at most `pairs` pairs of slots, or one by one."""
+        """The same view in parts: as many rows at a time as have at most `pairs` pairs of slots, and at least one."""
         count = max(1, pairs // (self.index.shape[2] * self.index.shape[3] ** 2))
         for first in range(0, self.index.shape[1], count):
             cut = slice(first, first + count)
@@ -79,25 +79,27 @@ class View:
         count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
         bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
         layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
-        return torch.stack([reduce(line_probabilities(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
+        return torch.stack([reduce(attention_weights(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
 
-    def outlook(self, lines: tuple[int, ...] = LINES) -> Outlook:
-        """What the lines that come so much later will look at. Computed once; asked for by scores and by folding."""
-        assert self.queries is not None and self.turn is not None, "the policy does not declare that it reads ahead"
-        if lines not in self._outlooks:
-            queries = torch.cat([self.turn(self.queries, n) for n in lines], 3)
-            self._outlooks[lines] = look_ahead(queries, self.keys, self.bias)
-        return self._outlooks[lines]
+    def look_ahead(self, lines: tuple[int, ...] = HORIZONS) -> LookAhead:
+        """What the lines so many rows further down will attend to. Computed once, for scores and for folding."""
+        assert self.queries is not None and self.rotate is not None, "the policy does not declare that it reads ahead"
+        if lines not in self._look_aheads:
+            queries = torch.cat([self.rotate(self.queries, n) for n in lines], 3)
+            self._look_aheads[lines] = LookAhead.of(queries, self.keys, self.bias)
+        return self._look_aheads[lines]
 
-    def strength(self) -> Tensor:
-        """How much each slot counts for the coming lines, L B H S: the attention foreseen, and a tenth of what an image
-        token draws on average for each token in it, as the forecast may be wrong about one that it gives nothing. 0 for
-        what is empty."""
-        mass = self.outlook().mass
-        weight = wide(self.bias).exp()
+    def importance(self) -> Tensor:
+        """Importance of each slot for the coming lines, L B H S; 0 for empty slots.
+
+        The attention mass that look-ahead predicts, plus a floor for every token in the slot: a tenth of what an image
+        token receives on average. The prediction may be wrong about a token to which it gives nothing.
+        """
+        mass = self.look_ahead().mass
+        weight = upcast(self.bias).exp()
         image = weight * self.candidates()
         mean = (mass * self.candidates()).sum(-1, keepdim=True) / image.sum(-1, keepdim=True).clamp(min=1)
-        return mass + SPARE * mean * weight
+        return mass + FLOOR * mean * weight
 
     def candidates(self) -> Tensor:
         """Bool L B H S: image tokens, the only ones that can be evicted."""

@@ -16,7 +16,7 @@ from ..models.llamagen import LlamaGen
 from ..tokenizers.tokenizer import VQTokenizer
 from . import library
 from .families import llamagen
-from .weights import Places, Weights, checked, matching, read_weights
+from .weights import KeyMap, Weights, check_finite, match_keys, read_weights
 
 Notes = dict[str, str]
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of number formats, in safetensors
@@ -96,9 +96,9 @@ def _tokenizer(
     return _matching(network, weights, places), notes | kept
 
 
-def _matching(network: nn.Module, weights: Weights, places: Places) -> dict[str, Tensor]:
-    found = matching(network, weights, places)
-    return {place.name: checked(weights, key, weights.tensors[key]) for key, place in found.items()}
+def _matching(network: nn.Module, weights: Weights, places: KeyMap) -> dict[str, Tensor]:
+    found = match_keys(network, weights, places)
+    return {place.name: check_finite(weights, key, weights.tensors[key]) for key, place in found.items()}
 
 
 def _write(

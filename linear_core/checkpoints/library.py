@@ -14,13 +14,13 @@ from torch import nn
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..prompts import Prompt
-from ..prompts.words import Words
+from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.layouts import renamed, taming_top
 from ..tokenizers.tokenizer import VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
 from .families import Family, ModelInfo, janus, llamagen, lumina
-from .weights import SUFFIXES, Place, Places, Weights, fill, read_weights, unless, whole
+from .weights import SUFFIXES, KeyMap, Target, Weights, all_except, load_into, model_path, read_weights
 
 FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
 UNSCALED = "chameleon-vq"  # what a converted file says of itself: its layout is ours, its codebook as Chameleon's
@@ -53,15 +53,15 @@ class ImageModel:
         return class_label(self.info, name)
 
     @cached_property
-    def words(self) -> Words:
+    def text_tokenizer(self) -> TextTokenizer:
         """The model's own text tokenizer."""
-        decoder = whole(self.files.decoder)
+        decoder = model_path(self.files.decoder)
         folder = decoder if decoder.is_dir() else decoder.parent
-        places = [folder / name for name in self.info.family.words]
+        places = [folder / name for name in self.info.family.tokenizer_files]
         found = next((path for path in places if path.is_file()), places[0])
-        if not found.is_file() and (source := published.where(self.info.family.words_in)):
+        if not found.is_file() and (source := published.where(self.info.family.tokenizer_release)):
             raise UserError(f"{found}: there is no such file, and {self.info.name} reads texts with it; {source}.")
-        return Words(found)
+        return TextTokenizer(found)
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
         """One image for each text, guided away from `negative`; for models with a text tokenizer of their own."""
@@ -70,7 +70,7 @@ class ImageModel:
             raise UserError(f"text: {self.info.name} does not read texts by itself; it needs a text encoder.")
         if not texts:
             raise UserError("text: it is empty; write what the picture shall show.")
-        return read(self.words, texts, negative, self.info)
+        return read(self.text_tokenizer, texts, negative, self.info)
 
 
 def bundled_files() -> ModelFiles:
@@ -109,7 +109,7 @@ def read_info(path: str | Path, grid: tuple[int, int] | None = None) -> ModelInf
 
 
 def _read(path: str | Path, *, shapes_only: bool = False) -> Weights:
-    path = whole(Path(path))
+    path = model_path(Path(path))
     if not path.exists() and (source := published.where(path.name)):
         raise UserError(f"{path}: there is no such file; {source}.")
     return read_weights(path, shapes_only=shapes_only)
@@ -139,7 +139,7 @@ def _check_sizes(weights: Weights, config: Any) -> None:
 def family_of(weights: Weights) -> Family:
     """Which kind of model a checkpoint is. Raises UserError where it is none that is known here."""
     for family in FAMILIES:
-        if family.knows(weights):
+        if family.recognises(weights):
             return family
     raise weights.problem(
         f"is not an image decoder that LineAR knows ({_looks_like(weights.shapes)}); choose a model of "
@@ -177,7 +177,7 @@ def load_model(
     tokenizer = load_tokenizer(files.tokenizer, device=device, ops=ops)
     _check_tokenizer(info, tokenizer, files)
     decoder = _decoder(info, ops)
-    fill(decoder, weights, dtype, lambda key: info.family.place(key, info.config), _stored(weight_dtype))
+    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), _stored(weight_dtype))
     decoder.compute_dtype = dtype if weight_dtype else None
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
 
@@ -206,7 +206,7 @@ def _is_large(name: str, tensor: torch.Tensor) -> bool:
 def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles) -> None:
     """Refuse another model's tokenizer, even one with as many codes: its codes mean something else."""
     if info.family.vq is not None:
-        if whole(files.tokenizer) == whole(files.decoder):
+        if model_path(files.tokenizer) == model_path(files.decoder):
             return
         raise UserError(
             f"{files.tokenizer.name}: is another model's tokenizer, and {info.name} brings its own; choose that "
@@ -256,7 +256,7 @@ def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops:
     config, places = describe_tokenizer(weights)
     with torch.device("meta"):
         tokenizer = VQTokenizer(config, ops)
-    fill(tokenizer, weights, torch.float32, places)
+    load_into(tokenizer, weights, torch.float32, places)
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
@@ -264,9 +264,9 @@ def is_tokenizer(weights: Weights) -> bool:
     return "quantize.embedding.weight" in weights.tensors
 
 
-def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
+def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and where its weights go."""
-    names = next((family.vq for family in FAMILIES if family.vq and family.knows(weights)), None)
+    names = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
     top = taming_top(weights.tensors) if names is None else None  # Chameleon's
     if top is not None:
         names = partial(renamed, top=top)
@@ -281,9 +281,9 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
         config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNSCALED)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
-    wanted = unless(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
+    wanted = all_except(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
 
-    def places(key: str) -> Place | None:
+    def places(key: str) -> Target | None:
         return None if (name := ours[key]) is None else wanted(name)
 
     return config, places
@@ -292,4 +292,4 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, Places]:
 def find_checkpoints(folders: list[Path]) -> list[Path]:
     """Every checkpoint below `folders`, a model of several files as its folder, sorted by name."""
     found = {p for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES}
-    return sorted({whole(path) for path in found})
+    return sorted({model_path(path) for path in found})

@@ -15,7 +15,7 @@ from ..prompts import Prompt
 from ..prompts.caption import clean
 from ..prompts.t5 import PROBE, T5Tokenizer, build, encode, text_prompt
 from . import published
-from .weights import Weights, checked, listed, read_weights
+from .weights import Weights, check_finite, read_weights, shards_in_index
 
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -64,7 +64,7 @@ def find_text_encoder(path: str | Path, tokenizer: Path | None = None) -> TextFi
 def _shards(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX
     if index.is_file():
-        found = listed(index)
+        found = shards_in_index(index)
     else:
         found = tuple(sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")) or tuple(
             sorted(p for p in folder.glob("pytorch_model*.bin"))
@@ -103,7 +103,7 @@ def load_encoder(files: TextFiles) -> tuple[nn.Module, T5Tokenizer]:
     except ValueError as error:
         raise weights.problem(f"{error}; choose FLAN-T5-XL's encoder.") from error
     for key, tensor in encoder.state_dict().items():
-        checked(weights, key, tensor)
+        check_finite(weights, key, tensor)
     return encoder, tokenizer
 
 
@@ -141,6 +141,6 @@ def prompt(
     return replace(text_prompt(rows[: len(texts)], tuple(texts)), negative=away)
 
 
-def forget() -> None:
+def clear_features() -> None:
     """Encode everything anew."""
     _features.clear()

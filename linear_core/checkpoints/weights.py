@@ -94,7 +94,7 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
         if file.suffix.lower() == ".safetensors":
             found, notes = _read_safetensors(file, shapes_only)
         else:
-            with _legible(file, READABLE):
+            with _readable(file, READABLE):
                 check_archive(file)
             found, notes = _read_pickle(file, shapes_only), {}
         if twice := tensors.keys() & found.keys():
@@ -107,7 +107,7 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
     return weights
 
 
-def whole(path: Path) -> Path:
+def model_path(path: Path) -> Path:
     """The model that the file at `path` belongs to: its folder where that is one of several files, else the file."""
     folder = path.parent
     part = path.name in SINGLES or any((folder / name).is_file() for name in INDEXES)
@@ -118,14 +118,14 @@ def shards(folder: Path) -> tuple[Path, ...]:
     """The files that a model's folder consists of, as its index lists them. Raises UserError where there are none."""
     for index in (folder / name for name in INDEXES):
         if index.is_file():
-            return listed(index)
+            return shards_in_index(index)
     for name in SINGLES:
         if (folder / name).is_file():
             return (folder / name,)
     raise UserError(f"{folder / SINGLES[0]}: there is no such file, and no index of several; download the model again.")
 
 
-def listed(index: Path) -> tuple[Path, ...]:
+def shards_in_index(index: Path) -> tuple[Path, ...]:
     """The files that a model's index names, all below its folder. Raises UserError naming the index."""
     names = read_json(index, "does not list the model's files").get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -147,7 +147,7 @@ _DTYPES = {
 
 
 def _read_safetensors(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with _legible(path, "a complete safetensors file"):
+    with _readable(path, "a complete safetensors file"):
         check_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
@@ -165,7 +165,7 @@ def _shape_of(name: str, part: Any) -> Tensor:
 
 
 def _each_of_safetensors(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    with _legible(path, "a complete safetensors file"), safe_open(path, framework="pt", device="cpu") as file:
+    with _readable(path, "a complete safetensors file"), safe_open(path, framework="pt", device="cpu") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             if name in wanted:
                 yield name, file.get_tensor(name)
@@ -176,7 +176,7 @@ def _each_of_pickle(path: Path, wanted: Container[str]) -> Iterator[tuple[str, T
 
 
 def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
-    with _legible(path, READABLE), warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+    with _readable(path, READABLE), warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
         warnings.simplefilter("ignore")  # about storages of old files; nothing a user can act on
         content: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True, mmap=True)
     for nest in NESTS:
@@ -192,7 +192,7 @@ def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _legible(path: Path, what: str) -> Iterator[None]:
+def _readable(path: Path, what: str) -> Iterator[None]:
     """Whatever the readers raise for a foreign or broken file, which is of many kinds, as a UserError."""
     try:
         yield
@@ -207,7 +207,7 @@ def _legible(path: Path, what: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where a file's weight goes: the row block `part`, of `parts` equal ones, of the module's weight `name`.
 
     `take` says what of it goes there, where that is not all.
@@ -219,15 +219,15 @@ class Place:
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
-Places = Callable[[str], Place | None]  # for a key of the file; None: not read
+KeyMap = Callable[[str], Target | None]  # for a key of the file; None: not read
 
 
-def unless(*beginnings: str) -> Places:
+def all_except(*beginnings: str) -> KeyMap:
     """Every weight under its own name, but for those whose names begin so."""
-    return lambda key: None if key.startswith(beginnings) else Place(key)
+    return lambda key: None if key.startswith(beginnings) else Target(key)
 
 
-def matching(module: nn.Module, weights: Weights, places: Places = Place) -> dict[str, Place]:
+def match_keys(module: nn.Module, weights: Weights, places: KeyMap = Target) -> dict[str, Target]:
     """Where those of `weights` go that `module` takes, by the file's names.
 
     Every missing, unknown, doubled or mis-shaped weight is an error: half a model draws noise. What files are known to
@@ -261,18 +261,18 @@ def matching(module: nn.Module, weights: Weights, places: Places = Place) -> dic
     return found
 
 
-def fill(
+def load_into(
     module: nn.Module,
     weights: Weights,
     dtype: torch.dtype,
-    places: Places = Place,
+    places: KeyMap = Target,
     stored: Callable[[str, Tensor], torch.dtype | None] | None = None,
 ) -> None:
     """Put `weights` into `module`, built on the meta device, as `dtype`, or as what `stored` names for a weight.
 
     One of the file's tensors at a time is in memory beside the module. `matching` and `checked` say what is refused.
     """
-    found = matching(module, weights, places)
+    found = match_keys(module, weights, places)
     empty = module.state_dict()
     filled: dict[str, Tensor] = {}
     for key, tensor in weights.stream(found):
@@ -283,11 +283,11 @@ def fill(
             filled[place.name] = torch.empty(like.shape, dtype=kept)
         target = filled[place.name]
         part = target.chunk(place.parts)[place.part] if place.parts > 1 else target
-        part.copy_(checked(weights, key, place.take(tensor)))
+        part.copy_(check_finite(weights, key, place.take(tensor)))
     module.load_state_dict(filled, assign=True)
 
 
-def checked(weights: Weights, key: str, tensor: Tensor) -> Tensor:
+def check_finite(weights: Weights, key: str, tensor: Tensor) -> Tensor:
     """`tensor`, of the weight called `key`. Raises UserError where it holds NaN or infinity: one is enough for noise.
 
     Takes 0.05 seconds a GB on a CPU's core, a third of what copying a file from memory takes, less from any disk.

@@ -20,7 +20,7 @@ from ..grid import Grid
 from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
 from .memory import fold_pairs
-from .sampling import Noise, guide, pick, restrict
+from .sampling import Noise, apply_guidance, filter_logits, sample_codes
 
 
 class Decoder(Protocol):
@@ -38,12 +38,12 @@ class Decoder(Protocol):
     def feed(
         self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
     ) -> Tensor: ...
-    def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
-Turn = Callable[[Tensor, int], Tensor]
-Evict = Callable[[LineCache, Policy, int, Turn], None]
+Rotate = Callable[[Tensor, int], Tensor]
+Evict = Callable[[LineCache, Policy, int, Rotate], None]
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def generate(
     shape = decoder.cache_shape(rows.length)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
     cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads, static=static)
-    turn = partial(decoder.turn_ahead, grid)
+    rotate = partial(decoder.rotate_ahead, grid)
     step = step or decoder.step
     noise = Noise(sample.seed, images, decoder.codes, device)
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
@@ -109,7 +109,7 @@ def generate(
             broken += logits.sum() * 0  # nan and infinity times 0 are nan
             token = draw(logits, number, images, sample, noise)
             tokens[:, column] = token
-            fed = grid.fed_with(column)  # a line's end is known, so nobody has to wait for its logits
+            fed = grid.tokens_fed(column)  # a line's end is known, so nobody has to wait for its logits
             if number + fed == grid.tokens:
                 break  # nothing is drawn after it
             if cache.rows > images and not sample.guides(number + fed):
@@ -123,7 +123,7 @@ def generate(
                 with_end = F.pad(token[:, None], (0, 1), value=grid.eol)
                 logits = decoder.feed(with_end, places, pad, ahead, cache)
         if row + 1 < grid.rows:
-            end_line(cache, policy, row, turn, line_end or evict)
+            end_line(cache, policy, row, rotate, line_end or evict)
         share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
@@ -149,9 +149,9 @@ def _not_finite(name: str, dtype: torch.dtype, row: int, rows: int) -> str:
 
 def draw(logits: Tensor, number: int, images: int, sample: SamplePlan, noise: Noise) -> Tensor:
     """Image token `number` of each image from the logits of all sequences: int64 B."""
-    scores = guide(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
-    scores = restrict(scores, sample.top_k, sample.top_p, sample.temperature)
-    return pick(scores, noise.exponential(number), sample.temperature)
+    scores = apply_guidance(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
+    scores = filter_logits(scores, sample.top_k, sample.top_p, sample.temperature)
+    return sample_codes(scores, noise.exponential(number), sample.temperature)
 
 
 def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> Tensor:
@@ -173,14 +173,14 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
     return above.expand(images, -1, -1)
 
 
-def evict(cache: LineCache, policy: Policy, row: int | Tensor, turn: Turn) -> None:
+def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -> None:
     """Bring a full cache back to its budget; the next line is written over what leaves.
 
     The same work for every line, so it can be recorded (`graph.py`); `row` is then a tensor of one number, on the
     device. The first of a cache is not: it also asks for the policy's survey.
     """
     plan, grid = cache.plan, cache.grid
-    views: Iterable[View] = (cache.view(row, layer, turn) for layer in range(cache.shape.layers))
+    views: Iterable[View] = (cache.view(row, layer, rotate) for layer in range(cache.shape.layers))
     if policy.survey is not None and cache.survey is None:
         views = list(views)
         cache.survey = torch.cat([policy.survey(view) for view in views])
@@ -198,12 +198,12 @@ def evict(cache: LineCache, policy: Policy, row: int | Tensor, turn: Turn) -> No
         cache.release(view, victims)
 
 
-def end_line(cache: LineCache, policy: Policy, row: int, turn: Turn, evict: Evict = evict) -> None:
+def end_line(cache: LineCache, policy: Policy, row: int, rotate: Rotate, evict: Evict = evict) -> None:
     """Decide where the next line is written: in slots never used before, or over what `evict` lets go."""
     plan = cache.plan
     if plan.evicts(cache.grid) and row >= plan.budget:
         cache.extent = cache.slots  # more than now where heads keep unequal numbers: some need their room from here on
-        evict(cache, policy, row, turn)
+        evict(cache, policy, row, rotate)
         return
     if cache.mass is not None:
         for layer in range(cache.shape.layers):

@@ -103,8 +103,8 @@ class CapturedStep(Captured):
 class CapturedEnd(Captured):
     """`generate.evict` behind a graph; takes its place in `generate`. All that changes from line to line is the row."""
 
-    def __call__(self, cache: Any, policy: Any, row: int, turn: Any) -> None:
-        self._run(lambda row: self.work(cache, policy, row, turn), (row,), cache)
+    def __call__(self, cache: Any, policy: Any, row: int, rotate: Any) -> None:
+        self._run(lambda row: self.work(cache, policy, row, rotate), (row,), cache)
 
 
 class Graphs:

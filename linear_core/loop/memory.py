@@ -23,8 +23,8 @@ def run_bytes(shape: CacheShape, grid: Grid, plan: CachePlan, rows: int, codes: 
     """
     held = shape.bytes(grid, plan, rows)
     # Beside keys and values a slot has a bias, an index, a score and its order; a line has its queries.
-    slots = held // (2 * shape.dim * shape.bytes_per_number)
-    beside = slots * (shape.bytes_per_number + 4 + 4 + 8) + shape.line_bytes(grid, rows) // 2
+    slots = held // (2 * shape.head_dim * shape.bytes_per_element)
+    beside = slots * (shape.bytes_per_element + 4 + 4 + 8) + shape.line_bytes(grid, rows) // 2
     each = shape.prompt + plan.lines(grid) * grid.stride  # slots of a head
     attention = rows * shape.heads * grid.stride * each * 4 * 2
     if plan.evicts(grid) and plan.release == "fold":  # distances between slots, and what four lines ahead will look at
@@ -52,7 +52,7 @@ def fits(room: int, images: int, needed: Callable[[int], int]) -> int:
     return most
 
 
-def waves(images: int, at_once: int) -> list[range]:
+def split_batch(images: int, at_once: int) -> list[range]:
     """A batch in parts of at most `at_once` images, as few and as even as can be."""
     count = -(-images // max(at_once, 1))
     edges = [images * i // count for i in range(count + 1)]

@@ -8,13 +8,13 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def guide(logits: Tensor, images: int, scale: float) -> Tensor:
+def apply_guidance(logits: Tensor, images: int, scale: float) -> Tensor:
     """Classifier-free guidance. Logits of conditional rows, then unconditional: (2 B) V -> B V."""
     conditional, unconditional = logits[:images], logits[images:]
     return unconditional + (conditional - unconditional) * scale
 
 
-def restrict(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.0) -> Tensor:
+def filter_logits(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.0) -> Tensor:
     """-inf for codes outside the `top_k` likeliest (0: all) and outside the smallest set of mass `top_p`.
 
     The mass is that of softmax(logits / temperature), of what `top_k` has left.
@@ -65,7 +65,7 @@ class Noise:
         return u.neg_().log1p_().neg_()
 
 
-def pick(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+def sample_codes(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """Draw one code a row. Logits B V (restricted already), exponential noise B V -> int64 B.
 
     A race: code v finishes at noise / p(v), the first wins with probability p(v). Temperature 0 is greedy.

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Ops = ModuleType | type[Any]
-Turn = Callable[[Tensor], Tensor]  # RoPE: rotates queries and keys 2 B H T D
+Rotate = Callable[[Tensor], Tensor]  # RoPE: rotates queries and keys 2 B H T D
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v B H T D -> B H T D
 
 
 @lru_cache(maxsize=64)  # a recorded graph reads what is kept here
 def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """LlamaGen's rotary table, for `turn_pairs`: float32 rows*cols 2 dim, cosines and signed sines.
+    """LlamaGen's rotary table, for `rotate_pairs`: float32 rows*cols 2 dim, cosines and signed sines.
 
     The first half of the pairs turns by the row, the second by the column.
     """
@@ -32,34 +32,34 @@ def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -
 
 
 @lru_cache(maxsize=64)
-def _speeds(dim: int, base: float, device: torch.device) -> Tensor:
+def _inverse_frequencies(dim: int, base: float, device: torch.device) -> Tensor:
     """Radians a position for each pair: float32 dim/2."""
     return base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
 
 
 def rope_1d(position: Tensor, dim: int, base: float) -> Tensor:
-    """Llama's rotary table, for `turn_halves`, of whole-numbered positions of any shape: float32 ... 2 dim."""
-    angle = position.float()[..., None] * _speeds(dim, base, position.device)
+    """Llama's rotary table, for `rotate_halves`, of whole-numbered positions of any shape: float32 ... 2 dim."""
+    angle = position.float()[..., None] * _inverse_frequencies(dim, base, position.device)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], -2)
 
 
-def turn_pairs(x: Tensor, table: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
     """Rotate neighbouring pairs (x0 x1), (x2 x3), … of x ... T D by `table` T 2 D, in float32."""
     x32 = x.float()
-    return _turn(x32, x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), table).to(x.dtype)
+    return _rotate(x32, x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), table).to(x.dtype)
 
 
-def turn_halves(x: Tensor, table: Tensor) -> Tensor:
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs half a head apart, (x0 xD/2), (x1 xD/2+1), … of x ... T D by `table` ... T 2 D, in float32.
 
-    How transformers keeps a Llama's heads; `turn_pairs` is how Meta, and LlamaGen after it, does.
+    How transformers keeps a Llama's heads; `rotate_pairs` is how Meta, and LlamaGen after it, does.
     """
     x32 = x.float()
-    return _turn(x32, x32.roll(x.shape[-1] // 2, -1), table).to(x.dtype)
+    return _rotate(x32, x32.roll(x.shape[-1] // 2, -1), table).to(x.dtype)
 
 
-def _turn(x: Tensor, other: Tensor, table: Tensor) -> Tensor:
+def _rotate(x: Tensor, other: Tensor, table: Tensor) -> Tensor:
     """Each number by its cosine, and the other of its pair by the sine that has the sign already."""
     cos, sin = table.unbind(-2)
     return x * cos + other * sin
@@ -89,13 +89,13 @@ class Attention(nn.Module):
         self.wo = ops.Linear(width, width, bias=False)
         self.q_norm, self.k_norm = (HeadNorm(heads, width // heads) if qk_norm else None for _ in range(2))
 
-    def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
         """x B T W."""
         heads = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         both, v = heads[:2], heads[2]
         if self.q_norm and self.k_norm:
             both = torch.stack([self.q_norm(both[0]), self.k_norm(both[1])])
-        q, k = turn(both)  # at once, as a rotation is several operations too small to be worth their launch
+        q, k = rotate(both)  # at once, as a rotation is several operations too small to be worth their launch
         return self.wo(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -122,6 +122,6 @@ class Block(nn.Module):
         self.attention_norm = ops.RMSNorm(width, eps=eps)
         self.ffn_norm = ops.RMSNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turn, attend)
+    def forward(self, x: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotate, attend)
         return x + self.feed_forward(self.ffn_norm(x))

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
-from .blocks import Block, Ops, rope_1d, turn_halves
+from .blocks import Block, Ops, rope_1d, rotate_halves
 from .raster import Raster
 
 
@@ -39,13 +39,13 @@ class LlamaConfig:
     classes = 0  # these draw texts
 
     @property
-    def dim(self) -> int:
+    def head_dim(self) -> int:
         """Numbers a head."""
         return self.width // self.heads
 
-    def cache_shape(self, prompt: int, bytes_per_number: int) -> CacheShape:
+    def cache_shape(self, prompt: int, bytes_per_element: int) -> CacheShape:
         """A slot for every place of the prompt."""
-        return CacheShape(self.layers, self.heads, self.dim, prompt, bytes_per_number)
+        return CacheShape(self.layers, self.heads, self.head_dim, prompt, bytes_per_element)
 
 
 class Llama(Raster):
@@ -63,7 +63,7 @@ class Llama(Raster):
         )
         self.norm = ops.RMSNorm(config.width, eps=config.eps)
 
-    turn = staticmethod(turn_halves)
+    rotate = staticmethod(rotate_halves)
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
         """The rows of `prompt`, then what they are to be guided from."""
@@ -90,10 +90,10 @@ class Llama(Raster):
         Rows that are alike, such as the unconditional ones of prompts of equal length, are computed once.
         """
         self.check(prompt)
-        once, row = prompt.distinct()
+        once, row = prompt.unique()
         place = torch.arange(prompt.length, device=row.device)
         weight = (place >= prompt.pad[:, None]).float()
-        table = self.table(place, once.pad, self.grid)
+        table = self.rope_table(place, once.pad, self.grid)
         x = self.embed_tokens(once.tokens).to(self.dtype)
         bias = torch.zeros(once.visible().shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill(~once.visible(), float("-inf"))[:, None]
@@ -103,13 +103,13 @@ class Llama(Raster):
                 cache.write_prompt(layer, k[row], v[row], weight)
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-            x = block(x, lambda t: turn_halves(t, table), attend_prompt)
+            x = block(x, lambda t: rotate_halves(t, table), attend_prompt)
         return self.head(self.norm(x[:, -1])).float()[row]
 
-    def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""
         place = torch.full((1,), lines * grid.stride, device=queries.device)
-        return turn_halves(queries, rope_1d(place, self.config.dim, self.config.rope_base))
+        return rotate_halves(queries, rope_1d(place, self.config.head_dim, self.config.rope_base))
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """Logits of every image token in one uncached pass: the oracle of the tests.
@@ -119,7 +119,7 @@ class Llama(Raster):
         Returns B T+N V; the logits of image token n are at T + n - 1.
         """
         count = prompt.length + tokens.shape[1]
-        table = self.table(torch.arange(count, device=tokens.device), prompt.pad, self.grid)
+        table = self.rope_table(torch.arange(count, device=tokens.device), prompt.pad, self.grid)
         x = torch.cat([self.embed_tokens(prompt.tokens), self.embed_codes(tokens)], 1).to(self.dtype)
         masks = [prompt.visible(count)[:, None]] * len(self.layers) if visible is None else list(visible)
         for block, mask in zip(self.layers, masks, strict=True):
@@ -127,10 +127,10 @@ class Llama(Raster):
             def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-            x = block(x, lambda t: turn_halves(t, table), attend_all)
+            x = block(x, lambda t: rotate_halves(t, table), attend_all)
         return self.head(self.norm(x))
 
-    def table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
+    def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
         """The rotary table of the tokens at `index` T of rows with `pad` B empty places: B 1 T 2 D, for all heads."""
         position = (index - pad[:, None]).clamp(min=0)
-        return rope_1d(position, self.config.dim, self.config.rope_base)[:, None]
+        return rope_1d(position, self.config.head_dim, self.config.rope_base)[:, None]

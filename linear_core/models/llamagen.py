@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
-from .blocks import Block, Ops, rope_2d, turn_pairs
+from .blocks import Block, Ops, rope_2d, rotate_pairs
 from .raster import Raster
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # published widths
@@ -37,9 +37,9 @@ class LlamaGenConfig:
     caption_slots: int = 0
     eps: float = 1e-5
 
-    def cache_shape(self, prompt: int, bytes_per_number: int) -> CacheShape:
+    def cache_shape(self, prompt: int, bytes_per_element: int) -> CacheShape:
         """One slot for the prompt, however long: see LlamaGen."""
-        return CacheShape(self.layers, self.heads, self.width // self.heads, LlamaGen.prompt_slots, bytes_per_number)
+        return CacheShape(self.layers, self.heads, self.width // self.heads, LlamaGen.prompt_slots, bytes_per_element)
 
 
 class ClassEmbedding(nn.Module):
@@ -86,7 +86,7 @@ class LlamaGen(Raster):
         self.norm = ops.RMSNorm(config.width, eps=config.eps)
         self.output = ops.Linear(config.width, config.codes, bias=False)
 
-    turn = staticmethod(turn_pairs)
+    rotate = staticmethod(rotate_pairs)
 
     def embed_codes(self, tokens: Tensor) -> Tensor:
         return self.tok_embeddings(tokens)
@@ -94,7 +94,7 @@ class LlamaGen(Raster):
     def head(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
 
-    def table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
+    def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
         """T 2 D; `pad` does not matter, LlamaGen turns by the place in the picture alone."""
         table = rope_2d(grid.rows, grid.cols, self.config.width // self.config.heads, ROPE_BASE, index.device)
         return table.index_select(0, index - grid.prompt)
@@ -138,7 +138,7 @@ class LlamaGen(Raster):
         Rows that are alike, as the unconditional ones of classes are, are computed once.
         """
         self.check(prompt)
-        once, row = prompt.distinct()
+        once, row = prompt.unique()
         x = self._embed(once)
         visible = once.visible()
         seen = visible[:, -1:]  # by image tokens: everything but padding
@@ -155,9 +155,9 @@ class LlamaGen(Raster):
             x = block(x, torch.zeros_like, attend_prompt)
         return self.head(self.norm(x[:, -1])).float()[row]
 
-    def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""
-        return turn_pairs(queries, rope_2d(lines + 1, 1, queries.shape[-1], ROPE_BASE, queries.device)[lines:])
+        return rotate_pairs(queries, rope_2d(lines + 1, 1, queries.shape[-1], ROPE_BASE, queries.device)[lines:])
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """Logits of every image token in one uncached pass: training, and the oracle of the tests.
@@ -183,7 +183,7 @@ class LlamaGen(Raster):
             def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = mask) -> Tensor:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
-            x = block(x, lambda t: turn_pairs(t, table), attend_all)
+            x = block(x, lambda t: rotate_pairs(t, table), attend_all)
         return self.output(self.norm(x))
 
 

@@ -41,12 +41,12 @@ class Raster(nn.Module):
         """Hidden states ... W -> logits of the codes ... V."""
         raise NotImplementedError
 
-    def table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
+    def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
         """The rotary table of the image tokens at `index` T of rows with `pad` B empty places before the prompt."""
         raise NotImplementedError
 
     @staticmethod
-    def turn(x: Tensor, table: Tensor) -> Tensor:
+    def rotate(x: Tensor, table: Tensor) -> Tensor:
         """Queries and keys ... T D, rotated."""
         raise NotImplementedError
 
@@ -77,7 +77,7 @@ class Raster(nn.Module):
 
         token int64 B; index, column int64 with one element; pad int64 B, empty places before each row's prompt.
         """
-        table = self.table(index, pad, cache.grid)
+        table = self.rope_table(index, pad, cache.grid)
         x = self.embed_codes(token[:, None]).to(self.dtype)
         cache.advance(index, column)
         for layer, block in enumerate(self.layers):
@@ -86,7 +86,7 @@ class Raster(nn.Module):
                 cache.write(layer, column, k, v, q)
                 return cache.attend(layer, q)
 
-            x = block(x, lambda t: self.turn(t, table), attend_cache)
+            x = block(x, lambda t: self.rotate(t, table), attend_cache)
         return self.head(self.norm(x[:, -1])).float()
 
     def feed(
@@ -96,13 +96,13 @@ class Raster(nn.Module):
 
         Returns the logits B V after the last, or with `every` B T V, those after each.
         """
-        table = self.table(index, pad, cache.grid)
+        table = self.rope_table(index, pad, cache.grid)
         x = self.embed_codes(tokens).to(self.dtype)
         for layer, block in enumerate(self.layers):
 
             def attend_line(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
                 return attend(q, *cache.feed(layer, columns, k, v, q))
 
-            x = block(x, lambda t: self.turn(t, table), attend_line)
+            x = block(x, lambda t: self.rotate(t, table), attend_line)
         cache.advance(index, columns)
         return self.head(self.norm(x if every else x[:, -1])).float()

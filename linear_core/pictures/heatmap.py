@@ -13,7 +13,7 @@ _CIVIDIS = torch.tensor([
 ])  # fmt: skip
 
 
-def colour(values: Tensor) -> Tensor:
+def colormap(values: Tensor) -> Tensor:
     """Values in 0..1 of any shape -> the same shape with 3 channels last."""
     place = values.clamp(0, 1) * (len(_CIVIDIS) - 1)
     low = place.floor().long().clamp(max=len(_CIVIDIS) - 2)
@@ -21,7 +21,7 @@ def colour(values: Tensor) -> Tensor:
     return _CIVIDIS[low] * (1 - t) + _CIVIDIS[low + 1] * t
 
 
-def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = None, strength: float = 0.7) -> Tensor:
+def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = None, opacity: float = 0.7) -> Tensor:
     """Draw what each cell of the grid kept.
 
     share     B rows cols, share of layers and heads that hold the token
@@ -29,14 +29,14 @@ def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = Non
     Returns B height width 3 in 0..1, cells as crisp squares.
     """
     map_ = F.interpolate(share[:, None].float(), (height, width), mode="nearest")[:, 0]
-    colours = colour(map_)
+    colours = colormap(map_)
     if picture is None:
         return colours
     if picture.shape[1:3] != (height, width):
         picture = F.interpolate(picture.permute(0, 3, 1, 2), (height, width), mode="nearest").permute(0, 2, 3, 1)
-    faded = picture * (1 - 0.8 * strength)
+    faded = picture * (1 - 0.8 * opacity)
     lit = picture * 0.3 + colours * 0.7
-    return faded + (lit - faded) * (strength * 1.2 * map_.sqrt()).clamp(max=1)[..., None]
+    return faded + (lit - faded) * (opacity * 1.2 * map_.sqrt()).clamp(max=1)[..., None]
 
 
 def lifetime(shares: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..events import Line
-from ..loop.waves import ran_out
+from ..loop.micro_batches import is_out_of_memory
 from ..tokenizers.tokenizer import VQTokenizer, to_pixels
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ def _decoded(tokenizer: VQTokenizer, codes: Tensor) -> Tensor | None:
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()
     except Exception as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
     return None
 
 
-class Painter:
+class PreviewWorker:
     """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
     or while a picture is being made, is dropped.
 
@@ -111,7 +111,7 @@ class Painter:
         self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
         self.thread.start()
 
-    def offer(self, job: Any, lines: int) -> bool:
+    def submit(self, job: Any, lines: int) -> bool:
         if time.perf_counter() < self.next:
             return False
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..errors import UserError
 from .adakv import adakv
+from .attention_distance import attention_distance
 from .cake import cake
 from .choose import choose
 from .criticalkv import criticalkv
@@ -25,7 +26,6 @@ from .policy import Policy
 from .prefixkv import prefixkv
 from .pyramidkv import pyramidkv
 from .random import random
-from .reach import reach
 from .rkv import rkv
 from .snapkv import snapkv
 from .ssd import ssd
@@ -55,7 +55,7 @@ POLICIES: dict[str, Policy] = {
     "criticalkv": criticalkv(_LINE),
     "vase": vase(_LINE),
     "stratified": stratified(_LINE),
-    "ssd": Policy(ssd, QUERIES | MASS, survey=reach),
+    "ssd": Policy(ssd, QUERIES | MASS, survey=attention_distance),
     "adakv": adakv(_LINE),
     "cake": cake,
     "hack": hack,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
+from .allocate import allocate
 from .choose import protect
 from .policy import Policy
-from .share_out import share_out
 
 FLOOR = 0.2
 
@@ -33,4 +33,4 @@ def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     best = scores.flatten(-2).argsort(dim=-1, descending=True, stable=True)[..., : heads * budget]
     head = best // slots
     counts = scores.new_zeros(scores.shape[:-1]).scatter_add_(-1, head, torch.ones_like(head, dtype=scores.dtype))
-    return share_out((1 - FLOOR) * counts + FLOOR * budget, view.candidates().sum(-1), view, plan)
+    return allocate((1 - FLOOR) * counts + FLOOR * budget, view.candidates().sum(-1), view, plan)

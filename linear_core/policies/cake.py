@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
+from .allocate import allocate_layers
 from .policy import Policy
-from .share_out import share_out_layers
 
 GAMMA = 200.0
 KERNEL = 5
@@ -44,7 +44,7 @@ def preference(view: View) -> Tensor:
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     assert view.survey is not None
-    return share_out_layers(view.survey, view, plan)
+    return allocate_layers(view.survey, view, plan)
 
 
 cake = Policy(score, frozenset({"queries"}), keep, preference)

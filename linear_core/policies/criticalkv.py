@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..cache.outlook import wide
+from ..cache.look_ahead import upcast
 from ..cache.view import View
 from .policy import Policy
 from .rank import rank
@@ -28,7 +28,7 @@ def criticalkv(policy: Policy) -> Policy:
         scores = policy.score(view).float()
         budget = there.sum(-1, keepdim=True) - view.grid.stride  # a line has to leave
         first = rank(scores.masked_fill(~there, float("-inf")), view.index) < FIRST * budget
-        worth = ((scores + EPSILON) * wide(view.values).norm(dim=-1).float()).masked_fill(~there, 0.0)
+        worth = ((scores + EPSILON) * upcast(view.values).norm(dim=-1).float()).masked_fill(~there, 0.0)
         return worth + first * (worth.amax(-1, keepdim=True) + 1)
 
     return replace(policy, score=score)

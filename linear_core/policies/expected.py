@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cache.outlook import wide
+from ..cache.look_ahead import upcast
 from ..cache.view import View
 
 
@@ -17,6 +17,6 @@ def expected(view: View) -> Tensor:
     average over the next 512 positions; in a picture those are known, so the line's queries are turned to just where
     the next line's will stand. Reads: ahead.
     """
-    scores = wide(view.keys) @ view.outlook((1,)).queries.transpose(-1, -2)
-    exponent = scores.mean(-1) + scores.var(-1, correction=0) / 2 + wide(view.bias)
-    return exponent.softmax(-1) * wide(view.values).norm(dim=-1)
+    scores = upcast(view.keys) @ view.look_ahead((1,)).queries.transpose(-1, -2)
+    exponent = scores.mean(-1) + scores.var(-1, correction=0) / 2 + upcast(view.bias)
+    return exponent.softmax(-1) * upcast(view.values).norm(dim=-1)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.outlook import vectors, wide
+from ..cache.look_ahead import gather_vectors, upcast
 from ..cache.view import View
 
 
@@ -18,12 +18,12 @@ def fold(view: View) -> Tensor:
     Reads: ahead. Defaults: 4 anchors, 1 recent line, release "fold".
     """
     # Strongest first, so that the stronger ones of a slot are those before it, and the image before everything else.
-    strength = view.strength().masked_fill(~view.candidates(), 0.0)
+    importance = view.importance().masked_fill(~view.candidates(), 0.0)
     oldest = view.index.argsort(dim=-1, stable=True)
-    order = oldest.gather(-1, strength.gather(-1, oldest).argsort(dim=-1, descending=True, stable=True))
-    limits = torch.finfo(strength.dtype)
-    spread = 1 / strength.gather(-1, order).clamp(min=limits.tiny)  # a b / (a + b) = 1 / (1/a + 1/b)
-    keys = wide(vectors(view.keys, order))
+    order = oldest.gather(-1, importance.gather(-1, oldest).argsort(dim=-1, descending=True, stable=True))
+    limits = torch.finfo(importance.dtype)
+    spread = 1 / importance.gather(-1, order).clamp(min=limits.tiny)  # a b / (a + b) = 1 / (1/a + 1/b)
+    keys = upcast(gather_vectors(view.keys, order))
     keys = keys - keys.mean(-2, keepdim=True)  # a distance by products is the more exact the shorter the vectors are
     square, slots = keys.square().sum(-1), order.shape[-1]
     weaker = torch.full((slots, slots), float("inf"), device=keys.device, dtype=keys.dtype).triu()

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
+from .allocate import allocate_layers
 from .h2o import h2o
 from .line import line
 from .policy import Policy
-from .share_out import share_out_layers
 
 STRUCTURAL = 5.0
 
@@ -48,7 +48,7 @@ def score(view: View) -> Tensor:
 
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
-    return share_out_layers(torch.where(contextual(view), 1.0, STRUCTURAL), view, plan)
+    return allocate_layers(torch.where(contextual(view), 1.0, STRUCTURAL), view, plan)
 
 
 hack = Policy(score, frozenset({"queries", "mass"}), keep, variance)

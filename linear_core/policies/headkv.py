@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
+from .allocate import allocate
+from .attention_distance import attention_distance
 from .line import line
 from .policy import Policy
-from .reach import reach
-from .share_out import share_out
 from .stratified import stratified
 
 FLOOR = 0.2
@@ -28,7 +28,7 @@ def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     assert view.survey is not None
     weights = view.survey[view.layer :][: len(view.index)]
     weights = (1 - FLOOR) * weights / weights.mean(-1, keepdim=True).clamp(min=1e-30) + FLOOR
-    return share_out(weights, view.candidates().sum(-1), view, plan)
+    return allocate(weights, view.candidates().sum(-1), view, plan)
 
 
-headkv = replace(stratified(Policy(line, frozenset({"queries"}))), keep=keep, survey=reach)
+headkv = replace(stratified(Policy(line, frozenset({"queries"}))), keep=keep, survey=attention_distance)

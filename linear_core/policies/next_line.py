@@ -13,4 +13,4 @@ def next_line(view: View) -> Tensor:
     geometry; what is left between this and `fold` is the folding.
     Score: mean over those queries of the full softmax over all that is held. Reads: ahead.
     """
-    return view.outlook((1,)).mass
+    return view.look_ahead((1,)).mass

@@ -18,7 +18,7 @@ class Policy:
     score   View -> L B H S, higher is kept
     reads   what it reads beyond keys, values and indices: "queries", "mass", "ahead" (View.outlook)
     keep    View, its scores, the plan -> int64 L B H, image tokens that each head keeps; None: all the budget. Its
-            mean over a layer's heads, or over all layers' heads, is the budget (`share_out`). Such a policy is named
+            mean over a layer's heads, or over all layers' heads, is the budget (`allocate`). Such a policy is named
             in `plan.UNEVEN`, which gives its cache the room.
     survey  View -> L B ..., asked of every layer once, when the cache first overflows; from then on all views carry
             the answers of all layers (`View.survey`)

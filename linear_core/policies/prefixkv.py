@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
+from .allocate import allocate_layers
 from .line import line
 from .policy import Policy
-from .share_out import share_out_layers
 
 
 def surpassed(view: View) -> Tensor:
@@ -37,7 +37,7 @@ def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     best = pooled.argsort(dim=-1, stable=True)[:, : max(1, round(layers * tokens * plan.share(view.grid)))]
     layer = best // tokens
     counts = pooled.new_zeros(len(pooled), layers).scatter_add_(-1, layer, torch.ones_like(layer, dtype=pooled.dtype))
-    return share_out_layers(counts.T[..., None].expand(-1, -1, view.index.shape[2]), view, plan)
+    return allocate_layers(counts.T[..., None].expand(-1, -1, view.index.shape[2]), view, plan)
 
 
 prefixkv = Policy(line, frozenset({"queries"}), keep, surpassed)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
+from .allocate import allocate_layers
 from .policy import Policy
-from .share_out import share_out_layers
 from .snapkv import snapkv
 
 BETA = 20
@@ -29,7 +29,7 @@ def count_layers(view: View) -> Tensor:
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     assert view.survey is not None
     slope = torch.linspace(2 - 1 / BETA, 1 / BETA, len(view.survey), device=view.survey.device)
-    return share_out_layers(slope[:, None, None] * view.survey, view, plan)
+    return allocate_layers(slope[:, None, None] * view.survey, view, plan)
 
 
 pyramidkv = Policy(snapkv, frozenset({"queries"}), keep, count_layers)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..cache.outlook import wide
+from ..cache.look_ahead import upcast
 from ..cache.view import View
 from .policy import Policy
 from .random import random
@@ -29,7 +29,7 @@ def vase(policy: Policy) -> Policy:
         there = view.candidates()
         even = (random(view) + 0.5) / 2**32
         drawn = policy.score(view).float().clamp(min=1e-30).log() - torch.log(-torch.log(even)).float()
-        length = wide(view.values).norm(dim=-1).masked_fill(~there, float("-inf"))
+        length = upcast(view.values).norm(dim=-1).masked_fill(~there, float("-inf"))
         spared = rank(length, view.index) < torch.ceil(LARGEST * there.sum(-1, keepdim=True))
         return drawn + spared * 1e3  # a logarithm of at least 1e-30 and such noise span less
 

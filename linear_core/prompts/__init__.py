@@ -52,7 +52,7 @@ class Prompt:
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.pad.device)
         return replace(self, tokens=self.tokens[chosen], pad=self.pad[chosen], names=names, negative=negative)
 
-    def distinct(self) -> tuple[Prompt, Tensor]:
+    def unique(self) -> tuple[Prompt, Tensor]:
         """Each different row once, and which of those each of these rows is: int64 B. Neither names nor negative."""
         tokens = self.tokens.float() if self.tokens.is_floating_point() else self.tokens
         alike = torch.cat([self.pad[:, None].to(tokens.dtype), tokens.flatten(1)], 1)

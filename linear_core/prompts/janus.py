@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..prompts import Prompt, token_prompt
-from .words import Words
+from .tokenizer import TextTokenizer
 
 BEGIN = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
@@ -18,7 +18,7 @@ ROLES = ("<|User|>", "<|Assistant|>")  # Janus-Pro's, which are tokens of its vo
 OLD_ROLES = ("User", "Assistant")  # Janus-1.3B's
 
 
-def janus_prompt(words: Words, texts: Sequence[str], negative: str = "") -> Prompt:
+def janus_prompt(words: TextTokenizer, texts: Sequence[str], negative: str = "") -> Prompt:
     """One image for each text, guided from `negative`; without one from the text with all but its ends blotted out."""
     rows = [_row(words, text) for text in texts]
     if negative:
@@ -29,7 +29,7 @@ def janus_prompt(words: Words, texts: Sequence[str], negative: str = "") -> Prom
     return token_prompt(rows, tuple(texts), token_prompt(away))
 
 
-def _row(words: Words, text: str) -> list[int]:
+def _row(words: TextTokenizer, text: str) -> list[int]:
     user, assistant = ROLES if words.knows(ROLES[0]) else OLD_ROLES
     chat = f"{user}: {text.strip()}\n\n{assistant}:"
     return [words.id(BEGIN), *words.ids(chat), words.id(IMAGE)]

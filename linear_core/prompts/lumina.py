@@ -15,13 +15,13 @@ from ..errors import UserError
 from ..grid import Grid
 from ..prompts import Prompt, token_prompt
 from ..sizes import STEP, Size
-from .words import Words
+from .tokenizer import TextTokenizer
 
 BEGIN, END_OF_TURN = "<s>", "<reserved08706>"
 BEGIN_IMAGE, END_OF_LINE = "<racm3:break>", "<reserved08799>"
 
 
-def lumina_prompt(words: Words, texts: Sequence[str], size: Size, grid: Grid, negative: str = "") -> Prompt:
+def lumina_prompt(words: TextTokenizer, texts: Sequence[str], size: Size, grid: Grid, negative: str = "") -> Prompt:
     """One picture of `size` pixels and `grid` for each text, guided from `negative`, or from no text at all."""
     width, height = size
     image = [words.id(BEGIN_IMAGE), words.id(_steps(height)), words.id(_steps(width))]
@@ -34,7 +34,7 @@ def lumina_prompt(words: Words, texts: Sequence[str], size: Size, grid: Grid, ne
     return token_prompt([row(text) for text in texts], tuple(texts), token_prompt(away), grid)
 
 
-def anole_prompt(words: Words, texts: Sequence[str], negative: str = "") -> Prompt:
+def anole_prompt(words: TextTokenizer, texts: Sequence[str], negative: str = "") -> Prompt:
     """One picture for each text. Anole was taught one size, which needs no words."""
     begin, image = words.id(BEGIN), words.id(BEGIN_IMAGE)
 
@@ -45,7 +45,7 @@ def anole_prompt(words: Words, texts: Sequence[str], negative: str = "") -> Prom
     return token_prompt([row(text) for text in texts], tuple(texts), token_prompt(away))
 
 
-def check_codes(words: Words, first: int, codes: int) -> None:
+def check_codes(words: TextTokenizer, first: int, codes: int) -> None:
     """Refuse a tokenizer that counts image codes otherwise than the model does."""
     if any(words.id(code_name(code)) != first + code for code in range(codes)):
         raise UserError(f"{words.path}: numbers image codes otherwise than the model does; take the model's own file.")

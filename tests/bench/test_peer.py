@@ -16,7 +16,7 @@ from linear_core.plan import CachePlan, SamplePlan
 from tests.bench.test_bench import last_line
 
 SIZES = JanusConfig(2, 48, 3, 80, codes=40, vocabulary=60, head_hidden=48)
-SHAPE = ModelShape("tiny Janus", Janus, SIZES, Grid(4, 5), SamplePlan(guidance=5.0, top_k=7), words=9)
+SHAPE = ModelShape("tiny Janus", Janus, SIZES, Grid(4, 5), SamplePlan(guidance=5.0, top_k=7), prompt_tokens=9)
 IMAGES = 2
 
 needs_transformers = pytest.mark.skipif(Transformers.missing("") != "", reason=Transformers.missing(""))
@@ -67,7 +67,7 @@ def test_a_few_tokens_are_timed_over_a_cache_for_the_whole_image():
     )
     seconds = peer.seconds(3)
     assert len(seconds) == 3 and min(seconds) > 0
-    assert slots == [SHAPE.words + SHAPE.grid.tokens] * 4, "the prompt and three tokens"
+    assert slots == [SHAPE.prompt_tokens + SHAPE.grid.tokens] * 4, "the prompt and three tokens"
     mine, same = model.layers[1].attention.wqkv.weight, llama.layers[1].self_attn.k_proj.weight
     assert same.data_ptr() == mine[SIZES.width :].data_ptr()
 

@@ -23,7 +23,7 @@ from linear_core.cache import kernel
 from linear_core.cache.attention import SWITCH, attend
 from linear_core.cache.kernel import attend_one
 from linear_core.cache.line_cache import LineCache
-from linear_core.cache.storage import Held, Int8
+from linear_core.cache.storage import Int8, RawSlots
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
 from linear_core.loop.graph import Captured
@@ -76,7 +76,7 @@ def test_it_is_softmax(slots, dim, dtype, fill, monkeypatch):
     """Views with gaps, weights and empty slots, numbers of slots and of D that fill no block."""
     monkeypatch.setattr(kernel, "FILL", fill)
     q, k, v, bias = cached(2, 3, slots, dim, dtype)
-    found = attend_one(q, Held(k), Held(v), bias)
+    found = attend_one(q, RawSlots(k), RawSlots(v), bias)
     assert found.dtype == dtype and found.shape == q.shape
     close(found, expected(q, k, v, bias))
 
@@ -90,11 +90,11 @@ def test_slots_of_many_parts(fill, monkeypatch):
     for first, last in ((0, 900), (300, 1500), (1, 1499)):
         hidden = bias.clone()
         hidden[..., first:last] = NEVER
-        close(attend_one(q, Held(k), Held(v), hidden), expected(q, k, v, hidden))
+        close(attend_one(q, RawSlots(k), RawSlots(v), hidden), expected(q, k, v, hidden))
     for loud in (0, 700, 1499):
         louder = bias.clone()
         louder[..., loud] = 80.0
-        close(attend_one(q, Held(k), Held(v), louder), expected(q, k, v, louder))
+        close(attend_one(q, RawSlots(k), RawSlots(v), louder), expected(q, k, v, louder))
 
 
 @parts
@@ -104,7 +104,7 @@ def test_one_slot_that_is_seen_is_what_comes_out(fill, monkeypatch):
     for slot in (0, 127, 128, 599):
         bias = torch.full((1, 2, 600), NEVER, device=DEVICE)
         bias[..., slot] = 0.7
-        torch.testing.assert_close(attend_one(q, Held(k), Held(v), bias)[:, :, 0], v[:, :, slot])
+        torch.testing.assert_close(attend_one(q, RawSlots(k), RawSlots(v), bias)[:, :, 0], v[:, :, slot])
 
 
 @parts
@@ -113,7 +113,7 @@ def test_who_sees_nothing_gets_zeros(fill, monkeypatch):
     monkeypatch.setattr(kernel, "FILL", fill)
     q, k, v, bias = cached(2, 2, 600, 8, torch.float32)
     bias[1, 0] = NEVER
-    found = attend_one(q, Held(k), Held(v), bias)
+    found = attend_one(q, RawSlots(k), RawSlots(v), bias)
     theirs = F.scaled_dot_product_attention(*(x.cpu() for x in (q, k, v)), attn_mask=bias.cpu()[:, :, None])
     assert not found[1, 0].any() and not theirs[1, 0].any()
     close(found[0], expected(q, k, v, bias)[0])
@@ -124,17 +124,17 @@ def test_scores_of_any_size(fill, monkeypatch):
     monkeypatch.setattr(kernel, "FILL", fill)
     q, k, v, bias = cached(1, 2, 600, 8, torch.float32)
     for scale in (1e3, -1e3):
-        found, wanted = attend_one(q * scale, Held(k), Held(v), bias), expected(q * scale, k, v, bias)
+        found, wanted = attend_one(q * scale, RawSlots(k), RawSlots(v), bias), expected(q * scale, k, v, bias)
         torch.testing.assert_close(found.double(), wanted, atol=1e-2, rtol=1e-2)
 
 
 def test_the_same_shapes_give_the_same_numbers():
     """To the bit; rows of the same batch do not touch each other."""
     q, k, v, bias = cached(2, 3, 600, 8, torch.float32)
-    once = attend_one(q, Held(k), Held(v), bias)
-    assert torch.equal(attend_one(q, Held(k), Held(v), bias), once)
+    once = attend_one(q, RawSlots(k), RawSlots(v), bias)
+    assert torch.equal(attend_one(q, RawSlots(k), RawSlots(v), bias), once)
     k[1], v[1], bias[1] = 0.0, 0.0, 0.0
-    again = attend_one(q, Held(k), Held(v), bias)
+    again = attend_one(q, RawSlots(k), RawSlots(v), bias)
     assert torch.equal(again[0], once[0]) and not torch.equal(again[1], once[1])
 
 
@@ -160,12 +160,12 @@ def test_eight_bits_and_the_line_being_written(slots, dim, stride, dtype, lazy, 
     target = torch.stack([torch.randperm(slots, generator=torch.Generator().manual_seed(n))[:stride] for n in range(6)])
     target = target.view(2, 3, stride).to(DEVICE)
     for kind, x in zip(stored, start, strict=True):
-        kind.place(1, x)
-        kind.aim(1, target)
+        kind.write_prompt(1, x)
+        kind.start_line(1, target)
     if not lazy:
         bias.scatter_(2, target, NEVER)
         bias[..., 0] = 0.0
-    packed = [kind.numbers[1, :, :, :slots].double() * kind.scale[1, :, :, :slots].double() for kind in stored]
+    packed = [kind.data[1, :, :, :slots].double() * kind.scale[1, :, :, :slots].double() for kind in stored]
     seen, told = [x.clone() for x in packed], []
     for column in range(stride):
         slot = target[..., column : column + 1]
@@ -179,7 +179,7 @@ def test_eight_bits_and_the_line_being_written(slots, dim, stride, dtype, lazy, 
             waiting = target[..., column + 1 :, None].expand(-1, -1, -1, dim)
             for kind, there in zip(stored, seen, strict=True):
                 there.scatter_(2, waiting, kind.fresh[1, :, :, column + 1 :].double())
-            keys, values = (kind.held(1, slots) for kind in stored)
+            keys, values = (kind.raw(1, slots) for kind in stored)
             told.append(attend_one(q, keys, values, bias))
             close(told[-1], expected(q, *seen, bias))
             torch.testing.assert_close(  # and the way that is taken otherwise, which rounds once more
@@ -226,14 +226,14 @@ def probe(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     line = [noise(2, 3, 4, 8, seed=n) for n in (7, 8)]
     scales = [noise(2, 3, 600, 1, seed=n).abs() / 40 for n in (9, 10)]
     packed = [(x * 40).round().clamp(-127, 127).to(torch.int8) for x in (k, v)]
-    eight = [Held(x, scale, fresh, target) for x, scale, fresh in zip(packed, scales, line, strict=True)]
+    eight = [RawSlots(x, scale, fresh, target) for x, scale, fresh in zip(packed, scales, line, strict=True)]
     seen = [
         (x * scale).scatter(2, target[..., None].expand_as(fresh), fresh)
         for x, scale, fresh in zip(packed, scales, line, strict=True)
     ]
     for fill in (1, 256):
         monkeypatch.setattr(module, "FILL", fill)
-        close(module.attend_one(q, Held(k), Held(v), bias), expected(q, k, v, bias))
+        close(module.attend_one(q, RawSlots(k), RawSlots(v), bias), expected(q, k, v, bias))
         close(module.attend_one(q, *eight, bias), expected(q, *seen, bias))
 
 

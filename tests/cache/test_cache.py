@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.cache.attention import attend, line_probabilities
+from linear_core.cache.attention import attend, attention_weights
 from linear_core.cache.line_cache import LineCache
 from linear_core.cache.view import View
 from linear_core.grid import Grid
@@ -71,7 +71,7 @@ def test_memory_is_what_the_plan_said(grid, plan, dtype):
     """Keys and values take `CacheShape.bytes` exactly, from before the first token to after the last."""
     cache = make(grid, plan, dtype=dtype)
     expected = cache.shape.bytes(grid.after(PROMPT), plan, ROWS)
-    storage = cache.keys.numbers.untyped_storage().nbytes() + cache.values.numbers.untyped_storage().nbytes()
+    storage = cache.keys.data.untyped_storage().nbytes() + cache.values.data.untyped_storage().nbytes()
     assert cache.nbytes == storage == expected
     write_prompt(cache)
     cache.extend()
@@ -175,7 +175,7 @@ def test_victims_slots_are_the_next_lines(release):
         assert torch.equal(cache.index, expected)
         assert torch.equal(cache.bias == -math.inf, expected < 0)
         for layer in range(LAYERS):
-            k = cache.keys.numbers[layer].gather(2, place[layer][..., None].expand(-1, -1, -1, DIM))
+            k = cache.keys.data[layer].gather(2, place[layer][..., None].expand(-1, -1, -1, DIM))
             assert torch.equal(k, content(6 + column, layer))
 
 
@@ -240,7 +240,7 @@ def test_keep_rows_keeps_the_first():
 
     def buffers() -> dict[str, Tensor]:
         found = {name: getattr(cache, name) for name in names}
-        return {name: found[name] if name not in ("keys", "values") else found[name].numbers for name in names}
+        return {name: found[name] if name not in ("keys", "values") else found[name].data for name in names}
 
     before = {name: buffer.clone() for name, buffer in buffers().items()}
     cache.keep_rows(1)
@@ -280,7 +280,7 @@ def test_a_weight_of_n_is_n_tokens():
     places = [0, 1, 1, 1, 3]
     expected = attend(q, k[:, :, places], v[:, :, places], torch.zeros(2, 3, 5))
     torch.testing.assert_close(attend(q, k, v, bias), expected)
-    probabilities = line_probabilities(q, k, bias, torch.arange(4).expand(2, 3, -1), first=3)
+    probabilities = attention_weights(q, k, bias, torch.arange(4).expand(2, 3, -1), first=3)
     torch.testing.assert_close(probabilities @ v, expected)
 
 
@@ -292,7 +292,7 @@ def test_line_probabilities_are_causal_by_index():
     keys[..., 0] = torch.tensor([1.0, 2.0, 3.0, 9.0, 4.0])
     queries = torch.zeros(1, 1, 3, 4)
     queries[..., 0] = 2.0  # scores are 2 k / sqrt 4 = k
-    got = line_probabilities(queries, keys, bias, index, first=4)[0, 0]
+    got = attention_weights(queries, keys, bias, index, first=4)[0, 0]
     e = [math.exp(x) for x in (1, 2, 3, 0, 4)]
     expected = [
         [0, e[1], 0, 0, e[4]],

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from linear_core.cache.fold import SLACK, fold
 from linear_core.cache.line_cache import LineCache
-from linear_core.cache.outlook import LINES
-from linear_core.cache.view import SPARE, View
+from linear_core.cache.look_ahead import HORIZONS
+from linear_core.cache.view import FLOOR, View
 from linear_core.grid import Grid
-from linear_core.models.blocks import rope_2d, turn_pairs
+from linear_core.models.blocks import rope_2d, rotate_pairs
 from linear_core.models.llamagen import ROPE_BASE
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.policies import POLICIES
@@ -132,7 +132,7 @@ def test_a_full_budget_folds_nothing(name):
     folding = decode(model, class_prompt([1, 2]), CachePlan(name, 4, 2, 1, "fold"), sample)
     full = decode(model, class_prompt([1, 2]), CachePlan("full"), sample)
     assert torch.equal(torch.stack(folding.logits), torch.stack(full.logits))
-    assert torch.equal(folding.cache.keys.numbers, full.cache.keys.numbers)
+    assert torch.equal(folding.cache.keys.data, full.cache.keys.data)
     assert folding.cache.count is None or (folding.cache.count == 1).all()
 
 
@@ -186,9 +186,11 @@ def test_attention_foreseen_is_kept():
     folded = all_slots(view, victims, ones(view))
     inside = folded.changed & ((folded.bias - folded.count.log()).abs() < SLACK - 1e-6)
     assert inside.sum() > 5
-    look = view.outlook()
+    look = view.look_ahead()
     keys = folded.keys
-    draws = (keys @ look.queries.transpose(-1, -2) + folded.bias[..., None] - look.total[..., None, :]).exp().mean(-1)
+    draws = (
+        (keys @ look.queries.transpose(-1, -2) + folded.bias[..., None] - look.logsumexp[..., None, :]).exp().mean(-1)
+    )
     gained = draws - look.mass
     lost = look.mass.gather(-1, victims).sum(-1)
     whole = (inside == folded.changed).all(-1)  # heads whose every merge is inside
@@ -215,7 +217,7 @@ def test_fold_is_what_its_words_say(seed, empty):
                 t[at].tolist() for t in (view.keys, view.values, view.bias, view.index, count)
             )
             slots = range(len(index))
-            asked = [q for n in LINES for q in (view.queries[at] * (1 - 0.05 * n)).tolist()]
+            asked = [q for n in HORIZONS for q in (view.queries[at] * (1 - 0.05 * n)).tolist()]
 
             def dot(a, b):
                 return sum(x * y for x, y in zip(a, b, strict=True)) / DIM**0.5
@@ -227,8 +229,8 @@ def test_fold_is_what_its_words_say(seed, empty):
 
             mass = [drawn(keys[s], math.exp(bias[s])) for s in slots]
             image = [s for s in slots if index[s] >= PROMPT]
-            spare = SPARE * sum(mass[s] for s in image) / max(sum(math.exp(bias[s]) for s in image), 1)
-            strength = [mass[s] + spare * math.exp(bias[s]) for s in slots]
+            spare = FLOOR * sum(mass[s] for s in image) / max(sum(math.exp(bias[s]) for s in image), 1)
+            importance = [mass[s] + spare * math.exp(bias[s]) for s in slots]
             chosen = victims[at].tolist()
             given: dict[int, list[int]] = {}
             for victim in chosen:
@@ -237,12 +239,12 @@ def test_fold_is_what_its_words_say(seed, empty):
                     given.setdefault(near, []).append(victim)
             for s in slots:
                 group = [s, *given.get(s, [])]
-                total = sum(strength[g] for g in group) or 1.0
+                total = sum(importance[g] for g in group) or 1.0
                 expected_key, expected_value = keys[s], values[s]
                 expected_bias = bias[s]
                 if len(group) > 1:
-                    expected_key = [sum(strength[g] * keys[g][d] for g in group) / total for d in range(DIM)]
-                    expected_value = [sum(strength[g] * values[g][d] for g in group) / total for d in range(DIM)]
+                    expected_key = [sum(importance[g] * keys[g][d] for g in group) / total for d in range(DIM)]
+                    expected_value = [sum(importance[g] * values[g][d] for g in group) / total for d in range(DIM)]
                     fitting = math.log(sum(mass[g] for g in group) / drawn(expected_key, 1.0))
                     even = math.log(sum(ns[g] for g in group))
                     expected_bias = min(max(fitting, even - SLACK), even + SLACK)
@@ -276,10 +278,10 @@ def test_a_run_folds_what_was_chosen():
         expected = all_slots(replace(view), victims, cache.count[view.layer][None].clone())
         release(cache, view, victims)
         layer = view.layer
-        torch.testing.assert_close(cache.keys.numbers[layer], expected.keys[0])
-        torch.testing.assert_close(cache.values.numbers[layer], expected.values[0])
+        torch.testing.assert_close(cache.keys.data[layer], expected.keys[0])
+        torch.testing.assert_close(cache.values.data[layer], expected.values[0])
         torch.testing.assert_close(cache.bias[layer], without(expected.bias, victims)[0])
-        assert torch.equal(cache.keys.numbers[layer][~expected.changed[0]], old[0][~expected.changed[0]])
+        assert torch.equal(cache.keys.data[layer][~expected.changed[0]], old[0][~expected.changed[0]])
         assert torch.equal(cache.bias[layer] == -math.inf, cache.index[layer] < 0)
         assert (cache.index[layer].gather(-1, victims[0]) == -1).all()
         assert torch.equal(cache.target[layer], victims[0])
@@ -295,7 +297,7 @@ def test_a_run_folds_what_was_chosen():
 # -- what is foreseen --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lines", LINES)
+@pytest.mark.parametrize("lines", HORIZONS)
 def test_llamagen_turns_its_queries_to_a_later_line(lines):
     """A rotated query turned ahead is the same query rotated further down in its own column."""
     model = llamagen(10, 3)
@@ -303,9 +305,9 @@ def test_llamagen_turns_its_queries_to_a_later_line(lines):
     raw = torch.randn(2, 1, 3, 3, 8, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     table = rope_2d(20, 3, 8, ROPE_BASE, raw.device)
     here, there = table[3:6], table[3 * (1 + lines) : 3 * (1 + lines) + 3]
-    turned = model.turn_ahead(grid, turn_pairs(raw.float(), here), lines)
-    torch.testing.assert_close(turned, turn_pairs(raw.float(), there), atol=1e-5, rtol=1e-5)
-    assert (turned - turn_pairs(raw.float(), here)).abs().max() > 0.1
+    turned = model.rotate_ahead(grid, rotate_pairs(raw.float(), here), lines)
+    torch.testing.assert_close(turned, rotate_pairs(raw.float(), there), atol=1e-5, rtol=1e-5)
+    assert (turned - rotate_pairs(raw.float(), here)).abs().max() > 0.1
 
 
 def test_the_score_is_the_least_cost_of_a_merge():

@@ -18,7 +18,7 @@ from linear_core.__main__ import main
 from linear_core.cache import attention
 from linear_core.cache.attention import SWITCH, no_kernel
 from linear_core.cache.line_cache import LineCache
-from linear_core.cache.storage import STORAGE, Held
+from linear_core.cache.storage import STORAGE, RawSlots
 from linear_core.errors import UserError
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
@@ -102,14 +102,14 @@ def test_who_does_not_ask_needs_no_triton():
 # -- what it is given --------------------------------------------------------------------------------------------------
 
 
-def stand_in(q: Tensor, keys: Held, values: Held, bias: Tensor) -> Tensor:
+def stand_in(q: Tensor, keys: RawSlots, values: RawSlots, bias: Tensor) -> Tensor:
     """What the kernel owes, from what it is given, in the core's own words."""
 
-    def unpacked(held: Held) -> Tensor:
+    def unpacked(held: RawSlots) -> Tensor:
         if held.scale is None:
-            return held.numbers
+            return held.data
         slot = held.target[..., None].expand_as(held.fresh)
-        return (held.numbers.to(held.fresh.dtype) * held.scale).scatter(2, slot, held.fresh)
+        return (held.data.to(held.fresh.dtype) * held.scale).scatter(2, slot, held.fresh)
 
     assert q.shape[2] == 1
     return attention.attend(q, unpacked(keys), unpacked(values), bias)
@@ -145,7 +145,7 @@ def test_it_reads_as_far_as_there_are_slots(static):
     held = LineCache(CacheShape(1, 2, 8, 1, 4), 1, Grid(3, 3, prompt=1), CachePlan("full"), dtype=torch.float32,
                      device="cpu", static=static)  # fmt: skip
     told = []
-    held.kernel = lambda q, keys, values, bias: told.append((keys.numbers, values.numbers, bias)) or q
+    held.kernel = lambda q, keys, values, bias: told.append((keys.data, values.data, bias)) or q
     held.extend()
     held.attend(0, torch.zeros(1, 2, 1, 8))
     assert {x.shape[2] for x in told[0]} == {10 if static else 4}
@@ -197,12 +197,12 @@ SIZES = [32, 64, 100, 128, 8]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def launches(monkeypatch, held: Held, rows: int, dtype: torch.dtype) -> dict[str, Launches]:
+def launches(monkeypatch, held: RawSlots, rows: int, dtype: torch.dtype) -> dict[str, Launches]:
     """What one query over these slots, as keys and as values, starts on the GPU."""
     from linear_core.cache import kernel
 
-    told = {name: Launches() for name in ("_attend", "_put_together")}
-    heads, slots, dim = held.numbers.shape[1:]
+    told = {name: Launches() for name in ("_attend", "_reduce_parts")}
+    heads, slots, dim = held.data.shape[1:]
     with monkeypatch.context() as patch:
         for name, launch in told.items():
             patch.setattr(kernel, name, launch)
@@ -212,9 +212,9 @@ def launches(monkeypatch, held: Held, rows: int, dtype: torch.dtype) -> dict[str
     return told
 
 
-def slots_of(storage: str, rows: int, dim: int, dtype: torch.dtype) -> Held:
+def slots_of(storage: str, rows: int, dim: int, dtype: torch.dtype) -> RawSlots:
     stored = STORAGE[storage]((1, rows, 2), 600, 24, dim, dtype, "cpu")
-    return stored.held(0, 600)
+    return stored.raw(0, 600)
 
 
 @needs_triton
@@ -243,7 +243,7 @@ def test_keys_and_values_are_read_where_they_lie(monkeypatch):
     own = {x.data_ptr() for x in held}
     ((args, _),) = told["_attend"].given
     assert own <= {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
-    assert max(made.sizes) < held.numbers.nbytes / 10
+    assert max(made.sizes) < held.data.nbytes / 10
 
 
 # -- what it computes --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_memory_is_what_the_plan_said(plan, dtype):
     plan, grid = replace(plan, storage="int8"), Grid(6, 5, eol=1, prompt=2)
     shape = CacheShape(2, 3, 8, 2, dtype.itemsize)
     cache = LineCache(shape, 4, grid, plan, dtype=dtype, device="cpu", reads=frozenset({"ahead"}))
-    buffers = [b for s in (cache.keys, cache.values) for b in (s.numbers, s.scale, s.fresh)]
+    buffers = [b for s in (cache.keys, cache.values) for b in (s.data, s.scale, s.fresh)]
     assert cache.nbytes == sum(b.untyped_storage().nbytes() for b in buffers) == shape.bytes(grid, plan, 4)
     if plan.policy == "full" and dtype != torch.float32:
         assert cache.nbytes < 0.8 * shape.bytes(grid, replace(plan, storage="full"), 4)
@@ -46,8 +46,8 @@ def test_rounding_is_to_the_nearest_of_255_steps():
     _, stored = pair()
     x = noise(3, 2, 7, DIM) * torch.logspace(-3, 3, 7)[:, None]
     x[0, 0, 3] = 0
-    stored.place(1, x)
-    got = stored._unpack(stored.numbers[1, :, :, :7], stored.scale[1, :, :, :7])
+    stored.write_prompt(1, x)
+    got = stored._dequantize(stored.data[1, :, :, :7], stored.scale[1, :, :, :7])
     step = x.abs().amax(-1, keepdim=True) / 127
     assert ((got - x).abs() <= step * 0.51 + 1e-7).all() and torch.equal(got[0, 0, 3], x[0, 0, 3])
     assert (got - x).abs().max() > 0
@@ -58,11 +58,11 @@ def test_a_line_is_exact_while_it_is_written_and_rounded_when_it_is_complete():
     plain, stored = pair()
     start = noise(3, 2, SLOTS, DIM, seed=1)
     for kind in (plain, stored):
-        kind.place(0, start)
+        kind.write_prompt(0, start)
     target = torch.stack([torch.randperm(SLOTS, generator=torch.Generator().manual_seed(i))[:4] for i in range(6)])
     target = target.view(3, 2, 4)
-    before = stored._unpack(stored.numbers[0], stored.scale[0])
-    stored.aim(0, target)
+    before = stored._dequantize(stored.data[0], stored.scale[0])
+    stored.start_line(0, target)
     torch.testing.assert_close(stored.read(0, SLOTS), before, msg="what lies there is read until it is written over")
     seen = before.clone()
     for n in range(STRIDE):
@@ -71,23 +71,23 @@ def test_a_line_is_exact_while_it_is_written_and_rounded_when_it_is_complete():
         stored.write(0, slot, column, x)
         seen.scatter_(2, slot[..., None].expand_as(x), x)
         assert torch.equal(stored.read(0, SLOTS), seen), "to the last bit"
-    stored.settle(0, target)
-    stored.aim(0, target)
+    stored.finish_line(0, target)
+    stored.start_line(0, target)
     got = stored.read(0, SLOTS)
     step = seen.abs().amax(-1, keepdim=True) / 127
     assert ((got - seen).abs() <= step * 0.51 + 1e-7).all() and not torch.equal(got, seen)
-    assert not stored.numbers[1].any()
+    assert not stored.data[1].any()
 
 
 def test_only_what_is_folded_is_rounded_again():
     _, stored = pair()
-    stored.place(0, noise(3, 2, SLOTS, DIM))
-    stored.aim(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
+    stored.write_prompt(0, noise(3, 2, SLOTS, DIM))
+    stored.start_line(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
     before, slot = stored.read(0, SLOTS).clone(), torch.tensor([1, 4, 1]).expand(1, 2, 3)
     where = torch.zeros(3, 2, SLOTS, dtype=torch.bool)
     where[1:2, :, [1, 4]] = True
-    stored.change(0, slice(1, 2), slot, before[1:2].gather(2, slot[..., None].expand(-1, -1, -1, DIM)) + 1)
-    stored.aim(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
+    stored.overwrite(0, slice(1, 2), slot, before[1:2].gather(2, slot[..., None].expand(-1, -1, -1, DIM)) + 1)
+    stored.start_line(0, torch.zeros(3, 2, STRIDE, dtype=torch.int64))
     got = stored.read(0, SLOTS)
     assert torch.equal(got[~where], before[~where])
     torch.testing.assert_close(got[where], before[where] + 1, atol=0.06, rtol=0)
@@ -138,7 +138,7 @@ def test_given_lines_leave_what_drawing_them_leaves(policy, release):
     assert torch.equal(again.tokens, whole.tokens)
     for kind in ("keys", "values"):
         ours, theirs = getattr(again.cache, kind), getattr(whole.cache, kind)
-        assert torch.equal(ours.numbers, theirs.numbers) and torch.equal(ours.scale, theirs.scale)
+        assert torch.equal(ours.data, theirs.data) and torch.equal(ours.scale, theirs.scale)
 
 
 def test_batch_guidance_and_its_end():
@@ -151,4 +151,4 @@ def test_batch_guidance_and_its_end():
         alone = decode(model, class_prompt([label]), plan, replace(sample, seed=3 + i))
         assert torch.equal(alone.tokens[0], batch.tokens[i])
         torch.testing.assert_close(alone.logits[-1][0], batch.logits[-1][i])
-    assert batch.cache.keys.numbers.shape[1] == 2
+    assert batch.cache.keys.data.shape[1] == 2

@@ -149,7 +149,7 @@ def write_t5(folder: Path) -> None:
 def load_from(path: Path) -> None:
     """As the command line and the nodes do it; a model's own tokenizer reads a text."""
     model = load_model(ModelFiles(path, find_tokenizer(path)))
-    if model.info.own_words and "Anole" not in str(path):
+    if model.info.own_tokenizer and "Anole" not in str(path):
         model.prompt(["a fox"])
 
 

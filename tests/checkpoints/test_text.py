@@ -41,9 +41,9 @@ PIECES = [
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    text.forget()
+    text.clear_features()
     yield
-    text.forget()
+    text.clear_features()
 
 
 @pytest.fixture(scope="session")

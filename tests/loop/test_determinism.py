@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from linear_core.loop.generate import generate
-from linear_core.loop.waves import Waves
+from linear_core.loop.micro_batches import MicroBatches
 from linear_core.models import packed
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt
@@ -113,12 +113,12 @@ def test_waves(plan, seed):
     """However many at once."""
     model, prompt, codes, _ = reference("llamagen", plan, seed)
     for at_once in (1, 3, 4):
-        waves = Waves(prompt(8), SamplePlan(seed, guidance=2.5), at_once, advice="draw fewer")
-        for wave in waves:
-            with waves.watch(wave):
-                for line in generate(model, wave.prompt, plan, wave.sample):
-                    wave.runs[0].add(line)
-        assert torch.equal(waves.runs[0].tokens, codes)
+        micro_batches = MicroBatches(prompt(8), SamplePlan(seed, guidance=2.5), at_once, advice="draw fewer")
+        for micro_batch in micro_batches:
+            with micro_batches.watch(micro_batch):
+                for line in generate(model, micro_batch.prompt, plan, micro_batch.sample):
+                    micro_batch.runs[0].add(line)
+        assert torch.equal(micro_batches.runs[0].tokens, codes)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -201,11 +201,11 @@ def test_previews_on_or_off(small, one, comfy, monkeypatch, plan):  # noqa: F811
     (usual,) = run("Generate", **settings)
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live.Painter, "pause", 0.0)
-        patch.setattr(live.Painter, "allowance", 1e9)
+        patch.setattr(live.PreviewWorker, "pause", 0.0)
+        patch.setattr(live.PreviewWorker, "allowance", 1e9)
         found += run("Generate", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live.Painter, "offer", lambda *_: False)
+        patch.setattr(live.PreviewWorker, "offer", lambda *_: False)
         patch.setattr(host.PromptServer.instance, "client_id", None)
         patch.setattr(host.feature_flags, "supports_feature", lambda *_: False)
         comfy.sent.clear()

@@ -27,9 +27,9 @@ from linear_core import __main__ as command_line
 from linear_core.cache.line_cache import LineCache
 from linear_core.errors import UserError as CoreError
 from linear_core.loop.generate import Run, generate
-from linear_core.loop.waves import Waves, ran_out
+from linear_core.loop.micro_batches import MicroBatches, is_out_of_memory
 from linear_core.models.llamagen import LlamaGen
-from linear_core.pictures.preview import Painter
+from linear_core.pictures.preview import PreviewWorker
 from linear_core.plan import CachePlan as CorePlan
 from linear_core.plan import SamplePlan
 from linear_core.policies import POLICIES
@@ -257,7 +257,7 @@ def test_stop_in_the_last_picture_is_heard():
         def paint(job, error=error):
             raise error
 
-        painter = Painter(paint, lambda picture, lines: None, LINES, Stop)
+        painter = PreviewWorker(paint, lambda picture, lines: None, LINES, Stop)
         if isinstance(error, Stop):
             with pytest.raises(Stop):
                 painter.last(1)
@@ -449,8 +449,10 @@ def test_no_room_for_decoding(small, monkeypatch, caplog):  # noqa: F811
 
 
 def test_other_errors_are_not_taken_for_memory():
-    assert ran_out(out_of_memory()) and ran_out(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
-    assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not ran_out(
+    assert is_out_of_memory(out_of_memory()) and is_out_of_memory(
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+    )
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(
         ValueError("out of memory")
     )
 
@@ -504,19 +506,19 @@ def test_halves_draw_the_same_numbers(plan, seed):
     whole = Run()
     for drawn in generate(model, prompt, plan, sample):
         whole.add(drawn)
-    waves, failed = Waves(prompt, sample, 5, advice="draw fewer"), False
-    for wave in waves:
-        with waves.watch(wave):
-            for drawn in generate(model, wave.prompt, plan, wave.sample, above=wave.above[0]):
+    micro_batches, failed = MicroBatches(prompt, sample, 5, advice="draw fewer"), False
+    for micro_batch in micro_batches:
+        with micro_batches.watch(micro_batch):
+            for drawn in generate(model, micro_batch.prompt, plan, micro_batch.sample, above=micro_batch.above[0]):
                 fails = not failed and drawn.row == line
                 failed |= fails
                 if not fails or seed % 2:  # the line itself is told before, or lost
-                    wave.runs[0].add(drawn)
+                    micro_batch.runs[0].add(drawn)
                 if fails:
                     raise out_of_memory()
-    (parts,) = waves.runs
+    (parts,) = micro_batches.runs
     assert failed and torch.equal(parts.tokens, whole.tokens) and torch.equal(parts.shares, whole.shares)
-    assert waves.largest == 2 and len(waves) == 3
+    assert micro_batches.largest == 2 and len(micro_batches) == 3
 
 
 # -- numbers that are none ---------------------------------------------------------------------------------------------
@@ -537,7 +539,7 @@ class Broken:
         if self.calls == self.token:
             logits[0, 3] = self.what
             if self.for_good:
-                nothing = torch.full((cache.rows, cache.shape.heads, 1, cache.shape.dim), self.what)
+                nothing = torch.full((cache.rows, cache.shape.heads, 1, cache.shape.head_dim), self.what)
                 for layer in range(cache.shape.layers):
                     cache.write(layer, column, nothing, nothing, nothing)
         return logits

@@ -13,7 +13,7 @@ from linear_core.cache.line_cache import LineCache
 from linear_core.errors import UserError
 from linear_core.grid import Grid
 from linear_core.loop.generate import Run, generate
-from linear_core.loop.sampling import Noise, guide, pick, restrict
+from linear_core.loop.sampling import Noise, apply_guidance, filter_logits, sample_codes
 from linear_core.plan import RELEASES, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
@@ -138,8 +138,10 @@ def test_every_token_is_drawn_as_the_plan_says(sample, model):
         row, column = divmod(number, grid.stride)
         if column == grid.cols:
             continue  # an end-of-line token is not drawn
-        scores = guide(logits, 2, sample.guidance) if sample.guides(number) else logits[:2]
-        expected = pick(restrict(scores, sample.top_k, sample.top_p), noise.exponential(number), sample.temperature)
+        scores = apply_guidance(logits, 2, sample.guidance) if sample.guides(number) else logits[:2]
+        expected = sample_codes(
+            filter_logits(scores, sample.top_k, sample.top_p), noise.exponential(number), sample.temperature
+        )
         assert torch.equal(drawn[:, row, column], expected), f"token {number}"
 
 
@@ -150,7 +152,7 @@ def test_top_p_is_taken_of_the_tempered_shares():
     recorder = decode(model, class_prompt([0] * 8), CachePlan("full"), sample)
     noise = Noise(sample.seed, 8, CODES, "cpu")
     for number, logits in enumerate(recorder.logits):
-        expected = pick(restrict(logits / 4.0, 0, 0.9), noise.exponential(number), 1.0)
+        expected = sample_codes(filter_logits(logits / 4.0, 0, 0.9), noise.exponential(number), 1.0)
         assert torch.equal(recorder.tokens.flatten(1)[:, number], expected)
 
 
@@ -325,7 +327,7 @@ def test_nothing_is_left_in_memory(how):
     def step(token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
         nonlocal calls
         calls += 1
-        caches[:] = weakref.ref(cache), weakref.ref(cache.keys.numbers), weakref.ref(cache.queries)
+        caches[:] = weakref.ref(cache), weakref.ref(cache.keys.data), weakref.ref(cache.queries)
         if how == "failed" and calls == 8:
             raise ZeroDivisionError
         return model.step(token, index, pad, column, cache)
@@ -359,7 +361,7 @@ def test_no_gradient_is_recorded():
     """Weights that could learn cost nothing: neither logits nor the cache carry a history."""
     recorder = decode(llamagen(4, 3).requires_grad_(True), class_prompt([1]), PLAN, GUIDED)
     assert not any(logits.requires_grad for logits in recorder.logits)
-    assert not recorder.cache.keys.numbers.requires_grad and not recorder.cache.values.numbers.requires_grad
+    assert not recorder.cache.keys.data.requires_grad and not recorder.cache.values.data.requires_grad
 
 
 # -- what it refuses ---------------------------------------------------------------------------------------------------
@@ -451,6 +453,6 @@ def test_rows_alike_are_prefilled_once(text, monkeypatch):
     monkeypatch.setattr(model.cls_embedding, "forward", lambda tokens: seen.append(len(tokens)) or embed(tokens))
     torch.testing.assert_close(model.prefill(rows, cache), expected, atol=1e-5, rtol=1e-5)
     assert seen == [4 if text else 3], "texts of two lengths are guided from two unconditional rows"
-    values, weight = cache.values.numbers, cache.bias[..., 0].exp()
+    values, weight = cache.values.data, cache.bias[..., 0].exp()
     assert torch.equal(values[:, 8], values[:, 11]) and not torch.equal(values[:, 0], values[:, 4])
     assert weight[0, ::4, 0].tolist() == pytest.approx([6, 4, 6, 4] if text else [1] * 4)

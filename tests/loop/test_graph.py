@@ -107,7 +107,7 @@ def without_numbers(kind: str, plan: CachePlan):
     reads = get_policy(plan.policy).reads | ({"ahead"} if plan.release == "fold" else set())
     cache = LineCache(shape, 2 * prompt.rows, grid, plan, dtype=model.dtype, device=model.device, reads=reads)
     cache.extend()
-    return model, cache, partial(model.turn_ahead, grid), prompt.rows
+    return model, cache, partial(model.rotate_ahead, grid), prompt.rows
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -135,12 +135,12 @@ def test_nobody_waits_within_a_line(kind, storage):
 def test_nobody_waits_at_a_lines_end(name, release, kind, storage):
     """Lines end without a number from the device: while there is room, with a survey, and as one is recorded."""
     plan, policy = CachePlan(name, 1, 1, 0, release, storage), get_policy(name)
-    _, cache, turn, _ = without_numbers(kind, plan)
+    _, cache, rotate, _ = without_numbers(kind, plan)
     with unseen():
-        end_line(cache, policy, 0, turn)
-        end_line(cache, policy, 1, turn)
+        end_line(cache, policy, 0, rotate)
+        end_line(cache, policy, 1, rotate)
         if plan.evicts(cache.grid):
-            evict(cache, policy, torch.full((), 2, device=cache.bias.device), turn)
+            evict(cache, policy, torch.full((), 2, device=cache.bias.device), rotate)
 
 
 def test_a_line_asks_for_numbers_at_its_end_alone(monkeypatch):

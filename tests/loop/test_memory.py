@@ -10,8 +10,8 @@ import torch
 
 from linear_core.grid import Grid
 from linear_core.loop.generate import Run, generate
-from linear_core.loop.memory import fits, run_bytes, waves
-from linear_core.loop.waves import Waves
+from linear_core.loop.memory import fits, run_bytes, split_batch
+from linear_core.loop.micro_batches import MicroBatches
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
 from tests import tiny
@@ -21,8 +21,12 @@ def test_how_many_fit() -> None:
     assert fits(100, 16, lambda n: 10 + 30 * n) == 3
     assert fits(100, 2, lambda n: 10 + 30 * n) == 2, "no more than there are"
     assert fits(5, 16, lambda n: 10 + 30 * n) == 1, "one has to be tried"
-    assert [list(part) for part in waves(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert [len(part) for part in waves(16, 16)] == [16] and [len(part) for part in waves(3, 1)] == [1, 1, 1]
+    assert [list(part) for part in split_batch(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [len(part) for part in split_batch(16, 16)] == [16] and [len(part) for part in split_batch(3, 1)] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_folding_is_reckoned_with() -> None:
@@ -39,12 +43,12 @@ def test_folding_is_reckoned_with() -> None:
 
 
 def draw(decoder: Any, prompt: Any, plan: CachePlan, sample: SamplePlan, at_once: int, above: Any = None) -> Run:
-    waves = Waves(prompt, sample, at_once, above, advice="draw fewer")
-    for wave in waves:
-        with waves.watch(wave):
-            for line in generate(decoder, wave.prompt, plan, wave.sample, above=wave.above[0]):
-                wave.runs[0].add(line)
-    return waves.runs[0]
+    micro_batches = MicroBatches(prompt, sample, at_once, above, advice="draw fewer")
+    for micro_batch in micro_batches:
+        with micro_batches.watch(micro_batch):
+            for line in generate(decoder, micro_batch.prompt, plan, micro_batch.sample, above=micro_batch.above[0]):
+                micro_batch.runs[0].add(line)
+    return micro_batches.runs[0]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
@@ -57,7 +61,7 @@ def test_parts_of_a_batch_are_the_batch(at_once: int) -> None:
     parts = draw(decoder, prompt, plan, sample, at_once)
     assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.shares, parts.shares)
     assert whole.held == pytest.approx(parts.held, abs=2e-3)
-    largest = len(waves(4, at_once)[-1])
+    largest = len(split_batch(4, at_once)[-1])
     assert parts.lines[0].cache_bytes <= whole.lines[0].cache_bytes * largest // 4
     above = whole.tokens[:, :2].flip(0)
     for given in (above, above[:1]):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linear_core.loop import sampling
-from linear_core.loop.sampling import Noise, guide, pick, restrict
+from linear_core.loop.sampling import Noise, apply_guidance, filter_logits, sample_codes
 
 INF = float("inf")
 
@@ -26,7 +26,7 @@ def noise(seed: int, images: int, codes: int, tokens: range) -> Tensor:
 
 def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0) -> list[int]:
     """Codes that `restrict` leaves, in one row."""
-    out = restrict(torch.tensor([logits]), top_k, top_p)[0]
+    out = filter_logits(torch.tensor([logits]), top_k, top_p)[0]
     stay = (out > -INF).nonzero().flatten().tolist()
     assert out[stay].tolist() == torch.tensor(logits)[stay].tolist(), "what stays is not changed"
     return stay
@@ -38,14 +38,14 @@ def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0) -> list[int]:
 def test_guidance_moves_away_from_the_unconditional():
     """Conditional rows first: unconditional + (conditional - unconditional) * scale, row by row."""
     logits = torch.tensor([[1.0, 2.0], [5.0, 7.0], [0.0, 4.0], [5.0, 1.0]])
-    assert guide(logits, 2, 3.0).tolist() == [[3.0, -2.0], [5.0, 19.0]]
+    assert apply_guidance(logits, 2, 3.0).tolist() == [[3.0, -2.0], [5.0, 19.0]]
 
 
 def test_guidance_of_one_is_conditional_and_of_zero_unconditional():
     """The two ends of the line between the halves."""
     logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(guide(logits, 3, 1.0), logits[:3])
-    torch.testing.assert_close(guide(logits, 3, 0.0), logits[3:])
+    torch.testing.assert_close(apply_guidance(logits, 3, 1.0), logits[:3])
+    torch.testing.assert_close(apply_guidance(logits, 3, 0.0), logits[3:])
 
 
 # -- top-k and top-p ---------------------------------------------------------------------------------------------------
@@ -102,15 +102,19 @@ def test_top_p_is_taken_of_what_top_k_left():
 def test_rows_are_restricted_apart():
     """Each image of the batch has its own threshold."""
     logits = torch.tensor([log(0.7, 0.2, 0.1), log(0.1, 0.2, 0.7), log(0.3, 0.3, 0.4)])
-    assert (restrict(logits, 2, 1.0) > -INF).tolist() == [[True, True, False], [False, True, True], [True, True, True]]
-    assert (restrict(logits, 0, 0.65) > -INF).sum(1).tolist() == [1, 1, 2]
+    assert (filter_logits(logits, 2, 1.0) > -INF).tolist() == [
+        [True, True, False],
+        [False, True, True],
+        [True, True, True],
+    ]
+    assert (filter_logits(logits, 0, 0.65) > -INF).sum(1).tolist() == [1, 1, 2]
 
 
 def test_restrict_leaves_its_input_alone():
     """The model's logits are not written to."""
     logits = torch.tensor([log(0.3, 0.1, 0.4, 0.2)])
     before = logits.clone()
-    restrict(logits, 2, 0.5)
+    filter_logits(logits, 2, 0.5)
     assert torch.equal(logits, before)
 
 
@@ -222,7 +226,7 @@ def test_draws_follow_softmax(temperature, across):
         exponential = Noise(3, count, 9, "cpu").exponential(0)
     else:  # the tokens of 20 pictures of 1000 tokens
         exponential = noise(3, 20, 9, range(1000)).flatten(0, 1)
-    drawn = pick(logits.expand(count, -1), exponential, temperature).bincount(minlength=9)
+    drawn = sample_codes(logits.expand(count, -1), exponential, temperature).bincount(minlength=9)
     expected = count * (logits / temperature).softmax(-1)
     distance = float(((drawn - expected) ** 2 / expected).sum())
     assert chi_square_tail(distance, 8) > 1e-6
@@ -231,14 +235,14 @@ def test_draws_follow_softmax(temperature, across):
 def test_a_small_temperature_is_nearly_greedy():
     """At T = 0.01 a lead of 0.5 is e^50 to one."""
     logits = torch.tensor([0.0, 1.0, 1.5, 0.5]).expand(500, -1)
-    assert (pick(logits, Noise(0, 500, 4, "cpu").exponential(0), 0.01) == 2).all()
+    assert (sample_codes(logits, Noise(0, 500, 4, "cpu").exponential(0), 0.01) == 2).all()
 
 
 def test_temperature_zero_is_greedy():
     """The likeliest code whatever the noise, the first of equals."""
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 2.0]])
     for token in range(5):
-        assert pick(logits, Noise(token, 2, 3, "cpu").exponential(token), 0).tolist() == [1, 0]
+        assert sample_codes(logits, Noise(token, 2, 3, "cpu").exponential(token), 0).tolist() == [1, 0]
 
 
 def test_what_is_ruled_out_is_never_drawn():
@@ -246,13 +250,13 @@ def test_what_is_ruled_out_is_never_drawn():
     logits = torch.full((4000, 6), -INF)
     logits[:, [1, 4]] = 0.0
     exponential = Noise(0, 4000, 6, "cpu").exponential(7)
-    assert set(pick(logits, exponential, 1.0).tolist()) == {1, 4}
+    assert set(sample_codes(logits, exponential, 1.0).tolist()) == {1, 4}
     logits[:, 1] = -INF
-    assert (pick(logits, exponential, 1.0) == 4).all()
+    assert (sample_codes(logits, exponential, 1.0) == 4).all()
 
 
 def test_half_precision_logits_are_drawn_in_float():
     """bfloat16 logits race in float32, as the noise is finer than they are."""
     logits = torch.zeros(1000, 5, dtype=torch.bfloat16)
     exponential = Noise(0, 1000, 5, "cpu").exponential(0)
-    assert torch.equal(pick(logits, exponential, 1.0), exponential.argmin(-1))
+    assert torch.equal(sample_codes(logits, exponential, 1.0), exponential.argmin(-1))

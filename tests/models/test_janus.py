@@ -53,7 +53,7 @@ def test_an_official_folder_is_known_by_its_header(folder: Path) -> None:
     info = read_info(folder)
     assert info.name == "Janus-Pro-7B" and info.family is janus.FAMILY and info.config == config()
     assert (info.grid.rows, info.grid.cols, info.defaults.guidance) == (24, 24, 5.0)
-    assert info.text and info.own_words and not info.classes
+    assert info.text and info.own_tokenizer and not info.classes
     assert find_tokenizer(folder) == folder, "the tokenizer is in it"
     assert find_checkpoints([folder.parent]) == [folder], "a model of several files is its folder"
     shard = next(folder.glob("*.bin"))
@@ -156,12 +156,12 @@ def test_tokenizers_do_not_mix(folder: Path, tmp_path: Path) -> None:
 def test_the_old_roles_where_the_new_ones_are_no_tokens(tmp_path: Path) -> None:
     """Janus-1.3B's chat says User and Assistant; Janus-Pro's has tokens for them."""
     from linear_core.prompts.janus import BEGIN, IMAGE, PAD, ROLES, janus_prompt
-    from linear_core.prompts.words import Words
+    from linear_core.prompts.tokenizer import TextTokenizer
 
     texts = {}
     for name, special in (("old", [PAD, BEGIN, IMAGE]), ("new", [PAD, BEGIN, IMAGE, *ROLES])):
         official_janus.text_tokenizer(tmp_path / name, special)
-        words = Words(tmp_path / name)
+        words = TextTokenizer(tmp_path / name)
         row = janus_prompt(words, ["a fox"]).tokens[0].tolist()
         assert row[0] == words.id(BEGIN) and row[-1] == words.id(IMAGE)
         texts[name] = words._tokenizer.decode(row[1:-1], skip_special_tokens=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from linear_core.cache.line_cache import LineCache
 from linear_core.errors import UserError
 from linear_core.grid import Grid
-from linear_core.models.blocks import HeadNorm, rope_1d, turn_halves
+from linear_core.models.blocks import HeadNorm, rope_1d, rotate_halves
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt, token_prompt
 from tests.tiny import WORDS, decode, janus, words
@@ -23,13 +23,13 @@ def test_turning_halves_by_hand() -> None:
     """Number i turns with number i + D/2, by position / base ** (2 i / D); twice a position is twice the angle."""
     x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
     place = torch.tensor([0, 1, 2, 7, 100])
-    turned = turn_halves(x, rope_1d(place, 8, 100.0))
+    turned = rotate_halves(x, rope_1d(place, 8, 100.0))
     for i in range(4):
         angle = place * 100.0 ** (-2 * i / 8)
         torch.testing.assert_close(turned[..., i], x[..., i] * angle.cos() - x[..., i + 4] * angle.sin())
         torch.testing.assert_close(turned[..., i + 4], x[..., i + 4] * angle.cos() + x[..., i] * angle.sin())
-    again = turn_halves(turned, rope_1d(place, 8, 100.0))
-    torch.testing.assert_close(again, turn_halves(x, rope_1d(2 * place, 8, 100.0)), atol=1e-5, rtol=1e-5)
+    again = rotate_halves(turned, rope_1d(place, 8, 100.0))
+    torch.testing.assert_close(again, rotate_halves(x, rope_1d(2 * place, 8, 100.0)), atol=1e-5, rtol=1e-5)
 
 
 def test_head_norm_by_hand() -> None:
@@ -60,8 +60,8 @@ def test_queries_turned_to_the_next_line() -> None:
     source = torch.Generator().manual_seed(1)
     queries = torch.randn(2, 4, 3, grid.stride, 8, generator=source)  # L B H C D
     place = torch.arange(20, 20 + grid.stride)
-    here, below = (turn_halves(queries, rope_1d(p, 8, 10000.0)) for p in (place, place + 3 * grid.stride))
-    torch.testing.assert_close(model.turn_ahead(grid, here, 3), below, atol=1e-5, rtol=1e-5)
+    here, below = (rotate_halves(queries, rope_1d(p, 8, 10000.0)) for p in (place, place + 3 * grid.stride))
+    torch.testing.assert_close(model.rotate_ahead(grid, here, 3), below, atol=1e-5, rtol=1e-5)
     assert (here - below).abs().max() > 0.5
 
 
@@ -95,7 +95,7 @@ def test_rows_alike_are_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.rows == 16 and seen == [(3, 5)]
     expected = model.forward(rows, torch.zeros(16, 0, dtype=torch.int64))[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    keys = cache.keys.numbers
+    keys = cache.keys.data
     assert torch.equal(keys[:, 8], keys[:, 15]) and not torch.equal(keys[:, 0], keys[:, 4])
 
 

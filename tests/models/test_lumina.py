@@ -26,7 +26,7 @@ from linear_core.loop.generate import generate
 from linear_core.models.lumina import LuminaConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import token_prompt
-from linear_core.prompts.words import Words
+from linear_core.prompts.tokenizer import TextTokenizer
 from linear_core.sizes import sizes
 from tests import tiny
 from tests.models import lumina_official as official
@@ -79,7 +79,7 @@ class Stub:
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
         return self.feed(token[:, None], index, pad, column, cache)
 
-    def turn_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         return queries
 
     def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
@@ -96,7 +96,7 @@ def test_every_size_is_a_legal_grid(side: int) -> None:
     """
     info = ModelInfo("x", lumina.FAMILY, None, Grid(1, 1, eol=99), (), SamplePlan(), 0, sizes=sizes(side))
     for width, height in sizes(side):
-        grid = info.sized((width, height)).grid
+        grid = info.with_size((width, height)).grid
         assert (grid.rows * 16, grid.cols * 16) == (height, width)
         stub = Stub(grid)
         prompt = replace(token_prompt([[1, 2, 3]]), grid=grid)
@@ -139,7 +139,7 @@ def test_the_cache_of_1024_by_1024(plan: CachePlan) -> None:
     predicted = decoder.config.cache_shape(60, 4).bytes(decoder.grid, plan, rows=2)
     run = generate(decoder, prompt, plan, SamplePlan(guidance=4.0), step=step)
     for line in run:
-        stored = sum(t.numbers.untyped_storage().nbytes() for t in (caches[0].keys, caches[0].values))
+        stored = sum(t.data.untyped_storage().nbytes() for t in (caches[0].keys, caches[0].values))
         assert line.cache_bytes == stored == predicted
         if line.row == 10:
             break
@@ -181,7 +181,7 @@ def test_what_a_folder_says(models: Path, name: str, side: int) -> None:
     assert info.grid == Grid(side // 16, side // 16, eol=IDS["<reserved08799>"] - 4) and info.sizes == sizes(side)
     assert (info.defaults.guidance, info.defaults.top_k, info.defaults.temperature) == (4.0, 2000, 1.0)
     assert (info.config.layers, info.config.heads, info.config.codes) == (1, HEADS, CODES)
-    assert info.text and info.own_words and info.name == name
+    assert info.text and info.own_tokenizer and info.name == name
 
 
 def test_a_folder_that_does_not_say(models: Path) -> None:
@@ -197,10 +197,10 @@ def test_a_folder_that_does_not_say(models: Path) -> None:
 def test_a_size_it_does_not_draw(folder: Path) -> None:
     info = read_info(folder)
     with pytest.raises(UserError, match=r"size: Lumina-mGPT-7B-768 does not draw 800 x 600 .* 864 x 640, "):
-        info.sized((800, 600))
+        info.with_size((800, 600))
     with pytest.raises(UserError, match=r"does not draw 1024 x 1024 .* 768 x 768, "):
-        info.sized((1024, 1024))
-    assert info.sized((1024, 576)).grid.cols == 64
+        info.with_size((1024, 1024))
+    assert info.with_size((1024, 576)).grid.cols == 64
 
 
 def test_a_prompt_of_another_model(models: Path) -> None:
@@ -208,10 +208,10 @@ def test_a_prompt_of_another_model(models: Path) -> None:
     info = read_info(models / "Lumina-mGPT-7B-768")
     (models / "Lumina-mGPT-7B-768").rename(models / "Lumina-mGPT-7B-1024")
     large = read_info(models / "Lumina-mGPT-7B-1024")
-    assert info.shaped(None) is info and info.shaped(replace(info.grid, rows=38, cols=56)).grid.rows == 38
+    assert info.with_grid(None) is info and info.with_grid(replace(info.grid, rows=38, cols=56)).grid.rows == 38
     for grid in (large.grid, replace(info.grid, eol=None), replace(info.grid, rows=5)):
         with pytest.raises(UserError, match=r"prompt: it asks for .* another model than Lumina-mGPT-7B-768"):
-            info.shaped(grid)
+            info.with_grid(grid)
 
 
 def test_the_tokenizer_of_another_repository(models: Path) -> None:
@@ -249,7 +249,7 @@ def test_without_a_vocabulary_in_the_config(models: Path) -> None:
     info = read_info(models / "Lumina-mGPT-7B-768")
     assert (info.config.first, info.config.codes, info.grid.eol) == (4, 8192, 8799)
     official.tokenizer(models / "words.json", ids)
-    prompt = lumina.prompt(Words(models / "words.json"), ["a fox"], "", info)
+    prompt = lumina.prompt(TextTokenizer(models / "words.json"), ["a fox"], "", info)
     assert prompt.tokens[0, -3:].tolist() == [8197, 8804 + 24, 8804 + 24]
 
 

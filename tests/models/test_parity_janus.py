@@ -188,10 +188,10 @@ def test_every_layout_is_the_same_model(layout: str, folders: dict[str, Path], o
 def test_the_prompt_is_what_the_processor_writes(tmp_path: Path) -> None:
     """transformers' tokenizer and chat format, from the same tokenizer.json; special tokens wherever they may lie."""
     from linear_core.prompts.janus import janus_prompt
-    from linear_core.prompts.words import Words
+    from linear_core.prompts.tokenizer import TextTokenizer
 
     text_tokenizer(tmp_path / "tokenizer.json", first=17)
-    words = Words(tmp_path / "tokenizer.json")
+    words = TextTokenizer(tmp_path / "tokenizer.json")
     reader = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=BEGIN)
     prompt = janus_prompt(words, ["  a red fox\n in snow ", "ein K\u00e4fer"])
     chats = [f"{ROLES[0]}: a red fox\n in snow\n\n{ROLES[1]}:", f"{ROLES[0]}: ein K\u00e4fer\n\n{ROLES[1]}:"]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from linear_core.cache.line_cache import LineCache
 from linear_core.checkpoints.library import ImageModel, ModelFiles, load_model
-from linear_core.checkpoints.weights import fill, read_weights
+from linear_core.checkpoints.weights import load_into, read_weights
 from linear_core.errors import UserError
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
-from linear_core.models.blocks import rope_1d, turn_halves
+from linear_core.models.blocks import rope_1d, rotate_halves
 from linear_core.models.lumina import Lumina
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, token_prompt
@@ -82,16 +82,16 @@ def unpadded(prompt: Prompt) -> list[list[int]]:
 
 def test_the_prompt(model: ImageModel) -> None:
     """The published template; size and begin of image by name, height first; unconditional from there on."""
-    info = model.info.sized((896, 608))
-    prompt = info.family.prompt(model.words, TEXTS, "", info)
+    info = model.info.with_size((896, 608))
+    prompt = info.family.prompt(model.text_tokenizer, TEXTS, "", info)
     image = [IDS["<racm3:break>"], IDS["<reserved08819>"], IDS["<reserved08828>"]]
     for row, text in zip(unpadded(prompt), TEXTS, strict=True):
         assert row[0] == IDS["<s>"] and row[-3:] == image and row[-4] == IDS["<reserved08706>"]
-        said = model.words.ids(f"Generate an image of 896x608 according to the following prompt:\n{text}")
+        said = model.text_tokenizer.ids(f"Generate an image of 896x608 according to the following prompt:\n{text}")
         assert row[1:-4] == said and len(said) > 60
     assert unpadded(prompt.negative) == [image, image]
     assert (prompt.grid.rows, prompt.grid.cols, prompt.grid.eol) == (38, 56, IDS["<reserved08799>"] - IDS["IMGIMGAZ"])
-    away = info.family.prompt(model.words, TEXTS, "blurry", info).negative
+    away = info.family.prompt(model.text_tokenizer, TEXTS, "blurry", info).negative
     assert unpadded(away)[0][-4:] == [IDS["<reserved08706>"], *image] and len(unpadded(away)[0]) > 60
 
 
@@ -169,7 +169,7 @@ def test_a_guided_pair_equals_two_runs(model: ImageModel, plan: CachePlan) -> No
         assert len(both) == len(seen) == grid.rows * grid.cols
         torch.testing.assert_close(torch.cat(seen), torch.stack(both), atol=TOLERANCE, rtol=1e-4)
         # Logits only show how far tokens are apart. Keys show where each stands: the first of a row at position 0.
-        padded, plain = (r.cache.keys.numbers[..., r.prompt.length :, :] for r in (pair, run))
+        padded, plain = (r.cache.keys.data[..., r.prompt.length :, :] for r in (pair, run))
         torch.testing.assert_close(plain[:, 0], padded[:, row], atol=TOLERANCE, rtol=1e-4)
 
 
@@ -203,23 +203,23 @@ def test_anole_in_metas_layout(tmp_path: Path, model: ImageModel, weights: dict[
         load_model(ModelFiles(file, tmp_path / "tokenizer" / "vqgan.ckpt"))  # a file says no vocabulary: the published
     info = model.info
     again = Lumina(info.config, info.grid)
-    fill(again, read_weights(file), torch.float32, lambda key: info.family.place(key, info.config))
+    load_into(again, read_weights(file), torch.float32, lambda key: info.family.target(key, info.config))
     for (name, ours), theirs in zip(again.state_dict().items(), model.decoder.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 
     x = torch.randn(1, 7, HEADS * DIM, generator=torch.Generator().manual_seed(2))
-    turn = torch.polar(torch.ones(()), torch.arange(7)[:, None] * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM))
+    rotate = torch.polar(torch.ones(()), torch.arange(7)[:, None] * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM))
     q, k = (
         turned(
             F.layer_norm((x @ loose[f"layers.0.attention.w{part}.weight"].T).unflatten(-1, (HEADS, DIM)), (DIM,),
                          *(loose[f"layers.0.attention.{part}_normalization.{kind}"] for kind in ("weight", "bias")))
-            .transpose(1, 2), turn)
+            .transpose(1, 2), rotate)
         for part in "qk"
     )  # fmt: skip
     table = rope_1d(torch.arange(7), DIM, 10000.0)
     seen: list[Tensor] = []
     again.layers[0].attention(
-        x, lambda t: turn_halves(t, table), lambda q, k, v: seen.extend((q @ k.transpose(-1, -2), v)) or v
+        x, lambda t: rotate_halves(t, table), lambda q, k, v: seen.extend((q @ k.transpose(-1, -2), v)) or v
     )
     torch.testing.assert_close(seen[0], q @ k.transpose(-1, -2), atol=1e-3, rtol=1e-4)
 
@@ -232,9 +232,9 @@ def turned(x: Tensor, by: Tensor) -> Tensor:
 def test_anoles_prompt(model: ImageModel) -> None:
     """One size, no line ends; unconditional rows hold the begin of the text and of the image."""
     info = replace(model.info, grid=Grid(32, 32), sizes=())
-    prompt = info.family.prompt(model.words, TEXTS, "", info)
+    prompt = info.family.prompt(model.text_tokenizer, TEXTS, "", info)
     begin, image = IDS["<s>"], IDS["<racm3:break>"]
-    said = [model.words.ids(text) for text in TEXTS]
+    said = [model.text_tokenizer.ids(text) for text in TEXTS]
     assert unpadded(prompt) == [[begin, *words, IDS["<reserved08706>"], image] for words in said]
     assert unpadded(prompt.negative) == [[begin, image]] * 2 and prompt.grid is None
 

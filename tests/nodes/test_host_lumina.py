@@ -80,8 +80,8 @@ def test_the_host_draws_what_we_draw(kept: str, server: Server) -> None:
         for name, parameter in model.decoder.named_parameters():
             if name.startswith("layers.") and parameter.ndim == 2 and "norm" not in name:
                 parameter.copy_(parameter.to(torch.float8_e4m3fn).float())
-    info, run = model.info.sized((832, 1216)), Run()
-    asked = info.family.prompt(model.words, texts, "rain", info)
+    info, run = model.info.with_size((832, 1216)), Run()
+    asked = info.family.prompt(model.text_tokenizer, texts, "rain", info)
     sample = type(info.defaults)(guidance=4.0, top_k=2000, temperature=0.0)
     for line in generate(model.decoder, asked, CachePlan(budget=8), sample):
         run.add(line)

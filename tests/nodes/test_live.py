@@ -222,11 +222,11 @@ def test_offers_are_dropped_while_a_picture_is_made():
         return Image.new("RGB", (1, 1), (job, 0, 0))
 
     shown = []
-    painter = live.Painter(paint, lambda picture, lines: shown.append(lines), 64)
+    painter = live.PreviewWorker(paint, lambda picture, lines: shown.append(lines), 64)
     painter.pause = 0
     begun = time.perf_counter()
-    assert painter.offer(1, 1)
-    assert [painter.offer(number, number) for number in range(2, 50)] == [False] * 48
+    assert painter.submit(1, 1)
+    assert [painter.submit(number, number) for number in range(2, 50)] == [False] * 48
     assert time.perf_counter() - begun < 1 and shown == []
     go.set()
     assert painter.last(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
@@ -236,7 +236,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
 @pytest.mark.parametrize(("seconds", "cost"), [(80.0, 0.1), (8.0, 0.06), (2.0, 0.01), (300.0, 5.0)])
 def test_pictures_take_their_share_of_the_time_spread_over_the_run(seconds, cost):
     """A run of 64 even lines, whose whole picture costs so much: no more than is allowed, and some late in the run."""
-    painter = live.Painter(lambda job: None, lambda picture, lines: None, 64)
+    painter = live.PreviewWorker(lambda job: None, lambda picture, lines: None, 64)
     painter.close()
     at, pictures = 0.0, []
     for lines in range(1, 65):
@@ -252,8 +252,8 @@ def test_pictures_take_their_share_of_the_time_spread_over_the_run(seconds, cost
 
 
 def test_a_preview_that_fails_does_not_end_the_run(caplog):
-    painter = live.Painter(lambda job: 1 / 0, lambda picture, lines: None, 64)
-    assert painter.offer(1, 1)
+    painter = live.PreviewWorker(lambda job: 1 / 0, lambda picture, lines: None, 64)
+    assert painter.submit(1, 1)
     painter.thread.join(5)
     assert "no preview" in caplog.text
     painter.check()

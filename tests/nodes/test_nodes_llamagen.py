@@ -49,7 +49,7 @@ def comfy(tmp_path: Path):
         save_file(official.text_encoder(DIM, 64), encoders / folder / "model.safetensors")
     (encoders / "flan-t5-xl" / "config.json").write_text(official.CONFIG)
     save_file({"x": torch.zeros(1)}, encoders / "clip_l.safetensors")
-    importlib.import_module(f"{PACK}.linear_core.checkpoints.text").forget()
+    importlib.import_module(f"{PACK}.linear_core.checkpoints.text").clear_features()
     with torch.inference_mode():
         yield host
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from linear_core.events import Line
-from linear_core.pictures.heatmap import colour, heatmap, lifetime
+from linear_core.pictures.heatmap import colormap, heatmap, lifetime
 from linear_core.pictures.preview import EMPTY, Preview, decode
 from linear_core.pictures.sheet import contact_sheet, save, to_image
 from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
@@ -47,7 +47,7 @@ def test_encode_finds_the_nearest_entry(tokenizer: VQTokenizer) -> None:
 
 def test_colour_is_monotone_in_brightness() -> None:
     """Legible in grey, so to every eye."""
-    brightness = colour(torch.linspace(0, 1, 200)) @ torch.tensor([0.2126, 0.7152, 0.0722])
+    brightness = colormap(torch.linspace(0, 1, 200)) @ torch.tensor([0.2126, 0.7152, 0.0722])
     assert (brightness.diff() > 0).all()
 
 
@@ -55,14 +55,14 @@ def test_heatmap() -> None:
     share = torch.tensor([[[0.0, 1.0], [0.5, 0.25]]])
     alone = heatmap(share, 4, 6)
     assert alone.shape == (1, 4, 6, 3)
-    assert torch.equal(alone[0, 0, 0], colour(torch.tensor(0.0))) and torch.equal(
-        alone[0, 3, 0], colour(torch.tensor(0.5))
+    assert torch.equal(alone[0, 0, 0], colormap(torch.tensor(0.0))) and torch.equal(
+        alone[0, 3, 0], colormap(torch.tensor(0.5))
     )
     picture = torch.full((1, 2, 3, 3), 0.8)
     over = heatmap(share, 4, 6, picture)
     assert over.shape == (1, 4, 6, 3)
     assert over[0, 0, 0].mean() < 0.6 < picture.mean()  # what was evicted is dark
-    assert torch.allclose(heatmap(share, 2, 3, picture, strength=0.0), picture)
+    assert torch.allclose(heatmap(share, 2, 3, picture, opacity=0.0), picture)
 
 
 def test_lifetime() -> None:

@@ -14,10 +14,10 @@ from linear_core.grid import Grid
 from linear_core.plan import UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, Policy, choose
 from linear_core.policies.adakv import adakv
+from linear_core.policies.allocate import allocate, allocate_layers
+from linear_core.policies.attention_distance import attention_distance
 from linear_core.policies.criticalkv import criticalkv
 from linear_core.policies.rank import rank
-from linear_core.policies.reach import reach
-from linear_core.policies.share_out import share_out, share_out_layers
 from linear_core.policies.snapkv import WINDOW
 from linear_core.policies.stratified import stratified
 from linear_core.prompts import class_prompt
@@ -53,7 +53,7 @@ def make(
         queries = queries.float()
         queries = queries.expand(1, 1, 1, *queries.shape) if queries.ndim == 2 else queries[None, :, None]
     row = (int(named.max()) - prompt) // cols
-    return View(keys, keys, bias, named, queries, mass, Grid(rows, cols, prompt=prompt), row, turn=louder)
+    return View(keys, keys, bias, named, queries, mass, Grid(rows, cols, prompt=prompt), row, rotate=louder)
 
 
 def surveyed(name: str, view: View) -> View:
@@ -101,7 +101,7 @@ def random_view(batch: int = 3, heads: int = 3, layers: int = 2, prompt: int = 3
     queries = torch.randn(*lead, cols, 6, generator=source)
     queries[1:] *= 2  # some layers look more closely
     mass = torch.rand(index.shape, generator=source) * 3
-    return View(keys, values, bias, index, queries, mass, Grid(9, cols, prompt=prompt), row, turn=louder)
+    return View(keys, values, bias, index, queries, mass, Grid(9, cols, prompt=prompt), row, rotate=louder)
 
 
 def slice_view(view: View, dim: int, place: int) -> View:
@@ -185,7 +185,7 @@ def test_a_policy_reads_only_what_it_declares(name):
         view,
         queries=view.queries if reads & {"queries", "ahead"} else None,
         mass=view.mass if "mass" in reads else None,
-        turn=view.turn if "ahead" in reads else None,
+        rotate=view.rotate if "ahead" in reads else None,
     )
     assert torch.equal(scores_of(name, bare), scores_of(name, view))
 
@@ -476,7 +476,7 @@ def test_expected_attention_is_that_of_a_gaussian():
 
 def test_next_looks_from_the_next_line():
     """The line looks at token 5; turned a line on, its queries look at token 6."""
-    view = replace(looking(5, 5, 5, 5), turn=lambda queries, lines: queries.roll(lines, -1))
+    view = replace(looking(5, 5, 5, 5), rotate=lambda queries, lines: queries.roll(lines, -1))
     assert score("line", view).index(max(score("line", view))) == 5
     assert score("next", view).index(max(score("next", view))) == 6
     assert score("next", view)[6] == pytest.approx(1)
@@ -548,7 +548,7 @@ def test_reach_is_attention_above_the_two_newest_lines():
         (both, 1),
         (split, 0.5),
     ):
-        assert float(reach(view)) == pytest.approx(expected, abs=1e-4)
+        assert float(attention_distance(view)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_ssd_keeps_windows_in_spatial_heads_and_hitters_in_semantic_ones():
@@ -635,7 +635,7 @@ def test_shares_are_in_proportion_within_bounds_and_exact():
         plan = CachePlan(budget=budget, anchors=case % 4, recent=min(case % 2, budget - 1))
         weights = (torch.rand(3, count, generator=source) ** (case % 9)).clamp(min=1e-3)
         held = torch.randint(plan.budget * 4, 21, (3, count), generator=source)
-        keep = share_out(weights, held, view, plan)
+        keep = allocate(weights, held, view, plan)
         assert (keep.sum(-1) == count * budget * 4).all()
         assert (keep <= held).all() and (keep <= 8 * budget).all()
         assert (keep >= plan.anchors + 4 * plan.recent).all()
@@ -644,7 +644,7 @@ def test_shares_are_in_proportion_within_bounds_and_exact():
             ratio = keep[row][free[row]] / weights[row][free[row]]
             spare = 1 / weights[row][free[row]]  # one token more or less
             assert ratio.numel() == 0 or (ratio - spare).max() <= (ratio + spare).min()
-    assert share_out(torch.zeros(1, 4), 20, view, FREE).flatten().tolist() == [12] * 4, "nobody's claim is no claim"
+    assert allocate(torch.zeros(1, 4), 20, view, FREE).flatten().tolist() == [12] * 4, "nobody's claim is no claim"
 
 
 def test_a_head_can_always_keep_its_share_of_all_layers():
@@ -654,7 +654,7 @@ def test_a_head_can_always_keep_its_share_of_all_layers():
     held = torch.full((4, 2, 3), 16)
     for row in range(3, 20):
         now = replace(view, grid=Grid(30, 4, prompt=1), row=row)
-        keep = torch.cat([share_out_layers(weights, replace(slice_layer(now), layer=n), plan) for n in range(4)])
+        keep = torch.cat([allocate_layers(weights, replace(slice_layer(now), layer=n), plan) for n in range(4)])
         assert (keep <= held).all() and (keep.sum((0, 2)) == 12 * 12).all()
         held = keep + 4
     assert int(keep.max()) == 24, "twice the budget at the end"

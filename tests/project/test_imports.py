@@ -31,17 +31,17 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # the cache
     "cache.__init__": (set(), set()),
     "cache.storage": (set(), TENSORS),
-    "cache.outlook": (set(), TENSORS),
+    "cache.look_ahead": (set(), TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"errors", "cache.kernel", "cache.storage"}, TENSORS),
-    "cache.view": ({"grid", "cache.attention", "cache.outlook"}, TENSORS),
-    "cache.fold": ({"cache.outlook", "cache.view"}, TENSORS),
+    "cache.view": ({"grid", "cache.attention", "cache.look_ahead"}, TENSORS),
+    "cache.fold": ({"cache.look_ahead", "cache.view"}, TENSORS),
     "cache.line_cache": (
         {"grid", "plan", "cache.attention", "cache.fold", "cache.storage", "cache.view"},
         TENSORS,
     ),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
-    "policies.*": ({"plan", "cache.outlook", "cache.view", "policies.*"}, TENSORS),
+    "policies.*": ({"plan", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
     "prompts.*": (
         {"errors", "grid", "sizes", "prompts", "prompts.*"},
@@ -75,7 +75,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
-    "loop.waves": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
+    "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
         {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "policies", "loop.generate"},
         TENSORS | {"transformers"},
@@ -84,7 +84,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "pictures.__init__": (set(), set()),
     "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
     "pictures.heatmap": ({"events", "grid"}, TENSORS | {"numpy"}),
-    "pictures.preview": ({"errors", "events", "tokenizers.*", "loop.waves"}, TENSORS | {"numpy"}),
+    "pictures.preview": ({"errors", "events", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
     # files
     "checkpoints.__init__": (set(), set()),
     "checkpoints.untrusted": ({"errors"}, set()),
@@ -208,7 +208,7 @@ def test_the_table_itself_lets_nothing_through(row):
     """No row names ComfyUI or the nodes, none but those for people the loop, and rows of numbers name no torch."""
     ours, theirs = TABLE[row]
     assert not theirs & COMFY
-    if row not in ("__main__", "hf", "loop.waves"):  # hf ends lines as the loop does, waves draws with it
+    if row not in ("__main__", "hf", "loop.micro_batches"):  # hf ends lines as the loop does, waves draws with it
         assert not fits("loop.generate", ours)
     if not row.startswith(("__main__", "checkpoints.")):
         assert not fits("checkpoints.library", ours)

@@ -125,7 +125,7 @@ test("lines to keep travel as text", () => {
 });
 
 test("memory before anything runs", () => {
-  const shape = { layers: 6, heads: 6, dim: 32, prompt: 1, bytes_per_number: 4 };
+  const shape = { layers: 6, heads: 6, head_dim: 32, prompt: 1, bytes_per_element: 4 };
   const full = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "full", budget: 4 }, 2);
   assert.equal(full, 2 * 6 * 2 * 6 * 32 * 577 * 4);
   const few = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "line", budget: 4 }, 2);

@@ -89,7 +89,7 @@ def test_the_host_knows_a_page_that_was_loaded_again(tmp_path):
 
 def test_the_fixture_is_small_and_whole():
     """Below 1 MB, with a run of each kind to its end, and the schemas of the nodes they use."""
-    path = ROOT / "tests" / "browser" / "fixture.json"
+    path = ROOT / "tests" / "web" / "browser" / "fixture.json"
     assert path.stat().st_size < 1_000_000
     fixture = json.loads(path.read_text(encoding="utf-8"))
     assert set(fixture["runs"]) == {"LineAR_Generate", "LineAR_Compare"}

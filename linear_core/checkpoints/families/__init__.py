@@ -12,9 +12,9 @@ from ...errors import UserError
 from ...grid import Grid
 from ...plan import CacheShape, SamplePlan
 from ...prompts import Prompt
-from ...prompts.words import Words
+from ...prompts.tokenizer import TextTokenizer
 from ...sizes import PIXELS, Size, nearest
-from ..weights import Place, Weights
+from ..weights import Target, Weights
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class ModelInfo:
         return not self.config.classes
 
     @property
-    def own_words(self) -> bool:
+    def own_tokenizer(self) -> bool:
         """Whether texts are for its own tokenizer, not for a text encoder."""
         return self.family.prompt is not None
 
-    def sized(self, size: Size) -> ModelInfo:
+    def with_size(self, size: Size) -> ModelInfo:
         """The same with the grid of a picture of `size`. Raises UserError that lists the sizes most like it."""
         width, height = size
         if size not in self.sizes:
@@ -55,9 +55,9 @@ class ModelInfo:
                 f"size: {self.name} does not draw {width} x {height} pixels; "
                 + (f"of about this shape it draws {some}." if some else "it has one size, so leave the choice to it.")
             )
-        return self.shaped(replace(self.grid, rows=height // PIXELS, cols=width // PIXELS))
+        return self.with_grid(replace(self.grid, rows=height // PIXELS, cols=width // PIXELS))
 
-    def shaped(self, grid: Grid | None) -> ModelInfo:
+    def with_grid(self, grid: Grid | None) -> ModelInfo:
         """The same with the grid that a prompt asks for; None: its own. Raises UserError where it draws no such."""
         if grid is None:
             return self
@@ -71,7 +71,7 @@ class ModelInfo:
 
     def cache_shape(self, dtype: torch.dtype, prompt: int = 0) -> CacheShape:
         """What decides the cache's memory; `prompt` is how many places the prompt has, 0: as many as is usual."""
-        return self.config.cache_shape(prompt or self.family.places, dtype.itemsize)
+        return self.config.cache_shape(prompt or self.family.prompt_slots, dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,18 @@ class Family:
     vq        a key of the file -> its name in VQTokenizer, None: not of the tokenizer; where the file holds that too
     prompt    the model's tokenizer, texts, what to be guided from ("": nothing) and the model -> one row for each text;
               None: a class, or a text encoder, says what to draw
-    words     where the model's tokenizer may be, seen from its folder, the likeliest first
-    words_in  name of the release that has it, where that is not the model's own
+    tokenizer_files  where the model's tokenizer may be, seen from its folder, the likeliest first
+    tokenizer_release  name of the release that has it, where that is not the model's own
     places    that the prompt of a text of a sentence or two takes, for memory before the text is known
     """
 
     name: str
-    knows: Callable[[Weights], bool]
+    recognises: Callable[[Weights], bool]
     describe: Callable[[Weights, tuple[int, int] | None], ModelInfo]
     build: Callable[..., Any]
-    place: Callable[[str, Any], Place | None]
+    target: Callable[[str, Any], Target | None]
     vq: Callable[[str], str | None] | None = None
-    prompt: Callable[[Words, Sequence[str], str, ModelInfo], Prompt] | None = None
-    words: tuple[str, ...] = ("tokenizer.json",)
-    words_in: str = ""
-    places: int = 32
+    prompt: Callable[[TextTokenizer, Sequence[str], str, ModelInfo], Prompt] | None = None
+    tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
+    tokenizer_release: str = ""
+    prompt_slots: int = 32

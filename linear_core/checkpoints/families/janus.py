@@ -15,7 +15,7 @@ from ...prompts.janus import janus_prompt
 from ...tokenizers.layouts import renamed
 from ..families import Family, ModelInfo
 from ..untrusted import number, section
-from ..weights import Place, Weights
+from ..weights import Target, Weights
 from .llama import in_layer
 
 SIDE = 24  # tokens along each side of the only size there is: 384 pixels
@@ -38,16 +38,16 @@ OURS = {
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
 
-def place(key: str, config: JanusConfig | None) -> Place | None:
+def place(key: str, config: JanusConfig | None) -> Target | None:
     """Where a weight of the decoder goes; queries, keys and values lie in one matrix here."""
     if key.endswith("rotary_emb.inv_freq"):
         return None  # a table that old files carry
     if (found := LANGUAGE.fullmatch(key)) is None:
         name, _, kind = key.rpartition(".")
-        return Place(f"{OURS[name]}.{kind}") if name in OURS else None
+        return Target(f"{OURS[name]}.{kind}") if name in OURS else None
     layer = re.fullmatch(r"(layers\.\d+)\.(.+)\.weight", found[1])
     if layer is None:
-        return Place(found[1])
+        return Target(found[1])
     return in_layer(layer[1], layer[2], "weight")
 
 
@@ -59,7 +59,7 @@ def vq(key: str) -> str | None:
     return renamed(found[1])
 
 
-def knows(weights: Weights) -> bool:
+def recognises(weights: Weights) -> bool:
     names = weights.tensors
     return "gen_embed.weight" in names or "model.generation_embeddings.weight" in names
 
@@ -96,7 +96,7 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
 
 FAMILY = Family(
     "Janus",
-    knows,
+    recognises,
     describe,
     Janus,
     place,

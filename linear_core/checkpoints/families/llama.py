@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..weights import Place
+from ..weights import Target
 
 QKV = ("q", "k", "v")  # which lie in one matrix here
 RENAMED = {
@@ -17,8 +17,8 @@ RENAMED = {
 }
 
 
-def in_layer(layer: str, name: str, kind: str) -> Place:
+def in_layer(layer: str, name: str, kind: str) -> Target:
     """`layer` layers.N, `name` what follows it in the file, `kind` weight or bias."""
     if part := re.fullmatch(r"self_attn\.([qkv])_proj", name):
-        return Place(f"{layer}.attention.wqkv.{kind}", QKV.index(part[1]), len(QKV))
-    return Place(f"{layer}.{RENAMED.get(name, name)}.{kind}")
+        return Target(f"{layer}.attention.wqkv.{kind}", QKV.index(part[1]), len(QKV))
+    return Target(f"{layer}.{RENAMED.get(name, name)}.{kind}")

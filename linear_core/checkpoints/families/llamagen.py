@@ -15,7 +15,7 @@ from ...plan import SamplePlan
 from .. import published
 from ..families import Family, ModelInfo
 from ..untrusted import inside, parse_json
-from ..weights import Weights, unless
+from ..weights import Weights, all_except
 
 SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
 NAMES = Path(__file__).parents[2] / "assets" / "imagenet_classes.json"
@@ -27,10 +27,10 @@ SAMPLING: dict[str, Any] = {
     "top_k": int,
     "top_p": REAL,
 }
-place = unless("freqs_cis")  # the rotary table, which some files carry
+place = all_except("freqs_cis")  # the rotary table, which some files carry
 
 
-def knows(weights: Weights) -> bool:
+def recognises(weights: Weights) -> bool:
     return "tok_embeddings.weight" in weights.tensors and any(k.startswith("cls_embedding.") for k in weights.tensors)
 
 
@@ -112,4 +112,4 @@ def _grid(weights: Weights, kind: str, asked: tuple[int, int] | None) -> Grid:
     return Grid(*found)
 
 
-FAMILY = Family("LlamaGen", knows, describe, LlamaGen, lambda key, config: place(key))
+FAMILY = Family("LlamaGen", recognises, describe, LlamaGen, lambda key, config: place(key))

@@ -19,12 +19,12 @@ from ...models.lumina import Lumina, LuminaConfig
 from ...plan import SamplePlan
 from ...prompts import Prompt
 from ...prompts.lumina import END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
-from ...prompts.words import Words
+from ...prompts.tokenizer import TextTokenizer
 from ...sizes import PIXELS, sizes
 from .. import published
 from ..families import Family, ModelInfo
 from ..untrusted import number, section
-from ..weights import Place, Weights
+from ..weights import Target, Weights
 from .llama import QKV, in_layer
 
 SIDES = (512, 768, 1024)  # pixels of Lumina-mGPT's square pictures
@@ -32,7 +32,7 @@ ANOLE_GRID = Grid(32, 32)  # the only size it draws
 FIRST, CODES, EOL = 4, 8192, 8803  # ids as published, where no vocabulary_map says them; prompts hold them to names
 
 
-def knows(weights: Weights) -> bool:
+def recognises(weights: Weights) -> bool:
     names = weights.tensors
     return "model.layers.0.self_attn.q_norm.weight" in names or "layers.0.attention.q_normalization.weight" in names
 
@@ -48,13 +48,13 @@ def _rows_of_codes(head: Tensor, config: LuminaConfig) -> Tensor:
 
 def _every_head(norm: Tensor, config: LuminaConfig) -> Tensor:
     """A norm stored once for all heads of a training device, D or N D, for each of them: H D."""
-    norm = norm.reshape(-1, config.dim)
+    norm = norm.reshape(-1, config.head_dim)
     return norm.repeat_interleave(config.heads // norm.shape[0], 0)
 
 
 def _halves(tensor: Tensor, config: LuminaConfig) -> Tensor:
     """Each head's numbers 0 2 4 …, then 1 3 5 …, along the first dimension: H*D … or D."""
-    pairs = tensor.reshape(-1, config.dim // 2, 2, *tensor.shape[1:])
+    pairs = tensor.reshape(-1, config.head_dim // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
@@ -76,16 +76,16 @@ NAMES = (
 )
 
 
-def place(key: str, config: Any) -> Place | None:
+def place(key: str, config: Any) -> Target | None:
     """Where a weight goes. `config`: a LuminaConfig; None: only the name counts, not what of the weight goes there."""
     for pattern, ours, take in NAMES:
         if found := re.fullmatch(pattern, key):
-            return Place(found.expand(ours), take=partial(take, config=config))
+            return Target(found.expand(ours), take=partial(take, config=config))
     if found := re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.(weight|bias)", key):
         return in_layer(*found.groups())
     if found := re.fullmatch(r"(layers\.\d+\.attention)\.w([qkv])\.weight", key):
         take = _all if found[2] == "v" else _halves
-        return Place(f"{found[1]}.wqkv.weight", QKV.index(found[2]), len(QKV), partial(take, config=config))
+        return Target(f"{found[1]}.wqkv.weight", QKV.index(found[2]), len(QKV), partial(take, config=config))
     return None
 
 
@@ -159,10 +159,10 @@ def _lumina(weights: Weights, config: LuminaConfig, asked: tuple[int, int] | Non
         weights.name, FAMILY, config, grid, (), SamplePlan(guidance=4.0, top_k=2000), weights.nbytes,
         tokenizer=published.CHAMELEON_VQ, sizes=sizes(side),
     )  # fmt: skip
-    return info.sized((asked[1] * PIXELS, asked[0] * PIXELS)) if asked else info
+    return info.with_size((asked[1] * PIXELS, asked[0] * PIXELS)) if asked else info
 
 
-def prompt(words: Words, texts: Sequence[str], negative: str, info: ModelInfo) -> Prompt:
+def prompt(words: TextTokenizer, texts: Sequence[str], negative: str, info: ModelInfo) -> Prompt:
     first, grid = info.config.first, info.grid
     check_codes(words, first, info.config.codes)
     if grid.eol is None:
@@ -181,12 +181,12 @@ WORDS = (  # beside the model, in the one repository of Lumina-mGPT that has it,
 )
 FAMILY = Family(
     "Lumina-mGPT",
-    knows,
+    recognises,
     describe,
     Lumina,
     place,
     prompt=prompt,
-    words=WORDS,
-    words_in=published.LUMINA_WORDS,
-    places=64,
+    tokenizer_files=WORDS,
+    tokenizer_release=published.LUMINA_WORDS,
+    prompt_slots=64,
 )

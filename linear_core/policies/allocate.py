@@ -12,7 +12,7 @@ STEPS = 60
 LEAST = 1e-4  # of the mean weight: nobody weighs nothing
 
 
-def share_out(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) -> Tensor:
+def allocate(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) -> Tensor:
     """Image tokens that each of N heads keeps, in proportion to `weights` ... N: int64 ... N, budget tokens on average.
 
     held  ... N or a number, tokens that there are to keep
@@ -40,12 +40,12 @@ def share_out(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) 
     return (whole + (place < total - whole.sum(-1, keepdim=True))).long()
 
 
-def share_out_layers(weights: Tensor, view: View, plan: CachePlan) -> Tensor:
+def allocate_layers(weights: Tensor, view: View, plan: CachePlan) -> Tensor:
     """The same over all layers' heads, `weights` layers B H; returns the part of the layers shown, L B H.
 
     A head that could take more than there is yet is full and stays so; what it cannot take the others may have until
     the picture has grown. So the budget is used from the first line on.
     """
     layers, _, heads = weights.shape
-    keep = share_out(weights.transpose(0, 1).flatten(1), (view.row + 1) * view.grid.stride, view, plan)
+    keep = allocate(weights.transpose(0, 1).flatten(1), (view.row + 1) * view.grid.stride, view, plan)
     return keep.unflatten(-1, (layers, heads)).transpose(0, 1)[view.layer :][: len(view.index)]

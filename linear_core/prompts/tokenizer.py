@@ -1,4 +1,4 @@
-"""Words: a model's own text tokenizer, from its tokenizer.json. What is special in it is looked up by name.
+"""TextTokenizer: a model's own text tokenizer, from its tokenizer.json. What is special in it is looked up by name.
 
 The package tokenizers comes with ComfyUI (transformers needs it) and is imported only when a text is to be read.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 
 
-class Words:
+class TextTokenizer:
     """Ids of texts. Raises UserError naming the file where it cannot be read."""
 
     def __init__(self, path: Path):

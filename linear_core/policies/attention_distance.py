@@ -7,7 +7,7 @@ from ..cache.view import View
 NEAR = 2  # lines: the finished one and the one above it
 
 
-def reach(view: View) -> Tensor:
+def attention_distance(view: View) -> Tensor:
     """How far each head looks: of the line's attention to the picture, the share on tokens above its two newest lines.
 
     L B H, 0 (local) to 1. Which heads look far is their nature and shows in the first lines, so it is asked once
