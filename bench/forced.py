@@ -53,7 +53,9 @@ def forced_logits(
     logits = [decoder.prefill(prompt, cache)[:, None]]
     cache.extend()
     for row in range(grid.rows):
-        logits.append(decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, every=True))
+        logits.append(
+            decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
+        )
         look(row, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, rotate)

@@ -20,7 +20,7 @@ from .checkpoints.library import ImageModel, ModelFiles
 from .errors import UserError
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs
-from .loop.memory import fits, free_memory, run_bytes
+from .loop.memory import free_memory, max_batch_size, run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime
@@ -86,7 +86,7 @@ def run_generate(args: argparse.Namespace) -> None:
     try:
         (run,) = _draw(model, micro_batches, [plan], args.step)
     except (KeyboardInterrupt, UserError):  # what was drawn so far is worth having, the rest of it grey
-        write((_unfinished(model, codes) for part in micro_batches.begun for codes in part), unfinished=True)
+        write((_unfinished(model, codes) for part in micro_batches.codes for codes in part), unfinished=True)
         raise
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
@@ -223,7 +223,7 @@ def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
 def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
     """The runs take turns line by line, so that their times compare."""
     graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
-    given: list[dict[str, Any]] = [each.given for each in graphs] or [{} for _ in plans]
+    given: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
     drawing = [
         generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
         for plan, above, more in zip(plans, micro_batch.above, given, strict=True)
@@ -275,7 +275,7 @@ def _how_many(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: in
 
     if needed(1) > room:
         return "none"
-    count = fits(room, MANY, needed)
+    count = max_batch_size(room, MANY, needed)
     return f"{count} or more" if count == MANY else str(count)
 
 

@@ -78,17 +78,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- what goes wrong
     (
         "loop/generate.py",
-        "broken += logits.sum() * 0",
-        "broken = logits.sum() * 0",
+        "non_finite += logits.sum() * 0",
+        "non_finite = logits.sum() * 0",
         "nan: only a line's last token is looked at",
     ),
     (
         "loop/generate.py",
-        "broken += logits.sum() * 0",
-        "broken += logits[:images].isnan().sum()",
+        "non_finite += logits.sum() * 0",
+        "non_finite += logits[:images].isnan().sum()",
         "nan: infinity is let pass",
     ),
-    ("loop/generate.py", "if broken != 0:", "if False:", "nan: nobody is told"),
+    ("loop/generate.py", "if non_finite != 0:", "if False:", "nan: nobody is told"),
     ("loop/generate.py", "if dtype == torch.float16", "if dtype == torch.bfloat16", "nan: float16 is not named"),
     (
         "loop/micro_batches.py",
@@ -111,14 +111,14 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "loop/micro_batches.py",
-        "if self.halved or images == 1:",
+        "if self.halved_from or images == 1:",
         "if images == 1:",
         "waves: halved until nothing is left",
     ),
     (
         "loop/micro_batches.py",
-        "[part for micro_batch in self.left for part in micro_batch.split(images // 2)]",
-        "[*micro_batch.split(images // 2), *self.left[1:]]",
+        "[part for micro_batch in self.pending for part in micro_batch.split(images // 2)]",
+        "[*micro_batch.split(images // 2), *self.pending[1:]]",
         "waves: only the part that failed is halved",
     ),
     (
@@ -164,11 +164,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/graph.py", "else result.clone()", "else result", "the next token writes over the logits"),
     ("loop/graph.py", " and self.cache() is cache", "", "a graph outlives its cache"),
     ("loop/graph.py", "self.rows == cache.rows and ", "", "a graph outlives its rows"),
-    ("loop/graph.py", "place.copy_(new) if", "None if", "every token is the first"),
-    ("loop/graph.py", "else place.fill_(new)", "else None", "every line that ends is the first"),
+    ("loop/graph.py", "fixed.copy_(new) if", "None if", "every token is the first"),
+    ("loop/graph.py", "else fixed.fill_(new)", "else None", "every line that ends is the first"),
     ("loop/graph.py", "lambda row: self.work(", "lambda _: self.work(", "a line's end is recorded with its number"),
     ("loop/graph.py", '"" if cache.static else', '"" if True else', "a step without a fixed shape is recorded"),
-    ("loop/graph.py", "Recording(ref(cache)", "Recording((lambda: cache)", "a graph keeps its cache"),
+    ("loop/graph.py", "CapturedGraph(ref(cache)", "CapturedGraph((lambda: cache)", "a graph keeps its cache"),
     (
         "loop/graph.py",
         "except RuntimeError as error:",
@@ -177,7 +177,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "loop/graph.py",
-        "self.why = self._recording.why\n        return work",
+        "self.why = self._graph.why\n        return work",
         "return work",
         "a failed recording is replayed",
     ),
@@ -726,7 +726,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/generate.py", "if row + 1 < grid.rows:", "if True:", "the last line is evicted too"),
     (
         "loop/generate.py",
-        "            cache.view(row, layer)  # that is what counts it\n",
+        "            cache.view(row, layer)  # adds the line's attention to mass\n",
         "            pass\n",
         "mass of the first lines is forgotten",
     ),
@@ -751,7 +751,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("loop/generate.py", "plan.check(asked)", "pass", "a plan that does not fit is not refused"),
+    ("loop/generate.py", "plan.check(image_grid)", "pass", "a plan that does not fit is not refused"),
     ("loop/generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
@@ -818,7 +818,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "parts of a batch draw the same pictures",
     ),
     ("loop/micro_batches.py", "given[list(rows)]", "given[: len(rows)]", "parts of a batch keep the first one's rows"),
-    ("loop/memory.py", "needed(most + 1) <= room", "needed(most) <= room", "one image too many is drawn at once"),
+    ("loop/memory.py", "needed(count + 1) <= room", "needed(count) <= room", "one image too many is drawn at once"),
     # -- lines that are given
     (
         "cache/line_cache.py",
@@ -840,7 +840,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "cache.advance(index, columns)\n        x = self.embed_codes(tokens).to(self.dtype)",
         "feed: slots open before the layers",
     ),
-    ("loop/generate.py", "tokens.copy_(given[:, row])", "tokens.copy_(given[:, 0])", "the first given line for all"),
+    (
+        "loop/generate.py",
+        "tokens.copy_(lines_above[:, row])",
+        "tokens.copy_(lines_above[:, 0])",
+        "the first given line for all",
+    ),
     (
         "loop/generate.py",
         "F.pad(tokens, (0, 1), value=grid.eol)",

@@ -48,7 +48,7 @@ def test_a_graph_that_cannot_be_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "g.png"
     assert main(["generate", "--device", "cpu", "--step", "graph", "--class", "desert day", "--out", str(out)]) == 0
     told = capsys.readouterr().err
-    why = "no graph was used, graphs are for cuda, and this runs on cpu"
+    why = "no graph was used, graphs need cuda and this runs on cpu"
     assert f"step: {why}; line's end: {why}.\n" in told
     assert out.exists()
 

@@ -166,13 +166,13 @@ class Toy:
         return queries * (1 + lines / 16)
 
     def feed(
-        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, all_logits: bool = False
     ) -> Tensor:
         q, k, v = self.look_up(tokens, index, pad)
         seen = [attend(q[n], *cache.feed(n, columns, k[n], v[n], q[n])) for n in range(self.layers)]
         cache.advance(index, columns)
         logits = self.say(torch.stack(seen))
-        return logits if every else logits[:, -1]
+        return logits if all_logits else logits[:, -1]
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
         """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""

@@ -90,11 +90,11 @@ class Raster(nn.Module):
         return self.head(self.norm(x[:, -1])).float()
 
     def feed(
-        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, all_logits: bool = False
     ) -> Tensor:
         """`step` for T tokens of one line at once: tokens B T, index and columns T.
 
-        Returns the logits B V after the last, or with `every` B T V, those after each.
+        Returns the logits B V after the last, or with `all_logits` B T V, those after each.
         """
         table = self.rope_table(index, pad, cache.grid)
         x = self.embed_codes(tokens).to(self.dtype)
@@ -105,4 +105,4 @@ class Raster(nn.Module):
 
             x = block(x, lambda t: self.rotate(t, table), attend_line)
         cache.advance(index, columns)
-        return self.head(self.norm(x if every else x[:, -1])).float()
+        return self.head(self.norm(x if all_logits else x[:, -1])).float()

@@ -43,12 +43,12 @@ class Prompt:
 
     def repeat(self, times: int) -> Prompt:
         """Every row `times` times, copies side by side."""
-        return self.take([row for row in range(self.rows) for _ in range(times)])
+        return self.select([row for row in range(self.rows) for _ in range(times)])
 
-    def take(self, rows: Sequence[int]) -> Prompt:
+    def select(self, rows: Sequence[int]) -> Prompt:
         """The rows of these numbers, in this order."""
         names = tuple(self.names[row] for row in rows) if self.names else ()
-        negative = self.negative and self.negative.take(rows)
+        negative = self.negative and self.negative.select(rows)
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.pad.device)
         return replace(self, tokens=self.tokens[chosen], pad=self.pad[chosen], names=names, negative=negative)
 

@@ -205,7 +205,7 @@ def test_previews_on_or_off(small, one, comfy, monkeypatch, plan):  # noqa: F811
         patch.setattr(live.PreviewWorker, "allowance", 1e9)
         found += run("Generate", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live.PreviewWorker, "offer", lambda *_: False)
+        patch.setattr(live.PreviewWorker, "submit", lambda *_: False)
         patch.setattr(host.PromptServer.instance, "client_id", None)
         patch.setattr(host.feature_flags, "supports_feature", lambda *_: False)
         comfy.sent.clear()

@@ -184,7 +184,7 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
     monkeypatch.setenv(live.STEP, "graph")
     (without,) = run("Generate", **settings)
     assert torch.equal(without.codes, eager.codes)
-    assert caplog.text.count("no graph was used, graphs are for cuda") == 2, "of the step, and of the line's end"
+    assert caplog.text.count("no graph was used, graphs need cuda") == 2, "of the step, and of the line's end"
 
     tapes, graph = [], importlib.import_module(f"{PACK}.linear_core.loop.graph")
 
@@ -196,7 +196,7 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
         return made
 
     monkeypatch.setattr(live, "Graphs", taped)
-    monkeypatch.setattr(live, "fits", lambda room, images, needed: 2)
+    monkeypatch.setattr(live, "max_batch_size", lambda room, images, needed: 2)
     caplog.clear()
     (recorded,) = run("Generate", **settings)
     assert torch.equal(recorded.codes, eager.codes) and not caplog.text
