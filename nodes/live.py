@@ -51,7 +51,7 @@ VIEW, COMPARE, MEMORY = _widget("LINEAR_VIEW"), _widget("LINEAR_COMPARE"), _widg
 
 def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
     """How many the cache holds, and how many places each one's prompt takes."""
-    return (2 * prompt.rows, prompt.longest) if sample.guided else (prompt.rows, prompt.length)
+    return (2 * prompt.rows, prompt.max_length) if sample.guided else (prompt.rows, prompt.length)
 
 
 def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:

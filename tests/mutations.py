@@ -791,7 +791,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "halves turn backwards",
     ),
     ("models/blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
-    ("models/blocks.py", "self.k_norm(both[1])", "both[1]", "keys are not normalised"),
+    ("models/blocks.py", "self.k_norm(qk[1])", "qk[1]", "keys are not normalised"),
     ("models/blocks.py", "torch.stack([-sin, sin], -1)", "torch.stack([sin, -sin], -1)", "pairs turn backwards"),
     ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
     (
@@ -804,8 +804,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("models/llamagen.py", "(share @ v)[row]", "(share @ v)[row.flip(0)]", "prompts that are alike get another's mean"),
     (
         "prompts/__init__.py",
-        "alike = torch.cat([self.pad[:, None].to(tokens.dtype), tokens.flatten(1)], 1)",
-        "alike = tokens.flatten(1)",
+        "flat = torch.cat([self.pad[:, None].to(tokens.dtype), tokens.flatten(1)], 1)",
+        "flat = tokens.flatten(1)",
         "padding makes no difference",
     ),
     ("models/llama.py", "k[row], v[row]", "k[row], v[row.flip(0)]", "rows that are alike get another's values"),

@@ -57,7 +57,7 @@ def janus(
 
 def lumina(rows: int, cols: int, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> Lumina:
     """Three heads of 8 numbers with norms of queries and keys; codes are words 4 and on, the next one ends a line."""
-    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm=True, first=4)
+    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm=True, first_code=4)
     model = Lumina(config, Grid(rows, cols, eol=CODES)).requires_grad_(False).eval()
     return _filled(model, {"wqkv": 0.3, "w2": 0.1, "lm_head": 0.4, "embed_tokens": 1.0}, seed).to(dtype)
 
