@@ -24,7 +24,7 @@ from .loop.memory import free_memory, max_batch_size, run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime
-from .pictures.preview import EMPTY, Preview, decode
+from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
@@ -107,7 +107,7 @@ def run_compare(args: argparse.Namespace) -> None:
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
     seen = pictures[1].clone()
-    seen[:, moment * model.tokenizer.config.factor :] = EMPTY
+    seen[:, moment * model.tokenizer.config.factor :] = UNDRAWN
     kept = heatmap(run.shares[:, moment - 1], *_enlarged(seen, args.size), seen)
     rows = [
         ("full cache", _remark(full), pictures[0]),

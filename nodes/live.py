@@ -130,7 +130,7 @@ class Live:
 
     def finish(self) -> None:
         """The last picture and the last event; `shown` is then what the node leaves on the page (its `ui`)."""
-        picture = self.painter.last(self._job())
+        picture = self.painter.final(self._job())
         if picture is not None:
             self._show(picture, len(self.lines))
         self._tell(self.trace.finish())
@@ -142,7 +142,7 @@ class Live:
             self._tell(event)
         self.painter.close()
         self.painter.stopped = None  # where the thread was told of Stop: it has been heard
-        picture = self.painter.last([tuple(lines)])
+        picture = self.painter.final([tuple(lines)])
         if picture is not None:
             self._show(picture, len(lines), trace)
 
@@ -247,7 +247,7 @@ def draw(
     if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
         trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, told)
         trace.finish()
-        picture = live.painter.last([tuple(lines)]) if len(plans) == 1 else None
+        picture = live.painter.final([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
     return micro_batches.runs, trace.started, shown
 

@@ -260,9 +260,9 @@ def test_stop_in_the_last_picture_is_heard():
         painter = PreviewWorker(paint, lambda picture, lines: None, LINES, Stop)
         if isinstance(error, Stop):
             with pytest.raises(Stop):
-                painter.last(1)
+                painter.final(1)
         else:
-            assert painter.last(1) is None
+            assert painter.final(1) is None
         assert not painter.thread.is_alive()
 
 
@@ -441,7 +441,7 @@ def test_no_room_for_decoding(small, monkeypatch, caplog):  # noqa: F811
     sizes.clear()
     kept = Kept()
     monkeypatch.setattr(small.image.tokenizer, "decode", lambda codes: little(codes, 0))
-    words = "memory: it ran out decoding one picture of 32 x 32; close what else takes memory."
+    words = "memory: it ran out decoding one picture of 32 x 32; close other programs that use memory."
     with pytest.raises(UserError, match=re.escape(words)):
         run("Decode", model=small, tokens=codes)
     assert sizes == [5, 2, 1]
