@@ -874,9 +874,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "pass",
         "told: not what left on its own line",
     ),
-    ("events.py", "gone = before & ~line.by_head", "gone = ~line.by_head", "told: evicted again on every line"),
-    ("events.py", "[NONE] * (most - count)", "[0] * (most - count)", "told: lists filled up with token 0"),
-    ("events.py", "if most * counts.numel() == len(numbers):", "if True:", "told: uneven lists run together"),
+    ("events.py", "evicted = before & ~line.by_head", "evicted = ~line.by_head", "told: evicted again on every line"),
+    ("events.py", "[NONE] * (longest - count)", "[0] * (longest - count)", "told: lists filled up with token 0"),
+    ("events.py", "if longest * counts.numel() == len(numbers):", "if True:", "told: uneven lists run together"),
     (
         "events.py",
         "self._shares, self._by_head, self._layered = share, line.by_head, layers",
@@ -891,7 +891,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "events.py",
-        "changed[: run.rows * run.cols] |= some.any(0)",
+        "changed[: run.rows * run.cols] |= by_layer.any(0)",
         "pass",
         "told: layers whose change cancels out are left out",
     ),
@@ -923,8 +923,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "and False",
         "loading: pickles name anything",
     ),
-    ("errors.py", 'letter if letter.isprintable() else " "', "letter", "loading: messages of several lines"),
-    ("errors.py", "sentence[:LONGEST]", "sentence", "loading: messages without an end"),
+    ("errors.py", 'c if c.isprintable() else " "', "c", "loading: messages of several lines"),
+    ("errors.py", "sentence[:MAX_LENGTH]", "sentence", "loading: messages without an end"),
     ("checkpoints/weights.py", "> 2 * (size :=", "> 2**60 * (size :=", "loading: more weights than bytes"),
     (
         "checkpoints/weights.py",
