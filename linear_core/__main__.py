@@ -22,6 +22,7 @@ from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs
 from .loop.memory import fits, free_memory, run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
+from .loop.threads import limit_threads
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime
 from .pictures.preview import EMPTY, Preview, decode
@@ -240,6 +241,8 @@ def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[Ca
 
 def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
+    if device == "cpu" and (note := limit_threads()):
+        print(f"note: {note}.", file=sys.stderr)
     model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
     pack(model.decoder)  # on the CPU alone, where it halves the time of a step
     return replace(model, info=_sized(args, model.info))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,17 @@ except ModuleNotFoundError:  # a Python that there is no torch for yet: what nee
     pass
 else:
     torch.set_num_threads(1)  # tiny tensors are quicker without a pool, and results do not depend on the machine
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model cut down to a layer and 8 x 8 tokens, its tokenizer beside it: a picture takes a moment."""
+    from linear_core.checkpoints.library import bundled_files
+    from tests.tiny import cut_down
+
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copy(bundled_files().tokenizer, folder)
+    return cut_down(folder / "small.safetensors")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

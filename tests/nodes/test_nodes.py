@@ -12,11 +12,11 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tests.nodes import comfy_double
 from tests.nodes.comfy_double import CPU, PACK, ROOT, execute, host, object_info
 from tests.nodes.comfy_server import GOLDEN, ours
+from tests.tiny import cut_down
 
 PACKAGE = comfy_double.load_pack()
 EXTENSION = importlib.import_module(f"{PACK}.nodes").LineARExtension
@@ -52,15 +52,6 @@ def bundled(tmp_path_factory):
     with torch.inference_mode():
         (model,) = run("LoadModel", model=BUNDLED, tokenizer="automatic")
     return model
-
-
-def cut_down(path, *, tokenizer="", heads="8", grid=ROWS):
-    """The bundled decoder with one layer and a smaller grid, as a file of somebody's own."""
-    weights = LINEAR["checkpoints.library"].read_weights(LINEAR["checkpoints.library"].bundled_files().decoder)
-    tensors = {k: v.contiguous() for k, v in weights.tensors.items() if not re.match(r"layers\.[1-9]", k)}
-    tokenizer = tokenizer or weights.metadata["tokenizer"]
-    save_file(tensors, path, {**weights.metadata, "heads": heads, "tokenizer": tokenizer, "grid": f"{grid}x{grid}"})
-    return path
 
 
 @pytest.fixture(scope="module")

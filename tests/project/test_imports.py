@@ -59,6 +59,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "loop.__init__": (set(), set()),
     "loop.memory": ({"grid", "plan"}, set()),
     "loop.sampling": (set(), TENSORS),
+    "loop.threads": (set(), TENSORS),
     "loop.graph": (set(), TENSORS),
     "loop.generate": (
         {
