@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.versions import pytest_addoption, pytest_terminal_summary  # noqa: F401 (hooks: --record)
+pytest_plugins = ("tests.versions", "tests.quick")  # --record, --quick
 
 try:
     import torch

@@ -26,12 +26,11 @@ def idle_cores(seconds: float = SECONDS) -> float | None:
     try:
         before = _ticks()
         time.sleep(seconds)
-        after = _ticks()
-    except (OSError, ValueError, IndexError):
+        spent = [after - first for after, first in zip(_ticks(), before, strict=True)]
+        idle = spent[3] + spent[4]  # idle, and waiting for a disk
+        return (os.cpu_count() or 1) * idle / sum(spent)
+    except (OSError, ValueError, IndexError, ZeroDivisionError):
         return None
-    passed = sum(after) - sum(before)
-    idle = after[3] - before[3] + after[4] - before[4]  # idle, and waiting for a disk
-    return (os.cpu_count() or 1) * idle / passed if passed else None
 
 
 def _ticks() -> list[int]:
