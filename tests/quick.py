@@ -1,6 +1,6 @@
 """`python3 dev.py test --quick`: of all tests those that are known to notice a mistake in the core, a minute's worth.
 
-tests/mutations.md names, for each way to break the core, the test that noticed it. Those tests run, and of one with many
+tests/mutations.md names, for each way to break the core, the test that noticed it. Those tests run: of one with many
 cases CASES for every mutation that it noticed, spread evenly over the list.
 """
 

@@ -218,7 +218,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
 
     def paint(job):
         asked.append(job)
-        assert go.wait(10)
+        assert go.wait(60)
         return Image.new("RGB", (1, 1), (job, 0, 0))
 
     shown = []
@@ -227,7 +227,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
     begun = time.perf_counter()
     assert painter.submit(1, 1)
     assert [painter.submit(number, number) for number in range(2, 50)] == [False] * 48
-    assert time.perf_counter() - begun < 1 and shown == []
+    assert time.perf_counter() - begun < 30 and shown == []
     go.set()
     assert painter.last(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
     assert not painter.thread.is_alive()
