@@ -63,9 +63,12 @@ def test_the_archive_has_the_pack_and_nothing_else():
 
 
 def test_links_between_pages_lead_somewhere():
-    """Every relative link of our Markdown names a file that there is, and a heading in it where it names one."""
+    """Every relative link in our Markdown names a file that exists, and a heading in it where it names one.
+
+    The changelog may link to files that a later version has moved.
+    """
     lost = []
-    for page in (path for path in ours() if path.endswith(".md") and not path.startswith("tests/")):
+    for page in (path for path in ours() if path.endswith(".md") and not path.startswith(("tests/", "CHANGELOG"))):
         text = (ROOT / page).read_text(encoding="utf-8")
         for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
             name, _, heading = link.partition("#")
