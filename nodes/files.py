@@ -145,7 +145,7 @@ def find_decoder(model: str) -> Path:
 def _check_name(widget: str, name: object) -> None:
     """A workflow may hold anything where a name belongs, and ComfyUI leaves the check of these widgets to us."""
     if not isinstance(name, str):
-        raise UserError(f"{widget}: {str(name)[:40]!r} is no file's name; choose one from the list.")
+        raise UserError(f"{widget}: {str(name)[:40]!r} is not a file name; choose one from the list.")
 
 
 def _find(name: str) -> Path:
@@ -154,7 +154,7 @@ def _find(name: str) -> Path:
         there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
         places = " or ".join(str(Path(folder) / name) for folder in there)
         raise UserError(
-            f"{places}: there is no such file; {published.where(name) or 'put it there, or choose another'}."
+            f"{places}: there is no such file; {published.where(name) or 'put it there, or choose another file'}."
         )
     return Path(path)
 
@@ -164,7 +164,7 @@ def _in_the_folders(name: str) -> str:
     try:
         inside(Path(), name)
     except ValueError as error:
-        raise UserError(f"{quoted(str(name))} {error}; choose a model of the list.") from error
+        raise UserError(f"{quoted(str(name))} {error}; choose one from the list.") from error
     return name
 
 
@@ -207,7 +207,8 @@ def find_text_files(name: str) -> TextFiles:
     _check_name("text_encoder", name)
     if name == NO_ENCODER:
         raise UserError(
-            "text_encoder: 'none' is for a model that reads texts by itself (Janus); connect one, or choose FLAN-T5-XL."
+            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT); connect one, or choose "
+            "FLAN-T5-XL."
         )
     path = _text_encoders().get(_in_the_folders(name)) or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
     return find_text_encoder(path, host.t5_tokenizer())

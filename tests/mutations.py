@@ -1253,7 +1253,6 @@ def tried_on() -> str:
 def record(found: dict[tuple[str, str], tuple[str, str]]) -> None:
     """Put these into the table, beside what it says of others, and into the README how many ways there are."""
     from bench.machine import circumstances
-    from tests.versions import README
 
     known = recorded() | found
     rows = {key: known[key] for file, _, _, breaks in MUTATIONS if (key := (file, breaks)) in known}
@@ -1262,7 +1261,8 @@ def record(found: dict[tuple[str, str], tuple[str, str]]) -> None:
     where = f"{c['device']}, {c['cores']} cores, Python {c['python']}, PyTorch {c['torch']}, {c['date'][:10]}"
     lines = "\n".join(f"| `{file}` | {breaks} | `{who}` | {on} |" for (file, breaks), (who, on) in rows.items())
     RECORD.write_text(TABLE.format(noticed=noticed, count=len(MUTATIONS), where=where, rows=lines), encoding="utf-8")
-    README.write_text(WAYS.sub(f"in {noticed} ways", README.read_text(encoding="utf-8")), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(WAYS.sub(f"in {noticed} ways", readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What was tested where: one row for each environment that the tests have run in, and the README's table of them.
+"""What was tested where: a row for each environment that tests have run in, and the table in docs/compatibility.md.
 
     python3 dev.py test --record                                the default tests, here
     COMFYUI_DIR=… python3 dev.py test -m host --record          those in a real ComfyUI
@@ -22,13 +22,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "versions.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "compatibility.md"
 OPEN, CLOSE = "<!-- versions: written by tests/versions.py -->", "<!-- /versions -->"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-WRITTEN = ("tests/versions.json", "tests/mutations.md", "README.md")  # by recording itself
+WRITTEN = ("tests/versions.json", "tests/mutations.md", "README.md", "docs/compatibility.md")  # by recording itself
 COLUMNS = {
     "python": "Python", "torch": "PyTorch", "transformers": "transformers", "comfyui": "ComfyUI",
-    "frontend": "its page", "system": "system", "tests": "tests", "passed": "passed", "skipped": "skipped",
+    "frontend": "frontend", "system": "system", "tests": "tests", "passed": "passed", "skipped": "skipped",
     "failed": "failed", "when": "when",
 }  # fmt: skip
 SAME = ("python", "torch", "transformers", "comfyui", "system", "tests")  # the environment that a row is of
@@ -90,7 +90,7 @@ def environment() -> dict[str, str]:
 
 
 def add(row: dict[str, Any]) -> None:
-    """Put a row into the record, in place of an older one of the same environment, and the table into the README."""
+    """Put a row into the record, in place of an older one of the same environment, and the table into the page."""
     kept = [old for old in rows() if any(old[key] != row[key] for key in SAME)]
     ordered = sorted(
         [*kept, row], key=lambda row: ([int(n) for n in row["python"].split(".")], *(row[k] for k in SAME))
@@ -115,21 +115,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
-    """The README with the table of these rows between its marks."""
-    before, rest = readme.split(OPEN)
+def with_table(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page with the table of these rows between its marks."""
+    before, rest = page.split(OPEN)
     return f"{before}{OPEN}\n{table(rows)}\n{CLOSE}{rest.split(CLOSE)[1]}"
 
 
 def write_table() -> None:
-    README.write_text(with_table(README.read_text(encoding="utf-8"), rows()), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows()), encoding="utf-8")
 
 
 # The plugin ----------------------------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--record", action="store_true", help="write what ran, and with what, into the README's table")
+    parser.addoption("--record", action="store_true", help="write what ran, and with what, into docs/compatibility.md")
 
 
 def scope(config: Any) -> str:

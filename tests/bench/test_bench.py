@@ -63,7 +63,7 @@ def test_the_middle_of_each_part_stands_for_it():
 
 
 def test_the_papers_table_has_our_formulas(monkeypatch, capsys):
-    """The cache of 256 pictures of XL as the README's table has it for one: 202.9 and 42.5 MiB."""
+    """The cache of 256 pictures of XL as docs/models.md has it for one: 202.9 and 42.5 MiB."""
     document = last_line(paper_table.main, ["--models", "LlamaGen-XL"], monkeypatch, capsys)
     full, _, few = document["results"]
     assert [round(r["cache_gb"] * 1e9 / 2**20 / 256, 1) for r in (full, few)] == [202.9, 42.5]

@@ -403,7 +403,7 @@ def test_once_is_enough(small, monkeypatch, images, room, words):  # noqa: F811
         with pytest.raises(UserError, match=re.escape(words)) as caught:
             draw(small, batch_size=images)
     text = str(caught.value)
-    assert text.endswith("lower batch_size, or close what else takes memory.") and "\n" not in text
+    assert text.endswith("lower batch_size, or close other programs that use memory.") and "\n" not in text
     caches = [thing for thing in gc.get_objects() if type(thing) is LINEAR["cache.line_cache"].LineCache]
     assert not caches, "whoever keeps the error must not keep the cache with it"
     del caught

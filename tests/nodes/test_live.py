@@ -100,7 +100,7 @@ def test_a_picture_cut_off(small, one):  # noqa: F811
         ({"keep_rows": 3, "view": "nonsense"}, "Start over"),
         ({"keep_rows": 3, "view": "1x2x8:" + "AAAA" * 10 + "AAA="}, "there are"),
         ({"keep_rows": ROWS, "tokens": "whole"}, f"at most {ROWS - 1}"),
-        ({"keep_rows": 2, "tokens": "foreign"}, "encode the picture"),
+        ({"keep_rows": 2, "tokens": "foreign"}, "encode the image"),
     ],
 )
 def test_rows_that_cannot_stay(one, inputs, named):  # noqa: F811
@@ -205,7 +205,7 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
 
 def test_a_kind_of_step_that_there_is_not(one, comfy, monkeypatch):  # noqa: F811
     monkeypatch.setenv(live.STEP, "compiled")
-    with pytest.raises(UserError, match="LINEAR_STEP: 'compiled' is no kind of step; write eager or graph"):
+    with pytest.raises(UserError, match="LINEAR_STEP: 'compiled' is unknown; set it to eager or graph"):
         run("Generate", cache=CachePlan(), seed=1, **one)
 
 

@@ -1,4 +1,4 @@
-"""The README's table of what was tested where: what a run writes, and that the table is what the record says."""
+"""The table of what was tested where: what a run writes, and that the table is what the record says."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ROW = {
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A record and a README of their own, and no ComfyUI."""
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# before\n{versions.OPEN}\nold\n{versions.CLOSE}\nafter\n", encoding="utf-8")
+    """A record and a page of their own, and no ComfyUI."""
+    page = tmp_path / "compatibility.md"
+    page.write_text(f"# before\n{versions.OPEN}\nold\n{versions.CLOSE}\nafter\n", encoding="utf-8")
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     monkeypatch.setattr(versions, "RECORD", tmp_path / "versions.json")
-    monkeypatch.setattr(versions, "README", readme)
+    monkeypatch.setattr(versions, "PAGE", page)
     monkeypatch.delenv("COMFYUI_DIR", raising=False)
-    return readme
+    return page
 
 
 def session(keyword="", markexpr="", source="TESTPATHS", record=True):
@@ -38,9 +38,9 @@ def reporter(**stats):
     return SimpleNamespace(stats=stats, write_line=lambda text: None)
 
 
-def test_the_readme_has_the_table_of_what_was_recorded():
-    readme = versions.README.read_text(encoding="utf-8")
-    assert readme == versions.with_table(readme, versions.rows()), "python tests/versions.py writes it"
+def test_the_page_has_the_table_of_what_was_recorded():
+    page = versions.PAGE.read_text(encoding="utf-8")
+    assert page == versions.with_table(page, versions.rows()), "python tests/versions.py writes it"
 
 
 def test_a_run_writes_one_row_and_the_table(files):
