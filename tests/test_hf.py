@@ -6,8 +6,9 @@ and by `generate`. The oracles are those of test_oracles.py, with transformers' 
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -27,13 +28,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from linear_core.checkpoints.families.janus import place  # noqa: E402
 from linear_core.errors import UserError  # noqa: E402
 from linear_core.grid import Grid  # noqa: E402
-from linear_core.hf import NAME, LineCache, line_attention  # noqa: E402
+from linear_core.hf import CACHE_ARGUMENT, NAME, LineCache, line_attention  # noqa: E402
 from linear_core.models.janus import Janus, JanusConfig  # noqa: E402
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan  # noqa: E402
 from linear_core.policies import POLICIES, Policy  # noqa: E402
 from linear_core.prompts import Prompt, token_prompt  # noqa: E402
 from tests.cache.test_oracles import predict  # noqa: E402
 from tests.tiny import decode, policy, watched  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("nothing_deprecated")
 
 BOS, EOS, PAD, BOI = 0, 1, 2, 4
 WORDS, CODES, LAYERS = 40, 23, 2
@@ -142,6 +145,11 @@ def words(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(places) >= places - torch.tensor(lengths)[:, None]).long()
 
 
+def passed(past: LineCache | DynamicCache) -> dict[str, LineCache | DynamicCache]:
+    """The cache as an argument, under the name that this transformers has for it."""
+    return {CACHE_ARGUMENT: past}
+
+
 def draw(what: Subject, past: LineCache | DynamicCache, lengths: list[int], tokens: Tensor) -> Drawn:
     """Feed a prompt and `tokens` B N, one by one, as hand-written loops do: the mask grows by a column of ones."""
     ids, mask = words(lengths)
@@ -153,7 +161,7 @@ def draw(what: Subject, past: LineCache | DynamicCache, lengths: list[int], toke
                 embedded = what.codes(token[:, None])
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 drawn.fed.append(token)
-            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, past_key_values=past, use_cache=True)
+            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, use_cache=True, **passed(past))
             drawn.logits.append(what.head(hidden.last_hidden_state[:, -1]))
             if token is not None and isinstance(past, LineCache):
                 drawn.index.append(past.slots.index.clone())
@@ -275,7 +283,7 @@ def test_a_line_fed_at_once(name, release):
         mask = torch.nn.functional.pad(words(LENGTHS)[1], (0, fed + count), value=1)
         embedded = what.codes(tokens[:, fed : fed + count])
         with torch.no_grad():
-            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, past_key_values=again)
+            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, **passed(again))
         once.logits.append(what.head(hidden.last_hidden_state[:, -1]))
         fed += count
         torch.testing.assert_close(once.logits[-1], steps.logits[fed], atol=1e-5, rtol=1e-5)
@@ -357,7 +365,7 @@ def generate(past: LineCache | DynamicCache, rows: int = 2, **options) -> Tensor
     ids, mask = words([5] * rows)
     ids[:, 1:3] += torch.arange(rows)[:, None]  # rows of their own
     inputs = {"input_ids": ids, "attention_mask": mask, "guidance_scale": 5, "do_sample": False} | options
-    return janus().generate(**inputs, generation_mode="image", past_key_values=past)
+    return janus().generate(**inputs, generation_mode="image", **passed(past))
 
 
 def test_janus_generate():
@@ -388,8 +396,20 @@ def test_llama_generate():
     options = {"attention_mask": mask, "max_new_tokens": 35, "min_new_tokens": 35, "do_sample": False}
     theirs = what.model.generate(ids, **options)
     past = LineCache(what.model, (7, 5), CachePlan("full"))
-    assert torch.equal(what.model.generate(ids, past_key_values=past, **options), theirs)
+    assert torch.equal(what.model.generate(ids, **passed(past), **options), theirs)
     assert past.get_seq_length() == ids.shape[1] + 34
+
+
+def test_generate_goes_on():
+    """A second generate over all tokens so far feeds only what the cache has not seen."""
+    what, (ids, mask) = subject("llama"), words(LENGTHS)
+    past = LineCache(what.model, (SIDE, SIDE), CachePlan(budget=2, recent=1))
+    expected = what.model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, **passed(past))
+    past.reset()
+    for count in (20, 10):
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        ids = what.model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, **passed(past))
+    assert torch.equal(ids, expected)
 
 
 def test_bfloat16():
@@ -434,7 +454,7 @@ def begun(name: str = "llama", fed: int = 3, grid: tuple[int, int] = (SIDE, SIDE
 
 def feed(what: Subject, past: LineCache, rows: int = 2, count: int = 1) -> None:
     with torch.no_grad():
-        what.decoder(inputs_embeds=what.codes(some_tokens(rows, count)), past_key_values=past)
+        what.decoder(inputs_embeds=what.codes(some_tokens(rows, count)), **passed(past))
 
 
 def test_a_grid_that_is_not_the_models():
@@ -458,14 +478,28 @@ def test_tokens_across_a_line_end():
 
 
 def test_a_second_image_without_reset():
-    """Where transformers hands the prompt on; 4.57's own generate stops before it does."""
+    """Where transformers hands the prompt on; the older ones' own generate stops before it does."""
     past = LineCache(janus(), (SIDE, SIDE), CachePlan(budget=2, recent=1))
     generate(past)
-    with pytest.raises(UserError if transformers.__version__ >= "5" else IndexError):
+    with pytest.raises((UserError, IndexError)):
         generate(past)
     ids, _ = words([5] * 4)
     with torch.no_grad(), pytest.raises(UserError, match=r"call reset\(\) before another image"):
-        janus().model.language_model(input_ids=ids, past_key_values=past)
+        janus().model.language_model(input_ids=ids, **passed(past))
+
+
+@pytest.mark.parametrize("name", sorted({"cache", "past_key_values", "kv_cache"} - {CACHE_ARGUMENT}))
+def test_a_cache_under_another_name(name):
+    """transformers translates its own former name, with a warning; any other would leave the cache unused."""
+    past = LineCache(llama(4), (SIDE, SIDE), CachePlan("full"))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            llama(4)(some_tokens(1, 4), **{name: past})
+        except UserError as error:
+            assert f"takes its cache as {CACHE_ARGUMENT}=, not as {name}=" in str(error)
+        else:
+            assert past.get_seq_length() == 4
 
 
 def test_a_batch_that_changes():
@@ -485,7 +519,7 @@ def test_beams_are_refused():
     what, (ids, mask) = subject("llama"), words(LENGTHS)
     past = LineCache(what.model, (7, 5), CachePlan("full"))
     with pytest.raises(UserError, match="num_beams=1"):
-        what.model.generate(ids, attention_mask=mask, past_key_values=past, num_beams=2, max_new_tokens=8)
+        what.model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=8, **passed(past))
 
 
 @pytest.mark.parametrize("other", ["eager", "sdpa"])
@@ -533,26 +567,36 @@ def test_gradients():
     what = subject("llama")
     past = LineCache(what.model, (SIDE, SIDE), CachePlan("full"))
     with torch.enable_grad(), pytest.raises(UserError, match="no_grad"):
-        what.decoder(inputs_embeds=what.codes(some_tokens(1, 4)).requires_grad_(), past_key_values=past)
+        what.decoder(inputs_embeds=what.codes(some_tokens(1, 4)).requires_grad_(), **passed(past))
 
 
 def test_training_mode():
     model = LlamaForCausalLM(transformers.LlamaConfig(**text_sizes(4), attention_dropout=0.1)).train()
     past = LineCache(model, (SIDE, SIDE), CachePlan("full"))
     with torch.no_grad(), pytest.raises(UserError, match=r"model.eval\(\)"):
-        model(some_tokens(1, 4), past_key_values=past)
+        model(some_tokens(1, 4), **passed(past))
 
 
-def test_models_that_do_not_fit():
+def test_models_that_do_not_fit(monkeypatch):
     with pytest.raises(UserError, match="Linear is no transformers model"):
         LineCache(torch.nn.Linear(1, 1), (SIDE, SIDE), CachePlan("full"))
     sizes = text_sizes(2) | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
     sliding = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
     with pytest.raises(UserError, match="sliding_attention; a line cache needs full attention"):
         LineCache(sliding, (SIDE, SIDE), CachePlan("full"))
-    older = transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4))
-    with pytest.raises(UserError, match="attention"):
-        LineCache(older, (SIDE, SIDE), CachePlan("full"))
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_can_set_attn_implementation", lambda self: False)
+    with pytest.raises(UserError, match="LlamaForCausalLM does not let its attention be replaced"):
+        LineCache(LlamaForCausalLM(transformers.LlamaConfig(**text_sizes(4))), (SIDE, SIDE), CachePlan("full"))
+
+
+@pytest.mark.parametrize("plan", [CachePlan("fold", 2, 2, 1, "strict"), CachePlan("line", 2, 2, 1, "fold")])
+def test_a_rotation_that_is_not_known(plan, monkeypatch):
+    """As GPT-J's, which takes one tensor and the sine first. Only plans that look ahead need it."""
+    rotation = "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
+    monkeypatch.setattr(rotation, lambda tensor, sin, cos: tensor)
+    with pytest.raises(UserError, match="how LlamaModel rotates them is not known; choose another policy"):
+        LineCache(llama(4), (SIDE, SIDE), plan)
+    LineCache(llama(4), (SIDE, SIDE), CachePlan("line", 2, 2, 1, "lazy"))
 
 
 def test_attention_that_does_more():
@@ -563,7 +607,7 @@ def test_attention_that_does_more():
     model = transformers.MistralForCausalLM(config).eval()
     past = LineCache(model, (SIDE, SIDE), CachePlan("full"))
     with torch.no_grad(), pytest.raises(UserError, match="sliding_window, which a line cache does not know"):
-        model(some_tokens(1, 4), past_key_values=past)
+        model(some_tokens(1, 4), **passed(past))
 
 
 def test_keys_and_values_of_unequal_size():
@@ -579,17 +623,12 @@ def test_layers_on_several_devices():
         feed(what, past)
 
 
-def test_without_transformers():
+def test_without_transformers(monkeypatch):
     """Who has no transformers is told so, in one sentence, when the module is asked for."""
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "from linear_core.errors import UserError\n"
-        "try: import linear_core.hf\n"
-        "except UserError as error: sys.exit('needs transformers 4.57' not in str(error))\n"
-        "sys.exit(2)"
-    )
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "linear_core.hf")
+    with pytest.raises(UserError, match=r"^linear_core.hf: needs transformers 4.57 or newer \(.*\); install it, or"):
+        importlib.import_module("linear_core.hf")
 
 
 # -- what the README says ----------------------------------------------------------------------------------------------
@@ -612,7 +651,8 @@ def test_the_readme_example(monkeypatch):
     code = readme.split("### With transformers")[1].split("```python")[1].split("```")[0]
     monkeypatch.setattr(JanusForConditionalGeneration, "from_pretrained", lambda name: janus(24))
     monkeypatch.setattr(transformers.JanusProcessor, "from_pretrained", lambda name: TextTokenizer())
-    exec(code, names := {})
+    assert ", cache=cache)" in code, "as the newest transformers has it"
+    exec(code.replace(" cache=", f" {CACHE_ARGUMENT}="), names := {})
     assert names["codes"].shape == (1, 576) and names["cache"].slots.slots == 8 + 5 * 24
     assert names["pictures"].shape == (1, 48, 48, 3) and 0 <= names["pictures"].min() < names["pictures"].max() <= 1
     pro = CacheShape(layers=24, heads=16, head_dim=128, prompt=20, bytes_per_element=2)
