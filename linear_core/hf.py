@@ -43,7 +43,7 @@ except ImportError as error:
     ) from error
 
 NAME = "line_cache"
-# All of transformers renamed it at once, so one of its functions tells for all.
+# transformers renamed the argument everywhere at once, so one function tells.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what else some models add to their attention
 
@@ -280,7 +280,7 @@ def line_attention(
     cache = getattr(key, "line_cache", None)
     if cache is not None:
         return cache.attend(module, query, key, value, attention_mask, **kwargs)
-    # What a forward does not know it hands on to here, so a cache under another name would be ignored in silence.
+    # A forward hands on what it does not know, so a cache under another name ends here, unused.
     if unknown := [name for name, given in kwargs.items() if isinstance(given, LineCache)]:
         raise UserError(f"cache: this model takes its cache as {CACHE_ARGUMENT}=, not as {unknown[0]}=.")
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -326,7 +326,7 @@ def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
 def _rotated(decoder: PreTrainedModel, queries: Tensor, tokens: int) -> Tensor:
     """Rotated queries L B H C D as if they stood so many tokens later: the model's own rotation, once more.
 
-    It is what transformers keeps beside most decoders with RoPE; others fail here, as `_rotates` tells in time.
+    transformers keeps one of this form beside most decoders with RoPE. For others this raises; `_rotates` asks first.
     """
     rotary, rotate = decoder.rotary_emb, sys.modules[type(decoder).__module__].apply_rotary_pos_emb
     cos, sin = rotary(queries, torch.full((1, 1), tokens, device=queries.device))
@@ -336,7 +336,7 @@ def _rotated(decoder: PreTrainedModel, queries: Tensor, tokens: int) -> Tensor:
 
 
 def _rotates(decoder: PreTrainedModel) -> bool:
-    """Whether `_rotated` goes with this decoder; tried on one query, for models differ in all that it takes."""
+    """Whether `_rotated` works with this decoder. One query is tried, as models differ in names, order and sizes."""
     text = decoder.config
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     try:
