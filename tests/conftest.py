@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("host"):
             item.add_marker(pytest.mark.skip(reason="COMFYUI_DIR does not say where a ComfyUI is"))
+
+
+@pytest.fixture
+def nothing_deprecated(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever asks for this uses nothing deprecated, whether a warning says so or transformers' log."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    if log := sys.modules.get("transformers.utils.logging"):
+        log.warning_once.cache_clear()  # or only the first test of a session would hear it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        yield
+    assert not [told for record in caplog.get_records("call") if "deprecated" in (told := record.getMessage())]

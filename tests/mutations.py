@@ -768,6 +768,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("hf.py", "if layer_idx != self._announced:", "if False:", "transformers: a broken forward goes on"),
     ("hf.py", "if self._fed + count > self.grid.tokens:", "if False:", "transformers: more tokens than the grid has"),
     ("hf.py", "if column + count > stride:", "if False:", "transformers: tokens across a line's end"),
+    ("hf.py", "if isinstance(given, LineCache)]", "if False]", "transformers: a cache under another name is ignored"),
+    ("hf.py", "not _rotates(self._decoder)", "False", "transformers: a rotation that is not known"),
+    ("hf.py", "[False] * self._layers", "[]", "transformers: generate feeds all tokens again"),
     # -- Llamas that draw
     (
         "models/blocks.py",
