@@ -24,7 +24,7 @@ class LoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=files.model_names(),
-                    extra_dict={"linear_ar": files.memory_sizes()},
+                    extra_dict={"linear_ar": files.model_facts()},
                     tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others lie in models/ar_image: "
                     "LlamaGen's files (.safetensors or .pt), folders of Janus (also in models/Janus-Pro) and of "
                     "Lumina-mGPT. Lumina-mGPT and Anole: not for commercial use (Chameleon Research License); Janus: "
