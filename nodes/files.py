@@ -29,6 +29,7 @@ from . import host
 
 BUNDLED_NAME = f"{BUNDLED} (bundled)"
 AUTOMATIC = "automatic"
+SAMPLING = ("guidance", "temperature", "top_k", "top_p")  # which nodes can leave to the model
 
 
 @lru_cache(maxsize=256)
@@ -102,11 +103,14 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
     grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride}
     guided = int(info.defaults.guided)
     run = {"codes": info.config.codes, "device": host.device_type()}
-    return {**asdict(info.cache_shape(dtype)), **grid, **run, "guided": guided, "weights": weights}
+    sampling = {name: getattr(info.defaults, name) for name in SAMPLING}
+    return {
+        **asdict(info.cache_shape(dtype)), **grid, **run, "guided": guided, "weights": weights, "sampling": sampling
+    }  # fmt: skip
 
 
-def memory_sizes() -> dict[str, dict[str, Any]]:
-    """What decides the memory of every model listed, cache and weights, for the memory line on the page."""
+def model_facts() -> dict[str, dict[str, Any]]:
+    """What the page shows of every model listed: what decides its memory, cache and weights, and how it samples."""
     dtype, sizes, places = host.compute_dtype(), {}, _checkpoints()
     for name in model_names():
         path = bundled_files().decoder if name == BUNDLED_NAME else places.get(name)

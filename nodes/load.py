@@ -24,7 +24,7 @@ class LoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=files.model_names(),
-                    extra_dict={"linear_ar": files.memory_sizes()},
+                    extra_dict={"linear_ar": files.model_facts()},
                     tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others go into models/ar_image: "
                     "LlamaGen files (.safetensors or .pt) and folders of Janus (also found in models/Janus-Pro), "
                     "Lumina-mGPT or Anole. Licences: LlamaGen MIT; Janus DeepSeek Model License; Lumina-mGPT and Anole "

@@ -738,6 +738,10 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("loop/generate.py", "plan.check(asked)", "pass", "a plan that does not fit is not refused"),
     ("loop/generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
+    # -- teacher forcing
+    ("loop/forced.py", "torch.minimum(full, few)", "torch.maximum(full, few)", "shared: what either has"),
+    ("loop/forced.py", "row * stride + column", "column", "shared: guidance ends at another token"),
+    ("loop/forced.py", "first = others[:, -1:]", "pass", "forced: a line begins as the picture does"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
     (

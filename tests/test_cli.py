@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_compare_measures_what_plan_promises(
 ) -> None:
     assert main(["compare", str(small_model), "--class", "desert day", "--out", str(tmp_path / "c.png")]) == 0
     measured = capsys.readouterr().out
+    assert re.search(r"\d+% less cache; \d+% of the codes are the same as with the full cache", measured)
     assert main(["plan", str(small_model), "--class", "desert day"]) == 0
     planned = capsys.readouterr().out
     info = library.read_info(small_model)
@@ -44,6 +46,16 @@ def test_compare_measures_what_plan_promises(
         assert f"{size:.2f}" in measured and f"{size:.2f}" in planned
     assert "1/2" in planned
     assert Image.open(tmp_path / "c.png").width > 288
+
+
+def test_the_demo_measures_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--class", "desert day", "--size", "96", "--out", str(tmp_path / "d.png")]) == 0
+    told = capsys.readouterr().out
+    overlap = re.search(
+        r"79% less cache\. Given the same tokens, the next one's probabilities overlap by (\d+)% with", told
+    )
+    assert overlap and 90 < int(overlap[1]) < 100
+    assert "differ in places" in told and "of the codes are the same" not in told
 
 
 def test_a_graph_that_cannot_be_says_so(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,8 @@ def test_a_broken_model_is_listed_and_hides_no_other(models: Path) -> None:
         (models / "loop.pt").symlink_to("loop.pt")
     names = files.model_names()
     assert {"mine.safetensors", "noise.pt", *(f"broken {n}" for n in range(5))} <= set(names)
-    assert "mine.safetensors" in files.memory_sizes() and files.class_names()
+    own = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0}  # LlamaGen's, of classes
+    assert files.model_facts()["mine.safetensors"]["sampling"] == own and files.class_names()
     schema = json.dumps(NODES["LineAR_LoadModel"].GET_SCHEMA().inputs[0].options["options"])
     assert "noise.pt" in schema
     load = NODES["LineAR_LoadModel"]

@@ -21,7 +21,7 @@ def main() -> None:
     chromium = Chromium()
     try:
         with replaying(page_of(dev.FRONTENDS[0])) as url, tempfile.TemporaryDirectory() as folder:
-            status, _, console = script("capture.mjs", url, folder, chromium=chromium, seconds=300)
+            status, _, console = script("capture.mjs", url, folder, chromium=chromium, seconds=600)
             if status:
                 raise SystemExit(console)
             docs = ROOT / "docs"
