@@ -81,7 +81,8 @@ def constraints(name: str) -> Path:
     """The file of exact versions for one environment."""
     path = CONSTRAINTS / f"{name}.txt"
     if not path.is_file():
-        raise SystemExit(f"{path} is missing. It says which versions to install; git restore {path} brings it back.")
+        problem = f"constraints/{path.name}, which says what versions to install, is missing."
+        raise SystemExit(f"{problem} git restore constraints brings it back.")
     return path
 
 
@@ -95,8 +96,8 @@ def pins(name: str) -> dict[str, list[str]]:
 
 def pinned(name: str, requirements: list[str]) -> list[str]:
     """The options that make pip install these requirements in the exact versions of a file of constraints."""
-    if missing := [line for line in requirements if normal(line) not in pins(name)]:
-        problem = f"{constraints(name)} has no version of {', '.join(missing)}."
+    if missing := [normal(line) for line in requirements if normal(line) not in pins(name)]:
+        problem = f"constraints/{name}.txt has no version of {', '.join(missing)}."
         raise SystemExit(f"{problem} python3 dev.py update adds what pyproject.toml asks for.")
     return ["--constraint", str(constraints(name))]
 
@@ -105,7 +106,7 @@ def lowest(requirement: str) -> str:
     """The lowest version that a requirement allows, as a requirement of its own."""
     found = re.fullmatch(r"([\w.-]+)[>=]=([\w.]+)", requirement)
     if not found:
-        raise SystemExit(f"pyproject.toml says {requirement!r}, which names no lowest version; write {requirement}>=X.")
+        raise SystemExit(f"--oldest needs a lowest version, as in numpy>=1.26, and pyproject.toml says {requirement}.")
     return f"{found[1]}=={found[2]}"
 
 
@@ -160,12 +161,21 @@ def installed(python: Path) -> dict[str, str]:
     return {normal(name): version for name, version in map(str.split, shown.splitlines())}
 
 
+def pip(python: Path, requirements: list[str], *options: str) -> int:
+    """Install with the pip of `python` and return its exit status; where it is not 0, pip has said why."""
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", *options, *requirements]
+    status = run(command)
+    if status and "--quiet" in options:  # a quiet pip does not say which versions contradict each other
+        status = run([part for part in command if part != "--quiet"])
+    return status
+
+
 def pip_install(python: Path, requirements: list[str], *options: str) -> None:
-    """Install with the pip of `python`, or stop: pip has said why."""
-    if run([python, "-m", "pip", "install", "--disable-pip-version-check", *options, *requirements]):
+    """Install with the pip of `python`, or stop."""
+    if pip(python, requirements, *options):
         raise SystemExit(
-            "Installing stopped; pip says why above. The same command goes on from there. If pip does not find a\n"
-            "version that constraints/ names, python3 dev.py update chooses versions anew."
+            "Installing stopped; pip says why above. The same command goes on from there. If a version that\n"
+            "constraints/ names is the reason, python3 dev.py update chooses versions anew."
         )
 
 
@@ -257,7 +267,7 @@ def registry_missing() -> str:
     if run([sys.executable, "-m", "venv", "--clear", REGISTRY]):
         return "no virtual environment could be made for the registry's tools"
     python = venv_python(REGISTRY)
-    if run([python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *options, *requirements]):
+    if pip(python, requirements, "--quiet", *options):
         shutil.rmtree(REGISTRY, ignore_errors=True)
         return "the registry's tools could not be installed; pip says why above"
     stamp.write_text(fingerprint(requirements, "registry"))
