@@ -16,11 +16,9 @@ if sys.version_info < (3, 10):  # noqa: UP036 - this file is what tells people s
     sys.exit(f"LineAR needs Python 3.10 or newer, and this is {sys.version.split()[0]} ({sys.executable}).")
 
 import argparse
-import ast
 import hashlib
 import os
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -28,12 +26,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import constraints
+
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PACK = "ar-line-cache"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WINDOWS = os.name == "nt"
-CONSTRAINTS = ROOT / "constraints"  # exact versions of everything that is installed; `update` writes them
 REGISTRY = VENV / "registry"  # an environment of its own, as these tools pin much that others use
 UPDATE_PIP = "pip==26.3"  # what `update` resolves with: one version, as others may answer differently
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -60,59 +59,9 @@ def run(command: list, cwd: Path | None = None, **env: str) -> int:
 # Setting up ----------------------------------------------------------------------------------------------------------
 
 
-def dependency_groups(text: str) -> dict[str, list[str]]:
-    """The groups of [project.optional-dependencies]. Python 3.10 has no tomllib, but their arrays are Python lists."""
-    section = re.split(r"^\[", text.split("[project.optional-dependencies]\n")[1], maxsplit=1, flags=re.M)[0]
-    arrays = re.findall(r"^([\w-]+) = (\[.*?\])$", section, flags=re.M | re.S)
-    return {name: ast.literal_eval(array) for name, array in arrays}
-
-
-def groups_of_project() -> dict[str, list[str]]:
-    """The dependency groups of this project."""
-    return dependency_groups((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-def normal(name: str) -> str:
-    """The name of a package or of a requirement's package, spelled as pip compares it."""
-    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", name)[0]).lower()
-
-
-def constraints(name: str) -> Path:
-    """The file of exact versions for one environment."""
-    path = CONSTRAINTS / f"{name}.txt"
-    if not path.is_file():
-        problem = f"constraints/{path.name}, which says what versions to install, is missing."
-        raise SystemExit(f"{problem} git restore constraints brings it back.")
-    return path
-
-
-def pins(name: str) -> dict[str, list[str]]:
-    """The packages in a file of constraints, each with its versions in the order of the file."""
-    found: dict[str, list[str]] = {}
-    for package, version in re.findall(r"^([\w.-]+)==([^\s;]+)", constraints(name).read_text(encoding="utf-8"), re.M):
-        found.setdefault(normal(package), []).append(version)
-    return found
-
-
-def pinned(name: str, requirements: list[str]) -> list[str]:
-    """The options that make pip install these requirements in the exact versions of a file of constraints."""
-    if missing := [normal(line) for line in requirements if normal(line) not in pins(name)]:
-        problem = f"constraints/{name}.txt has no version of {', '.join(missing)}."
-        raise SystemExit(f"{problem} python3 dev.py update adds what pyproject.toml asks for.")
-    return ["--constraint", str(constraints(name))]
-
-
-def lowest(requirement: str) -> str:
-    """The lowest version that a requirement allows, as a requirement of its own."""
-    found = re.fullmatch(r"([\w.-]+)[>=]=([\w.]+)", requirement)
-    if not found:
-        raise SystemExit(f"--oldest needs a lowest version, as in numpy>=1.26, and pyproject.toml says {requirement}.")
-    return f"{found[1]}=={found[2]}"
-
-
 def fingerprint(requirements: list[str], name: str) -> str:
     """A short text that changes when the requirements or their constraints change."""
-    text = "\n".join([*requirements, constraints(name).read_text(encoding="utf-8")])
+    text = "\n".join([*requirements, constraints.file(name).read_text(encoding="utf-8")])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -158,7 +107,7 @@ def installed(python: Path) -> dict[str, str]:
     """The packages that `python` has, with their versions."""
     ask = "import importlib.metadata as m\nfor d in m.distributions(): print(d.metadata['Name'], d.version)"
     shown = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout
-    return {normal(name): version for name, version in map(str.split, shown.splitlines())}
+    return {constraints.normal(name): version for name, version in map(str.split, shown.splitlines())}
 
 
 def pip(python: Path, requirements: list[str], *options: str) -> int:
@@ -173,10 +122,12 @@ def pip(python: Path, requirements: list[str], *options: str) -> int:
 def pip_install(python: Path, requirements: list[str], *options: str) -> None:
     """Install with the pip of `python`, or stop."""
     if pip(python, requirements, *options):
-        raise SystemExit(
-            "Installing stopped; pip says why above. The same command goes on from there. If a version that\n"
-            "constraints/ names is the reason, python3 dev.py update chooses versions anew."
-        )
+        hint = ""
+        if "--constraint" in options:
+            hint = "\nIf a version in constraints/ is the reason, python3 dev.py update chooses versions anew."
+        elif "--only-binary" in options:
+            hint = "\nIf there is no wheel of a version that old for this Python, try an older Python."
+        raise SystemExit(f"Installing stopped; pip says why above. The same command goes on from there.{hint}")
 
 
 def install_torch(python: Path, requirement: str, asked: str | None, *options: str) -> None:
@@ -226,8 +177,8 @@ def make_environment(folder: Path) -> Path:
 
 def set_up(groups: list[str], index: str | None = None) -> Path:
     """Make .venv, install what is missing of these dependency groups, and return its interpreter."""
-    known = groups_of_project()
-    options = pinned("main", [line for group in groups for line in known[group]])
+    known = constraints.groups()
+    options = constraints.options("main", [line for group in groups for line in known[group]])
     if not venv_python(VENV).exists():
         say(f"Making {VENV} (about 1 GB once everything is in it; delete the folder to undo this).")
     python = make_environment(VENV)
@@ -237,7 +188,7 @@ def set_up(groups: list[str], index: str | None = None) -> Path:
             continue
         before = installed(python)
         install(python, requirements, index, *options)
-        unknown = [name for name in installed(python) if name not in before and name not in pins("main")]
+        unknown = [name for name in installed(python) if name not in before and name not in constraints.pins("main")]
         if unknown:
             say(f"constraints/main.txt has no version of {', '.join(unknown)}, so pip has chosen the newest.")
             say("python3 dev.py update adds them.")
@@ -247,11 +198,11 @@ def set_up(groups: list[str], index: str | None = None) -> Path:
 
 def set_up_range(which: str, index: str | None = None) -> Path:
     """An environment of its own with the newest, or with the lowest, versions that pyproject.toml allows."""
-    known = groups_of_project()
+    known = constraints.groups()
     requirements = [*known["standalone"], *known["dev"]]
     python = make_environment(VENV / which)
-    if which == "oldest":  # Without building any: for a Python that is too new for them there are no wheels.
-        install(python, [lowest(line) for line in requirements], index, "--only-binary", ":all:")
+    if which == "oldest":  # wheels alone, as nobody wants to build an old numpy
+        install(python, [constraints.lowest(line) for line in requirements], index, "--only-binary", ":all:")
     else:
         install(python, requirements, index, "--upgrade", "--upgrade-strategy", "eager")
     return python
@@ -259,10 +210,10 @@ def set_up_range(which: str, index: str | None = None) -> Path:
 
 def registry_missing() -> str:
     """Install the registry's own tools, once; why the gates that need them cannot run, or an empty text."""
-    requirements, stamp = groups_of_project()["registry"], REGISTRY / "installed.txt"
+    requirements, stamp = constraints.groups()["registry"], REGISTRY / "installed.txt"
     if is_installed(stamp, requirements, "registry"):
         return ""
-    options = pinned("registry", requirements)
+    options = constraints.options("registry", requirements)
     say(f"Installing {', '.join(requirements)} for the registry's gates (about 350 MB).")
     if run([sys.executable, "-m", "venv", "--clear", REGISTRY]):
         return "no virtual environment could be made for the registry's tools"
@@ -314,7 +265,7 @@ def browser_missing() -> str:
 
 def frontends() -> list[str]:
     """Versions of the page that the browser tests drive: ComfyUI's newest, and that of the oldest supported ComfyUI."""
-    return pins("browser")["comfyui-frontend-package"]
+    return constraints.pins("browser")["comfyui-frontend-package"]
 
 
 def browser_parts(python: Path) -> list[tuple[Path, list]]:
@@ -332,7 +283,7 @@ def browser_parts(python: Path) -> list[tuple[Path, list]]:
         for version in frontends()
     ]  # fmt: skip
     packages = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder]
-    driver = f"playwright-core@{pins('browser')['playwright-core'][0]}"
+    driver = f"playwright-core@{constraints.pins('browser')['playwright-core'][0]}"
     return [*parts, (folder / "node_modules" / "playwright-core", [*packages, driver])]
 
 
@@ -381,7 +332,7 @@ def update(args: argparse.Namespace, extra: list[str]) -> int:
     """Write constraints/ anew, with the newest versions that pyproject.toml allows."""
     python = make_environment(VENV / "update")
     pip_install(python, [UPDATE_PIP], "--quiet")
-    return run([python, CONSTRAINTS / "update.py", *extra], cwd=ROOT)
+    return run([python, constraints.FOLDER / "update.py", *extra], cwd=ROOT)
 
 
 def release(args: argparse.Namespace, extra: list[str]) -> int:

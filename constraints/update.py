@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import constraints  # noqa: E402
 import dev  # noqa: E402
 from tests.versions import PYTHONS  # noqa: E402
 
@@ -68,7 +69,7 @@ def resolve(requirements: list[str], python: str) -> dict[str, str]:
         if dev.run(command, PIP_FIND_LINKS=""):
             raise SystemExit(f"pip finds no versions for Python {python}; it says why above. Nothing was changed.")
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    versions = {dev.normal(part["metadata"]["name"]): part["metadata"]["version"] for part in found}
+    versions = {constraints.normal(part["metadata"]["name"]): part["metadata"]["version"] for part in found}
     return {name: version.split("+")[0] for name, version in versions.items()}  # 2.13.0+cpu is a build of 2.13.0
 
 
@@ -90,7 +91,7 @@ def lines(found: dict[str, dict[str, str]]) -> list[str]:
 def browser() -> list[str]:
     """The newest page and driver; without npm the driver stays as it is."""
     frontend, driver = "comfyui-frontend-package", "playwright-core"
-    known = dev.pins("browser")
+    known = constraints.pins("browser")
     newest = resolve([frontend], PYTHONS[-1])[frontend]
     oldest = known[frontend][-1]
     npm = shutil.which("npm")
@@ -111,7 +112,7 @@ def changes(old: str, new: str) -> list[str]:
 
 
 def main() -> int:
-    groups = dev.dependency_groups((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = constraints.groups()
     registry = groups.pop("registry")
     together = [line for group in groups.values() for line in group]
     written = {"browser": (BROWSER, browser())}
@@ -122,7 +123,7 @@ def main() -> int:
             found[python] = resolve(requirements, python)
         written[name] = (what, lines(found))
     for name, (what, wanted) in written.items():
-        path = dev.CONSTRAINTS / f"{name}.txt"
+        path = constraints.FOLDER / f"{name}.txt"
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
         new = HEAD.format(what=what) + "\n" + "\n".join(wanted) + "\n"
         path.write_text(new, encoding="utf-8", newline="\n")

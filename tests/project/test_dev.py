@@ -1,24 +1,14 @@
 """dev.py without a network: what it decides, the commands it builds, and what it refuses to touch."""
 
 import importlib.metadata
-import itertools
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
+import constraints
 import dev
-from constraints import update
-from tests.versions import PYTHONS
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10, where pytest brings it
-    import tomli as tomllib
-
 
 needs_links = pytest.mark.skipif(dev.WINDOWS, reason="Windows lets not everybody make symbolic links")
 
@@ -56,19 +46,6 @@ def venv(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture
-def constraints(tmp_path, monkeypatch):
-    """Writes files of constraints, in the place of those in constraints/."""
-    monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path)
-
-    def write(name, *lines):
-        path = tmp_path / f"{name}.txt"
-        path.write_text("\n".join(lines) + "\n")
-        return path
-
-    return write
-
-
 def tree(*files: Path):
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,13 +55,10 @@ def tree(*files: Path):
 # Setting up
 
 
-def test_dependency_groups_are_read_as_toml_reads_them():
-    text = (dev.ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert dev.dependency_groups(text) == tomllib.loads(text)["project"]["optional-dependencies"]
-
-
-def test_the_stamp_is_for_exactly_these_requirements_and_constraints(tmp_path, constraints):
-    stamp, main = tmp_path / "stamp.txt", constraints("main", "a==1", "b==1")
+def test_the_stamp_is_for_exactly_these_requirements_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr(constraints, "FOLDER", tmp_path)
+    stamp, main = tmp_path / "stamp.txt", tmp_path / "main.txt"
+    main.write_text("a==1\nb==1\n")
     assert not dev.is_installed(stamp, ["a>=1"], "main")
     stamp.write_text(dev.fingerprint(["a>=1"], "main"))
     assert dev.is_installed(stamp, ["a>=1"], "main")
@@ -130,8 +104,10 @@ def test_set_up_installs_once_and_exact_versions(venv, started):
 
 def test_an_interrupted_set_up_goes_on_where_it_stopped(venv, monkeypatch):
     monkeypatch.setattr(dev, "run", lambda command, **rest: 1)
-    with pytest.raises(SystemExit, match="Installing stopped"):
+    with pytest.raises(SystemExit, match=r"Installing stopped.*\n.*dev\.py update chooses versions anew"):
         dev.set_up(["standalone"])
+    with pytest.raises(SystemExit, match=r"Installing stopped.*\n.*try an older Python"):
+        dev.pip_install(Path("python"), ["numpy==1.26"], "--only-binary", ":all:")
     assert not list(venv.glob("installed-*"))
 
 
@@ -154,7 +130,7 @@ def test_a_torch_that_is_there_stays(present, stays, venv, monkeypatch, started)
 
 
 def test_installed_asks_the_interpreter():
-    known = {dev.normal(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()}
+    known = {constraints.normal(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()}
     assert dev.installed(Path(sys.executable)) == known
 
 
@@ -168,49 +144,12 @@ def test_an_environment_that_is_made_anew_leaves_the_others_in_its_folder_alone(
     ]
 
 
-# Exact versions
-
-
-def test_each_requirement_has_a_version_on_each_python_and_in_its_range():
-    for group, lines in dev.groups_of_project().items():
-        text = dev.constraints("registry" if group == "registry" else "main").read_text(encoding="utf-8")
-        known = [Requirement(line) for line in text.splitlines() if "==" in line]
-        for line, python in itertools.product(lines, PYTHONS):
-            wanted, here = Requirement(line), {"python_version": python}
-            found = [
-                pin for pin in known if pin.name == dev.normal(line) and (not pin.marker or pin.marker.evaluate(here))
-            ]
-            assert len(found) == 1, (group, line, python)
-            assert wanted.specifier.contains(str(found[0].specifier).removeprefix("==")), (group, line, python)
-
-
-def test_a_missing_file_of_versions_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path)
-    with pytest.raises(SystemExit, match=r"main\.txt, which .* is missing\. git restore"):
-        dev.set_up(["standalone"])
-
-
-def test_a_requirement_without_a_version_is_named(constraints):
-    constraints("main", "numpy==1")
-    with pytest.raises(SystemExit, match=r"main\.txt has no version of some-thing\. python3 dev\.py update"):
-        dev.pinned("main", ["numpy", "some_thing>=2"])
-    constraints("main", "numpy==1", "some-thing==3; python_version < '3.11'")
-    assert dev.pinned("main", ["numpy", "some_thing>=2"])
-
-
 def test_what_pip_installs_without_a_version_is_named(venv, monkeypatch, started, capsys):
     found = [{"mine": "1"}, {"mine": "1", "torch": "2"}, {"mine": "1", "torch": "2", "numpy": "2", "new-one": "3"}]
     monkeypatch.setattr(dev, "installed", lambda python: found.pop(0))
     dev.set_up(["standalone"])
     said = capsys.readouterr().out
     assert "constraints/main.txt has no version of new-one, so" in said and "mine" not in said
-
-
-def test_the_lowest_version_is_the_one_that_is_declared():
-    assert [dev.lowest(line) for line in ("a>=1", "a.b-c>=0.4.3", "a==2.13.0")] == ["a==1", "a.b-c==0.4.3", "a==2.13.0"]
-    for line in ("a", "a>1", "a>=1,<2", "a<2"):
-        with pytest.raises(SystemExit, match="needs a lowest version"):
-            dev.lowest(line)
 
 
 @pytest.mark.parametrize(("which", "numpy"), [("newest", "numpy>=1.26"), ("oldest", "numpy==1.26")])
@@ -232,89 +171,11 @@ def test_both_ends_of_what_is_supported_get_an_environment_and_a_row(which, nump
         dev.main(["test", "--newest", "--oldest"])
 
 
-# Renewing them
-
-
 def test_update_resolves_with_a_pip_of_its_own(venv, started):
     assert dev.main(["update"]) == 0
     made, pip, resolved = started
     assert made[-1] == str(venv / "update") and pip[-1] == dev.UPDATE_PIP
     assert resolved == [str(dev.venv_python(venv / "update")), str(dev.ROOT / "constraints" / "update.py")]
-
-
-def test_a_package_gets_one_line_for_each_run_of_pythons_with_one_version():
-    found = {
-        "3.10": {"all": "1", "old": "1", "some": "1", "three": "1"},
-        "3.11": {"all": "1", "some": "2", "three": "2"},
-        "3.12": {"all": "1", "new": "1", "some": "2", "three": "3"},
-    }
-    assert update.lines(found) == [
-        "all==1",
-        "new==1",
-        "old==1",
-        'some==1; python_version < "3.11"',
-        'some==2; python_version >= "3.11"',
-        'three==1; python_version < "3.11"',
-        'three==2; python_version >= "3.11" and python_version < "3.12"',
-        'three==3; python_version >= "3.12"',
-    ]
-
-
-def wheel(index: Path, name: str, version: str, tag: str = "py3-none-any", needs: tuple[str, ...] = ()):
-    """A package without content, in a package index that is a folder."""
-    info, file = f"{name}-{version}.dist-info", f"{name}-{version}-{tag}.whl"
-    (index / name).mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(index / name / file, "w") as archive:
-        head = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        archive.writestr(f"{info}/METADATA", "\n".join([*head, *(f"Requires-Dist: {line}" for line in needs)]))
-        archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
-        archive.writestr(f"{info}/RECORD", "")
-    with (index / name / "index.html").open("a") as page:
-        page.write(f'<a href="{file}">{file}</a>\n')
-
-
-def test_pip_answers_for_another_python_and_all_systems_at_once(tmp_path, monkeypatch):
-    needs = ("b; python_version < '3.11'", "c>=1; python_version >= '3.11'", "d; sys_platform == 'win32'")
-    wheel(tmp_path, "a", "1", needs=needs)
-    wheel(tmp_path, "a", "2", "cp39-cp39-manylinux_2_17_x86_64")  # for no supported Python
-    wheel(tmp_path, "b", "2+cpu")
-    wheel(tmp_path, "c", "1")
-    wheel(tmp_path, "d", "1", "py3-none-win_amd64")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", tmp_path.as_uri())
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    assert update.resolve(["a"], "3.10") == {"a": "1", "b": "2", "d": "1"}
-    assert update.resolve(["a"], "3.12") == {"a": "1", "c": "1", "d": "1"}
-
-
-def test_update_writes_what_pip_finds_and_says_what_changed(constraints, venv, monkeypatch, capsys):
-    def resolve(requirements, python):
-        return {dev.normal(line): "2" if python == "3.10" else "3" for line in requirements}
-
-    monkeypatch.setattr(update, "resolve", resolve)
-    monkeypatch.setattr(update.shutil, "which", lambda name: None)
-    browser = constraints("browser", "comfyui-frontend-package==1", "comfyui-frontend-package==0", "playwright-core==7")
-    main = constraints("main", "gone==1", 'numpy==2; python_version < "3.11"')
-    assert update.main() == 0
-    said = capsys.readouterr().out
-    assert dev.pins("browser") == {"comfyui-frontend-package": ["3", "0"], "playwright-core": ["7"]}
-    assert dev.pins("main")["numpy"] == ["2", "3"] and "comfy-cli" in dev.pins("registry")
-    assert "playwright-core stays 7" in said
-    assert "- gone==1" in said and '+ numpy==3; python_version >= "3.11"' in said and "numpy==2" not in said
-
-    before = browser.read_bytes(), main.read_bytes()
-    assert update.main() == 0
-    assert (browser.read_bytes(), main.read_bytes()) == before
-    assert capsys.readouterr().out.count("nothing new") == 3
-
-
-def test_where_pip_finds_no_versions_nothing_is_changed(constraints, monkeypatch):
-    main = constraints("main", "a==1")
-    constraints("browser", "comfyui-frontend-package==1", "playwright-core==7")
-    monkeypatch.setattr(dev, "run", lambda command, **rest: 1)
-    with pytest.raises(SystemExit, match=r"pip finds no versions for Python 3\.\d+"):
-        update.main()
-    assert dev.pins("main") == {"a": ["1"]} and main.is_file()
 
 
 # The commands
@@ -393,7 +254,7 @@ def test_the_registrys_tools_get_an_environment_of_their_own_once(tmp_path, monk
     made, installed = started
     assert made[1:3] == ["-m", "venv"] and made[-1] == str(dev.REGISTRY)
     assert installed[0] == str(dev.venv_python(dev.REGISTRY))
-    assert [dev.normal(part) for part in installed[-2:]] == ["comfy-cli", "comfy-test"]
+    assert [constraints.normal(part) for part in installed[-2:]] == ["comfy-cli", "comfy-test"]
     assert installed[-4:-2] == ["--constraint", str(dev.ROOT / "constraints" / "registry.txt")]
 
     started.clear()
