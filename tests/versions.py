@@ -1,6 +1,7 @@
 """What was tested where: a row for each environment that tests have run in, and the table in docs/compatibility.md.
 
     python3 dev.py test --record                                the default tests, here
+    python3 dev.py test --newest                                with the newest packages (--oldest: the lowest)
     COMFYUI_DIR=… python3 dev.py test -m host --record          those in a real ComfyUI
     python tests/versions.py                                    the table again, from tests/versions.json
 
@@ -27,20 +28,21 @@ OPEN, CLOSE = "<!-- versions: written by tests/versions.py -->", "<!-- /versions
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 WRITTEN = ("tests/versions.json", "tests/mutations.md", "README.md", "docs/compatibility.md")  # by recording itself
 COLUMNS = {
-    "python": "Python", "torch": "PyTorch", "transformers": "transformers", "comfyui": "ComfyUI",
-    "frontend": "frontend", "system": "system", "tests": "tests", "passed": "passed", "skipped": "skipped",
-    "failed": "failed", "when": "when",
+    "python": "Python", "packages": "packages", "torch": "PyTorch", "transformers": "transformers",
+    "comfyui": "ComfyUI", "frontend": "frontend", "system": "system", "tests": "tests", "passed": "passed",
+    "skipped": "skipped", "failed": "failed", "when": "when",
 }  # fmt: skip
-SAME = ("python", "torch", "transformers", "comfyui", "system", "tests")  # the environment that a row is of
+SAME = ("python", "packages", "torch", "transformers", "comfyui", "system", "tests")  # the environment that a row is of
 ASK = """
-import importlib.metadata, json, platform
+import importlib.metadata, json, platform, sys
 def version(name):
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
 names = {"torch": "torch", "transformers": "transformers", "frontend": "comfyui_frontend_package"}
-print(json.dumps({"python": platform.python_version(), **{key: version(name) for key, name in names.items()}}))
+found = {key: version(name) for key, name in names.items()}
+print(json.dumps({"prefix": sys.prefix, "python": platform.python_version(), **found}))
 """
 
 
@@ -74,12 +76,21 @@ def page(arguments: str) -> str:
     return next((path.name.split("-")[1].removesuffix(".dist") for path in packages), "")
 
 
+def packages(prefix: str) -> str:
+    """Which of dev.py's environments this is, by its folder; empty for somebody else's."""
+    folder, venv = Path(prefix).resolve(), (ROOT / ".venv").resolve()
+    if folder == venv:
+        return "pinned"
+    return folder.name if folder.parent == venv else ""
+
+
 def environment() -> dict[str, str]:
     """What the tests run with: this interpreter's packages, or, where COMFYUI_DIR names one, that ComfyUI's."""
     comfy = os.environ.get("COMFYUI_DIR")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable) if comfy else sys.executable
     row = {"comfyui": "", "system": system()}
     row |= json.loads(subprocess.check_output([python, "-c", ASK], text=True))
+    row["packages"] = packages(row.pop("prefix"))
     if comfy:
         text = (Path(comfy).expanduser() / "comfyui_version.py").read_text(encoding="utf-8")
         row["comfyui"] = re.search(r'__version__ = "(.+)"', text)[1]

@@ -55,7 +55,8 @@ def test_nothing_that_comfyui_brings_is_asked_for():
 
 def test_the_archive_has_the_pack_and_nothing_else():
     files = shipped()
-    assert not [path for path in files if path.startswith(("tests/", "training/", "bench/", ".")) or path == "dev.py"]
+    tools = ("tests/", "training/", "bench/", "constraints/", "dev.py", ".")
+    assert not [path for path in files if path.startswith(tools)]
     for needed in ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
         assert needed in files
     for folder in ("linear_core/assets/", "nodes/", "web/", "workflows/"):

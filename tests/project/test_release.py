@@ -11,8 +11,9 @@ from tests import release, versions
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git was not found")
 ROW = {
-    "comfyui": "", "system": "Linux", "python": "3.11.7", "torch": "2.13.0", "transformers": "4.57.6", "frontend": "",
-    "tests": "all", "passed": 3, "skipped": 2, "failed": 0, "date": "2026-11-21", "commit": "",
+    "comfyui": "", "system": "Linux", "python": "3.11.7", "packages": "pinned", "torch": "2.13.0",
+    "transformers": "4.57.6", "frontend": "", "tests": "all", "passed": 3, "skipped": 2,
+    "failed": 0, "date": "2026-11-21", "commit": "",
 }  # fmt: skip
 
 

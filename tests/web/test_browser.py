@@ -34,7 +34,7 @@ def chromium():
 @pytest.mark.browser
 @pytest.mark.skipif(bool(missing()), reason=missing() or "never")
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
-@pytest.mark.parametrize("version", dev.FRONTENDS)
+@pytest.mark.parametrize("version", dev.frontends())
 def test_the_widgets_in_the_page(version, renderer, chromium, tmp_path):
     """tests/web/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
     if not (page_of(version) / "index.html").is_file():
