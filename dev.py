@@ -235,19 +235,28 @@ def demo(args: argparse.Namespace, extra: list[str]) -> int:
     return run([python, "-m", "linear_core", "demo", *extra], PYTHONPATH=path)
 
 
-def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]) -> list[tuple[str, list, str]]:
-    """What `test` does: a name, the command, and why it cannot run (empty when it can)."""
+def pytest(python: Path, *arguments: str) -> list:
+    """The command that runs pytest: tests in a worker for each core, but one after the other in a real ComfyUI."""
+    workers = [] if os.environ.get("COMFYUI_DIR") else ["-n", "auto", "--dist", "worksteal"]
+    return [python, "-m", "pytest", *workers, *arguments]
+
+
+def checks(
+    python: Path, extra: list[str], node: str | None, scripts: list[Path], quick: bool = False
+) -> list[tuple[str, list, str]]:
+    """What `test` does: a name, the command, and why it does not run (empty when it does)."""
     if not scripts:
         missing = "there are no tests/web/*.test.mjs"
     else:
         missing = "" if node else "node was not found; Node.js 20 or newer runs tests/web/*.test.mjs"
+    # Some of the tests cannot reach the share of the core that all of them have to.
+    cover = [] if quick or set(extra) - {"--record"} else ["--cov"]
     return [
         ("ruff check", [python, "-m", "ruff", "check", "."], ""),
         ("ruff format", [python, "-m", "ruff", "format", "--check", "."], ""),
-        ("mypy", [python, "-m", "mypy"], ""),
+        ("mypy", [python, "-m", "mypy"], "--quick" if quick else ""),
         ("node --test", [node, "--test", *scripts], missing),
-        # Some of the tests cannot reach the share of the core that all of them have to.
-        ("pytest", [python, "-m", "pytest", *(extra if set(extra) - {"--record"} else ["--cov", *extra])], ""),
+        ("pytest", pytest(python, *cover, *["--quick"] * quick, *extra), ""),
     ]
 
 
@@ -306,13 +315,14 @@ def test(args: argparse.Namespace, extra: list[str]) -> int:
         if args.versions
         else set_up(["standalone", "dev"], args.torch_index)
     )
-    install_browser_parts(python)
-    no_gates = registry_missing()
+    if not args.quick:
+        install_browser_parts(python)
+    no_gates = "--quick" if args.quick else registry_missing()
     summary, failed = [], False
     scripts = sorted(ROOT.glob("tests/web/*.test.mjs"))
-    planned = checks(python, extra, shutil.which("node"), scripts)
+    planned = checks(python, extra, shutil.which("node"), scripts, args.quick)
     if args.versions:  # Style is a matter of the pinned versions alone, and so is coverage.
-        planned = [("pytest", [python, "-m", "pytest", *(extra or ["--record"])], "")]
+        planned = [("pytest", pytest(python, *(extra or ["--record"])), "")]
     for name, command, missing in planned:
         if missing:
             summary.append(f"{name:12} not run: {missing}")
@@ -321,7 +331,7 @@ def test(args: argparse.Namespace, extra: list[str]) -> int:
         status = run(command, cwd=ROOT)
         summary.append(f"{name:12} {'failed' if status else 'passed'}")
         failed = failed or status != 0
-    for name, lacking in (("browser", browser_missing()), ("registry", no_gates)):
+    for name, lacking in (("browser", "--quick" if args.quick else browser_missing()), ("registry", no_gates)):
         if lacking:
             summary.append(f"{name:12} not run: {lacking}")
     say("\n".join(["\n== summary", *summary]))
@@ -418,6 +428,11 @@ def parser() -> argparse.ArgumentParser:
     tests = add(test, "run linters and all tests", "arguments of pytest, such as -k WORD or a file")
     add_index(tests)
     versions = tests.add_mutually_exclusive_group()
+    versions.add_argument(
+        "--quick",
+        action="store_true",
+        help="a minute: the tests that notice most mistakes, no browser, no mypy",
+    )
     for name, text in (
         ("newest", "run pytest with the newest versions that pyproject.toml allows, and record the result"),
         ("oldest", "run pytest with the lowest versions that pyproject.toml declares, and record the result"),

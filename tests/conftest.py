@@ -34,6 +34,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those that wait for a page go first: where two workers share the tests, the other one computes meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
     if os.environ.get("COMFYUI_DIR"):
         return
     for item in items:

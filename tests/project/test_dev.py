@@ -162,11 +162,11 @@ def test_both_ends_of_what_is_supported_get_an_environment_and_a_row(which, nump
     assert made[-1] == str(venv / which)
     assert "torch==2.13.0" in torch and numpy in others and "--constraint" not in others
     assert ("--upgrade" in others) == (which == "newest")
-    assert tested == [python, "-m", "pytest", "--record"]
+    assert tested == dev.pytest(python, "--record")
     assert capsys.readouterr().out.split("== summary")[1].split()[:2] == ["pytest", "passed"]
 
     dev.main(["test", f"--{which}", "-k", "grid"])  # no row for a part, unless it is asked for
-    assert started[-1] == [python, "-m", "pytest", "-k", "grid"]
+    assert started[-1] == dev.pytest(python, "-k", "grid")
     with pytest.raises(SystemExit):
         dev.main(["test", "--newest", "--oldest"])
 
@@ -199,7 +199,7 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     monkeypatch.setattr(dev, "run", fail_the_linter)
     monkeypatch.setattr(dev.shutil, "which", lambda name: None)
     assert dev.main(["test", "-k", "one or two"]) == 1
-    assert ran[-1] == [Path("python"), "-m", "pytest", "-k", "one or two"]
+    assert ran[-1] == dev.pytest(Path("python"), "-k", "one or two")
     summary = capsys.readouterr().out.split("== summary")[1]
     assert "ruff check   failed" in summary
     assert "ruff format  passed" in summary
@@ -210,13 +210,28 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     assert "registry     not run: no network" in summary
 
 
-def test_the_share_of_the_core_that_tests_reach_is_asked_of_all_of_them():
-    def command(*extra):
-        return dev.checks(Path("python"), list(extra), None, [])[-1][1][3:]
+def test_the_share_of_the_core_that_tests_reach_is_asked_of_all_of_them(monkeypatch):
+    def command(*extra, quick=False):
+        return dev.checks(Path("python"), list(extra), None, [], quick)[-1][1][3:]
 
-    assert command() == ["--cov"]
-    assert command("--record") == ["--cov", "--record"]
-    assert command("-k", "fold") == ["-k", "fold"]
+    monkeypatch.delenv("COMFYUI_DIR", raising=False)
+    workers = ["-n", "auto", "--dist", "worksteal"]
+    assert command() == [*workers, "--cov"]
+    assert command("--record") == [*workers, "--cov", "--record"]
+    assert command("-k", "fold") == [*workers, "-k", "fold"]
+    assert command(quick=True) == [*workers, "--quick"]
+    monkeypatch.setenv("COMFYUI_DIR", "somewhere")
+    assert command("-m", "host") == ["-m", "host"], "one ComfyUI after the other"
+
+
+def test_a_quick_run_leaves_out_what_takes_long_and_says_so(monkeypatch, capsys, started):
+    monkeypatch.setattr(dev, "set_up", lambda groups, index=None: Path("python"))
+    monkeypatch.setattr(dev, "registry_missing", lambda: pytest.fail("350 MB for a run of a minute"))
+    assert dev.main(["test", "--quick"]) == 0
+    assert not [command for command in started if "mypy" in command or "install" in command]
+    summary = capsys.readouterr().out
+    for name in ("mypy", "browser", "registry"):
+        assert f"{name:12} not run: --quick" in summary
 
 
 def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypatch):
