@@ -6,8 +6,8 @@
     python3 dev.py comfy    links this folder into a ComfyUI and starts it
     python3 dev.py release  says what is left to do before a release
 
-Only the standard library, and only syntax that an older Python can read: this starts before anything is installed,
-and says which Python is needed where that one is missing.
+Only the standard library (constraints/ too), and only syntax that an older Python can read: this starts before
+anything is installed, and says which Python is needed where that one is missing.
 """
 
 import sys
@@ -434,9 +434,10 @@ def parser() -> argparse.ArgumentParser:
         help="a minute: the tests that notice most mistakes, no browser, no mypy",
     )
     for name, text in (
-        ("newest", "run pytest with the newest versions that pyproject.toml allows, and record the result"),
-        ("oldest", "run pytest with the lowest versions that pyproject.toml declares, and record the result"),
+        ("newest", "run pytest alone, with the newest packages that pyproject.toml allows"),
+        ("oldest", "run pytest alone, with the lowest versions that pyproject.toml declares"),
     ):
+        text += "; a run of all tests is recorded in the table of what was tested where"
         versions.add_argument(f"--{name}", dest="versions", action="store_const", const=name, help=text)
     add(update, "renew constraints/, the exact versions that everybody installs", "nothing")
     add_index(add(release, "say what is left to do before a release", "nothing"))

@@ -65,8 +65,9 @@ def resolve(requirements: list[str], python: str) -> dict[str, str]:
             "--only-binary", ":all:", "--python-version", python, *(f"--platform={name}" for name in PLATFORMS),
             "--target", folder, "--report", report, *requirements,
         ]  # fmt: skip
+        aloud = [part for part in command if part != "-qq"]  # a quiet pip does not say what contradicts what
         # Wheels that lie on one machine only must not decide what all others get.
-        if dev.run(command, PIP_FIND_LINKS=""):
+        if dev.run(command, PIP_FIND_LINKS="") and dev.run(aloud, PIP_FIND_LINKS=""):
             raise SystemExit(f"pip finds no versions for Python {python}; it says why above. Nothing was changed.")
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
     versions = {constraints.normal(part["metadata"]["name"]): part["metadata"]["version"] for part in found}
