@@ -197,7 +197,7 @@ class Lab:
         parts = []
         for start in range(0, images or split.images, BATCH):
             one = range(start, min(start + BATCH, split.images))
-            some, theirs = prompt.take(one), codes[one.start : one.stop]
+            some, theirs = prompt.select(one), codes[one.start : one.stop]
             full = self.reference(split, start, some, theirs)
             parts.append(drift(self.model.decoder, some, theirs, plan, full))
         return {

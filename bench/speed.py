@@ -385,7 +385,7 @@ def main() -> int:
     if args.against and (why := problem(args.against, [SHAPES[name] for name in args.models])):
         parser.error(f"--against: {why}")
     if "kernel" in args.attention and (why := no_kernel(torch.device(args.device), DTYPES[args.dtype])):
-        parser.error(f"--attention: the kernel cannot be used, as {why}.")
+        parser.error(f"--attention: the kernel cannot be used because {why}.")
     torch.manual_seed(0)
     about = circumstances(args.device)
     if "kernel" in args.attention:

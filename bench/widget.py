@@ -65,7 +65,7 @@ def run(model: LlamaGen, tokenizer: VQTokenizer, told: bool) -> tuple[float, flo
             size += len(json.dumps(trace.add(line)))
             telling += time.perf_counter() - start
     if told:
-        painter.last(tuple(lines))
+        painter.final(tuple(lines))
     painter.close()
     return time.perf_counter() - begun, telling, sum(painting), size, len(painting)
 

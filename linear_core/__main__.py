@@ -21,12 +21,12 @@ from .errors import UserError
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs
-from .loop.memory import fits, free_memory, run_bytes
+from .loop.memory import free_memory, max_batch_size, run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.threads import limit_threads
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime
-from .pictures.preview import EMPTY, Preview, decode
+from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
@@ -89,7 +89,7 @@ def run_generate(args: argparse.Namespace) -> None:
     try:
         (run,) = _draw(model, micro_batches, [plan], args.step)
     except (KeyboardInterrupt, UserError):  # what was drawn so far is worth having, the rest of it grey
-        write((_unfinished(model, codes) for part in micro_batches.begun for codes in part), unfinished=True)
+        write((_unfinished(model, codes) for part in micro_batches.codes for codes in part), unfinished=True)
         raise
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
@@ -110,7 +110,7 @@ def run_compare(args: argparse.Namespace) -> None:
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
     seen = pictures[1].clone()
-    seen[:, moment * model.tokenizer.config.factor :] = EMPTY
+    seen[:, moment * model.tokenizer.config.factor :] = UNDRAWN
     kept = heatmap(run.shares[:, moment - 1], *_enlarged(seen, args.size), seen)
     rows = [
         ("full cache", _remark(full), pictures[0]),
@@ -228,7 +228,7 @@ def _draw(model: ImageModel, micro_batches: MicroBatches, plans: list[CachePlan]
 def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, sample: SamplePlan) -> float:
     """How much of the next token's probability the plan shares with the full cache, mean over the first images."""
     some = range(min(prompt.rows, JUDGED))
-    found = shared_probability(model.decoder, prompt.take(some), codes[: len(some)], plan, sample)
+    found = shared_probability(model.decoder, prompt.select(some), codes[: len(some)], plan, sample)
     lines = tqdm(found, total=model.info.grid.rows, unit="line", leave=False, disable=None)
     return float(torch.cat(list(lines), 1).mean())
 
@@ -243,7 +243,7 @@ def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
 def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
     """The runs take turns line by line, so that their times compare."""
     graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
-    given: list[dict[str, Any]] = [each.given for each in graphs] or [{} for _ in plans]
+    given: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
     drawing = [
         generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
         for plan, above, more in zip(plans, micro_batch.above, given, strict=True)
@@ -297,7 +297,7 @@ def _how_many(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: in
 
     if needed(1) > room:
         return "none"
-    count = fits(room, MANY, needed)
+    count = max_batch_size(room, MANY, needed)
     return f"{count} or more" if count == MANY else str(count)
 
 

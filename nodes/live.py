@@ -18,7 +18,7 @@ from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
 from ..linear_core.loop.generate import Run, evict, generate
 from ..linear_core.loop.graph import Graphs
-from ..linear_core.loop.memory import fits, run_bytes
+from ..linear_core.loop.memory import max_batch_size, run_bytes
 from ..linear_core.loop.micro_batches import MicroBatches, merge_lines
 from ..linear_core.pictures.preview import Preview, PreviewWorker
 from ..linear_core.pictures.sheet import to_image
@@ -51,13 +51,13 @@ VIEW, COMPARE, MEMORY = _widget("LINEAR_VIEW"), _widget("LINEAR_COMPARE"), _widg
 
 def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
     """How many the cache holds, and how many places each one's prompt takes."""
-    return (2 * prompt.rows, prompt.longest) if sample.guided else (prompt.rows, prompt.length)
+    return (2 * prompt.rows, prompt.max_length) if sample.guided else (prompt.rows, prompt.length)
 
 
 def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
     """What a run is, in the words of the events. `at_once` of its images are in the cache together, by default all."""
     decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows
-    rows, places = _sequences(sample, prompt.take(range(at_once or images)))
+    rows, places = _sequences(sample, prompt.select(range(at_once or images)))
     shape = decoder.cache_shape(places)
     return Started(
         run=uuid.uuid4().hex[:12],
@@ -130,7 +130,7 @@ class Live:
 
     def finish(self) -> None:
         """The last picture and the last event; `shown` is then what the node leaves on the page (its `ui`)."""
-        picture = self.painter.last(self._job())
+        picture = self.painter.final(self._job())
         if picture is not None:
             self._show(picture, len(self.lines))
         self._tell(self.trace.finish())
@@ -142,7 +142,7 @@ class Live:
             self._tell(event)
         self.painter.close()
         self.painter.stopped = None  # where the thread was told of Stop: it has been heard
-        picture = self.painter.last([tuple(lines)])
+        picture = self.painter.final([tuple(lines)])
         if picture is not None:
             self._show(picture, len(lines), trace)
 
@@ -192,14 +192,14 @@ def draw(
     def needed(images: int) -> int:
         return sum(memory(model, plan, sample, prompt, images) for plan in plans)
 
-    at_once = fits(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
+    at_once = max_batch_size(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
     micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
     told: list[list[Line]] = []  # by part, as the page was told of the last plan
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
             graphs = _graphs(image.decoder, len(plans))
-            given = [each.given for each in graphs] or [{} for _ in plans]
+            given = [each.kwargs for each in graphs] or [{} for _ in plans]
             drawing = [
                 generate(
                     image.decoder,
@@ -245,9 +245,9 @@ def draw(
                 log.warning("LineAR: %s", why)
     shown, trace = live.shown, live.trace
     if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
-        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.largest, told)
+        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, told)
         trace.finish()
-        picture = live.painter.last([tuple(lines)]) if len(plans) == 1 else None
+        picture = live.painter.final([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
     return micro_batches.runs, trace.started, shown
 
@@ -266,7 +266,7 @@ def _as_one(
     """Parts of a batch, the first ones of `prompt`, as one run of the lines that they all have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
-    trace = Trace(started(model, plan, sample, prompt.take(range(len(lines[0].tokens))), at_once))
+    trace = Trace(started(model, plan, sample, prompt.select(range(len(lines[0].tokens))), at_once))
     for line in lines:
         trace.add(line)
     return trace, lines

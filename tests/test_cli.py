@@ -64,7 +64,7 @@ def test_a_graph_that_cannot_be_says_so(small_model: Path, tmp_path: Path, capsy
     asked = ["generate", str(small_model), "--class", "desert day", "--device", "cpu", "--step", "graph"]
     assert main([*asked, "--out", str(out)]) == 0
     told = capsys.readouterr().err
-    why = "no graph was used, graphs are for cuda, and this runs on cpu"
+    why = "no graph was used, graphs need cuda and this runs on cpu"
     assert f"step: {why}; line's end: {why}.\n" in told
     assert out.exists()
 

@@ -62,7 +62,7 @@ def janus(
 
 def lumina(rows: int, cols: int, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> Lumina:
     """Three heads of 8 numbers with norms of queries and keys; codes are words 4 and on, the next one ends a line."""
-    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm=True, first=4)
+    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm=True, first_code=4)
     model = Lumina(config, Grid(rows, cols, eol=CODES)).requires_grad_(False).eval()
     return _filled(model, {"wqkv": 0.3, "w2": 0.1, "lm_head": 0.4, "embed_tokens": 1.0}, seed).to(dtype)
 
@@ -180,13 +180,13 @@ class Toy:
         return queries * (1 + lines / 16)
 
     def feed(
-        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, all_logits: bool = False
     ) -> Tensor:
         q, k, v = self.look_up(tokens, index, pad)
         seen = [attend(q[n], *cache.feed(n, columns, k[n], v[n], q[n])) for n in range(self.layers)]
         cache.advance(index, columns)
         logits = self.say(torch.stack(seen))
-        return logits if every else logits[:, -1]
+        return logits if all_logits else logits[:, -1]
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
         """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""

@@ -1,1 +1,1 @@
-"""The KV cache of an image that grows line by line: its slots, what a policy sees of them, and how victims leave."""
+"""The KV cache of an image that grows line by line: its slots, the policies' view of them, and how victims leave."""

@@ -1,4 +1,4 @@
-"""The one door to attention. B batch, H heads, T queries, S slots, D numbers a head, L layers, C tokens a line."""
+"""The only way to attention. B batch, H heads, T queries, S slots, D head size, L layers, C tokens per line."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Kernel = Callable[[Tensor, RawSlots, RawSlots, Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Queries B H T D over slots B H S D; `bias` is ln(weight) of each slot, -inf where there is nothing.
+    """Attention of queries B H T D over slots B H S D. `bias` is ln(weight) of each slot, -inf for an empty one.
 
-    B H S: the same for all queries; B H T S: each its own.
+    A bias of shape B H S holds for all queries; B H T S gives each query its own.
     """
     if q.shape[2] == 1 and bias.ndim == 3 and q.device.type == "cpu":
         return _attend_one(q, k, v, bias)
@@ -29,9 +29,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The same for T = 1 as two products, which read keys and values where they lie.
+    """`attend` for T = 1 as two matrix products, which read keys and values in place.
 
-    The kernel for CPUs is made for many queries: for one it takes a fifth longer, in bfloat16 more than twice as long.
+    PyTorch's CPU kernel is built for many queries: one query takes it a fifth longer, in bfloat16 over twice as long.
     """
     scores = (k @ q.transpose(-1, -2))[..., 0] * q.shape[-1] ** -0.5 + bias
     weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
@@ -39,42 +39,43 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def kernel(device: torch.device | str, dtype: torch.dtype) -> Kernel | None:
-    """Our own kernel for one query, where LINEAR_ATTENTION=kernel asks for it; None: PyTorch's own.
+    """Our own single-query kernel if LINEAR_ATTENTION=kernel; None means PyTorch's attention.
 
-    It is asked for by name and never chosen by a timing: the same seed would draw another picture on another day.
-    Raises UserError where it is asked for and cannot be had.
+    The user chooses it by name. It is never chosen by timing, or the same seed could draw another picture another day.
+    Raises UserError if it is requested but cannot run here.
     """
     name = os.environ.get(SWITCH, "sdpa")
     if name not in ATTENTIONS:
-        raise UserError(f"{SWITCH}: '{name}' is no attention; write sdpa or kernel.")
+        raise UserError(f"{SWITCH}: '{name}' is unknown; set it to sdpa or kernel.")
     if name == "sdpa":
         return None
     if why := no_kernel(torch.device(device), dtype):
-        raise UserError(f"{SWITCH}: the kernel cannot be used, as {why}; write sdpa or leave it unset.")
+        raise UserError(f"{SWITCH}: the kernel cannot be used because {why}; set it to sdpa or leave it unset.")
     from .kernel import attend_one
 
     return attend_one
 
 
 def no_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Why our own kernel cannot be used there; empty: it can."""
+    """Why our own kernel cannot run on this device with this dtype; empty if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, on Windows triton-windows)"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it computes in float32, and this is {str(dtype).removeprefix('torch.')}"
-    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own way of running kernels anywhere, slowly, for tests
+        return f"it computes in float32 and the model uses {str(dtype).removeprefix('torch.')}"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's interpreter runs kernels on any device, slowly: for tests
         return ""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"it is for NVIDIA GPUs, and this runs on {'an AMD GPU' if device.type == 'cuda' else device.type}"
+        return f"it needs an NVIDIA GPU and this runs on {'an AMD GPU' if device.type == 'cuda' else device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it is for NVIDIA GPUs from Ampere (RTX 30, A100) on, and this one is older"
+        return "it needs an NVIDIA GPU from Ampere on (RTX 30, A100) and this one is older"
     return ""
 
 
 def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor) -> Tensor:
-    """Full softmax of a line's queries over everything held, causal within the line, for one layer.
+    """Softmax of a line's queries over all slots, causal within the line, for one layer.
 
-    queries B H C D (the token at `first`, `first` + 1, …), keys B H S D, bias and index B H S -> float32 B H C S.
+    queries B H C D (of the tokens at index `first`, `first` + 1, …), keys B H S D, bias and index B H S
+    -> float32 B H C S.
     """
     scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
     own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)

@@ -1,8 +1,8 @@
-"""Folding: what leaves the cache is added to the kept slot nearest to it, instead of being forgotten.
+"""Folding: a victim is merged into the kept slot with the nearest key instead of being dropped.
 
-Eviction takes a token's share of every later softmax away, and regions that lost all their tokens are forgotten. Here
-a victim goes on in the slot whose key is nearest to its own. Our own finding, beyond the paper; merging without care
-for what attention does is known to hurt (HACK's comparison with LOOK-M and MEDA, arXiv 2504.09261).
+Plain eviction removes a token's share of every later softmax, and image regions that lose all their tokens are
+forgotten. Our own addition, not in the paper. Merging that ignores attention is known to hurt (HACK's comparison with
+LOOK-M and MEDA, arXiv 2504.09261).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from .look_ahead import distances, gather_vectors, upcast
 from .view import View
 
-SLACK = 1.0
+SLACK = 1.0  # in ln: how far a folded slot's weight may be from its number of tokens
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What the slots that are given something hold after folding, one for each of V victims.
+    """New contents of the slots that victims are folded into: one entry for each of the V victims.
 
-    Where several victims go into one slot, each says the same. A victim's slot that was empty, or the prompt's, gives
-    nothing: it names itself, as it was.
+    Victims that share a slot have equal entries. A victim that is an empty slot or one of the prompt's is not folded:
+    its entry is its own slot, unchanged.
 
-    slot          int64 L B H V
-    keys, values  L B H V D, `wide`
-    bias          L B H V, ln of the weight with which attention takes the slot
-    count         L B H V, tokens that the slot stands for
+    slot          int64 L B H V, the slot that receives the victim
+    keys, values  L B H V D, float32 or wider
+    bias          L B H V, ln of the weight that attention gives the slot
+    count         L B H V, tokens in the slot
     """
 
     slot: Tensor
@@ -39,56 +39,57 @@ class Folded:
 
 
 def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
-    """Add each victim (int64 L B H V, slots; the prompt's give nothing) to the kept image slot whose key is nearest.
+    """Merge each victim (slots, int64 L B H V) into the kept image slot with the nearest key.
 
-    count  L B H S, tokens that each slot stands for now
+    count  L B H S, tokens in each slot now
 
-    Keys and values become means, weighted by the attention that each will draw (`View.strength`): a token that nobody
-    will look at must not move one that everybody does. The weight is the one with which the slot draws what its tokens
-    would have drawn together, and at most e^SLACK times more or less than their number, as the outlook is a forecast.
-    Equal keys are folded without loss: n tokens of key k and values v_i are one of key k, mean value and weight n.
+    Keys and values become means weighted by importance (`View.importance`): a token that gets no attention must not
+    move one that gets much. The slot's weight is chosen so that it draws the attention mass that its tokens would have
+    drawn together. That mass is only a prediction, so the weight stays within a factor of e^SLACK of the token count.
+    Folding equal keys loses nothing: n tokens with key k and values v_i equal one with key k, their mean value and
+    weight n. Prompt slots and empty slots are not folded.
     """
-    look, importance = view.look_ahead(), view.importance()
+    look_ahead, importance = view.look_ahead(), view.importance()
     kept = view.candidates().scatter(-1, victims, False)
-    leaving = upcast(gather_vectors(view.keys, victims))
-    distance = distances(leaving, upcast(view.keys)).masked_fill(~kept[..., None, :], float("inf"))
-    gives = view.candidates().gather(-1, victims)  # a slot may be empty
-    slot = torch.where(gives, _least(distance, view.index[..., None, :])[..., 0], victims)
-    # One row of 0 and 1 for each victim. A product with it adds up the same way every time; scattering does not.
-    together = (slot[..., :, None] == slot[..., None, :]).to(leaving.dtype)
+    victim_keys = upcast(gather_vectors(view.keys, victims))
+    distance = distances(victim_keys, upcast(view.keys)).masked_fill(~kept[..., None, :], float("inf"))
+    folds = view.candidates().gather(-1, victims)  # a victim may be an empty slot
+    slot = torch.where(folds, _nearest(distance, view.index[..., None, :])[..., 0], victims)
+    # Victims V x V, 1 where two share a slot. A matrix product always adds in the same order; a scatter does not.
+    same_slot = (slot[..., :, None] == slot[..., None, :]).to(victim_keys.dtype)
 
-    def merged(ours: Tensor, given: Tensor) -> Tensor:
-        """What the slots have, L B H V N, and what the victims give them."""
-        return ours + together @ given
+    def merge(own: Tensor, added: Tensor) -> Tensor:
+        """The slots' own values plus what the victims add, all L B H V N."""
+        return own + same_slot @ added
 
-    def number(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x L B H S of the slots and of the victims: L B H V 1 each."""
+    def pair(x: Tensor) -> tuple[Tensor, Tensor]:
+        """x L B H S at the receiving slots and at the victims: L B H V 1 each."""
         return x.gather(-1, slot)[..., None], x.gather(-1, victims)[..., None]
 
-    share, given = number(importance)
-    total = merged(share, given)
+    own, added = pair(importance)
+    total = merge(own, added)
     old_keys, old_values = (upcast(gather_vectors(x, slot)) for x in (view.keys, view.values))
-    keys = merged(old_keys * share, leaving * given) / total
-    values = merged(old_values * share, upcast(gather_vectors(view.values, victims)) * given) / total
-    tokens = merged(*number(count.to(keys.dtype)))[..., 0]
-    even = tokens.log()
-    weight = (merged(*number(look.mass))[..., 0] / look.attention_mass(keys)).log()
-    weight = weight.nan_to_num(0.0).clamp(even - SLACK, even + SLACK)
-    there = gives[..., None]
+    keys = merge(old_keys * own, victim_keys * added) / total
+    values = merge(old_values * own, upcast(gather_vectors(view.values, victims)) * added) / total
+    tokens = merge(*pair(count.to(keys.dtype)))[..., 0]
+    log_count = tokens.log()
+    weight = (merge(*pair(look_ahead.mass))[..., 0] / look_ahead.attention_mass(keys)).log()
+    weight = weight.nan_to_num(0.0).clamp(log_count - SLACK, log_count + SLACK)
+    folds_vector = folds[..., None]
     return Folded(
         slot,
-        torch.where(there, keys, old_keys),
-        torch.where(there, values, old_values),
-        torch.where(gives, weight, upcast(view.bias).gather(-1, slot)),
-        torch.where(gives, tokens, count.gather(-1, slot).to(keys.dtype)),
+        torch.where(folds_vector, keys, old_keys),
+        torch.where(folds_vector, values, old_values),
+        torch.where(folds, weight, upcast(view.bias).gather(-1, slot)),
+        torch.where(folds, tokens, count.gather(-1, slot).to(keys.dtype)),
     )
 
 
-def _least(distance: Tensor, index: Tensor) -> Tensor:
-    """The slot of the least distance ... S, the newest token's among equals: int64 ... 1.
+def _nearest(distance: Tensor, index: Tensor) -> Tensor:
+    """The slot of the smallest distance ... S, the newest token's in a tie: int64 ... 1.
 
-    Equal to three digits is equal. Keys of the same code at the same offset left and right are equally far, and the
-    last digit, which is another in a batch of another size, must not decide between them.
+    Distances equal to three digits tie. Keys of the same code at the same offset left and right are equally far, and
+    the last digit, which changes with the batch size, must not decide between them.
     """
     digits = (distance.float().view(torch.int32) + 0x800 >> 12).long()  # the bits of positive floats are in their order
     return (digits << 32 | 0x7FFFFFFF - index.long()).argmin(-1, keepdim=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HORIZONS = (1, 2, 4, 8)  # lines ahead: the next line counts most, and what is needed later must survive until then
+HORIZONS = (1, 2, 4, 8)  # lines ahead; the next line counts most, but what a later line needs must survive until then
 
 
 def upcast(x: Tensor) -> Tensor:
-    """To float32 at least: half precision is for storing."""
+    """x as float32 or wider: half precision is for storage only."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -24,15 +24,15 @@ def gather_vectors(x: Tensor, slots: Tensor) -> Tensor:
     size = x.shape[3]
     first = torch.arange(0, slots[..., 0].numel() * size, size, device=slots.device)
     rows = (first.view(*slots.shape[:3], 1) + slots).flatten()
-    # As rows of one long table: gather takes every number by itself.
+    # Selecting rows of one long table is faster than gather, which copies every element by itself.
     return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*slots.shape, x.shape[-1])
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances of vectors ... N D and ... M D: ... N M.
 
-    By differences, not by products: a product rounds the distance of near keys to zero, and differently in batches of
-    another size. A choice that depends on the last digit would then draw other pictures.
+    From differences, not matrix products: a product rounds the distance of near keys to zero, and differently for
+    another batch size. A choice that hangs on the last digit would then change the picture.
     """
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 

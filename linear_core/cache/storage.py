@@ -1,4 +1,7 @@
-"""Storage: how the numbers of slots are kept. L layers, B rows of the batch, H heads, S slots, T tokens, D numbers."""
+"""Storage formats for the keys or values of slots.
+
+L layers, B rows of the batch, H heads, S slots, T tokens, D head size.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ Device = torch.device | str
 
 
 class RawSlots(NamedTuple):
-    """Keys, or values, of a layer's slots where they lie, for a kernel that reads them so.
+    """Keys or values of a layer's slots in their storage format, for a kernel that reads them directly.
 
-    numbers  B H S D
-    scale    B H S 1 that each slot's numbers are to be multiplied by; None: as they are
-    fresh    B H T D that are seen in place of what lies at `target`: the line being written; None: nothing is
-    target   int64 B H T, slots
+    data    B H S D
+    scale   B H S 1, factor for each slot's data; None: none
+    fresh   B H T D, the line being written, which replaces the data at `target`; None: it is in `data` already
+    target  int64 B H T, slots
     """
 
     data: Tensor
@@ -26,71 +29,83 @@ class RawSlots(NamedTuple):
 
 
 class Full:
-    """Keys, or values, as they were computed."""
+    """Keys or values in the dtype they were computed in."""
 
     def __init__(
-        self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device: Device
+        self,
+        batch_shape: tuple[int, int, int],
+        slots: int,
+        stride: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: Device,
     ):
-        self.data = torch.zeros(*lead, slots, dim, dtype=dtype, device=device)
+        self.data = torch.zeros(*batch_shape, slots, head_dim, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
     def read(self, layer: int, end: int) -> Tensor:
-        """B H S D of the first `end` slots."""
+        """The first `end` slots, B H S D."""
         return self.data[layer, :, :, :end]
 
     def raw(self, layer: int, end: int) -> RawSlots:
-        """The same where it lies."""
+        """The first `end` slots in their storage format."""
         return RawSlots(self.data[layer, :, :, :end])
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
-        """x B H T D of the line's tokens at `column` into `slot` B H T."""
+        """Write x B H T D, the line's tokens at `column`, to slots `slot` B H T."""
         _write_slots(self.data[layer], slot, x)
 
     def write_prompt(self, layer: int, x: Tensor) -> None:
-        """x B H P D into the first P slots."""
+        """Write x B H P D to the first P slots."""
         self.data[layer, :, :, : x.shape[2]] = x
 
     def overwrite(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
-        """x B H T D of these rows into `slot` B H T."""
+        """Write x B H T D to slots `slot` B H T of these rows, in complete lines."""
         _write_slots(self.data[layer, rows], slot, x.to(self.data.dtype))
 
     def finish_line(self, layer: int, target: Tensor) -> None:
-        """The line that went to `target` (B H C slots) is complete."""
+        """The line written to `target` (slots, B H C) is complete."""
 
     def start_line(self, layer: int, target: Tensor) -> None:
-        """The next line will go to `target`; what lies there may be read until it is written over."""
+        """The next line goes to `target`. Old contents stay readable until they are overwritten."""
 
     def keep_rows(self, rows: int) -> None:
-        """Only the first rows of the batch from now on."""
+        """Drop all but the first `rows` of the batch."""
         self.data = self.data[:, :rows]
 
 
 class Int8(Full):
-    """Eight bits a number and a scale for each head's slot; the line that is being written stays as it was computed.
+    """Complete lines in 8 bits with one scale for each head and slot; the line being written stays as it was computed.
 
-    A complete line no longer changes, so it is rounded once, to the nearest of 255 steps of its greatest number (and
-    again where something is folded into it). In half precision it takes D + 2 bytes where Full takes 2 D.
+    A complete line no longer changes, so it is quantized once, to 255 steps of its largest element (and once more for a
+    slot that something is folded into). In half precision this takes D + 2 bytes where Full takes 2 D.
     """
 
     def __init__(
-        self, lead: tuple[int, int, int], slots: int, stride: int, dim: int, dtype: torch.dtype, device: Device
+        self,
+        batch_shape: tuple[int, int, int],
+        slots: int,
+        stride: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: Device,
     ):
-        self.data = torch.zeros(*lead, slots, dim, dtype=torch.int8, device=device)
-        self.scale = torch.zeros(*lead, slots, 1, dtype=dtype, device=device)
-        self.fresh = torch.zeros(*lead, stride, dim, dtype=dtype, device=device)
-        self.target = torch.zeros(*lead, stride, dtype=torch.int64, device=device)
+        self.data = torch.zeros(*batch_shape, slots, head_dim, dtype=torch.int8, device=device)
+        self.scale = torch.zeros(*batch_shape, slots, 1, dtype=dtype, device=device)
+        self.fresh = torch.zeros(*batch_shape, stride, head_dim, dtype=dtype, device=device)
+        self.target = torch.zeros(*batch_shape, stride, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + self.scale.nbytes + self.fresh.nbytes
 
     def read(self, layer: int, end: int) -> Tensor:
-        held = self._dequantize(self.data[layer, :, :, :end], self.scale[layer, :, :, :end])
+        stored = self._dequantize(self.data[layer, :, :, :end], self.scale[layer, :, :, :end])
         slot = self.target[layer][..., None].expand_as(self.fresh[layer])
-        return held.scatter(2, slot, self.fresh[layer])
+        return stored.scatter(2, slot, self.fresh[layer])
 
     def raw(self, layer: int, end: int) -> RawSlots:
         data, scale = (x[layer, :, :, :end] for x in (self.data, self.scale))
@@ -128,19 +143,19 @@ class Int8(Full):
         return data.to(dtype) * scale.to(dtype)
 
 
-def _write_slots(held: Tensor, slot: Tensor, x: Tensor) -> None:
-    """x B H T N into the places `slot` B H T of `held` B H S N.
+def _write_slots(stored: Tensor, slot: Tensor, x: Tensor) -> None:
+    """Write x B H T N to slots `slot` B H T of `stored` B H S N.
 
-    As rows of one long table: scattering into half precision copies all of `held`, twice, on CPUs.
+    Written as rows of one long table: on CPUs, scattering into half precision copies all of `stored`, twice.
     """
-    first = torch.arange(0, held[..., 0].numel(), held.shape[2], device=held.device).view(*held.shape[:2], 1)
-    held.view(-1, held.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
+    first = torch.arange(0, stored[..., 0].numel(), stored.shape[2], device=stored.device).view(*stored.shape[:2], 1)
+    stored.view(-1, stored.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
 
 
 def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x ... D as int8 and one scale of `dtype` each: ... 1."""
+    """x ... D as int8, and the scale of each vector as `dtype`: ... 1."""
     x = x.float()
-    # A little more, so that the greatest number stays within 127 steps however the scale is rounded.
+    # Slightly larger, so that the largest element stays within 127 steps however the scale is rounded.
     scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps)).to(dtype)
     return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
 

@@ -1,4 +1,4 @@
-"""View: what a policy may look at when a line has ended."""
+"""View: what a policy can read at the end of a line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..grid import Grid
 from .attention import attention_weights
 from .look_ahead import HORIZONS, LookAhead, upcast
 
-FLOOR = 0.1
+FLOOR = 0.1  # of the mean importance of an image token
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,16 @@ class View:
     The loop passes one layer at a time, each as a view with L = 1, which keeps a policy's temporaries small.
 
     keys, values  L B H S D, keys rotated to their true positions
-    bias          L B H S, ln of how many tokens a slot stands for; -inf: nothing there
-    index         int32 L B H S, which token of the sequence; -1: nothing there
-    queries       L B H C D of the finished line, rotated; None unless the policy reads "queries" or "ahead"
+    bias          L B H S, ln of the slot's weight; -inf: empty
+    index         int32 L B H S, index of the slot's token in the sequence; -1: empty
+    queries       L B H C D of the finished line, rotated; None unless the policy reads "queries", "mass" or "ahead"
     mass          L B H S, attention received so far, summed over all queries; None unless the policy reads "mass"
-    row           the line that has just finished. Where a line's end is captured as a CUDA graph (`loop/graph.py`) a
-                  tensor of one element: use it in arithmetic and in comparisons with tensors, and nowhere else
-    layer         number of the first layer shown
-    rotate        rotates queries as if they stood so many lines further down, with the model's RoPE; None unless the
-                  policy reads "ahead"
-    first         number of the first row shown
-    survey        all layers B ..., what the policy's survey found at the first eviction; None unless it has one
+    row           the line that has just finished. When a line's end is captured as a CUDA graph (`loop/graph.py`), this
+                  is a tensor of one element: use it only in arithmetic and in comparisons with tensors
+    layer         number of the first layer in the view
+    rotate        rotates queries to so many lines further down, with the model's RoPE; for policies that read "ahead"
+    first         number of the first row of the batch in the view
+    survey        all layers B ..., result of the policy's survey at the first eviction; None unless it has one
     """
 
     keys: Tensor
@@ -51,39 +50,38 @@ class View:
     _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
-        """The same view in parts: as many rows at a time as have at most `pairs` pairs of slots, and at least one."""
+        """The view split by rows: each part has at most `pairs` pairs of slots, but at least one row."""
         count = max(1, pairs // (self.index.shape[2] * self.index.shape[3] ** 2))
         for first in range(0, self.index.shape[1], count):
-            cut = slice(first, first + count)
+            rows = slice(first, first + count)
             shown: dict[str, Any] = {
-                name: None if (held := getattr(self, name)) is None else held[:, cut]
+                name: None if (tensor := getattr(self, name)) is None else tensor[:, rows]
                 for name in ("keys", "values", "bias", "index", "queries", "mass", "survey")
             }
             yield replace(self, **shown, first=first)
 
     @property
     def newest(self) -> int | Tensor:
-        """Index of the newest token held."""
+        """Index of the newest token in the cache."""
         return self.grid.index(self.row + 1) - 1
 
     def attention(
         self, reduce: Callable[[Tensor], Tensor], last: int | None = None, image_only: bool = False
     ) -> Tensor:
-        """Attention of the finished line's queries, or of its `last` few, over all that is held: softmax, causal.
+        """Causal softmax of the finished line's queries, or of its `last` few, over all slots, reduced to L B H S.
 
-        `image_only` leaves the prompt out of the softmax.
-        `reduce` turns one layer's float32 B H C S into B H S; layers are taken one at a time to bound memory.
-        Returns L B H S.
+        reduce      maps one layer's float32 B H C S to B H S; layers are computed one at a time to bound memory
+        image_only  leaves the prompt out of the softmax
         """
-        assert self.queries is not None, "the policy does not declare that it reads queries"
+        assert self.queries is not None, 'the policy does not declare that it reads "queries"'
         count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
         bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
         layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
         return torch.stack([reduce(attention_weights(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
 
     def look_ahead(self, lines: tuple[int, ...] = HORIZONS) -> LookAhead:
-        """What the lines so many rows further down will attend to. Computed once, for scores and for folding."""
-        assert self.queries is not None and self.rotate is not None, "the policy does not declare that it reads ahead"
+        """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike."""
+        assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
             queries = torch.cat([self.rotate(self.queries, n) for n in lines], 3)
             self._look_aheads[lines] = LookAhead.of(queries, self.keys, self.bias)
@@ -106,7 +104,7 @@ class View:
         return self.index >= self.grid.prompt
 
     def by_index(self, scores: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply `smooth` along the sequence: slots are in no order, neighbours in the image are neighbours by index."""
+        """Apply `smooth` along the sequence: slots are unordered, so neighbours in the image are found by index."""
         order = self.index.argsort(dim=-1, stable=True)
         smoothed = smooth(scores.gather(-1, order))
         return torch.empty_like(scores).scatter_(-1, order, smoothed)

@@ -15,7 +15,7 @@ from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..prompts import Prompt
 from ..prompts.tokenizer import TextTokenizer
-from ..tokenizers.layouts import renamed, taming_top
+from ..tokenizers.layouts import rename_key, taming_top_level
 from ..tokenizers.tokenizer import VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
@@ -124,7 +124,7 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
 
 def _check_sizes(weights: Weights, config: Any) -> None:
     """Refuse sizes that no model has, before anything is built by them: a file can say what it likes."""
-    free = ("first", *(("caption_dim", "caption_slots") if config.classes else ("classes",)))
+    free = ("first_code", *(("caption_dim", "caption_slots") if config.classes else ("classes",)))
     sizes = {name: size for name, size in vars(config).items() if type(size) is int and name not in free}
     if none := [name for name, size in sizes.items() if size < 1]:
         raise weights.problem(f"is of no size: {none[0]} is {sizes[none[0]]}; download it again.")
@@ -267,9 +267,9 @@ def is_tokenizer(weights: Weights) -> bool:
 def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and where its weights go."""
     names = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
-    top = taming_top(weights.tensors) if names is None else None  # Chameleon's
+    top = taming_top_level(weights.tensors) if names is None else None  # Chameleon's
     if top is not None:
-        names = partial(renamed, top=top)
+        names = partial(rename_key, top=top)
     ours = {key: names(key) if names else key for key in weights.tensors}
     shapes = {name: shape for key, shape in weights.shapes.items() if (name := ours[key]) is not None}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:

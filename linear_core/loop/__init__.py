@@ -1,1 +1,1 @@
-"""What turns a model into a picture over time: drawing tokens, ending lines, splitting batches that do not fit."""
+"""From a model to a picture: prefill, decoding line by line, sampling, CUDA graphs, micro-batches."""

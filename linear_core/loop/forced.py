@@ -48,7 +48,7 @@ def forced_lines(
     first = decoder.prefill(prompt, cache)[:, None]  # those after token n - 1 are of token n
     cache.extend()
     for row in range(grid.rows):
-        others = decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, every=True)
+        others = decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
         yield torch.cat([first, others], 1)[:, : grid.cols]
         first = others[:, -1:]
         look(row, cache)

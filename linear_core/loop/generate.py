@@ -1,4 +1,4 @@
-"""The loop: prompt in, one Line per row out. The line is the clock for everything that is not a token."""
+"""The loop: from a prompt to one Line per row. Whatever is not done per token is done once per line."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .sampling import Noise, apply_guidance, filter_logits, sample_codes
 
 
 class Decoder(Protocol):
-    """What a model's adapter owes."""
+    """What `generate` needs of a model. Shapes are those of models.raster.Raster."""
 
     grid: Grid
     codes: int
     dtype: torch.dtype
     device: torch.device
 
-    def cache_shape(self, prompt: int) -> CacheShape: ...  # of a prompt with so many places
+    def cache_shape(self, prompt: int) -> CacheShape: ...  # for a prompt of this length
     def with_unconditional(self, prompt: Any) -> Any: ...
     def prefill(self, prompt: Any, cache: LineCache) -> Tensor: ...
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor: ...
     def feed(
-        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, all_logits: bool = False
     ) -> Tensor: ...
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
@@ -59,28 +59,30 @@ def generate(
     above: Tensor | None = None,
     name: str = "the model",
 ) -> Iterator[Line]:
-    """Draw one image for each row of `prompt`, yielding each row of tokens as it is finished.
+    """Draw one image for each row of `prompt`; yields a Line when a row of tokens is finished.
 
-    `above`, codes B rows cols (or one image's, for all), are lines that are there already: they are fed a line at a
-    time, with the same eviction at every line's end, so that the cache then holds what drawing them would have left in
-    it, and drawing goes on below them.
+    plan      what the cache keeps
+    sample    how tokens are sampled
+    step      replaces the decoder's own (compiled, captured)
+    line_end  replaces `evict` (captured)
+    static    every step has the same shape, at the price of reading slots that are still empty
+    above     codes B rows cols, or one image's for all: lines that exist already. They are fed a line at a time, with
+              the same eviction at every line's end, so the cache is as if they had been drawn; drawing goes on below
+    name      what error messages call the model
 
-    `plan` says what the cache keeps, `sample` how tokens are drawn. `step` replaces the decoder's own (compiled,
-    captured), `line_end` our `evict` (captured); `static` gives a step one shape for the whole image, at the price of
-    reading slots that are still empty.
-    Settings that do not fit raise UserError before anything is allocated. A line whose logits are no numbers raises it
-    at its end, and calls the model by `name`. Dropping the iterator frees all it holds.
+    Raises UserError before anything is allocated if the settings do not fit the model, and at the end of a line whose
+    logits are not finite. Dropping the iterator frees all memory.
     """
     policy = get_policy(plan.policy)
-    asked = prompt.grid or decoder.grid
-    plan.check(asked)
+    image_grid = prompt.grid or decoder.grid
+    plan.check(image_grid)
     images, device = prompt.rows, decoder.device
     if images < 1:
-        raise UserError("prompt: it names no image; give at least one class or text.")
-    given = _check_above(above, images, asked, decoder.codes)
+        raise UserError("prompt: it is empty; give at least one class or text.")
+    lines_above = _check_above(above, images, image_grid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
-    grid = asked.after(rows.length)
+    grid = image_grid.after(rows.length)
     shape = decoder.cache_shape(rows.length)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
     cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads, static=static)
@@ -90,44 +92,44 @@ def generate(
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad
-    broken = torch.zeros((), device=device)  # no longer 0 once a logit is not finite; only a line's end looks at it
+    non_finite = torch.zeros((), device=device)  # NaN once a logit is not finite; read at a line's end only
 
     started = time.perf_counter()
     logits = decoder.prefill(rows, cache)
     cache.extend()
     for row in range(grid.rows):
         tokens = torch.empty(images, grid.cols, dtype=torch.int64, device=device)
-        replayed = row < given.shape[1]
+        replayed = row < lines_above.shape[1]
         if replayed:
-            tokens.copy_(given[:, row])
+            tokens.copy_(lines_above[:, row])
             line = tokens if grid.eol is None else F.pad(tokens, (0, 1), value=grid.eol)
             logits = decoder.feed(
                 line.repeat(cache.rows // images, 1), index[grid.stride * row :][: grid.stride], pad, columns, cache
             )
         for column in range(grid.cols if replayed else 0, grid.cols):
             number = row * grid.stride + column
-            broken += logits.sum() * 0  # nan and infinity times 0 are nan
+            non_finite += logits.sum() * 0  # NaN and infinity times 0 are NaN
             token = draw(logits, number, images, sample, noise)
             tokens[:, column] = token
-            fed = grid.tokens_fed(column)  # a line's end is known, so nobody has to wait for its logits
+            fed = grid.tokens_fed(column)  # the end-of-line token is known, so it needs no logits
             if number + fed == grid.tokens:
-                break  # nothing is drawn after it
+                break  # it is the last
             if cache.rows > images and not sample.guides(number + fed):
                 cache.keep_rows(images)
                 pad = pad[:images]
             token = token.repeat(cache.rows // images)
-            places, ahead = index[number : number + fed], columns[column : column + fed]
+            fed_index, fed_columns = index[number : number + fed], columns[column : column + fed]
             if fed == 1:
-                logits = step(token, places, pad, ahead, cache)
+                logits = step(token, fed_index, pad, fed_columns, cache)
             else:
                 with_end = F.pad(token[:, None], (0, 1), value=grid.eol)
-                logits = decoder.feed(with_end, places, pad, ahead, cache)
+                logits = decoder.feed(with_end, fed_index, pad, fed_columns, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, rotate, line_end or evict)
         share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
         held = round(float(share.sum()) / images, 3)
-        tokens_now = tokens.cpu()  # the one point of a line at which the host waits for the device
-        if broken != 0:
+        tokens_now = tokens.cpu()  # the only point in a line where the host waits for the device
+        if non_finite != 0:
             raise UserError(_not_finite(name, decoder.dtype, row, grid.rows))
         now = time.perf_counter()
         yield Line(
@@ -138,17 +140,17 @@ def generate(
 
 
 def _not_finite(name: str, dtype: torch.dtype, row: int, rows: int) -> str:
-    likely = (
-        "float16 ends at 65504, which large models exceed; compute in bfloat16 or float32"
+    hint = (
+        "float16 ends at 65504, which large models exceed; use bfloat16 or float32"
         if dtype == torch.float16
-        else "its file may be damaged, or be another model's; download it again or choose another"
+        else "its file may be damaged or belong to another model; download it again or choose another"
     )
     kind = str(dtype).removeprefix("torch.")
-    return f"{name}: its logits are not numbers (nan or infinity, {kind}) in line {row + 1} of {rows}; {likely}."
+    return f"{name}: its logits are not finite (NaN or infinity, {kind}) in line {row + 1} of {rows}; {hint}."
 
 
 def draw(logits: Tensor, number: int, images: int, sample: SamplePlan, noise: Noise) -> Tensor:
-    """Image token `number` of each image from the logits of all sequences: int64 B."""
+    """Sample image token `number` of each image from the logits of all sequences, (2 B) V if guided: int64 B."""
     return sample_codes(scores(logits, number, images, sample), noise.exponential(number), sample.temperature)
 
 
@@ -159,29 +161,31 @@ def scores(logits: Tensor, number: int, images: int, sample: SamplePlan) -> Tens
 
 
 def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> Tensor:
-    """The lines given, for every image: int64 B rows cols. Raises UserError where they do not fit."""
+    """`above` for every image: int64 B rows cols. Raises UserError if it does not fit the grid or the codebook."""
     if above is None or above.shape[1] == 0:
         return torch.empty(images, 0, grid.cols, dtype=torch.int64)
     count, rows, cols = above.shape
     if cols != grid.cols or rows >= grid.rows:
         raise UserError(
-            f"tokens: {rows} lines of {cols} are given, but the model draws {grid.rows} lines of {grid.cols}; give "
-            f"lines of {grid.cols} tokens, at most {grid.rows - 1} of them."
+            f"tokens: there are {rows} lines of {cols}, but the model draws {grid.rows} lines of {grid.cols}; give at "
+            f"most {grid.rows - 1} lines of {grid.cols} tokens."
         )
     if count not in (1, images):
         raise UserError(
-            f"tokens: {count} pictures are given and {images} are drawn; give one, or one for each (see batch_size)."
+            f"tokens: there are {count} pictures, but {images} are drawn; give one, or one for each (see batch_size)."
         )
     if int(above.min()) < 0 or int(above.max()) >= codes:
-        raise UserError(f"tokens: code {int(above.max())} is not one of the model's {codes}; give its own tokens.")
+        raise UserError(
+            f"tokens: code {int(above.max())} is not one of the model's {codes} codes; give tokens of this model."
+        )
     return above.expand(images, -1, -1)
 
 
 def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -> None:
-    """Bring a full cache back to its budget; the next line is written over what leaves.
+    """Evict from a full cache down to its budget; the next line overwrites the victims.
 
-    The same work for every line, so it can be recorded (`graph.py`); `row` is then a tensor of one number, on the
-    device. The first of a cache is not: it also asks for the policy's survey.
+    The work is the same for every line, so it can be captured in a CUDA graph (`graph.py`); `row` is then a tensor of
+    one element on the device. The first eviction of a cache also runs the policy's survey and cannot be captured.
     """
     plan, grid = cache.plan, cache.grid
     views: Iterable[View] = (cache.view(row, layer, rotate) for layer in range(cache.shape.layers))
@@ -189,7 +193,7 @@ def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -
         views = list(views)
         cache.survey = torch.cat([policy.survey(view) for view in views])
         views = [replace(view, survey=cache.survey) for view in views]
-    if plan.release == "fold":  # compares slots with slots, which for all rows at once takes much memory
+    if plan.release == "fold":  # compares all pairs of slots, which takes too much memory for all rows at once
         pairs = fold_pairs(cache.index.device.type)
         views = (part for view in views for part in view.parts(pairs))
     for view in views:
@@ -203,26 +207,28 @@ def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -
 
 
 def end_line(cache: LineCache, policy: Policy, row: int, rotate: Rotate, evict: Evict = evict) -> None:
-    """Decide where the next line is written: in slots never used before, or over what `evict` lets go."""
+    """Decide where the next line is written: to unused slots, or over the victims of `evict`."""
     plan = cache.plan
     if plan.evicts(cache.grid) and row >= plan.budget:
-        cache.extent = cache.slots  # more than now where heads keep unequal numbers: some need their room from here on
+        cache.extent = (
+            cache.slots
+        )  # larger than now if heads keep unequal numbers: some use the extra room from here on
         evict(cache, policy, row, rotate)
         return
     if cache.mass is not None:
         for layer in range(cache.shape.layers):
-            cache.view(row, layer)  # that is what counts it
+            cache.view(row, layer)  # adds the line's attention to mass
     cache.extend()
 
 
 class Run:
-    """The lines of one run as they come, and what can be said of them together."""
+    """The lines of one run, and totals over them."""
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
 
     def add(self, line: Line) -> None:
-        self.lines.append(replace(line, by_head=None))  # large, and told to whoever follows the run line by line
+        self.lines.append(replace(line, by_head=None))  # large, and only of interest while the run goes on
 
     @property
     def tokens(self) -> Tensor:
@@ -231,20 +237,21 @@ class Run:
 
     @property
     def shares(self) -> Tensor:
-        """What was held after each line: float32 B lines rows cols, share of layers and heads."""
+        """Share of layers and heads that held each token after each line: float32 B lines rows cols."""
         return torch.stack([line.share for line in self.lines], 1)
 
     @property
     def seconds(self) -> float:
+        """Of all lines."""
         return sum(line.seconds for line in self.lines)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all images together, where they were drawn."""
+        """Of all images together, without lines that were given."""
         drawn = [line for line in self.lines if not line.replayed]
         return sum(line.tokens.numel() for line in drawn) / max(sum(line.seconds for line in drawn), 1e-9)
 
     @property
     def held(self) -> float:
-        """Image tokens held per head when a line has ended and the next begins, at most."""
+        """The most image tokens held per head between two lines."""
         return max((line.held for line in self.lines if line.row + 1 < line.rows), default=0.0)

@@ -1,4 +1,4 @@
-"""A batch that is too large for the memory: drawn in parts, and in smaller ones where the memory runs out after all."""
+"""A batch that does not fit into memory: drawn in micro-batches, and in smaller ones if memory still runs out."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Images that are drawn together, once with each cache: what to hand `generate`, and what came of it.
+    """Images that are drawn together, once with each cache: input of `generate`, and its result.
 
-    above  by cache: lines that are there already, codes B rows cols, or one image's for all; None: none
-    runs   by cache: the lines that are drawn, added as they come
+    above  by cache: lines that exist already, codes B rows cols, or one image's for all; None: none
+    runs   by cache: lines drawn so far
     """
 
     prompt: Any
@@ -35,30 +35,30 @@ class MicroBatch:
     above: list[Tensor | None]
     runs: list[Run] = field(default_factory=list)
 
-    def so_far(self, cache: int = 0) -> Tensor | None:
-        """The lines there are, drawn or given: codes B rows cols."""
+    def codes(self, cache: int = 0) -> Tensor | None:
+        """The lines so far, drawn or given: codes B rows cols."""
         given, run = self.above[cache], self.runs[cache]
         return run.tokens if len(run.lines) > (0 if given is None else given.shape[1]) else given
 
     def split(self, at_once: int) -> list[MicroBatch]:
-        """In parts of at most `at_once` images, which begin with what was drawn of them so far, but for the last line.
+        """Split into micro-batches of at most `at_once` images, which start from the lines so far, except the last.
 
-        Every image keeps the seed that it has in the whole, so its picture is the same.
+        Every image keeps its own seed, so its picture does not change.
         """
-        above = [self.so_far(cache) for cache in range(len(self.runs))]
+        above = [self.codes(cache) for cache in range(len(self.runs))]
         above = [
             codes if codes is None or not run.lines else codes[:, : run.lines[0].rows - 1]
             for codes, run in zip(above, self.runs, strict=True)
         ]
 
-        def own(given: Tensor | None, rows: range) -> Tensor | None:
+        def select(given: Tensor | None, rows: range) -> Tensor | None:
             return given if given is None or len(given) == 1 else given[list(rows)]
 
         return [
             MicroBatch(
-                self.prompt.take(rows),
+                self.prompt.select(rows),
                 replace(self.sample, seed=self.sample.seed + rows[0]),
-                [own(given, rows) for given in above],
+                [select(given, rows) for given in above],
                 [Run() for _ in above],
             )
             for rows in split_batch(self.prompt.rows, at_once)
@@ -66,11 +66,12 @@ class MicroBatch:
 
 
 class MicroBatches:
-    """The parts of a batch, to iterate over. Each is drawn within `watch`, and `runs` is then all of the batch.
+    """The micro-batches of a batch, to iterate over. Draw each within `watch`; afterwards `runs` covers the whole
+    batch.
 
-    Where the memory runs out the rest of the batch goes on in parts of half as many images. What was drawn is kept: the
-    complete lines of the part are fed, not drawn again. That happens once; then `watch` raises UserError, which ends
-    with `advice`.
+    If memory runs out, the rest of the batch is drawn in micro-batches of half the size. Nothing is lost: complete
+    lines are fed, not drawn again. If memory runs out a second time, `watch` raises UserError, which ends with
+    `advice`.
     """
 
     def __init__(
@@ -83,25 +84,25 @@ class MicroBatches:
         caches: int = 1,
         advice: str,
     ):
-        whole = MicroBatch(prompt, sample, [above] * caches, [Run() for _ in range(caches)])
+        batch = MicroBatch(prompt, sample, [above] * caches, [Run() for _ in range(caches)])
         self.done: list[MicroBatch] = []
-        self.left, self.halved, self.advice = whole.split(at_once), 0, advice
+        self.pending, self.halved_from, self.advice = batch.split(at_once), 0, advice
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        while self.left:
-            yield self.left[0]
+        while self.pending:
+            yield self.pending[0]
 
     def __len__(self) -> int:
-        return len(self.done) + len(self.left)
+        return len(self.done) + len(self.pending)
 
     @property
-    def largest(self) -> int:
-        """The most images that were drawn together."""
+    def max_images(self) -> int:
+        """Size of the largest micro-batch that was drawn."""
         return max(micro_batch.prompt.rows for micro_batch in self.done)
 
     @property
     def runs(self) -> list[Run]:
-        """The whole batch by cache, as if drawn at once."""
+        """By cache, the whole batch as if drawn at once."""
         runs = [Run() for _ in self.done[0].runs]
         for run, parts in zip(runs, zip(*(micro_batch.runs for micro_batch in self.done), strict=True), strict=True):
             for line in merge_lines([part.lines for part in parts]):
@@ -109,31 +110,31 @@ class MicroBatches:
         return runs
 
     @property
-    def begun(self) -> list[Tensor]:
-        """What there is of the first cache's pictures: codes B rows cols of each part, as far as it has come."""
-        parts = [micro_batch.so_far() for micro_batch in [*self.done, *self.left]]
+    def codes(self) -> list[Tensor]:
+        """The first cache's lines so far: codes B rows cols of every micro-batch that has any."""
+        parts = [micro_batch.codes() for micro_batch in [*self.done, *self.pending]]
         return [codes for codes in parts if codes is not None]
 
     @contextmanager
     def watch(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Draw `wave` within; where the memory runs out it comes again, in halves."""
+        """Draw `micro_batch` within. If memory runs out, it is split in halves, which are iterated over next."""
         try:
             yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold everything that was being computed
+            traceback.clear_frames(error.__traceback__)  # they hold every tensor of the computation
         else:
-            self.done.append(self.left.pop(0))
+            self.done.append(self.pending.pop(0))
             return
         gc.collect()
         images = micro_batch.prompt.rows
-        if self.halved or images == 1:
-            before = f"with {_pictures(self.halved)} at a time, and again " if self.halved else ""
+        if self.halved_from or images == 1:
+            before = f"with {_pictures(self.halved_from)} at a time, and again " if self.halved_from else ""
             raise UserError(f"memory: it ran out {before}with {_pictures(images)} at a time; {self.advice}.") from None
         log.warning("LineAR: memory ran out with %d pictures at a time; going on with %d", images, images // 2)
-        self.halved = images
-        self.left = [part for micro_batch in self.left for part in micro_batch.split(images // 2)]
+        self.halved_from = images
+        self.pending = [part for micro_batch in self.pending for part in micro_batch.split(images // 2)]
 
 
 def _pictures(images: int) -> str:
@@ -141,17 +142,17 @@ def _pictures(images: int) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that there is no memory left; only on a GPU does that have a type of its own."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
+    """Whether memory ran out. Only GPUs have an exception type for it, so messages are read as well."""
+    messages = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in messages)
     )
 
 
 def merge_lines(parts: list[list[Line]]) -> list[Line]:
-    """The lines of a batch that was drawn in parts: as if at once, but for the time, and the cache of the largest."""
+    """The lines of a batch drawn in micro-batches, as if drawn at once; seconds add up, cache_bytes are the maximum."""
 
-    def one(lines: tuple[Line, ...]) -> Line:
+    def merge(lines: tuple[Line, ...]) -> Line:
         images = [len(line.tokens) for line in lines]
         stands = [line.stands for line in lines if line.stands is not None]
         return replace(
@@ -164,4 +165,4 @@ def merge_lines(parts: list[list[Line]]) -> list[Line]:
             cache_bytes=max(line.cache_bytes for line in lines),
         )
 
-    return [one(lines) for lines in zip(*parts, strict=True)]
+    return [merge(lines) for lines in zip(*parts, strict=True)]

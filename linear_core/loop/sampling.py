@@ -1,4 +1,4 @@
-"""From logits to tokens, on the device, without asking the host anything."""
+"""From logits to tokens, on the device, without a value that the host would have to wait for."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ _MASK = 0xFFFFFFFF
 
 
 def apply_guidance(logits: Tensor, images: int, scale: float) -> Tensor:
-    """Classifier-free guidance. Logits of conditional rows, then unconditional: (2 B) V -> B V."""
+    """Classifier-free guidance: logits (2 B) V, conditional rows first, then unconditional -> B V."""
     conditional, unconditional = logits[:images], logits[images:]
     return unconditional + (conditional - unconditional) * scale
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.0) -> Tensor:
-    """-inf for codes outside the `top_k` likeliest (0: all) and outside the smallest set of mass `top_p`.
+    """Set logits to -inf outside the `top_k` most likely codes (0: all) and outside the smallest set of probability
+    `top_p`.
 
-    The mass is that of softmax(logits / temperature), of what `top_k` has left.
+    Top-p uses softmax(logits / temperature) over the codes that top-k has left. logits B V -> B V.
     """
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < least, float("-inf"))
     if top_p < 1:
-        ordered, place = logits.sort(dim=-1, descending=True)
-        shares = (ordered / (temperature or 1.0)).softmax(-1)
-        before = shares.cumsum(-1).roll(1, dims=-1)  # mass in front of each code; the first always stays
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = (ordered / (temperature or 1.0)).softmax(-1)
+        before = probabilities.cumsum(-1).roll(1, dims=-1)  # mass before each code; the first code always stays
         before[..., 0] = 0
-        outside = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, place, before > top_p)
+        outside = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before > top_p)
         logits = logits.masked_fill(outside, float("-inf"))
     return logits
 
@@ -35,7 +36,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, temperature: float =
 def _mix(x: Tensor) -> Tensor:
     """A 32-bit finaliser (Mueller's lowbias32 constants) in int64 arithmetic, which every device has.
 
-    In place, here and below: fresh memory for each of a dozen operations would take longer than what they compute.
+    In place, here and below: allocating memory for each of a dozen operations would take longer than computing them.
     """
     x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
     x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
@@ -43,10 +44,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class Noise:
-    """Random numbers addressed by (seed, token, code), so they depend on nothing else.
+    """Random numbers addressed by (seed, token, code), so that they depend on nothing else.
 
-    Image i of a batch with seed s gets what a batch of one with seed s + i gets, on every device; and two runs that
-    differ in their cache alone draw with the same noise, which is what makes their pictures comparable.
+    Image i of a batch with seed s gets the noise of a single image with seed s + i, on every device. Two runs that
+    differ only in their cache use the same noise, which makes their pictures comparable.
     """
 
     def __init__(self, seed: int, images: int, codes: int, device: torch.device | str):
@@ -59,16 +60,17 @@ class Noise:
         """Standard exponential noise for image token number `token`: float32 B V, all positive."""
         bits = self.start + (token + 1) * 0x9E3779B1
         bits = _mix(bits.bitwise_and_(_MASK).bitwise_xor_(self.high))
-        # u is finest near 0, where the winner of the race below is decided. It stays below 1: infinite noise would rule
-        # a code out, even the only one that is left.
+        # u is finest near 0, where the race below is decided. It stays below 1: infinite noise would rule out a code,
+        # even the only one that is left.
         u = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
         return u.neg_().log1p_().neg_()
 
 
 def sample_codes(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """Draw one code a row. Logits B V (restricted already), exponential noise B V -> int64 B.
+    """Sample one code per row: logits B V (already filtered), exponential noise B V -> int64 B.
 
-    A race: code v finishes at noise / p(v), the first wins with probability p(v). Temperature 0 is greedy.
+    An exponential race: code v finishes at noise / p(v), and the first one wins with probability p(v). Temperature 0 is
+    greedy.
     """
     if temperature == 0:
         return logits.argmax(-1)

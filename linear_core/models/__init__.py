@@ -1,1 +1,1 @@
-"""The decoders, one file an architecture, from the blocks they share. They know tokens and caches, not the loop."""
+"""The decoders, one file per architecture, built from shared blocks. They know tokens and caches, not the loop."""

@@ -1,4 +1,4 @@
-"""The pieces that line-raster transformers share. Nothing here knows of a cache: a block is handed `attend`."""
+"""Building blocks of raster transformers. They know nothing of a cache: a block is passed `attend`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Ops = ModuleType | type[Any]
-Rotate = Callable[[Tensor], Tensor]  # RoPE: rotates queries and keys 2 B H T D
+Rotate = Callable[[Tensor], Tensor]  # applies RoPE to queries and keys, 2 B H T D
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v B H T D -> B H T D
 
 
-@lru_cache(maxsize=64)  # a recorded graph reads what is kept here
+@lru_cache(maxsize=64)  # captured graphs read the tensors kept here
 def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """LlamaGen's rotary table, for `rotate_pairs`: float32 rows*cols 2 dim, cosines and signed sines.
+    """LlamaGen's 2-D RoPE table for `rotate_pairs`: float32 rows*cols 2 dim, cosines and signed sines.
 
-    The first half of the pairs turns by the row, the second by the column.
+    The first half of the pairs rotates by the row, the second by the column.
     """
     half = dim // 2
     inverse = base ** -(torch.arange(0, half, 2, device=device)[: half // 2].float() / half)
@@ -33,12 +33,12 @@ def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -
 
 @lru_cache(maxsize=64)
 def _inverse_frequencies(dim: int, base: float, device: torch.device) -> Tensor:
-    """Radians a position for each pair: float32 dim/2."""
+    """Radians per position of each pair: float32 dim/2."""
     return base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
 
 
 def rope_1d(position: Tensor, dim: int, base: float) -> Tensor:
-    """Llama's rotary table, for `rotate_halves`, of whole-numbered positions of any shape: float32 ... 2 dim."""
+    """Llama's RoPE table for `rotate_halves`, at integer positions of any shape: float32 ... 2 dim."""
     angle = position.float()[..., None] * _inverse_frequencies(dim, base, position.device)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], -2)
@@ -53,20 +53,20 @@ def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs half a head apart, (x0 xD/2), (x1 xD/2+1), … of x ... T D by `table` ... T 2 D, in float32.
 
-    How transformers keeps a Llama's heads; `rotate_pairs` is how Meta, and LlamaGen after it, does.
+    This is transformers' layout of Llama heads; `rotate_pairs` is Meta's, and LlamaGen's after it.
     """
     x32 = x.float()
     return _rotate(x32, x32.roll(x.shape[-1] // 2, -1), table).to(x.dtype)
 
 
 def _rotate(x: Tensor, other: Tensor, table: Tensor) -> Tensor:
-    """Each number by its cosine, and the other of its pair by the sine that has the sign already."""
+    """Multiply each element by its cosine and add its partner times the signed sine."""
     cos, sin = table.unbind(-2)
     return x * cos + other * sin
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm of each head's numbers, with a weight and a bias of its own for every head."""
+    """LayerNorm over each head, with a weight and a bias per head."""
 
     def __init__(self, heads: int, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -80,7 +80,7 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections only, and a norm of queries and keys where the model has one; key names are LlamaGen's."""
+    """Projections, and norms of queries and keys if the model has them. Key names are LlamaGen's."""
 
     def __init__(self, width: int, heads: int, ops: Ops = nn, qk_norm: bool = False):
         super().__init__()
@@ -92,15 +92,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
         """x B T W."""
         heads = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        both, v = heads[:2], heads[2]
+        qk, v = heads[:2], heads[2]
         if self.q_norm and self.k_norm:
-            both = torch.stack([self.q_norm(both[0]), self.k_norm(both[1])])
-        q, k = rotate(both)  # at once, as a rotation is several operations too small to be worth their launch
+            qk = torch.stack([self.q_norm(qk[0]), self.k_norm(qk[1])])
+        q, k = rotate(qk)  # together, because a rotation is several operations too small to be worth a launch each
         return self.wo(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, ... W -> ... W."""
 
     def __init__(self, width: int, hidden: int, ops: Ops = nn):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Janus and Janus-Pro: a Llama with a codebook and a head of its own for images (github.com/deepseek-ai/Janus).
+"""Janus and Janus-Pro: a Llama with a codebook and an output head of its own for images (github.com/deepseek-ai/Janus).
 
-An image token is fed as its entry of a small codebook (`gen_embed`), brought to the model's width by two layers
-(`gen_aligner`); logits come from two more (`gen_head`). What only reads pictures or writes text is not here.
+An image token is embedded by its entry in a small codebook (`gen_embed`) and a two-layer MLP to the model's width
+(`gen_aligner`); another MLP (`gen_head`) gives the logits. The parts that only read images or write text are left out.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ..grid import Grid
 from .blocks import Ops
 from .llama import Llama, LlamaConfig
 
-DIM = 128  # numbers a head, in every published size
+HEAD_DIM = 128  # in every published size
 
 
 @dataclass(frozen=True)
 class JanusConfig(LlamaConfig):
-    """`code_dim` numbers an entry of the codebook, `head_hidden` between the two layers of the head."""
+    """`code_dim`: size of a codebook entry; `head_hidden`: hidden size of the output head."""
 
     code_dim: int = 8
     head_hidden: int = 2048
 
 
-class TwoLayers(nn.Module):
+class MLP(nn.Module):
     """Linear, GELU, Linear: ... I -> ... O."""
 
     def __init__(self, inner: int, hidden: int, outer: int, ops: Ops = nn):
@@ -46,8 +46,8 @@ class Janus(Llama):
     def __init__(self, config: JanusConfig, grid: Grid, ops: Ops = nn):
         super().__init__(config, grid, ops)
         self.gen_embed = ops.Embedding(config.codes, config.code_dim)
-        self.gen_aligner = TwoLayers(config.code_dim, config.width, config.width, ops)
-        self.gen_head = TwoLayers(config.width, config.head_hidden, config.codes, ops)
+        self.gen_aligner = MLP(config.code_dim, config.width, config.width, ops)
+        self.gen_head = MLP(config.width, config.head_hidden, config.codes, ops)
 
     def embed_codes(self, tokens: Tensor) -> Tensor:
         return self.gen_aligner(self.gen_embed(tokens).to(self.dtype))

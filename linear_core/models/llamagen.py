@@ -1,7 +1,7 @@
 """LlamaGen: a Llama over image codes with 2-D RoPE (github.com/FoundationVision/LlamaGen, MIT).
 
-The module's key names are the published files'. Every size is read off a state dict's shapes, except the number of
-heads and the grid, which a file does not tell: see `read_config`.
+Key names are those of the published files. Every size is read from a state dict's shapes, except the number of heads
+and the grid, which the files do not contain: see `read_config`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..prompts import Prompt
 from .blocks import Block, Ops, rope_2d, rotate_pairs
 from .raster import Raster
 
-HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # published widths
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # by published width
 ROPE_BASE = 10000.0
 
 
@@ -32,13 +32,13 @@ class LlamaGenConfig:
     heads: int
     hidden: int
     codes: int
-    classes: int = 0  # class-conditional; the unconditional class comes on top
+    classes: int = 0  # class-conditional; without the unconditional class
     caption_dim: int = 0  # text-conditional
     caption_slots: int = 0
     eps: float = 1e-5
 
     def cache_shape(self, prompt: int, bytes_per_element: int) -> CacheShape:
-        """One slot for the prompt, however long: see LlamaGen."""
+        """One slot for the whole prompt: see LlamaGen."""
         return CacheShape(self.layers, self.heads, self.width // self.heads, LlamaGen.prompt_slots, bytes_per_element)
 
 
@@ -67,9 +67,9 @@ class CaptionEmbedding(nn.Module):
 class LlamaGen(Raster):
     """Decoder for class- and text-conditional LlamaGen of every size.
 
-    The published RoPE table is zero, not the identity, for the prompt: its rotated queries and keys are exactly zero.
-    So every image query scores each visible prompt token 0, and n of them are exactly one slot with a zero key, the
-    mean value and weight n. That one slot is all the prompt takes in the cache.
+    The published RoPE table is zero, not the identity, for the prompt, so its rotated queries and keys are exactly
+    zero. Every image query therefore scores each visible prompt token 0, and n of them equal one slot with a zero key,
+    the mean value and weight n. That one slot is all that the prompt takes in the cache.
     """
 
     prompt_slots = 1
@@ -95,37 +95,39 @@ class LlamaGen(Raster):
         return self.output(hidden)
 
     def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
-        """T 2 D; `pad` does not matter, LlamaGen turns by the place in the picture alone."""
+        """RoPE table T 2 D. `pad` has no effect: LlamaGen rotates by the position in the picture alone."""
         table = rope_2d(grid.rows, grid.cols, self.config.width // self.config.heads, ROPE_BASE, index.device)
         return table.index_select(0, index - grid.prompt)
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
-        """The rows of `prompt`, then its negative ones, else unconditional ones with the same places empty."""
+        """The rows of `prompt`, then its negative rows, or unconditional rows with the same padding."""
         self.check(prompt)
         if prompt.negative is not None:
             return prompt.stack(prompt.negative)
         if isinstance(self.cls_embedding, CaptionEmbedding):
-            nothing = self.cls_embedding.uncond_embedding.to(prompt.tokens)[-prompt.length :].expand_as(prompt.tokens)
+            unconditional = self.cls_embedding.uncond_embedding.to(prompt.tokens)[-prompt.length :].expand_as(
+                prompt.tokens
+            )
         else:
-            nothing = torch.full_like(prompt.tokens, self.config.classes)
-        return prompt.stack(Prompt(nothing, prompt.pad))
+            unconditional = torch.full_like(prompt.tokens, self.config.classes)
+        return prompt.stack(Prompt(unconditional, prompt.pad))
 
     def check(self, prompt: Prompt) -> None:
-        """Refuse what another model's prompt is: a class for a text, too many or too long ones."""
+        """Raise UserError for another model's prompt: a class in place of a text, too many tokens, other features."""
         c, tokens = self.config, prompt.tokens
         if c.classes and (tokens.ndim != 2 or prompt.length != 1):
-            raise UserError("prompt: this model draws classes, not texts; connect a Class Prompt.")
+            raise UserError("prompt: this model draws from classes, not texts; connect a Class Prompt.")
         if c.classes and (largest := int(tokens.max())) > c.classes:
             raise UserError(
-                f"prompt: it asks for class {largest}, and this model has {c.classes}; connect a Class Prompt made "
-                "with this model."
+                f"prompt: it asks for class {largest}, but this model has {c.classes} classes; connect a Class Prompt "
+                "made with this model."
             )
         if c.caption_dim and (tokens.ndim != 3 or prompt.length > c.caption_slots):
-            raise UserError("prompt: this model draws what a text says; connect a Text Prompt.")
+            raise UserError("prompt: this model draws from texts; connect a Text Prompt.")
         if c.caption_dim and tokens.shape[2] != c.caption_dim:
             raise UserError(
-                f"prompt: the text encoder gives {tokens.shape[2]} numbers a token, this model takes {c.caption_dim}; "
-                "choose FLAN-T5-XL's encoder."
+                f"prompt: the text encoder gives {tokens.shape[2]} features per token, but this model takes "
+                f"{c.caption_dim}; choose FLAN-T5-XL's encoder."
             )
 
     def _embed(self, prompt: Prompt) -> Tensor:
@@ -133,21 +135,21 @@ class LlamaGen(Raster):
         return self.cls_embedding(tokens).to(self.dtype)
 
     def prefill(self, prompt: Prompt, cache: LineCache) -> Tensor:
-        """Logits B V of the first image token; the prompt's one slot is written.
+        """Logits B V of the first image token; writes the prompt's slot.
 
-        Rows that are alike, as the unconditional ones of classes are, are computed once.
+        Equal rows, such as the unconditional rows of class prompts, are computed once.
         """
         self.check(prompt)
-        once, row = prompt.unique()
-        x = self._embed(once)
-        visible = once.visible()
-        seen = visible[:, -1:]  # by image tokens: everything but padding
-        count = seen.sum((1, 2))
+        unique, row = prompt.unique()
+        x = self._embed(unique)
+        visible = unique.attention_mask()
+        to_image = visible[:, -1:]  # image tokens see everything but padding
+        count = to_image.sum((1, 2))
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, float("-inf"))
         for layer, block in enumerate(self.layers):
 
             def attend_prompt(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                share = (seen.float() / count[:, None, None]).to(v.dtype)[:, None]  # B 1 1 T
+                share = (to_image.float() / count[:, None, None]).to(v.dtype)[:, None]  # B 1 1 T
                 mean = (share @ v)[row]
                 cache.write_prompt(layer, torch.zeros_like(mean), mean, count[row, None].float())
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None])
@@ -156,14 +158,14 @@ class LlamaGen(Raster):
         return self.head(self.norm(x[:, -1])).float()[row]
 
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
-        """Rotated queries ... T D as they would be `lines` lines further down, in the same column."""
+        """Rotate the rotated queries ... T D to the same column `lines` lines further down."""
         return rotate_pairs(queries, rope_2d(lines + 1, 1, queries.shape[-1], ROPE_BASE, queries.device)[lines:])
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Logits of every image token in one uncached pass: training, and the oracle of the tests.
+        """Logits of every image token in one pass without a cache: for training, and the reference for tests.
 
         tokens   int64 B N-1 or B N; the logits of token n depend on tokens before n
-        visible  bool L B H T+N T+N, which key each query sees; None: causal, padding hidden
+        visible  bool L B H T+N T+N, which keys each query sees; None: causal, with padding hidden
         Returns B T+N V; the logits of image token n are at T + n - 1.
         """
         length, count = prompt.length, prompt.length + tokens.shape[1]
@@ -175,7 +177,7 @@ class LlamaGen(Raster):
         if visible is None and not bool(prompt.pad.any()):
             masks: list[Tensor | None] = [None] * len(self.layers)
         elif visible is None:
-            masks = [prompt.visible(count)[:, None]] * len(self.layers)
+            masks = [prompt.attention_mask(count)[:, None]] * len(self.layers)
         else:
             masks = list(visible)
         for block, mask in zip(self.layers, masks, strict=True):
@@ -188,14 +190,15 @@ class LlamaGen(Raster):
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> LlamaGenConfig:
-    """Every size of a LlamaGen file from its keys and shapes; `heads` where the width is not a published one."""
+    """Every size of a LlamaGen file from its keys and shapes. `heads` is needed if the width was not published.
+
+    Raises UserError if the number of heads is unknown, KeyError or ValueError if the shapes are not a LlamaGen's.
+    """
     codes, width = shapes["tok_embeddings.weight"]
     layers = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("layers."))
     heads = heads or HEADS.get(width)
     if heads is None:
-        raise UserError(
-            f"a LlamaGen of width {width} was never published, and the file does not say how many heads it has."
-        )
+        raise UserError(f"no LlamaGen of width {width} was published, and the file does not say how many heads it has.")
     hidden = shapes["layers.0.feed_forward.w1.weight"][0]
     if (table := shapes.get("cls_embedding.embedding_table.weight")) is not None:
         return LlamaGenConfig(layers, width, heads, hidden, codes, classes=table[0] - 1)

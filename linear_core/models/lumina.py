@@ -1,7 +1,7 @@
-"""Lumina-mGPT and its kin: Chameleon, one vocabulary for words and pictures (github.com/Alpha-VLLM/Lumina-mGPT).
+"""Lumina-mGPT and Anole: Chameleon, with one vocabulary for text and images (github.com/Alpha-VLLM/Lumina-mGPT).
 
-A Llama whose queries and keys go through a LayerNorm. An image code is a token like any other, so the prompt's table
-embeds it too; of the head only the rows of the codes are kept, as nothing else may be drawn.
+A Llama with LayerNorm on queries and keys. An image code is a token like any other, so the prompt's embedding table
+serves it too. Only the output head's rows for codes are kept, because nothing else may be drawn.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .llama import Llama, LlamaConfig
 
 @dataclass(frozen=True)
 class LuminaConfig(LlamaConfig):
-    """`first` is the vocabulary's id of code 0; the others follow it."""
+    """`first_code` is the vocabulary's id of code 0; the other codes follow it."""
 
-    first: int = 4
+    first_code: int = 4
 
 
 class Lumina(Llama):
     """Decoder for Lumina-mGPT-7B of every size, and for Anole.
 
-    Codes, and the token that ends a line, are counted from code 0 of the vocabulary: the grid's `eol` is an id less
-    `first`.
+    Codes and the end-of-line token are counted from code 0 of the vocabulary: the grid's `eol` is an id minus
+    `first_code`.
     """
 
     config: LuminaConfig
@@ -36,7 +36,7 @@ class Lumina(Llama):
         self.lm_head = ops.Linear(config.width, config.codes, bias=False)
 
     def embed_codes(self, tokens: Tensor) -> Tensor:
-        return self.embed_tokens(tokens + self.config.first)
+        return self.embed_tokens(tokens + self.config.first_code)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -1,6 +1,6 @@
-"""Matrices laid out as the processor multiplies them fastest: about half the time of a step on a CPU.
+"""Weight matrices packed for oneDNN: takes about half the time off a step on a CPU.
 
-PyTorch's compiler does the same where it freezes a model. A matrix is packed once and takes no more memory for it.
+PyTorch's compiler does the same when it freezes a model. A packed matrix takes no additional memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(nn.Module):
-    """A Linear whose matrix lies as oneDNN reads it; on the CPU for good."""
+    """A Linear whose matrix is in oneDNN's layout; stays on the CPU."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -30,7 +30,7 @@ def _packed_linear(x: Tensor, matrix: Tensor, bias: Tensor | None, size: int) ->
     return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
 
 
-# The compiler takes PyTorch's own operation apart, and packs again; one of ours it calls as it is.
+# The compiler would decompose PyTorch's own operation and pack again; it calls a custom one as it is.
 _opaque = torch.library.custom_op(
     "linear_ar::packed_linear",
     _packed_linear,
@@ -41,15 +41,15 @@ _opaque.register_fake(lambda x, matrix, bias, size: x.new_empty(*x.shape[:-1], s
 
 
 def available() -> bool:
-    """Whether this PyTorch has what packing takes: its compiler's own operations, which are no public promise."""
+    """Whether this PyTorch has the operations that packing needs. They are internal to its compiler."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def pack(model: nn.Module) -> int:
-    """Pack every plain Linear of `model` that lies on the CPU, in place; returns how many there were.
+    """Pack every plain Linear of `model` on the CPU, in place; returns how many there were.
 
-    The model then only computes: it can neither be moved nor saved. Where packing is not to be had nothing happens.
+    The packed model can only compute: it can be neither moved nor saved. Does nothing if packing is unavailable.
     """
     if not available():
         return 0

@@ -1,8 +1,7 @@
-"""What every transformer that draws raster lines does with a token: whatever its prompt and its rotary table.
+"""Decoding of raster lines, whatever a model's prompt and RoPE.
 
-A model of this kind has `layers` and `norm`, and says how a code becomes an embedding, how a hidden state becomes
-logits over codes, and how queries and keys are turned (`embed_codes`, `head`, `table`, `turn`). Its prompt is its own
-matter (`prefill`).
+A model has `layers` and `norm`, and defines how a code is embedded, how a hidden state becomes logits over codes, and
+how queries and keys are rotated (`embed_codes`, `head`, `rope_table`, `rotate`), and its `prefill`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ..plan import CacheShape
 
 
 class Raster(nn.Module):
-    """Feeds image tokens, one or several of a line at a time, to the layers over a LineCache."""
+    """Feeds image tokens, one or several of a line at a time, through the layers with a LineCache."""
 
     layers: nn.ModuleList
     norm: nn.Module
@@ -27,14 +26,14 @@ class Raster(nn.Module):
     def __init__(self, config: Any, grid: Grid):
         super().__init__()
         self.config, self.grid = config, grid
-        # A host whose layers cast, and move their weights as they are needed, says what and where it computes.
+        # Set by a host whose layers cast and move their weights when they are used.
         self.compute_dtype: torch.dtype | None = None
         self.compute_device: torch.device | None = None
 
-    # -- what a model says --------------------------------------------------------------------------------------------
+    # -- defined by each model -----------------------------------------------------------------------------------------
 
     def embed_codes(self, tokens: Tensor) -> Tensor:
-        """Codes, and end-of-line tokens where the grid has them, int64 ... -> ... W."""
+        """Codes, and end-of-line tokens if the grid has them, int64 ... -> ... W."""
         raise NotImplementedError
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -42,15 +41,15 @@ class Raster(nn.Module):
         raise NotImplementedError
 
     def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
-        """The rotary table of the image tokens at `index` T of rows with `pad` B empty places before the prompt."""
+        """RoPE table of the image tokens at `index` T, for rows with `pad` B padding tokens before the prompt."""
         raise NotImplementedError
 
     @staticmethod
     def rotate(x: Tensor, table: Tensor) -> Tensor:
-        """Queries and keys ... T D, rotated."""
+        """Rotate queries and keys ... T D."""
         raise NotImplementedError
 
-    # -- what the loop asks -------------------------------------------------------------------------------------------
+    # -- used by the loop ----------------------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,13 +68,13 @@ class Raster(nn.Module):
         return self.config.codes
 
     def cache_shape(self, prompt: int = 1) -> CacheShape:
-        """What a prompt with so many places takes, and an image token."""
+        """Sizes that decide the cache's memory, for a prompt of this length."""
         return self.config.cache_shape(prompt, self.dtype.itemsize)
 
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
-        """Feed the token at `index` of each row and return the logits B V of the next.
+        """Feed the token at `index` of each row and return the logits B V of the next one.
 
-        token int64 B; index, column int64 with one element; pad int64 B, empty places before each row's prompt.
+        token int64 B; index, column int64 with one element; pad int64 B, padding tokens before each row's prompt.
         """
         table = self.rope_table(index, pad, cache.grid)
         x = self.embed_codes(token[:, None]).to(self.dtype)
@@ -90,11 +89,11 @@ class Raster(nn.Module):
         return self.head(self.norm(x[:, -1])).float()
 
     def feed(
-        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, every: bool = False
+        self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, all_logits: bool = False
     ) -> Tensor:
         """`step` for T tokens of one line at once: tokens B T, index and columns T.
 
-        Returns the logits B V after the last, or with `every` B T V, those after each.
+        Returns the logits B V after the last token, or with `all_logits` B T V, after each.
         """
         table = self.rope_table(index, pad, cache.grid)
         x = self.embed_codes(tokens).to(self.dtype)
@@ -105,4 +104,4 @@ class Raster(nn.Module):
 
             x = block(x, lambda t: self.rotate(t, table), attend_line)
         cache.advance(index, columns)
-        return self.head(self.norm(x if every else x[:, -1])).float()
+        return self.head(self.norm(x if all_logits else x[:, -1])).float()

@@ -1,4 +1,4 @@
-"""Retention heatmaps: which tokens the cache still holds, as colour."""
+"""Retention heatmaps: which tokens the cache still holds, as colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Cividis (Nunez et al. 2018), nine points: reads the same with and without colour-vision deficiency, and in grey.
+# Cividis (Nunez et al. 2018) at nine points: reads the same with colour-vision deficiency and in grey.
 _CIVIDIS = torch.tensor([
     [0.000, 0.135, 0.304], [0.000, 0.213, 0.430], [0.207, 0.289, 0.420], [0.348, 0.367, 0.425], [0.476, 0.448, 0.445],
     [0.607, 0.530, 0.438], [0.747, 0.620, 0.406], [0.889, 0.717, 0.338], [0.996, 0.909, 0.217],
@@ -14,19 +14,20 @@ _CIVIDIS = torch.tensor([
 
 
 def colormap(values: Tensor) -> Tensor:
-    """Values in 0..1 of any shape -> the same shape with 3 channels last."""
-    place = values.clamp(0, 1) * (len(_CIVIDIS) - 1)
-    low = place.floor().long().clamp(max=len(_CIVIDIS) - 2)
-    t = (place - low)[..., None]
+    """Values in 0..1 of any shape -> RGB in 0..1, the same shape with 3 channels last."""
+    position = values.clamp(0, 1) * (len(_CIVIDIS) - 1)
+    low = position.floor().long().clamp(max=len(_CIVIDIS) - 2)
+    t = (position - low)[..., None]
     return _CIVIDIS[low] * (1 - t) + _CIVIDIS[low + 1] * t
 
 
 def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = None, opacity: float = 0.7) -> Tensor:
-    """Draw what each cell of the grid kept.
+    """Draw how much of each token the cache holds.
 
     share     B rows cols, share of layers and heads that hold the token
-    picture   B H W 3 in 0..1; None draws the map alone. What was evicted is darkened, what is held is lit.
-    Returns B height width 3 in 0..1, cells as crisp squares.
+    picture   B H W 3 in 0..1, drawn below the map: evicted tokens are darkened, held ones tinted. None: the map alone
+    opacity   of the map over the picture, 0..1
+    Returns B height width 3 in 0..1; cells have crisp edges.
     """
     map_ = F.interpolate(share[:, None].float(), (height, width), mode="nearest")[:, 0]
     colours = colormap(map_)
@@ -40,10 +41,10 @@ def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = Non
 
 
 def lifetime(shares: Tensor) -> Tensor:
-    """How long each cell was kept: B lines rows cols -> B rows cols.
+    """How long each token was kept: B lines rows cols -> B rows cols.
 
-    The mean share of layers and heads that held the token, over the line ends from its own on. 1: never evicted.
+    Mean share of layers and heads that held the token, over the line ends since its own; 1: never evicted.
     """
     lines, rows = shares.shape[1:3]
-    after = torch.arange(lines)[:, None] >= torch.arange(rows)[None]  # line ends that a row of tokens lived through
+    after = torch.arange(lines)[:, None] >= torch.arange(rows)[None]  # line ends that each row of tokens has seen
     return (shares * after[None, :, :, None]).sum(1) / after.sum(0).clamp(min=1)[None, :, None]

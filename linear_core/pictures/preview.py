@@ -1,4 +1,4 @@
-"""Pictures of rows that are not finished yet. An approximation, and labelled so: only a full decode is the picture."""
+"""Pictures of unfinished images. Approximate, and labelled so: only a full decode gives the final picture."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
-EMPTY = 0.35  # grey of what is not drawn yet
+UNDRAWN = 0.35  # grey value of rows that are not drawn yet
 
 
 class Preview:
-    """Collects a run's lines and decodes the rows so far.
+    """Collects the lines of a run and decodes the rows so far.
 
-    A VQ decoder looks at the whole picture (group norms, attention), so rows shown early still change a little.
+    A VQ decoder looks at the whole picture (group norm, attention), so rows still change a little after they are shown.
     """
 
     def __init__(self, tokenizer: VQTokenizer, rows: int):
@@ -45,38 +45,39 @@ class Preview:
 
     @torch.inference_mode()
     def pictures(self, images: int = 1) -> Tensor:
-        """The first `images` pictures so far, what is missing in grey: float32 B H W 3 in 0..1, on the CPU."""
+        """The first `images` pictures so far, undrawn rows in grey: float32 B H W 3 in 0..1, on the CPU."""
         codes = self.tokens[:images].to(self.tokenizer.device)
         done = to_pixels(self.tokenizer.decode(codes)).cpu()
         missing = (self.rows - len(self.lines)) * self.tokenizer.config.factor
-        rest = torch.full((done.shape[0], missing, *done.shape[2:]), EMPTY)
-        return torch.cat([done, rest], 1)
+        undrawn = torch.full((done.shape[0], missing, *done.shape[2:]), UNDRAWN)
+        return torch.cat([done, undrawn], 1)
 
 
 @torch.inference_mode()
 def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
-    """The pictures, each one full decode: codes int64 B rows cols -> float32 B H W 3 in 0..1, on the CPU.
+    """Decode finished pictures: codes int64 B rows cols -> float32 B H W 3 in 0..1, on the CPU.
 
-    `batch` of them at a time; where the memory runs out, half as many. Raises UserError where one is too many.
+    Decodes `batch` pictures at a time, and half as many if memory runs out. Raises UserError if it is too little for
+    one.
     """
     done, left = [], tokens
     while len(left):
-        pictures = _decoded(tokenizer, left[:batch])
+        pictures = _try_decode(tokenizer, left[:batch])
         if pictures is not None:
             done.append(pictures)
             left = left[batch:]
         elif (batch := min(batch, len(left)) // 2) == 0:
             height, width = (n * tokenizer.config.factor for n in tokens.shape[1:])
             raise UserError(
-                f"memory: it ran out decoding one picture of {width} x {height}; close what else takes memory."
+                f"memory: it ran out decoding one picture of {width} x {height}; close other programs that use memory."
             )
         else:
             log.warning("LineAR: memory ran out decoding; going on with %d pictures at a time", batch)
     return torch.cat(done)
 
 
-def _decoded(tokenizer: VQTokenizer, codes: Tensor) -> Tensor | None:
-    """None where the memory ran out; the error, and with it all that was computed, is gone then."""
+def _try_decode(tokenizer: VQTokenizer, codes: Tensor) -> Tensor | None:
+    """None if memory ran out. By then the error, and with it every tensor of the computation, is freed."""
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()
     except Exception as error:
@@ -86,82 +87,87 @@ def _decoded(tokenizer: VQTokenizer, codes: Tensor) -> Tensor | None:
 
 
 class PreviewWorker:
-    """Makes preview pictures on a thread of its own. The sampler offers and never waits: an offer that comes too early,
-    or while a picture is being made, is dropped.
+    """Makes preview pictures on a thread of its own.
 
-    What a run of `rows` lines may spend on pictures is spread over all of it. `paint` makes a job a picture, `show`
-    gets it with the number of lines; `stop` is what the host raises in either when the user pressed Stop.
+    The sampler submits jobs and never waits: a job that comes too early, or while a picture is being made, is dropped.
+    The time that a run of `rows` lines may spend on pictures is spread over the run.
+
+    render   makes a picture of a job
+    display  takes the picture and its number of lines
+    stop     exception that the host raises in either when the user presses Stop
     """
 
-    pause = 0.1  # seconds between pictures, at least
-    allowance = 0.4  # seconds that the pictures of any run may take; a short one is to be seen as well
-    share = 0.005  # of the run's time that they may take beyond that
+    pause = 0.1  # minimum seconds between pictures
+    allowance = 0.4  # seconds that the pictures of any run may take, so that short runs are shown too
+    share = 0.005  # of the run's time that they may take in addition
 
     def __init__(
         self,
-        paint: Callable[[Any], Image.Image],
-        show: Callable[[Image.Image, int], None],
+        render: Callable[[Any], Image.Image],
+        display: Callable[[Image.Image, int], None],
         rows: int,
         stop: type[BaseException] | tuple[()] = (),
     ):
-        self.paint, self.show, self.rows, self.stop = paint, show, rows, stop
+        self.render, self.display, self.rows, self.stop = render, display, rows, stop
         self.jobs: queue.Queue[tuple[Any, int] | None] = queue.Queue(maxsize=1)
-        self.began, self.took, self.next = time.perf_counter(), 0.0, 0.0
+        self.started, self.spent, self.next = time.perf_counter(), 0.0, 0.0
         self.stopped: BaseException | None = None
         self.thread = threading.Thread(target=self._work, name="LineAR preview", daemon=True)
         self.thread.start()
 
     def submit(self, job: Any, lines: int) -> bool:
+        """Offer a job; returns whether it was taken."""
         if time.perf_counter() < self.next:
             return False
         try:
             self.jobs.put_nowait((job, lines))
         except queue.Full:
             return False
-        self.next = math.inf  # until this one is made
+        self.next = math.inf  # until this picture is made
         return True
 
     def check(self) -> None:
-        """Raises the host's stop where the thread got it."""
+        """Raise the host's stop if the thread received it."""
         if self.stopped is not None:
             raise self.stopped
 
-    def last(self, job: Any) -> Image.Image | None:
-        """The picture that must not be dropped; None where it cannot be made, as the run is worth more."""
+    def final(self, job: Any) -> Image.Image | None:
+        """The final picture, which is never dropped; None if it cannot be made, because the run matters more."""
         self.close()
         self.check()
         try:
-            return self.paint(job)
+            return self.render(job)
         except self.stop:
             raise
         except Exception as error:
-            log.warning("LineAR: no last picture (%s)", str(error))
+            log.warning("LineAR: no final picture (%s)", str(error))
             return None
 
     def close(self) -> None:
-        """Wait for the picture that is being made, if any, and end the thread."""
+        """Wait for the picture being made, if any, and end the thread."""
         if self.thread.is_alive():
             self.jobs.put(None)
             self.thread.join()
 
     def _work(self) -> None:
         while (job := self.jobs.get()) is not None:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             try:
-                self.show(self.paint(job[0]), job[1])
-            except self.stop as stop:  # the host's layers ask for Stop on any thread, and it is told only once
+                self.display(self.render(job[0]), job[1])
+            except self.stop as stop:  # the host's layers check for Stop on any thread, and it is raised only once
                 self.stopped = stop
                 return
             except Exception as error:  # the run is worth more than its preview
-                log.warning("LineAR: no preview (%s)", str(error))  # itself it holds on to what was computed
+                log.warning("LineAR: no preview (%s)", str(error))  # the exception itself would keep the tensors alive
                 return
             now = time.perf_counter()
-            self.next = now + self._wait(now - begun, now - self.began, job[1])
+            self.next = now + self._wait(now - started, now - self.started, job[1])
 
     def _wait(self, took: float, elapsed: float, lines: int) -> float:
-        """Seconds until the next picture, after one of `lines` lines that took so long."""
-        self.took += took
-        to_come = elapsed * (self.rows / lines - 1)  # as the lines so far went
-        room = self.allowance + self.share * (elapsed + to_come) - self.took
-        # This picture's share of the room is its share of the time to come; the first is slow, so a fifth at most.
-        return max(self.pause, to_come * (min(0.2, took / room) if room > 0 else 1.0))
+        """Seconds until the next picture, after one of `lines` lines that took `took` seconds."""
+        self.spent += took
+        remaining = elapsed * (self.rows / lines - 1)  # at the speed so far
+        left = self.allowance + self.share * (elapsed + remaining) - self.spent
+        # Wait for the share of the remaining time that this picture took of what is left to spend. The first picture is
+        # slow, so a fifth at most.
+        return max(self.pause, remaining * (min(0.2, took / left) if left > 0 else 1.0))

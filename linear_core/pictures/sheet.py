@@ -1,4 +1,4 @@
-"""Contact sheets: rows of pictures with a caption to each row and column."""
+"""Contact sheets: rows of pictures with a caption for each row and column."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GAP = 8
 
 
 def to_image(picture: Tensor, size: int | None = None) -> Image.Image:
-    """H W 3 in 0..1 -> an image; `size` enlarges the longer side to at least that many pixels, whole pixels only."""
+    """H W 3 in 0..1 -> an image, enlarged by the largest whole factor that keeps both sides within `size`."""
     array = (picture.clamp(0, 1) * 255).round().byte().numpy()
     image = Image.fromarray(np.ascontiguousarray(array))
     factor = max(1, (size or 0) // max(image.size))
@@ -23,7 +23,7 @@ def to_image(picture: Tensor, size: int | None = None) -> Image.Image:
 
 
 def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size: int = 288) -> Image.Image:
-    """Rows of (title, remark, pictures B H W 3), one column a picture, each captioned once at the top."""
+    """Rows of (title, remark, pictures B H W 3), one column per picture, with the column captions at the top."""
     pictures = [[to_image(p, size) for p in row[2]] for row in rows]
     width, height = pictures[0][0].size
     title, small = ImageFont.load_default(size=22), ImageFont.load_default(size=16)
@@ -45,7 +45,7 @@ def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size:
 
 
 def save(image: Image.Image, path: Path, notes: dict[str, Any]) -> None:
-    """Write a PNG that carries `notes`; the file appears whole or not at all."""
+    """Write a PNG with `notes` as JSON in its text chunk "linear". The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     info.add_text("linear", json.dumps(notes))

@@ -1,8 +1,8 @@
-"""The registry: name -> Policy. The name is the widget's option, the README's row and the bench's row.
+"""The registry of policies by name. The name is the widget's option and the row in the README and the benchmarks.
 
-A policy is a function from a View to scores L B H S; higher is worth keeping. Protection of the prompt, the anchors
-and the recent lines, and the number of victims, are not its business (`choose`). Some also say how many tokens each
-head keeps (`Policy.keep`), and some wrap others (`adakv`, `criticalkv`, `stratified`, `vase`).
+A policy maps a View to scores L B H S; tokens with higher scores are kept. It does not protect the prompt, the anchors
+or the recent lines, and does not count victims: `choose` does. Some policies also say how many tokens each head keeps
+(`Policy.keep`), and some wrap others (`adakv`, `criticalkv`, `stratified`, `vase`).
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def get_policy(name: str) -> Policy:
+    """The policy of this name. Raises UserError listing the names if there is none."""
     if name not in POLICIES:
         raise UserError(f"policy: '{name}' is unknown; choose one of {', '.join(POLICIES)}.")
     return POLICIES[name]

@@ -1,4 +1,4 @@
-"""Who gets how much of a budget. Whole tokens, within what each may have, and not one token more in total."""
+"""Allocation of a budget to heads: whole tokens, within each head's limits, and no token more than the total."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from torch import Tensor
 from ..cache.view import View
 from ..plan import HEADROOM, CachePlan
 
-STEPS = 60
-LEAST = 1e-4  # of the mean weight: nobody weighs nothing
+STEPS = 60  # of bisection
+MIN_WEIGHT = 1e-4  # of the mean weight, so that no weight is zero
 
 
 def allocate(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) -> Tensor:
-    """Image tokens that each of N heads keeps, in proportion to `weights` ... N: int64 ... N, budget tokens on average.
+    """Image tokens that each of N heads keeps, in proportion to `weights` ... N: int64 ... N, the budget on average.
 
-    held  ... N or a number, tokens that there are to keep
+    held  int or ... N, tokens that each head has
 
-    Nobody gets less than what is protected, more than there is, or more than HEADROOM times the budget; who cannot
-    take more, or less, leaves the rest to the others in proportion.
+    No head gets fewer than the protected tokens, more than it has, or more than HEADROOM times the budget. What a head
+    at its limit cannot take or give up is spread over the others in proportion.
     """
     low = plan.anchors + plan.recent * view.grid.stride
     budget = plan.budget * view.grid.stride
     high = (torch.zeros_like(weights, dtype=torch.int64) + held).clamp(max=HEADROOM * budget)
     total = weights.shape[-1] * budget
     weights = weights.float()
-    weights = (weights / weights.mean(-1, keepdim=True).clamp(min=1e-30)).clamp(min=LEAST)
-    less = weights.new_zeros(*weights.shape[:-1], 1)
-    more = torch.full_like(less, HEADROOM * budget / LEAST)
+    weights = (weights / weights.mean(-1, keepdim=True).clamp(min=1e-30)).clamp(min=MIN_WEIGHT)
+    lower = weights.new_zeros(*weights.shape[:-1], 1)
+    upper = torch.full_like(lower, HEADROOM * budget / MIN_WEIGHT)
     for _ in range(STEPS):
-        middle = (less + more) / 2
+        middle = (lower + upper) / 2
         short = (weights * middle).clamp(min=low).minimum(high).sum(-1, keepdim=True) < total
-        less, more = torch.where(short, middle, less), torch.where(short, more, middle)
-    exact = (weights * more).clamp(min=low).minimum(high)
-    whole = exact.floor()
-    # What rounding down has left goes to the largest remainders, the first among equals.
-    remainder = (exact - whole).masked_fill(whole >= high, -1.0)
-    place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (whole + (place < total - whole.sum(-1, keepdim=True))).long()
+        lower, upper = torch.where(short, middle, lower), torch.where(short, upper, middle)
+    exact = (weights * upper).clamp(min=low).minimum(high)
+    counts = exact.floor()
+    # The tokens left by rounding down go to the largest remainders, the first in a tie.
+    remainder = (exact - counts).masked_fill(counts >= high, -1.0)
+    rank = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (counts + (rank < total - counts.sum(-1, keepdim=True))).long()
 
 
 def allocate_layers(weights: Tensor, view: View, plan: CachePlan) -> Tensor:
-    """The same over all layers' heads, `weights` layers B H; returns the part of the layers shown, L B H.
+    """`allocate` over the heads of all layers: `weights` layers B H -> int64 L B H for the layers in the view.
 
-    A head that could take more than there is yet is full and stays so; what it cannot take the others may have until
-    the picture has grown. So the budget is used from the first line on.
+    Early in the picture, a head that could take more than there is keeps all it has, and the others get the rest until
+    the picture has grown. So the whole budget is used from the first line on.
     """
     layers, _, heads = weights.shape
     keep = allocate(weights.transpose(0, 1).flatten(1), (view.row + 1) * view.grid.stride, view, plan)

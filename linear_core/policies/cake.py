@@ -1,11 +1,11 @@
-"""CAKE: what the line attended to and what its queries disagreed about; layers by their worth.
+"""CAKE: scores by mean and variance of the line's attention; layers share the budget by their preference.
 
 Paper: Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", arXiv 2503.12491.
 Score: mean + 200 times the variance of a token's attention over the observed queries, mean-pooled with kernel 5 by
-index; the prompt lends its neighbours nothing. The paper observes the last 32 queries; here they are the finished
-line's, of which there may be one: hence the population's variance.
-Budgets: layers in proportion to the entropy of their attention times its variance over queries. The paper's exponents
-are tuned for each language model; both are 1 here. Measured when the cache first overflows, where the paper has the
+index; the prompt is left out of the pooling. The paper observes the last 32 queries; here they are the finished line's,
+possibly only one: hence the population variance.
+Budgets: layers in proportion to the entropy of their attention times its variance over queries. The paper tunes the
+exponents for each language model; both are 1 here. Measured when the cache first overflows; the paper does it at the
 end of a prompt. Reads: queries.
 """
 
@@ -34,12 +34,12 @@ def score(view: View) -> Tensor:
 
 
 def preference(view: View) -> Tensor:
-    """What a layer is worth, the same for each of its heads: L B H."""
-    there = view.candidates()
-    entropy = view.attention(lambda p: torch.special.entr(p).sum(2)) * there
-    variance = view.attention(lambda p: p.var(2, correction=0)) * there
-    worth = entropy.sum((-2, -1)) * variance.sum((-2, -1))
-    return worth[..., None].expand(view.index.shape[:3])
+    """The layer's preference, the same for each of its heads: L B H."""
+    candidates = view.candidates()
+    entropy = view.attention(lambda p: torch.special.entr(p).sum(2)) * candidates
+    variance = view.attention(lambda p: p.var(2, correction=0)) * candidates
+    preference = entropy.sum((-2, -1)) * variance.sum((-2, -1))
+    return preference[..., None].expand(view.index.shape[:3])
 
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:

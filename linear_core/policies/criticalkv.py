@@ -14,21 +14,20 @@ EPSILON = 1e-4
 
 
 def criticalkv(policy: Policy) -> Policy:
-    """CriticalKV around a policy that scores by attention: half by its score, half by what the output would lose.
+    """CriticalKV: half of the budget by score, half by the effect on the attention output. Wraps an attention score.
 
     Paper: Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective", arXiv
-    2502.03805.
-    Score: the best half of the budget by the policy's own score come first; the others are ranked by (score + 1e-4)
-    times the value's size. The paper takes the L1 norm of the value behind the output projection, which a policy does
-    not see: here it is the value's own length. Reads: what the policy reads.
+    2502.03805. Score: the best tokens by the policy's own score, half of the budget, come first; the others are ranked
+    by (score + 1e-4) times the size of the value. The paper takes the L1 norm of the value after the output projection,
+    which a policy does not see; here it is the L2 norm of the value itself. Reads: what the policy reads.
     """
 
     def score(view: View) -> Tensor:
-        there = view.candidates()
+        candidates = view.candidates()
         scores = policy.score(view).float()
-        budget = there.sum(-1, keepdim=True) - view.grid.stride  # a line has to leave
-        first = rank(scores.masked_fill(~there, float("-inf")), view.index) < FIRST * budget
-        worth = ((scores + EPSILON) * upcast(view.values).norm(dim=-1).float()).masked_fill(~there, 0.0)
-        return worth + first * (worth.amax(-1, keepdim=True) + 1)
+        budget = candidates.sum(-1, keepdim=True) - view.grid.stride  # a line has to leave
+        first = rank(scores.masked_fill(~candidates, float("-inf")), view.index) < FIRST * budget
+        effect = ((scores + EPSILON) * upcast(view.values).norm(dim=-1).float()).masked_fill(~candidates, 0.0)
+        return effect + first * (effect.amax(-1, keepdim=True) + 1)
 
     return replace(policy, score=score)

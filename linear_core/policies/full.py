@@ -6,8 +6,8 @@ from ..cache.view import View
 
 
 def full(view: View) -> Tensor:
-    """Keep everything: the reference that every other policy is measured against.
+    """Keep everything: the reference for all other policies.
 
-    The plan gives this policy room for all lines, so nothing is ever chosen. Reads: nothing.
+    The plan gives this policy room for every line, so nothing is ever released. Reads: nothing.
     """
     return view.index.float()

@@ -1,15 +1,15 @@
-"""HACK, carried over to raster lines: heads that all queries use alike keep little, heads with structure much.
+"""HACK, adapted to raster lines: heads whose queries all attend alike keep few tokens, structured heads keep many.
 
 Paper: Qin et al., "Head-Aware KV Cache Compression for Efficient Visual Autoregressive Modeling", arXiv 2504.09261.
-Score: in contextual heads attention received so far (`h2o`), in structural heads the line's attention (`line`).
-Contextual is the half of all layers' heads whose attention columns vary least over queries. The paper classifies once,
-on samples; here the first lines decide. It works on scales: the first scales and the newest, which structural heads
-always keep, are here the anchors and the recent lines.
-Budgets: a structural head keeps 5 times what a contextual one does, after the paper's finding that these bear 90 %
-compression and those 50 %. Its last step, merging what leaves, is left to the release. Reads: queries, mass.
+Score: attention received so far (`h2o`) in contextual heads, the line's attention (`line`) in structural heads.
+Contextual are the half of all layers' heads whose attention varies least over queries. The paper classifies once, on
+samples; here the first lines decide. The paper works on scales: the first and the newest scales, which structural heads
+always keep, are the anchors and the recent lines here.
+Budgets: a structural head keeps 5 times as much as a contextual one, after the paper's finding that these bear 90 %
+compression and those 50 %. Its last step, merging victims, is left to the release. Reads: queries, mass.
 
-It does not carry over well: in a raster the heads with structure are the local ones, which need little. With the two
-budgets exchanged the bundled model is nearer to the full cache.
+It does not carry over well: in a raster the structured heads are the local ones, which need little. With the two
+budgets swapped the bundled model stays closer to the full cache.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ STRUCTURAL = 5.0
 
 
 def variance(view: View) -> Tensor:
-    """How much a head's attention depends on which query asks: variance over queries, summed over tokens, L B H.
+    """How much a head's attention depends on the query: variance over queries, summed over tokens, L B H.
 
-    Tokens of the finished line do not count: its first queries cannot see them.
+    Tokens of the finished line are left out, because its first queries cannot see them.
     """
     older = view.candidates() & (view.index < view.grid.index(view.row))
     return (view.attention(lambda p: p.var(2, correction=0)) * older).sum(-1)
@@ -43,8 +43,8 @@ def contextual(view: View) -> Tensor:
 
 
 def score(view: View) -> Tensor:
-    alike = contextual(view)[view.layer :][: len(view.index)]
-    return torch.where(alike[..., None], h2o(view), line(view))
+    is_contextual = contextual(view)[view.layer :][: len(view.index)]
+    return torch.where(is_contextual[..., None], h2o(view), line(view))
 
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:

@@ -1,10 +1,10 @@
-"""HeadKV: within a layer heads that look far keep much and heads that look nearby little.
+"""HeadKV: within a layer, heads that look far keep many tokens and local heads keep few.
 
-Paper: Liang et al., "HeadKV", arXiv 2605.20600, known to us by its abstract: heads are classified online, on early
+Paper: Liang et al., "HeadKV", arXiv 2605.20600, of which we know the abstract: heads are classified online, on early
 tokens, and eviction is stratified. Not the HeadKV of language models.
 Score: `stratified` around `line`.
-Budgets: in proportion to `reach` when the cache first overflows; a fifth is shared evenly. Shares instead of two
-classes are our reading. Reads: queries.
+Budgets: in proportion to `attention_distance` when the cache first overflows; a fifth is spread evenly. Proportions
+instead of two classes are our reading. Reads: queries.
 """
 
 from __future__ import annotations

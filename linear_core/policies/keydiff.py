@@ -7,13 +7,12 @@ from ..cache.view import View
 
 
 def keydiff(view: View) -> Tensor:
-    """KeyDiff: keys unlike the average key.
+    """KeyDiff: keep the keys that differ most from the average key.
 
     Paper: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction", arXiv 2504.15364.
-    Score: minus the cosine between a key and the mean of the normalised image keys of its head. Needs no queries.
-    Reads: nothing.
+    Score: minus the cosine similarity of a key with the mean of its head's normalised image keys. Reads: nothing.
     """
     keys = F.normalize(view.keys.float(), dim=-1)
-    held = view.candidates()[..., None]
-    mean = (keys * held).sum(-2, keepdim=True) / held.sum(-2, keepdim=True).clamp(min=1)
+    candidates = view.candidates()[..., None]
+    mean = (keys * candidates).sum(-2, keepdim=True) / candidates.sum(-2, keepdim=True).clamp(min=1)
     return -F.cosine_similarity(keys, mean, dim=-1)

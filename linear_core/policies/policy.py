@@ -1,4 +1,4 @@
-"""What a policy is."""
+"""The interface of a policy."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..plan import CachePlan
 
 @dataclass(frozen=True)
 class Policy:
-    """A score, and for some policies how many tokens each head keeps.
+    """A score and, for some policies, the number of tokens that each head keeps.
 
-    score   View -> L B H S, higher is kept
-    reads   what it reads beyond keys, values and indices: "queries", "mass", "ahead" (View.outlook)
-    keep    View, its scores, the plan -> int64 L B H, image tokens that each head keeps; None: all the budget. Its
-            mean over a layer's heads, or over all layers' heads, is the budget (`allocate`). Such a policy is named
-            in `plan.UNEVEN`, which gives its cache the room.
-    survey  View -> L B ..., asked of every layer once, when the cache first overflows; from then on all views carry
-            the answers of all layers (`View.survey`)
+    score   View -> L B H S; higher is kept
+    reads   what it reads besides keys, values and indices: "queries", "mass", "ahead" (View.look_ahead)
+    keep    View, its scores, the plan -> int64 L B H, image tokens that each head keeps; None: all keep the budget. The
+            mean over a layer's heads, or over the heads of all layers, is the budget (`allocate`). Such a policy is
+            listed in `plan.UNEVEN`, so that its cache gets the room.
+    survey  View -> L B ..., called once for every layer when the cache first overflows. From then on every view
+            carries the results of all layers (`View.survey`).
 
-    Policies are composed by functions from policy to policy: `adakv(criticalkv(POLICIES["line"]))`.
+    Policies compose as functions of policies: `adakv(criticalkv(POLICIES["line"]))`.
     """
 
     score: Callable[[View], Tensor]

@@ -1,11 +1,11 @@
-"""PrefixKV: every layer keeps the same share of its attention, which takes some many tokens and others few.
+"""PrefixKV: every layer keeps the same share of its attention, which takes many tokens in some layers, few in others.
 
 Paper: Wang et al., "PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient
 Generation", arXiv 2412.03409.
 Score: `line`'s. The paper averages heads; here, as in `line`, each head chooses its own tokens.
-Budgets: the paper searches for the share of attention that all layers can retain within the total. Sorting all layers'
-tokens by the share retained before them gives the same at once. Measured when the cache first overflows, at the ratio
-of the budget to the whole picture; the paper does it offline, on prompts. Reads: queries.
+Budgets: the paper searches for the share of attention that all layers can keep within the total. Sorting all layers'
+tokens by the share kept before them gives the same result directly. Measured when the cache first overflows, at the
+ratio of the budget to the whole picture; the paper measures offline, on prompts. Reads: queries.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .line import line
 from .policy import Policy
 
 
-def surpassed(view: View) -> Tensor:
-    """For each image token of a layer the share of attention on those that drew more, the most attended first: L B N.
+def cumulative_attention(view: View) -> Tensor:
+    """For each image token of a layer, the share of attention on the tokens that got more, most attended first: L B N.
 
-    Attention is the line's to the picture. Each head's tokens are sorted by their own, then heads are averaged.
+    Attention is the line's to the picture. Tokens are sorted within each head, then heads are averaged.
     """
     attention = view.attention(lambda p: p.mean(2), image_only=True)
-    falling = attention.sort(dim=-1, descending=True).values[..., : (view.row + 1) * view.grid.stride].mean(2)
-    return falling.cumsum(-1) - falling
+    ranked = attention.sort(dim=-1, descending=True).values[..., : (view.row + 1) * view.grid.stride].mean(2)
+    return ranked.cumsum(-1) - ranked
 
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
@@ -40,4 +40,4 @@ def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     return allocate_layers(counts.T[..., None].expand(-1, -1, view.index.shape[2]), view, plan)
 
 
-prefixkv = Policy(line, frozenset({"queries"}), keep, surpassed)
+prefixkv = Policy(line, frozenset({"queries"}), keep, cumulative_attention)

@@ -2,8 +2,8 @@
 
 Paper: Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 2406.02069.
 Score: `snapkv`'s.
-Budgets: on a straight line from the first layer to the last, which has 1/20 of the mean and the first 2 minus that, as
-published; nobody less than what is protected. That attention narrows with depth was found in language models.
+Budgets: linear from the first layer to the last, as published: the last has 1/20 of the mean and the first has 2 minus
+that, but none less than the protected tokens. That attention narrows with depth was found in language models.
 Reads: queries.
 """
 
@@ -22,7 +22,7 @@ BETA = 20
 
 
 def count_layers(view: View) -> Tensor:
-    """1 for each head, L B H: all layers' answers together say how many layers there are."""
+    """1 for each head, L B H. The survey of all layers then shows how many layers there are."""
     return torch.ones(view.index.shape[:3], device=view.index.device)
 
 

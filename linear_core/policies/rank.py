@@ -5,16 +5,16 @@ from torch import Tensor
 
 
 def rank(scores: Tensor, index: Tensor, group: Tensor | None = None) -> Tensor:
-    """Place of each slot among those of its group, 0 for the greatest score: int64 ... S. Of equals the newest leads.
+    """Rank of each slot within its group, 0 for the highest score: int64 ... S. In a tie the newest token comes first.
 
-    scores, index, group  ... S; without groups all are one
+    scores, index, group  ... S; without `group` all slots are one group
     """
     order = index.argsort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
-    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     if group is not None:
         order = order.gather(-1, group.gather(-1, order).argsort(dim=-1, stable=True))
-        named = group.gather(-1, order)
-        first = place.masked_fill(named == named.roll(1, dims=-1), 0)  # where a group begins; 0 begins the first
-        place = place - first.cummax(-1).values
-    return torch.empty_like(order).scatter_(-1, order, place)
+        sorted_group = group.gather(-1, order)
+        first = ranks.masked_fill(sorted_group == sorted_group.roll(1, dims=-1), 0)  # where each group begins
+        ranks = ranks - first.cummax(-1).values
+    return torch.empty_like(order).scatter_(-1, order, ranks)

@@ -15,22 +15,21 @@ LARGEST = 0.01
 
 
 def vase(policy: Policy) -> Policy:
-    """VaSE around a policy that scores by attention: large values stay, and chance has a say in what else does.
+    """VaSE: tokens with large values stay, and the others are sampled. Wraps an attention score.
 
-    Paper: "VaSE", arXiv 2606.03928, known to us by its abstract: never evict the few tokens whose value is abnormally
-    long; draw what is evicted instead of taking the least.
-    Score: the hundredth of a head's image tokens with the longest values come first. The others are drawn without
-    replacement in proportion to the policy's score: its logarithm plus Gumbel noise. How many are spared and what the
-    draw is proportional to are our reading. The noise is a hash of layer, head, token and line, the same for every row
-    of the batch. Reads: what the policy reads.
+    Paper: "VaSE", arXiv 2606.03928, of which we know the abstract: never evict the few tokens with abnormally long
+    values; sample what is evicted instead of taking the lowest scores. Score: the 1 % of a head's image tokens with the
+    longest values come first. The others are sampled without replacement in proportion to the policy's score: its
+    logarithm plus Gumbel noise. How many are spared and what the sampling is proportional to are our reading. The noise
+    is a hash of layer, head, token and line, the same for every row of the batch. Reads: what the policy reads.
     """
 
     def score(view: View) -> Tensor:
-        there = view.candidates()
-        even = (random(view) + 0.5) / 2**32
-        drawn = policy.score(view).float().clamp(min=1e-30).log() - torch.log(-torch.log(even)).float()
-        length = upcast(view.values).norm(dim=-1).masked_fill(~there, float("-inf"))
-        spared = rank(length, view.index) < torch.ceil(LARGEST * there.sum(-1, keepdim=True))
-        return drawn + spared * 1e3  # a logarithm of at least 1e-30 and such noise span less
+        candidates = view.candidates()
+        uniform = (random(view) + 0.5) / 2**32
+        sampled = policy.score(view).float().clamp(min=1e-30).log() - torch.log(-torch.log(uniform)).float()
+        length = upcast(view.values).norm(dim=-1).masked_fill(~candidates, float("-inf"))
+        spared = rank(length, view.index) < torch.ceil(LARGEST * candidates.sum(-1, keepdim=True))
+        return sampled + spared * 1e3  # the logarithm, at least that of 1e-30, and the noise span less
 
     return replace(policy, score=score)

@@ -13,13 +13,13 @@ from ..grid import Grid
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row an image; a decoder adds the unconditional rows itself.
+    """One row per image; a decoder adds the unconditional rows itself.
 
-    tokens    what the model's embedding takes: class or token ids int64 B T, or features float B T D
-    pad       int64 B: how many of the T places, from the left, are empty
-    names     what the user asked for, one a row
-    negative  what guidance leads away from, one row for each of these, of any length; None: the decoder knows
-    grid      of the picture, where the prompt asks for a size; None: the model's own
+    tokens    what the model embeds: class or token ids int64 B T, or features float B T D
+    pad       int64 B: how many of the T tokens, from the left, are padding
+    names     what the user asked for, one per row
+    negative  the negative prompt of guidance, one row for each row here, of any length; None: the decoder's own
+    grid      of the picture, if the prompt sets a size; None: the model's own
     """
 
     tokens: Tensor
@@ -37,26 +37,26 @@ class Prompt:
         return self.tokens.shape[1]
 
     @property
-    def longest(self) -> int:
-        """Places that a row takes where guidance's rows are beside it."""
+    def max_length(self) -> int:
+        """Tokens per row when the rows of guidance are stacked below."""
         return max(self.length, self.negative.length if self.negative else 0)
 
     def repeat(self, times: int) -> Prompt:
-        """Every row `times` times, copies side by side."""
-        return self.take([row for row in range(self.rows) for _ in range(times)])
+        """Every row `times` times, copies next to each other."""
+        return self.select([row for row in range(self.rows) for _ in range(times)])
 
-    def take(self, rows: Sequence[int]) -> Prompt:
-        """The rows of these numbers, in this order."""
+    def select(self, rows: Sequence[int]) -> Prompt:
+        """The rows with these numbers, in this order."""
         names = tuple(self.names[row] for row in rows) if self.names else ()
-        negative = self.negative and self.negative.take(rows)
+        negative = self.negative and self.negative.select(rows)
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.pad.device)
         return replace(self, tokens=self.tokens[chosen], pad=self.pad[chosen], names=names, negative=negative)
 
     def unique(self) -> tuple[Prompt, Tensor]:
-        """Each different row once, and which of those each of these rows is: int64 B. Neither names nor negative."""
+        """Each distinct row once, and for each row which of them it is, int64 B. Without names and negative."""
         tokens = self.tokens.float() if self.tokens.is_floating_point() else self.tokens
-        alike = torch.cat([self.pad[:, None].to(tokens.dtype), tokens.flatten(1)], 1)
-        row = alike.unique(dim=0, return_inverse=True)[1]
+        flat = torch.cat([self.pad[:, None].to(tokens.dtype), tokens.flatten(1)], 1)
+        row = flat.unique(dim=0, return_inverse=True)[1]
         count = int(row.max()) + 1
         first = torch.full((count,), self.rows, device=row.device).scatter_reduce_(
             0, row, torch.arange(self.rows, device=row.device), "amin"
@@ -64,30 +64,30 @@ class Prompt:
         return Prompt(self.tokens[first], self.pad[first]), row
 
     def stack(self, below: Prompt) -> Prompt:
-        """These rows, then `below`'s, the shorter ones padded on the left. Neither's negative rows."""
+        """These rows, then those of `below`, the shorter ones padded on the left. Without negative."""
         length = max(self.length, below.length)
         above, below = self.padded(length), below.padded(length)
         tokens, pad = torch.cat([above.tokens, below.tokens]), torch.cat([above.pad, below.pad])
         return replace(self, tokens=tokens, pad=pad, negative=None)
 
     def padded(self, length: int) -> Prompt:
-        """The same rows in `length` places."""
-        more = length - self.length
-        empty = self.tokens.new_zeros(self.rows, more, *self.tokens.shape[2:])
-        return replace(self, tokens=torch.cat([empty, self.tokens], 1), pad=self.pad + more)
+        """The same rows, padded on the left to `length` tokens."""
+        added = length - self.length
+        empty = self.tokens.new_zeros(self.rows, added, *self.tokens.shape[2:])
+        return replace(self, tokens=torch.cat([empty, self.tokens], 1), pad=self.pad + added)
 
     def to(self, device: torch.device | str) -> Prompt:
         negative = self.negative and self.negative.to(device)
         return replace(self, tokens=self.tokens.to(device), pad=self.pad.to(device), negative=negative)
 
-    def visible(self, count: int | None = None) -> Tensor:
-        """Which place sees which: bool B N N, causal, padding hidden, every place sees itself.
+    def attention_mask(self, count: int | None = None) -> Tensor:
+        """Which token sees which: bool B N N, causal, with padding hidden; every token sees itself.
 
-        N is the prompt's length unless `count` says.
+        N is `count`, by default the prompt's length.
         """
-        place = torch.arange(count or self.length, device=self.tokens.device)
-        causal = place[None, :] <= place[:, None]
-        return causal & (place[None, None, :] >= self.pad[:, None, None]) | (place[None, :] == place[:, None])
+        index = torch.arange(count or self.length, device=self.tokens.device)
+        causal = index[None, :] <= index[:, None]
+        return causal & (index[None, None, :] >= self.pad[:, None, None]) | (index[None, :] == index[:, None])
 
 
 def class_prompt(labels: list[int], names: tuple[str, ...] = ()) -> Prompt:

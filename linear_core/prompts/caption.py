@@ -1,9 +1,9 @@
-"""LlamaGen's caption cleaning: what the captions it learnt from went through, so prompts should too.
+"""LlamaGen's caption cleaning: its training captions went through it, so prompts should too.
 
-Behaves as T5Embedder.text_preprocessing in language/t5.py of github.com/FoundationVision/LlamaGen (rules that come from
-DeepFloyd IF by way of PixArt), with the standard library in place of beautifulsoup4 and ftfy. Two things differ: text
-that was once decoded wrongly is left so (upstream, which lowers all letters first, can hardly mend it either), and
-nothing is guessed of HTML that is broken off half way. The rules are odd in places; the model learnt them so.
+Behaves as T5Embedder.text_preprocessing in language/t5.py of github.com/FoundationVision/LlamaGen (rules from DeepFloyd
+IF via PixArt), with the standard library instead of beautifulsoup4 and ftfy. Two things differ: wrongly decoded text is
+not repaired (upstream lowers all letters first and can hardly repair it either), and HTML that breaks off is not
+guessed. Some rules are odd, but the model has learnt them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import unquote_plus
 
 FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
-# In this order, each on what the one before left.
+# Applied in this order, each to the result of the one before.
 MARKUP = [
     (r"<person>", "person"),
     (r"\b(?:(?:https?|www):(?:/{1,3}|[a-z0-9%])|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))", ""),
@@ -36,10 +36,10 @@ SYMBOLS = [
     ("[`´«»“”¨]", '"'),
     ("[‘’]", "'"),
     (r"&quot;?|&amp", ""),
-    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # internet addresses
+    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP addresses
     (r"\d:\d\d\s+$", ""),
     (r"\\n", " "),
-    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # numbers of articles
+    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # article numbers
     (rf"\S+\.(?:{FILE})", ""),
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
@@ -66,7 +66,7 @@ WORDS = [
     (r"^\.\S+$", ""),
 ]
 
-# Ligatures, wide and narrow letters, quotes, line ends, control characters, letters of a Windows code page.
+# Ligatures, full- and half-width letters, quotes, line ends, control characters, letters of a Windows code page.
 COMPATIBLE = "\u3000\u0133\u0149\u01c6\u01c9\u01cc\u01f3" + "".join(
     map(chr, [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0)])
 )
@@ -82,7 +82,7 @@ TIDY = {
 
 
 def clean(caption: str) -> str:
-    """A caption as LlamaGen's text encoder was given it in training: cleaned, twice."""
+    """A caption as LlamaGen's text encoder saw it in training: cleaned twice."""
     return _once(_once(caption))
 
 
@@ -105,7 +105,7 @@ def _apply(rules: list[tuple[str, str]], text: str) -> str:
 
 
 def _entity(match: re.Match[str]) -> str:
-    """The letter of &eacute; or &#233;, semicolon or not; a name that is none loses its semicolon only."""
+    """The character of &eacute; or &#233;, with or without semicolon; an unknown name only loses its semicolon."""
     name = match[1]
     if name.startswith("#"):
         return html.unescape(f"&{name};")

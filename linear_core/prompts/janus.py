@@ -1,6 +1,6 @@
-"""Janus' prompt for an image, as its authors write it: a chat's first turn, and the answer begun with an image.
+"""Janus' prompt for an image, as its authors write it: the first turn of a chat, and an answer that begins an image.
 
-Behaves as generation_inference.py of github.com/deepseek-ai/Janus. The ids of special tokens differ between uploads, so
+Behaves as generation_inference.py of github.com/deepseek-ai/Janus. Ids of special tokens differ between uploads, so
 they are looked up by name.
 """
 
@@ -18,18 +18,18 @@ ROLES = ("<|User|>", "<|Assistant|>")  # Janus-Pro's, which are tokens of its vo
 OLD_ROLES = ("User", "Assistant")  # Janus-1.3B's
 
 
-def janus_prompt(words: TextTokenizer, texts: Sequence[str], negative: str = "") -> Prompt:
-    """One image for each text, guided from `negative`; without one from the text with all but its ends blotted out."""
-    rows = [_row(words, text) for text in texts]
+def janus_prompt(tokenizer: TextTokenizer, texts: Sequence[str], negative: str = "") -> Prompt:
+    """One image per text, guided away from `negative`, or by default from the text with all but its ends padded out."""
+    rows = [_row(tokenizer, text) for text in texts]
     if negative:
-        away = [_row(words, negative)] * len(rows)
+        negatives = [_row(tokenizer, negative)] * len(rows)
     else:
-        pad = words.id(PAD)
-        away = [[row[0], *[pad] * (len(row) - 2), row[-1]] for row in rows]
-    return token_prompt(rows, tuple(texts), token_prompt(away))
+        pad = tokenizer.id(PAD)
+        negatives = [[row[0], *[pad] * (len(row) - 2), row[-1]] for row in rows]
+    return token_prompt(rows, tuple(texts), token_prompt(negatives))
 
 
-def _row(words: TextTokenizer, text: str) -> list[int]:
-    user, assistant = ROLES if words.knows(ROLES[0]) else OLD_ROLES
+def _row(tokenizer: TextTokenizer, text: str) -> list[int]:
+    user, assistant = ROLES if tokenizer.has(ROLES[0]) else OLD_ROLES
     chat = f"{user}: {text.strip()}\n\n{assistant}:"
-    return [words.id(BEGIN), *words.ids(chat), words.id(IMAGE)]
+    return [tokenizer.id(BEGIN), *tokenizer.ids(chat), tokenizer.id(IMAGE)]

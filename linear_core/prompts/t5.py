@@ -1,7 +1,7 @@
-"""Texts to what a text-conditional LlamaGen was trained on: the last hidden states of FLAN-T5-XL's encoder in bfloat16.
+"""Text features for text-conditional LlamaGen: the last hidden states of FLAN-T5-XL's encoder in bfloat16.
 
-transformers, tokenizers and sentencepiece come with ComfyUI and are imported only when a text is to be encoded. Files
-are read elsewhere: nothing here touches the disk but a tokenizer's own, or the network.
+transformers, tokenizers and sentencepiece come with ComfyUI and are imported only when a text is encoded. Apart from
+the tokenizer's own file, nothing here reads the disk or the network.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from ..prompts import Prompt
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
-LENGTH = 120  # places for a caption, in every published model
-FORMAT = torch.bfloat16  # as published; in float16 T5 overflows
-END, PAD = 1, 0  # ids that every T5 shares
-SCALED = {"scale_weight", "weight_scale", "scaled_fp8", "comfy_quant"}  # ComfyUI's marks of scaled 8-bit weights
+LENGTH = 120  # tokens of a caption, in every published model
+DTYPE = torch.bfloat16  # as published; T5 overflows in float16
+END, PAD = 1, 0  # ids shared by every T5
+SCALED = {
+    "scale_weight",
+    "weight_scale",
+    "scaled_fp8",
+    "comfy_quant",
+}  # keys by which ComfyUI marks scaled 8-bit weights
 PROBE = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
 
@@ -32,35 +37,36 @@ class T5Tokenizer:
 
     def __init__(self, source: Path | bytes):
         if isinstance(source, Path) and source.suffix == ".json":
-            with _brought_by_comfyui():
+            with _comfyui_package():
                 from tokenizers import Tokenizer
             tokenizer = Tokenizer.from_file(str(source))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self._ids: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         else:
-            with _brought_by_comfyui():
+            with _comfyui_package():
                 from sentencepiece import SentencePieceProcessor
             model = source.read_bytes() if isinstance(source, Path) else source
             self._ids = SentencePieceProcessor(model_proto=model).encode
 
     def ids(self, text: str) -> list[int]:
-        """At most LENGTH ids, the last of them the end; what is longer loses its tail, as published."""
+        """At most LENGTH ids, the last of them the end token; a longer text is truncated, as published."""
         return [*self._ids(text)[: LENGTH - 1], END]
 
 
 def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:
-    """transformers' T5EncoderModel with `weights`: a T5's or its encoder's, under any prefix; other keys are ignored.
+    """transformers' T5EncoderModel with `weights`: those of a T5 or its encoder, under any prefix. Other keys are
+    ignored.
 
-    Every size is read off the shapes; the rest (gelu, epsilon, reach of the position bias) is T5 1.1's and FLAN's.
-    Raises ValueError saying what the weights lack.
+    Every size is read from shapes; the rest (gelu, epsilon, reach of the position bias) is that of T5 1.1 and FLAN.
+    Raises ValueError that completes the sentence "the file …".
     """
     prefix = next((k.removesuffix(PROBE) for k in weights if k.endswith(PROBE)), None)
     if prefix is None:
         raise ValueError("is not a T5 text encoder")
     ours = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if any(k.rpartition(".")[2] in SCALED for k in weights):
-        raise ValueError("is scaled to 8 bits, which is not read here; take a bf16, fp16 or fp32 file")
+        raise ValueError("is scaled to 8 bits, which is not supported; use a bf16, fp16 or fp32 file")
     table = ours.get("shared.weight", ours.get("encoder.embed_tokens.weight"))
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in ours
     try:
@@ -70,13 +76,13 @@ def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:
     except KeyError as error:
         raise ValueError(f"lacks the weight {error}") from error
     except IndexError as error:
-        raise ValueError("has weights of no T5's shape") from error
+        raise ValueError("has weights of the wrong shape for a T5") from error
     if table is None:
         raise ValueError("lacks the weight 'shared.weight'")
     layers = 1 + max(int(k.split(".")[2]) for k in ours if k.startswith("encoder.block."))
     if table.ndim != 2 or not all((*table.shape, buckets, heads, hidden, inner)) or inner % heads or layers > len(ours):
-        raise ValueError("has weights of no T5's shape")
-    with _brought_by_comfyui():
+        raise ValueError("has weights of the wrong shape for a T5")
+    with _comfyui_package():
         from transformers import T5Config, T5EncoderModel
     config = T5Config(
         vocab_size=table.shape[0],
@@ -92,14 +98,14 @@ def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:
     with torch.device("meta"):
         encoder = T5EncoderModel(config)
     ours |= {"shared.weight": table, "encoder.embed_tokens.weight": table}
-    for name, place in encoder.state_dict().items():
+    for name, expected in encoder.state_dict().items():
         if name not in ours:
             raise ValueError(f"lacks the weight '{name}'")
-        if ours[name].shape != place.shape:
-            raise ValueError(f"has '{name}' of {list(ours[name].shape)} where {list(place.shape)} was expected")
+        if ours[name].shape != expected.shape:
+            raise ValueError(f"has '{name}' of {list(ours[name].shape)} where {list(expected.shape)} was expected")
         if not ours[name].is_floating_point():
-            raise ValueError(f"has '{name}' of {ours[name].dtype} where numbers with a fraction were expected")
-    encoder.load_state_dict({k: ours[k].to(FORMAT) for k in encoder.state_dict()}, assign=True)
+            raise ValueError(f"has '{name}' of {ours[name].dtype} where floating-point numbers were expected")
+    encoder.load_state_dict({k: ours[k].to(DTYPE) for k in encoder.state_dict()}, assign=True)
     encoder.set_input_embeddings(encoder.shared)  # one table, not two
     return encoder.eval().requires_grad_(False)
 
@@ -108,11 +114,12 @@ def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:
 def encode(text: str, tokenizer: T5Tokenizer, encoder: T5EncoderModel, device: torch.device | str) -> Tensor:
     """Features of a cleaned text: bfloat16 N D on the CPU, N at most LENGTH.
 
-    Texts go through one by one, padded to LENGTH, so that a text's features depend on nothing but the text.
+    Texts are encoded one by one and padded to LENGTH, so that a text's features depend on nothing else. Raises
+    UserError if the tokenizer's ids are not in the encoder's vocabulary.
     """
     ids = tokenizer.ids(text)
     if max(ids) >= encoder.config.vocab_size:
-        raise UserError("text encoder: the tokenizer beside it belongs to another model; put FLAN-T5's there.")
+        raise UserError("text encoder: the tokenizer next to it belongs to another model; put FLAN-T5's there.")
     padded = torch.full((1, LENGTH), PAD, device=device)
     padded[0, : len(ids)] = torch.tensor(ids)
     mask = (torch.arange(LENGTH, device=device) < len(ids))[None].long()
@@ -121,7 +128,7 @@ def encode(text: str, tokenizer: T5Tokenizer, encoder: T5EncoderModel, device: t
 
 
 def text_prompt(features: Sequence[Tensor], names: tuple[str, ...] = ()) -> Prompt:
-    """One image for each text's features N D: left-padded with zeros to LENGTH places, as LlamaGen's sampler does."""
+    """One image for each text's features N D, left-padded with zeros to LENGTH as in LlamaGen's sampler."""
     rows = torch.zeros(len(features), LENGTH, features[0].shape[-1])
     for row, states in zip(rows, features, strict=True):
         row[LENGTH - len(states) :] = states
@@ -129,11 +136,11 @@ def text_prompt(features: Sequence[Tensor], names: tuple[str, ...] = ()) -> Prom
 
 
 @contextmanager
-def _brought_by_comfyui() -> Iterator[None]:
+def _comfyui_package() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
         raise UserError(
-            f"text prompts need a Python package that ComfyUI brings ({error}); without ComfyUI, run "
+            f"text prompts need a Python package that comes with ComfyUI ({error}); without ComfyUI, run "
             "pip install transformers sentencepiece."
         ) from error

@@ -1,1 +1,1 @@
-"""Pictures to codes and back: the VQ tokenizers and the networks they are made of."""
+"""From pictures to codes and back: VQ tokenizers and their networks."""

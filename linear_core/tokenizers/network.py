@@ -1,10 +1,10 @@
-"""The convolutional halves of a VQ-GAN, in LlamaGen's layout and key names.
+"""The encoder and decoder networks of a VQ-GAN, in LlamaGen's layout and key names.
 
-Widths, depth and where attention sits are read off a state dict, so one pair of classes serves every size. Level 0 of
-`conv_blocks` is the full resolution in the encoder and the *lowest* resolution in the decoder, as in the published
+Widths, depth and the levels with attention are read from a state dict, so one pair of classes serves every size. Level
+0 of `conv_blocks` is the full resolution in the encoder and the *lowest* resolution in the decoder, as in the published
 files (github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py).
 
-Every class takes `ops`, the namespace its layers come from: `torch.nn`, or a host's casting layers.
+Every class takes `ops`, the namespace of its layers: `torch.nn`, or a host's casting layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ops = ModuleType | type[Any]
 
 
 def groups(channels: int) -> int:
-    """32, as published; narrower networks than the published ones keep its four channels a group."""
+    """32 as published; networks narrower than the published ones keep four channels per group."""
     return min(32, channels // 4)
 
 
@@ -45,7 +45,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head over all H x W places."""
+    """Self-attention of one head over all H x W positions."""
 
     def __init__(self, channels: int, ops: Ops = nn):
         super().__init__()
@@ -78,7 +78,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention where the layout has it, then a resampling."""
+    """Residual blocks at one resolution, each followed by attention if the layout has it, then resampling."""
 
     def __init__(self, inner: int, outer: int, blocks: int, attention: bool, ops: Ops, resample: str = ""):
         super().__init__()
@@ -105,7 +105,7 @@ def _middle(channels: int, ops: Ops) -> nn.ModuleList:
 class Encoder(nn.Module):
     """Picture B 3 H W in -1..1 -> features B Z H/f W/f, f = 2 ** (levels - 1).
 
-    `widths` are the channels of each level from full resolution down.
+    widths  channels of each level, from full resolution down
     """
 
     def __init__(self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn):

@@ -1,4 +1,4 @@
-"""VQTokenizer: pictures to codes and back."""
+"""VQTokenizer: from pictures to codes and back."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .network import Decoder, Encoder, Ops, groups
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Everything the layout leaves open, readable off a state dict (`read_config`)."""
+    """What the layout leaves open; can be read from a state dict (`read_config`)."""
 
     codes: int  # codebook entries
-    code_dim: int  # numbers per entry
-    z: int  # channels between codebook and network
+    code_dim: int  # size of an entry
+    z: int  # latent channels between codebook and network
     decoder_widths: tuple[int, ...]  # lowest resolution first
     decoder_blocks: int
     attention: bool = True  # in the lowest-resolution level
-    encoder_widths: tuple[int, ...] = ()  # full resolution first; empty: a file without its encoder
+    encoder_widths: tuple[int, ...] = ()  # full resolution first; empty: the file has no encoder
     encoder_blocks: int = 0
-    normalized: bool = True  # entries are looked up on the unit sphere (LlamaGen, Janus)
+    normalized: bool = True  # entries and features are normalised to unit length (LlamaGen, Janus)
 
     @property
     def factor(self) -> int:
@@ -44,7 +44,7 @@ class VQTokenizer(nn.Module):
     def __init__(self, config: VQConfig, ops: Ops = nn):
         super().__init__()
         self.config = config
-        self.compute_device: torch.device | None = None  # as LlamaGen's
+        self.compute_device: torch.device | None = None  # as in models.raster.Raster
         self.quantize = Codebook(config.codes, config.code_dim, ops)
         self.post_quant_conv = ops.Conv2d(config.code_dim, config.z, 1)
         self.decoder = Decoder(list(config.decoder_widths), config.decoder_blocks, config.z, config.attention, ops)
@@ -61,17 +61,17 @@ class VQTokenizer(nn.Module):
         self.compute_device = device
 
     def codebook(self) -> Tensor:
-        """Entries as they are looked up: K E."""
+        """The codebook as used for look-up: K E."""
         table = self.quantize.embedding.weight.to(self.device)
         return F.normalize(table, dim=-1) if self.config.normalized else table
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Pictures B 3 H W in -1..1 -> what the codebook is compared with: B h w E."""
+        """Pictures B 3 H W in -1..1 -> features to quantize: B h w E."""
         z = self.quant_conv(self.encoder(pictures)).permute(0, 2, 3, 1)
         return F.normalize(z, dim=-1) if self.config.normalized else z
 
     def nearest(self, features: Tensor) -> Tensor:
-        """B h w E -> the nearest entry of each: int64 B h w."""
+        """Features B h w E -> codes of the nearest entries: int64 B h w."""
         table = self.codebook()
         return (features @ table.T * 2 - (table * table).sum(-1)).argmax(-1)
 
@@ -84,17 +84,20 @@ class VQTokenizer(nn.Module):
         return self.decode_features(F.embedding(codes, self.codebook()))
 
     def decode_features(self, features: Tensor) -> Tensor:
-        """B h w E -> pictures B 3 H W."""
+        """Codebook vectors B h w E -> pictures B 3 H W."""
         return self.decoder(self.post_quant_conv(features.permute(0, 3, 1, 2)))
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
-    """Decoder output B 3 H W -> what ComfyUI calls IMAGE: float32 B H W 3 in 0..1."""
+    """Decoder output B 3 H W -> ComfyUI's IMAGE: float32 B H W 3 in 0..1."""
     return ((pictures.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) -> VQConfig:
-    """Every size of a tokenizer file in LlamaGen's layout from its keys and shapes."""
+    """Every size of a tokenizer file in LlamaGen's layout from its keys and shapes.
+
+    Raises KeyError, ValueError or IndexError if they are not a VQ tokenizer's.
+    """
 
     def levels(part: str) -> tuple[tuple[int, ...], int]:
         widths: list[int] = []
@@ -110,10 +113,10 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) 
         raise KeyError("decoder.conv_blocks.0")
     for width in (*decoder, *encoder):
         if width < 4 or width % groups(width):
-            raise ValueError(f"{width} channels do not divide into groups")
+            raise ValueError(f"{width} channels cannot be divided into groups")
     z = shapes["post_quant_conv.weight"][0]
     if not all((codes, code_dim, z)):
-        raise ValueError(f"{codes} codes of {code_dim} numbers, {z} channels")
+        raise ValueError(f"{codes} codes of size {code_dim}, {z} channels")
     return VQConfig(
         codes=codes,
         code_dim=code_dim,

@@ -53,7 +53,7 @@ def test_speed_says_what_was_not_recorded(how, tiny, monkeypatch, capsys):
     """Without a GPU neither the step nor the end of a line becomes a graph; a full cache has no such end."""
     told = ["--models", "tiny", "--images", "1", "--plans", "full", "line:3", "--repeat", "1", "--steps", "graph"]
     document = last_line(speed.main, ["--device", "cpu", *told, *how], monkeypatch, capsys)
-    why = "graphs are for cuda, and this runs on cpu"
+    why = "graphs need cuda and this runs on cpu"
     full, few = (r["not_recorded"] for r in document["results"])
     assert full == {"step": why} and few == {"step": why, "line's end": why}
 

@@ -195,24 +195,24 @@ def test_eight_bits_and_the_line_being_written(slots, dim, stride, dtype, lazy, 
 
 BREAKS = [  # text that occurs once in the kernel, what it becomes, what that breaks; as in tests/mutations.py
     (".to(tl.float32) * factor", ".to(tl.float32)", "scores without the 1/sqrt(D)"),
-    ("mixed, scores + seen, values)", "mixed, scores, values)", "the bias is ignored"),
-    ("row * held_row + head", "head", "every row reads the first one's slots"),
+    ("acc, scores + slot_bias, values)", "acc, scores, values)", "the bias is ignored"),
+    ("row * data_row + head", "head", "every row reads the first one's slots"),
     ("bias += row * bias_row + head * bias_head", "bias += row * bias_row", "every head has the first one's bias"),
-    ("(part + 1) * share, slots)", "(part + 1) * share, slots - 1)", "the last slot is not read"),
-    ("part * share, end, BLOCK", "0, end, BLOCK", "parts read what others have read"),
+    ("(split + 1) * split_size, slots)", "(split + 1) * split_size, slots - 1)", "the last slot is not read"),
+    ("split * split_size, end, BLOCK", "0, end, BLOCK", "parts read what others have read"),
     (
-        '(higher == float("-inf"), 0.0, higher)  # nothing',
-        "(higher != higher, 0.0, higher)  # nothing",
+        '(new_max == float("-inf"), 0.0, new_max)  # nothing',
+        "(new_max != new_max, 0.0, new_max)  # nothing",
         "nothing seen is no number",
     ),
-    ("total * before", "total", "weights are not brought to the new greatest score"),
-    ("mixed * before", "mixed", "values are not brought to the new greatest score"),
-    ("tl.sum(weights * total, 0)", "tl.sum(total, 0)", "parts count alike, whatever their scores"),
+    ("sum_exp * rescale", "sum_exp", "weights are not brought to the new greatest score"),
+    ("acc * rescale", "acc", "values are not brought to the new greatest score"),
+    ("tl.sum(weights * sum_exp, 0)", "tl.sum(sum_exp, 0)", "parts count alike, whatever their scores"),
     ("scores *= tl.load", "scores = scores + 0 * tl.load", "int8: keys without their scale"),
     ("values *= tl.load(v_scale", "values *= tl.load(k_scale", "int8: values with the scale of the keys"),
     ("replaced > 0", "replaced < 0", "int8: what is written over is still seen"),
-    ("query[None, :], 1) + seen", "query[None, :], 1)", "int8: tokens that are not yet there are seen"),
-    ("part == parts - 1", "part >= 0", "int8: every part adds the line"),
+    ("query[None, :], 1) + slot_bias", "query[None, :], 1)", "int8: tokens that are not yet there are seen"),
+    ("split == splits - 1", "split >= 0", "int8: every part adds the line"),
     ("mask=line < LINE, other=-1)", "mask=line < LINE - 1, other=-1)", "int8: the line's last token is seen twice"),
 ]
 
@@ -246,7 +246,7 @@ def test_what_is_broken_is_noticed(old, new, monkeypatch, tmp_path):
     text = Path(kernel.__file__).read_text(encoding="utf-8")
     assert text.count(old) == 1
     (tmp_path / "kernel.py").write_text(text.replace(old, new), encoding="utf-8")
-    spec = spec_from_file_location("linear_core.broken", tmp_path / "kernel.py")
+    spec = spec_from_file_location("linear_core.cache.broken", tmp_path / "kernel.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(AssertionError, match="not close"):

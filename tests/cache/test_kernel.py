@@ -76,22 +76,24 @@ def test_where_it_can_be_used(gpu, monkeypatch):
 def test_who_asks_where_it_cannot_be_is_told_before_anything_is_drawn(gpu, monkeypatch):
     monkeypatch.setenv(SWITCH, "kernel")
     model = Recorder(llamagen(3, 3))
-    with pytest.raises(UserError, match=r"LINEAR_ATTENTION: the kernel cannot be used, as .* cpu; "):
+    with pytest.raises(UserError, match=r"LINEAR_ATTENTION: the kernel cannot be used because .* cpu; "):
         next(generate(model, class_prompt([1]), CachePlan("full"), SamplePlan()))
     assert not model.logits
     monkeypatch.setenv(SWITCH, "flash")
-    with pytest.raises(UserError, match="'flash' is no attention; write sdpa or kernel"):
+    with pytest.raises(UserError, match="'flash' is unknown; set it to sdpa or kernel"):
         cache()
 
 
 def test_the_command_line_and_the_benchmark_say_so(gpu, monkeypatch, capsys):
     monkeypatch.setenv(SWITCH, "kernel")
     assert main(["generate", "--device", "cpu"]) == 2
-    assert capsys.readouterr().err.startswith("error: LINEAR_ATTENTION: the kernel cannot be used, as it is for NVIDIA")
+    assert capsys.readouterr().err.startswith(
+        "error: LINEAR_ATTENTION: the kernel cannot be used because it needs an NVIDIA"
+    )
     monkeypatch.setattr("sys.argv", ["speed.py", "--device", "cpu", "--attention", "sdpa", "kernel"])
     with pytest.raises(SystemExit):
         speed.main()
-    assert "--attention: the kernel cannot be used, as it is for NVIDIA" in capsys.readouterr().err
+    assert "--attention: the kernel cannot be used because it needs an NVIDIA" in capsys.readouterr().err
 
 
 def test_who_does_not_ask_needs_no_triton():
@@ -201,7 +203,7 @@ def launches(monkeypatch, held: RawSlots, rows: int, dtype: torch.dtype) -> dict
     """What one query over these slots, as keys and as values, starts on the GPU."""
     from linear_core.cache import kernel
 
-    told = {name: Launches() for name in ("_attend", "_reduce_parts")}
+    told = {name: Launches() for name in ("_attend", "_reduce_splits")}
     heads, slots, dim = held.data.shape[1:]
     with monkeypatch.context() as patch:
         for name, launch in told.items():

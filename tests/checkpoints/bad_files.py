@@ -418,8 +418,8 @@ def changed(how: Callable[[Tensor], Tensor]) -> Callable[[Weights, str], None]:
 
 
 KNOWN = "weights this model does not know"
-SHAPE = r"expected|do not describe|do not fit|no T5's shape|is of no size"
-KIND = r"where numbers with a fraction were expected"
+SHAPE = r"expected|do not describe|do not fit|wrong shape for a T5|is of no size"
+KIND = r"where floating-point numbers were expected"
 FINITE = r"holds NaN or infinity"
 WEIGHTS: list[tuple[str, Callable[[Weights, str], object], str]] = [
     ("a weight is missing", lambda w, key: w.pop(key), r"lacks"),
@@ -833,10 +833,10 @@ def cases() -> Iterator[Case]:
     no_rows = weights("model.layers.0.self_attn.q_norm.weight", changed(lambda t: t[:0]))
     yield Case("lumina", f"{LUMINA}/model-00001-of-00002.safetensors", "a norm of no rows", no_rows, SHAPE, LUMINA)
     ((shard, key),) = LAYOUTS["t5"].files.items()
-    yield Case("t5", shard, "a thousand blocks", weights(key, many_blocks), "no T5's shape", T5)
+    yield Case("t5", shard, "a thousand blocks", weights(key, many_blocks), "wrong shape for a T5", T5)
     for layout, file in TOKENIZERS.items():
         for what, damage in WORDLESS:
-            yield Case(layout, file, what, damage, "is not a tokenizer|has no token|cannot read", "tokenizer.json")
+            yield Case(layout, file, what, damage, "as a tokenizer|has no token|cannot encode", "tokenizer.json")
     for name, (reason, values) in NOTED.items():
         for value in values:
             what = f"{name} {value[:20]!r} of {len(value)}"

@@ -234,7 +234,7 @@ def test_what_is_wrong_is_named(published: Path, tmp_path: Path) -> None:
     refused("some.safetensors", "8 bits", run=lambda: load(scaled))
     other = tmp_path / "tokenizer of another.json"
     other.write_text("{}")
-    refused(other.name, "not a tokenizer", run=lambda: load({}, tokenizer=other))
+    refused(other.name, "cannot be read as a tokenizer", run=lambda: load({}, tokenizer=other))
     short = {"shared.weight": weights["shared.weight"][:8].clone()}
     refused("belongs to another model", run=lambda: load(short))
     save_file({"x": torch.zeros(1)}, path)

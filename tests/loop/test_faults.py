@@ -150,7 +150,7 @@ def test_stop_at_every_line(small, comfy):  # noqa: F811
 def test_stop_in_a_later_part(small, comfy, monkeypatch):  # noqa: F811
     """The page has the rows that all pictures so far have, as one run from which all of them go on."""
     whole, kept = draw(small, batch_size=3), Kept()
-    monkeypatch.setattr(importlib.import_module(f"{PACK}.nodes.live"), "fits", lambda room, images, needed: 1)
+    monkeypatch.setattr(importlib.import_module(f"{PACK}.nodes.live"), "max_batch_size", lambda room, images, needed: 1)
     comfy.sent.clear()
     comfy.progress.clear()
     comfy.stops, comfy.stop_after = 0, 2 * ROWS + 5
@@ -254,9 +254,9 @@ def test_stop_in_the_last_picture_is_heard():
         painter = PreviewWorker(paint, lambda picture, lines: None, ROWS, Stop)
         if isinstance(error, Stop):
             with pytest.raises(Stop):
-                painter.last(1)
+                painter.final(1)
         else:
-            assert painter.last(1) is None
+            assert painter.final(1) is None
         assert not painter.thread.is_alive()
 
 
@@ -358,7 +358,7 @@ def test_no_room_in_the_second_part(small, comfy, monkeypatch):  # noqa: F811
     """Parts that were done stay done, and the third is halved with the second."""
     live = importlib.import_module(f"{PACK}.nodes.live")
     whole = draw(small, batch_size=6)
-    monkeypatch.setattr(live, "fits", lambda room, images, needed: 2)
+    monkeypatch.setattr(live, "max_batch_size", lambda room, images, needed: 2)
     rows = no_more_than(monkeypatch, 1, "linear_core.models.llamagen:LlamaGen.step", after=100)
     parts = draw(small, batch_size=6)
     same(parts, whole)
@@ -435,7 +435,7 @@ def test_no_room_for_decoding(small, monkeypatch, caplog):  # noqa: F811
     sizes.clear()
     kept = Kept()
     monkeypatch.setattr(small.image.tokenizer, "decode", lambda codes: little(codes, 0))
-    words = "memory: it ran out decoding one picture of 32 x 32; close what else takes memory."
+    words = "memory: it ran out decoding one picture of 32 x 32; close other programs that use memory."
     with pytest.raises(UserError, match=re.escape(words)):
         run("Decode", model=small, tokens=codes)
     assert sizes == [5, 2, 1]
@@ -512,7 +512,7 @@ def test_halves_draw_the_same_numbers(plan, seed):
                     raise out_of_memory()
     (parts,) = micro_batches.runs
     assert failed and torch.equal(parts.tokens, whole.tokens) and torch.equal(parts.shares, whole.shares)
-    assert micro_batches.largest == 2 and len(micro_batches) == 3
+    assert micro_batches.max_images == 2 and len(micro_batches) == 3
 
 
 # -- numbers that are none ---------------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ class Broken:
 def test_one_token_that_is_no_number(token, what):
     """Found at the end of its line, which is named; the lines before have come."""
     model, lines = Broken(tiny.llamagen(6, 5), token, what, for_good=False), []
-    with pytest.raises(CoreError, match=rf"^toy: its logits are not numbers .*in line {token // 5 + 1} of 6; its file"):
+    with pytest.raises(CoreError, match=rf"^toy: its logits are not finite .*in line {token // 5 + 1} of 6; its file"):
         for line in generate(model, class_prompt([1, 2]), CorePlan(budget=2, recent=1), SamplePlan(1), name="toy"):
             lines.append(line)
     assert len(lines) == token // 5
@@ -563,7 +563,7 @@ def test_float16_that_overflows_is_told_what_to_choose():
     model = tiny.llamagen(4, 5).half()
     with torch.no_grad():
         model.output.weight.mul_(20000)
-    with pytest.raises(CoreError, match=r"nan or infinity, float16\) in line 1 of 4; .*bfloat16 or float32\."):
+    with pytest.raises(CoreError, match=r"NaN or infinity, float16\) in line 1 of 4; .*bfloat16 or float32\."):
         list(generate(model, class_prompt([1]), CorePlan(budget=2, recent=1), SamplePlan(1)))
     assert list(generate(model.float(), class_prompt([1]), CorePlan(budget=2, recent=1), SamplePlan(1)))
 
@@ -581,7 +581,7 @@ def test_a_damaged_file_is_named_by_the_nodes(small, comfy, monkeypatch):  # noq
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small.image.decoder, "step", broken)
         with pytest.raises(
-            UserError, match=r"^small: its logits are not numbers .*in line 5 of 8; its file may be damaged"
+            UserError, match=r"^small: its logits are not finite .*in line 5 of 8; its file may be damaged"
         ):
             draw(small)
     assert len([event for event in told(comfy) if event["kind"] == "row"]) == 4
@@ -594,7 +594,7 @@ def test_the_command_line_names_it_too(small_model, monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(LlamaGen, "prefill", lambda *given: prefill(*given) * float("nan"))
     assert command_line.main(["generate", str(small_model), "--out", str(tmp_path / "a.png")]) == 2
     assert (
-        "error: small: its logits are not numbers (nan or infinity, float32) in line 1 of 8" in capsys.readouterr().err
+        "error: small: its logits are not finite (NaN or infinity, float32) in line 1 of 8" in capsys.readouterr().err
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from linear_core.grid import Grid
 from linear_core.loop.generate import Run, generate
-from linear_core.loop.memory import fits, run_bytes, split_batch
+from linear_core.loop.memory import max_batch_size, run_bytes, split_batch
 from linear_core.loop.micro_batches import MicroBatches
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
@@ -18,9 +18,9 @@ from tests import tiny
 
 
 def test_how_many_fit() -> None:
-    assert fits(100, 16, lambda n: 10 + 30 * n) == 3
-    assert fits(100, 2, lambda n: 10 + 30 * n) == 2, "no more than there are"
-    assert fits(5, 16, lambda n: 10 + 30 * n) == 1, "one has to be tried"
+    assert max_batch_size(100, 16, lambda n: 10 + 30 * n) == 3
+    assert max_batch_size(100, 2, lambda n: 10 + 30 * n) == 2, "no more than there are"
+    assert max_batch_size(5, 16, lambda n: 10 + 30 * n) == 1, "one has to be tried"
     assert [list(part) for part in split_batch(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [len(part) for part in split_batch(16, 16)] == [16] and [len(part) for part in split_batch(3, 1)] == [
         1,

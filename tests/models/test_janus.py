@@ -108,7 +108,7 @@ def test_what_is_missing_or_wrong_is_named(folder: Path, tmp_path: Path) -> None
         load_model(files(copy))
     torch.save(weights, shard)
     (copy / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer.json: is not a tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer"):
         load_model(files(copy)).prompt(["a fox"])
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json: there is no such file"):

@@ -119,7 +119,7 @@ def test_prompts_of_other_models_are_refused() -> None:
         (class_prompt([1]), "Text Prompt"),
         (Prompt(torch.zeros(1, 4, 6), torch.zeros(1, dtype=torch.int64)), "connect this model"),
         (token_prompt([[1, WORDS, 2]]), "own tokenizer"),
-        (token_prompt([[1, 2, 3]]), "not made for this model"),
+        (token_prompt([[1, 2, 3]]), "made for another model"),
     ):
         with pytest.raises(UserError, match=word):
             decode(model, prompt, FULL, GUIDED)

@@ -237,7 +237,7 @@ def test_another_models_tokenizer(models: Path) -> None:
     """Codes are held against their names, not their numbers."""
     official.tokenizer(models / "Lumina-mGPT-7B-768" / "tokenizer.json", official.vocabulary(CODES, first=8))
     model = load_model(ModelFiles(models / "Lumina-mGPT-7B-768", models / "vqgan.ckpt"))
-    with pytest.raises(UserError, match=r"tokenizer.json: numbers image codes otherwise"):
+    with pytest.raises(UserError, match=r"tokenizer.json: its ids of image codes"):
         model.prompt(["a fox"])
 
 
@@ -250,7 +250,7 @@ def test_without_a_vocabulary_in_the_config(models: Path) -> None:
     save_file(weights, models / "Lumina-mGPT-7B-768" / "model.safetensors")
     (models / "Lumina-mGPT-7B-768" / "model.safetensors.index.json").unlink()
     info = read_info(models / "Lumina-mGPT-7B-768")
-    assert (info.config.first, info.config.codes, info.grid.eol) == (4, 8192, 8799)
+    assert (info.config.first_code, info.config.codes, info.grid.eol) == (4, 8192, 8799)
     official.tokenizer(models / "words.json", ids)
     prompt = lumina.prompt(TextTokenizer(models / "words.json"), ["a fox"], "", info)
     assert prompt.tokens[0, -3:].tolist() == [8197, 8804 + 24, 8804 + 24]

@@ -101,7 +101,7 @@ def test_a_picture_is_continued_downward(server: Server) -> None:
     prompt["21"] = {"class_type": "LineAR_EncodeImage", "inputs": {"model": ["3", 0], "image": ["20", 0]}}
     prompt["6"]["inputs"]["tokens"] = ["21", 0]
     _, end = finish(server, prompt)
-    assert end["type"] == "execution_error" and "lines of 46 are given" in end["data"]["exception_message"], end
+    assert end["type"] == "execution_error" and "lines of 46, but" in end["data"]["exception_message"], end
     prompt["21"]["inputs"]["prompt"] = ["4", 0]
     _, end = finish(server, prompt)
     assert end["type"] == "execution_success", end

@@ -184,7 +184,7 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
     monkeypatch.setenv(live.STEP, "graph")
     (without,) = run("Generate", **settings)
     assert torch.equal(without.codes, eager.codes)
-    assert caplog.text.count("no graph was used, graphs are for cuda") == 2, "of the step, and of the line's end"
+    assert caplog.text.count("no graph was used, graphs need cuda") == 2, "of the step, and of the line's end"
 
     tapes, graph = [], importlib.import_module(f"{PACK}.linear_core.loop.graph")
 
@@ -196,7 +196,7 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
         return made
 
     monkeypatch.setattr(live, "Graphs", taped)
-    monkeypatch.setattr(live, "fits", lambda room, images, needed: 2)
+    monkeypatch.setattr(live, "max_batch_size", lambda room, images, needed: 2)
     caplog.clear()
     (recorded,) = run("Generate", **settings)
     assert torch.equal(recorded.codes, eager.codes) and not caplog.text
@@ -229,7 +229,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
     assert [painter.submit(number, number) for number in range(2, 50)] == [False] * 48
     assert time.perf_counter() - begun < 30 and shown == []
     go.set()
-    assert painter.last(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
+    assert painter.final(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
     assert not painter.thread.is_alive()
 
 
@@ -246,7 +246,7 @@ def test_pictures_take_their_share_of_the_time_spread_over_the_run(seconds, cost
             pictures.append(lines)
             at = now + took + painter._wait(took, now + took, lines)
     most = painter.allowance + painter.share * seconds
-    assert painter.took <= most + cost, "one picture may go beyond it"
+    assert painter.spent <= most + cost, "one picture may go beyond it"
     if seconds < 100:
         assert len(pictures) >= 8 and pictures[-1] > 48
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from linear_core.events import Line
 from linear_core.pictures.heatmap import colormap, heatmap, lifetime
-from linear_core.pictures.preview import EMPTY, Preview, decode
+from linear_core.pictures.preview import UNDRAWN, Preview, decode
 from linear_core.pictures.sheet import contact_sheet, save, to_image
 from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
 
@@ -29,8 +29,8 @@ def test_preview_grows_and_the_last_one_is_the_picture(tokenizer: VQTokenizer) -
         preview.add(Line(row, 4, codes[:, row], torch.zeros(2, 4, 3), 0.0, 0.0, 0))
         picture = preview.pictures(2)
         assert picture.shape == (2, 8, 6, 3)
-        assert (picture[:, 2 * (row + 1) :] == EMPTY).all()
-        assert not (picture[:, : 2 * (row + 1)] == EMPTY).all()
+        assert (picture[:, 2 * (row + 1) :] == UNDRAWN).all()
+        assert not (picture[:, : 2 * (row + 1)] == UNDRAWN).all()
     assert torch.equal(picture, decode(tokenizer, codes))
 
 

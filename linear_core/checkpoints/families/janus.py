@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 from ...grid import Grid
-from ...models.janus import DIM, Janus, JanusConfig
+from ...models.janus import HEAD_DIM, Janus, JanusConfig
 from ...plan import SamplePlan
 from ...prompts.janus import janus_prompt
-from ...tokenizers.layouts import renamed
+from ...tokenizers.layouts import rename_key
 from ..families import Family, ModelInfo
 from ..untrusted import number, section
 from ..weights import Target, Weights
@@ -56,7 +56,7 @@ def vq(key: str) -> str | None:
     found = VQ.fullmatch(key)
     if found is None or found[1].startswith(VQ_NOT_WEIGHTS):
         return None
-    return renamed(found[1])
+    return rename_key(found[1])
 
 
 def recognises(weights: Weights) -> bool:
@@ -80,7 +80,7 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
         config = JanusConfig(
             layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers.")),
             width=width,
-            heads=number(told, "num_attention_heads", width // DIM),
+            heads=number(told, "num_attention_heads", width // HEAD_DIM),
             hidden=shapes["layers.0.feed_forward.w1.weight"][0],
             codes=codes,
             vocabulary=vocabulary,

@@ -43,7 +43,7 @@ def _all(tensor: Tensor, config: LuminaConfig) -> Tensor:
 
 def _rows_of_codes(head: Tensor, config: LuminaConfig) -> Tensor:
     """Nothing but a code is drawn, so the head's other rows, nine tenths of them, are left where they are."""
-    return head[config.first : config.first + config.codes]
+    return head[config.first_code : config.first_code + config.codes]
 
 
 def _every_head(norm: Tensor, config: LuminaConfig) -> Tensor:
@@ -113,7 +113,7 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             eps=number(told, "rms_norm_eps", 1e-5),
             rope_base=number(section(told, "rope_parameters") or told, "rope_theta", 10000.0),
             qk_norm=True,
-            first=first,
+            first_code=first,
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise weights.problem(f"its weights do not describe a Chameleon ({error}); download it again.") from error
@@ -163,7 +163,7 @@ def _lumina(weights: Weights, config: LuminaConfig, asked: tuple[int, int] | Non
 
 
 def prompt(words: TextTokenizer, texts: Sequence[str], negative: str, info: ModelInfo) -> Prompt:
-    first, grid = info.config.first, info.grid
+    first, grid = info.config.first_code, info.grid
     check_codes(words, first, info.config.codes)
     if grid.eol is None:
         return anole_prompt(words, texts, negative)
