@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.machine import synchronize
 from bench.shapes import ModelShape
-from linear_core.checkpoints.families.janus import place
+from linear_core.checkpoints.families.janus import target
 from linear_core.models.janus import Janus
 
 
@@ -119,9 +119,9 @@ def network(shape: ModelShape, weights: dict[str, Tensor]) -> nn.Module:
         made = transformers.JanusForConditionalGeneration(config)
     named = {}
     for name, empty in made.state_dict().items():
-        goes = place(name, c)
-        if goes is not None:
-            named[name] = weights[goes.name].chunk(goes.parts)[goes.part]
+        found = target(name, c)
+        if found is not None:
+            named[name] = weights[found.name].chunk(found.parts)[found.part]
         elif name == "lm_head.weight":
             named[name] = weights["embed_tokens.weight"]  # writes text; not a second table for that
         else:

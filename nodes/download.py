@@ -59,7 +59,7 @@ class DownloadModel(io.ComfyNode):
     def fingerprint_inputs(cls, release: str, with_needed: bool) -> str:
         """A file that has gone is fetched again."""
         return " ".join(
-            str(int((_folder(chosen) / chosen.local(file)).exists()))
+            str(int((_folder(chosen) / chosen.local_path(file)).exists()))
             for chosen in _chosen(release, with_needed)
             for file in chosen.files
         )

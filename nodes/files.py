@@ -23,7 +23,7 @@ from ..linear_core.checkpoints.library import (
 )
 from ..linear_core.checkpoints.text import TextFiles, find_text_encoder, is_text_encoder
 from ..linear_core.checkpoints.untrusted import inside
-from ..linear_core.checkpoints.weights import INDEXES, model_path, read_weights, shards
+from ..linear_core.checkpoints.weights import INDEX_FILES, model_path, read_weights, shards
 from ..linear_core.errors import UserError, quoted
 from . import host
 
@@ -75,7 +75,7 @@ def _state(path: Path) -> tuple[int, int]:
     try:
         files = shards(path) if path.is_dir() else (path,)
     except UserError:
-        files = tuple(path / name for name in INDEXES)
+        files = tuple(path / name for name in INDEX_FILES)
     stats = [file.stat() for file in files if file.is_file()]
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
@@ -158,7 +158,7 @@ def _find(name: str) -> Path:
         there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
         places = " or ".join(str(Path(folder) / name) for folder in there)
         raise UserError(
-            f"{places}: there is no such file; {published.where(name) or 'put it there, or choose another file'}."
+            f"{places}: there is no such file; {published.download_hint(name) or 'put it there, or choose another file'}."
         )
     return Path(path)
 

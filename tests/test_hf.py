@@ -25,7 +25,7 @@ from transformers import AttentionInterface, DynamicCache, JanusForConditionalGe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
-from linear_core.checkpoints.families.janus import place  # noqa: E402
+from linear_core.checkpoints.families.janus import target  # noqa: E402
 from linear_core.errors import UserError  # noqa: E402
 from linear_core.grid import Grid  # noqa: E402
 from linear_core.hf import CACHE_ARGUMENT, NAME, LineCache, line_attention  # noqa: E402
@@ -326,8 +326,8 @@ def ours() -> Janus:
     model = Janus(config, Grid(SIDE, SIDE)).requires_grad_(False).eval()
     weights, filled = model.state_dict(), 0
     for key, tensor in janus().state_dict().items():
-        if (goes := place(key, config)) is not None:
-            weights[goes.name].chunk(goes.parts)[goes.part].copy_(goes.take(tensor))
+        if (found := target(key, config)) is not None:
+            weights[found.name].chunk(found.parts)[found.part].copy_(found.transform(tensor))
             filled += tensor.numel()
     assert filled == sum(tensor.numel() for tensor in weights.values())
     return model

@@ -1,1 +1,1 @@
-"""From files to a model and back: reading what may be damaged or hostile, naming what was published, converting."""
+"""From files to models: reading untrusted checkpoints, published releases, downloads, conversion."""

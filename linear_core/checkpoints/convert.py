@@ -1,4 +1,4 @@
-"""Published checkpoints to safetensors that say what they are: family, grid, heads, codebook, tokenizer, sampling."""
+"""Converts published checkpoints to safetensors with metadata: family, grid, heads, codebook, tokenizer, sampling."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from . import library
 from .families import llamagen
 from .weights import KeyMap, Weights, check_finite, match_keys, read_weights
 
-Notes = dict[str, str]
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of number formats, in safetensors
+Metadata = dict[str, str]
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # names in safetensors
 
 
 def convert(
@@ -30,43 +30,47 @@ def convert(
     tokenizer: str | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Notes:
+) -> Metadata:
     """Write the decoder or VQ tokenizer at `source` to `target`, and return the metadata written with it.
 
-    grid       rows and cols, where neither the file nor its name tells
-    tokenizer  name of the file of codes that a decoder belongs to; None: the published one
+    grid       rows and cols, if neither the file nor its name tells
+    tokenizer  file name of the VQ tokenizer that a decoder belongs to; None: the published one
     dtype      float32, bfloat16 or float16; None: as in the file
-    progress   is told bytes written and bytes in all
+    progress   called with bytes written and total bytes
 
-    Every weight is checked first, and the file appears under its name only when it is complete. One tensor at a time is
-    in memory.
+    Every weight is checked first, and the target appears only when it is complete. One tensor at a time is in memory.
+    Raises UserError naming the file that cannot be read, converted or written.
     """
     source, target = Path(source), Path(target)
     if target.suffix.lower() != ".safetensors":
-        raise UserError(f"{target.name}: is not a name for the result; end it in .safetensors.")
+        raise UserError(f"{target.name}: the target's name must end in .safetensors.")
     if target.exists():
-        raise UserError(f"{target}: exists already; choose another name, or remove it first.")
+        raise UserError(f"{target}: already exists; choose another name, or remove it first.")
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: there is no such folder.")
     weights = read_weights(source)
     if library.is_tokenizer(weights):
-        tensors, notes = _tokenizer(weights, grid, tokenizer)
+        tensors, metadata = _tokenizer(weights, grid, tokenizer)
     else:
-        tensors, notes = _decoder(weights, grid, tokenizer)
-    notes = {"format": "pt", **notes, "source": source.name}
-    _write(target, tensors, notes, dtype, progress)
-    return notes
+        tensors, metadata = _decoder(weights, grid, tokenizer)
+    metadata = {"format": "pt", **metadata, "source": source.name}
+    _write(target, tensors, metadata, dtype, progress)
+    return metadata
 
 
-def _decoder(weights: Weights, grid: tuple[int, int] | None, tokenizer: str | None) -> tuple[dict[str, Tensor], Notes]:
+def _decoder(
+    weights: Weights, grid: tuple[int, int] | None, tokenizer: str | None
+) -> tuple[dict[str, Tensor], Metadata]:
     info = library.describe(weights, grid)
     if info.family is not llamagen.FAMILY:
-        raise weights.problem(f"is a {info.family.name}, which says what it is; only LlamaGen's files need converting.")
+        raise weights.problem(
+            f"is a {info.family.name}, whose files describe themselves; only LlamaGen's need converting."
+        )
     with torch.device("meta"):
         network = LlamaGen(info.config, info.grid, nn)
     sampling = asdict(info.defaults)
-    del sampling["seed"]  # a picture's own
-    notes = {
+    del sampling["seed"]  # belongs to a picture, not to a model
+    metadata = {
         "family": "llamagen",
         "grid": f"{info.grid.rows}x{info.grid.cols}",
         "heads": str(info.config.heads),
@@ -75,55 +79,55 @@ def _decoder(weights: Weights, grid: tuple[int, int] | None, tokenizer: str | No
         "sampling": json.dumps(sampling),
     }
     kept = {k: weights.metadata[k] for k in ("classes", "licence") if k in weights.metadata}
-    return _matching(network, weights, llamagen.place), notes | kept
+    return _matching(network, weights, llamagen.key_map), metadata | kept
 
 
 def _tokenizer(
     weights: Weights, grid: tuple[int, int] | None, tokenizer: str | None
-) -> tuple[dict[str, Tensor], Notes]:
+) -> tuple[dict[str, Tensor], Metadata]:
     if grid or tokenizer:
-        raise weights.problem("is a tokenizer, which has neither a grid nor a tokenizer; leave them out.")
-    config, places = library.describe_tokenizer(weights)
+        raise weights.problem("is a tokenizer, which has no grid and no tokenizer of its own; leave them out.")
+    config, key_map = library.describe_tokenizer(weights)
     with torch.device("meta"):
         network = VQTokenizer(config, nn)
-    notes = {
-        "family": "llamagen-vq" if config.normalized else library.UNSCALED,
+    metadata = {
+        "family": "llamagen-vq" if config.normalized else library.UNNORMALIZED,
         "codes": str(config.codes),
         "code_dim": str(config.code_dim),
         "factor": str(config.factor),
     }
     kept = {k: weights.metadata[k] for k in ("licence",) if k in weights.metadata}
-    return _matching(network, weights, places), notes | kept
+    return _matching(network, weights, key_map), metadata | kept
 
 
-def _matching(network: nn.Module, weights: Weights, places: KeyMap) -> dict[str, Tensor]:
-    found = match_keys(network, weights, places)
-    return {place.name: check_finite(weights, key, weights.tensors[key]) for key, place in found.items()}
+def _matching(network: nn.Module, weights: Weights, key_map: KeyMap) -> dict[str, Tensor]:
+    targets = match_keys(network, weights, key_map)
+    return {target.name: check_finite(weights, key, weights.tensors[key]) for key, target in targets.items()}
 
 
 def _write(
     path: Path,
     tensors: dict[str, Tensor],
-    notes: Notes,
+    metadata: Metadata,
     dtype: torch.dtype | None,
     progress: Callable[[int, int], None],
 ) -> None:
-    """A safetensors file, written tensor by tensor: safetensors' own writer wants all of them converted at once.
+    """Write a safetensors file tensor by tensor; safetensors' own writer needs all of them converted at once.
 
-    The format: eight bytes with the header's length, the header (JSON, padded with blanks to a multiple of eight), then
-    the numbers, little end first. Widest formats come first, so that every tensor is aligned.
+    The format: eight bytes with the header's length, the header (JSON, padded with spaces to a multiple of eight), then
+    the data, little-endian. Wider dtypes come first, so that every tensor is aligned.
     """
-    kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
-    for name, kind in kinds.items():
-        if kind not in NAMES:
-            raise UserError(f"{path.name}: '{name}' holds {kind}, which is not kept; give --dtype.")
-    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": notes}
+    dtypes = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
+    for name, kind in dtypes.items():
+        if kind not in DTYPES:
+            raise UserError(f"{path.name}: '{name}' is {kind}, which cannot be kept; choose a format with --dtype.")
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name in names:
-        begin, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        begin, end = end, end + tensors[name].numel() * dtypes[name].itemsize
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": NAMES[kinds[name]], "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[dtypes[name]], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     part = path.with_name(path.name + ".part")
@@ -132,7 +136,7 @@ def _write(
             file.write(len(text).to_bytes(8, "little") + text)
             done = 0
             for name in names:
-                data = tensors[name].detach().to(kinds[name]).contiguous()
+                data = tensors[name].detach().to(dtypes[name]).contiguous()
                 done += file.write(data.flatten().view(torch.uint8).numpy().data)
                 progress(done, end)
         os.replace(part, path)

@@ -1,4 +1,4 @@
-"""From files to an ImageModel: which family a checkpoint is, how large, with which tokenizer."""
+"""From files to an ImageModel: finds a checkpoint's family, sizes and tokenizer, and loads it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .families import Family, ModelInfo, janus, llamagen, lumina
 from .weights import SUFFIXES, KeyMap, Target, Weights, all_except, load_into, model_path, read_weights
 
 FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
-UNSCALED = "chameleon-vq"  # what a converted file says of itself: its layout is ours, its codebook as Chameleon's
+UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
 
-# What a VQ tokenizer's file carries besides its weights: a counter and losses of training.
+# What a VQ tokenizer's file contains besides its weights: a counter and losses of training.
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's two checkpoints, files or folders; the same one where the decoder's holds the tokenizer too."""
+    """A model's two checkpoints, files or folders; equal if the decoder's contains the tokenizer."""
 
     decoder: Path
     tokenizer: Path
@@ -41,47 +41,50 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A decoder and the tokenizer whose codes it draws."""
+    """A decoder and the VQ tokenizer of its codes."""
 
     info: ModelInfo
-    decoder: Any  # what linear_core.loop.generate.Decoder says
+    decoder: Any  # a linear_core.loop.generate.Decoder
     tokenizer: VQTokenizer
     files: ModelFiles = field(repr=False)
 
     def label(self, name: str) -> int:
-        """The class id of a class's name or number."""
+        """The class id of a class's name or number. Raises UserError for an unknown one."""
         return class_label(self.info, name)
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
-        """The model's own text tokenizer."""
+        """The model's own text tokenizer. Raises UserError naming the file if it is missing."""
         decoder = model_path(self.files.decoder)
         folder = decoder if decoder.is_dir() else decoder.parent
-        places = [folder / name for name in self.info.family.tokenizer_files]
-        found = next((path for path in places if path.is_file()), places[0])
-        if not found.is_file() and (source := published.where(self.info.family.tokenizer_release)):
-            raise UserError(f"{found}: there is no such file, and {self.info.name} reads texts with it; {source}.")
+        paths = [folder / name for name in self.info.family.tokenizer_files]
+        found = next((path for path in paths if path.is_file()), paths[0])
+        if not found.is_file() and (source := published.download_hint(self.info.family.tokenizer_release)):
+            raise UserError(f"{found}: there is no such file, but {self.info.name} needs it to read texts; {source}.")
         return TextTokenizer(found)
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
-        """One image for each text, guided away from `negative`; for models with a text tokenizer of their own."""
-        read = self.info.family.prompt
-        if read is None:
-            raise UserError(f"text: {self.info.name} does not read texts by itself; it needs a text encoder.")
+        """One image per text, guided away from `negative`; for models with a text tokenizer of their own.
+
+        Raises UserError for other models, or without texts.
+        """
+        make_prompt = self.info.family.prompt
+        if make_prompt is None:
+            raise UserError(f"text: {self.info.name} cannot read texts by itself; it needs a text encoder.")
         if not texts:
-            raise UserError("text: it is empty; write what the picture shall show.")
-        return read(self.text_tokenizer, texts, negative, self.info)
+            raise UserError("text: it is empty; describe what to draw.")
+        return make_prompt(self.text_tokenizer, texts, negative, self.info)
 
 
 def bundled_files() -> ModelFiles:
-    """The model that comes with the pack."""
+    """The bundled model."""
     return ModelFiles(ASSETS / f"{BUNDLED}.safetensors", ASSETS / f"{BUNDLED}_vq.safetensors")
 
 
 def class_label(info: ModelInfo, name: str) -> int:
-    """The id of the class called `name`, or numbered so. Raises UserError listing what there is.
+    """The id of the class with this name or number. Raises UserError listing classes.
 
-    As it is written first: ImageNet's 'Cardigan' is a dog and 'cardigan' is not.
+    The exact spelling is tried first: ImageNet's 'Cardigan' is a dog and 'cardigan' is not.
     """
     wanted = name.strip()
     if wanted in info.classes:
@@ -103,47 +106,48 @@ def class_label(info: ModelInfo, name: str) -> int:
 def read_info(path: str | Path, grid: tuple[int, int] | None = None) -> ModelInfo:
     """Sizes, grid and classes of the decoder checkpoint at `path`, a file or a folder, from its header alone.
 
-    `grid` (rows, cols) is for files that do not tell their own; two that disagree are an error.
+    grid  rows and cols, for files that do not state their own
+    Raises UserError naming the file, also if the two grids differ.
     """
     return describe(_read(path, shapes_only=True), grid)
 
 
 def _read(path: str | Path, *, shapes_only: bool = False) -> Weights:
     path = model_path(Path(path))
-    if not path.exists() and (source := published.where(path.name)):
+    if not path.exists() and (source := published.download_hint(path.name)):
         raise UserError(f"{path}: there is no such file; {source}.")
     return read_weights(path, shapes_only=shapes_only)
 
 
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
-    """What `read_info` tells, of a checkpoint that was read."""
+    """`read_info` for a checkpoint that has been read."""
     info = family_of(weights).describe(weights, grid)
     _check_sizes(weights, info.config)
     return info
 
 
 def _check_sizes(weights: Weights, config: Any) -> None:
-    """Refuse sizes that no model has, before anything is built by them: a file can say what it likes."""
-    free = ("first_code", *(("caption_dim", "caption_slots") if config.classes else ("classes",)))
-    sizes = {name: size for name, size in vars(config).items() if type(size) is int and name not in free}
-    if none := [name for name, size in sizes.items() if size < 1]:
-        raise weights.problem(f"is of no size: {none[0]} is {sizes[none[0]]}; download it again.")
+    """Refuse impossible sizes before anything is built with them, because a file can claim any."""
+    may_be_zero = ("first_code", *(("caption_dim", "caption_slots") if config.classes else ("classes",)))
+    sizes = {name: size for name, size in vars(config).items() if type(size) is int and name not in may_be_zero}
+    if empty := [name for name, size in sizes.items() if size < 1]:
+        raise weights.problem(f"has an impossible size: {empty[0]} is {sizes[empty[0]]}; download it again.")
     if config.layers > len(weights.tensors):
-        raise weights.problem(f"names a layer {config.layers - 1} and holds {len(weights.tensors)} weights in all.")
-    if config.width % config.heads or config.width // config.heads % 4:  # RoPE turns pairs, by row and by column
+        raise weights.problem(f"names a layer {config.layers - 1} but holds only {len(weights.tensors)} weights.")
+    if config.width % config.heads or config.width // config.heads % 4:  # RoPE rotates pairs, by row and by column
         raise weights.problem(
-            f"a width of {config.width} does not divide into {config.heads} heads; download it again."
+            f"a width of {config.width} cannot be divided into {config.heads} heads; download it again."
         )
 
 
 def family_of(weights: Weights) -> Family:
-    """Which kind of model a checkpoint is. Raises UserError where it is none that is known here."""
+    """The family of a checkpoint. Raises UserError if it is none that is supported."""
     for family in FAMILIES:
         if family.recognises(weights):
             return family
     raise weights.problem(
-        f"is not an image decoder that LineAR knows ({_looks_like(weights.shapes)}); choose a model of "
-        f"{' or '.join(family.name for family in FAMILIES)}."
+        f"is not an image decoder that LineAR supports ({_looks_like(weights.shapes)}); choose a "
+        f"{' or '.join(family.name for family in FAMILIES)} model."
     )
 
 
@@ -167,26 +171,31 @@ def load_model(
     weight_dtype: torch.dtype | None = None,
     ops: Ops = nn,
 ) -> ImageModel:
-    """Read both checkpoints and build the model, ready to draw. The tokenizer stays in float32, as published.
+    """Load both checkpoints and build the model. The tokenizer stays in float32, as published.
 
-    dtype         what the decoder computes in
-    weight_dtype  what its large matrices are kept in, where `ops` are layers that cast; None: the same
+    grid          rows and cols, for files that do not state their own
+    dtype         compute dtype of the decoder
+    weight_dtype  storage dtype of its large matrices, if `ops` are layers that cast; None: dtype
+    ops           namespace of the layers: torch.nn, or a host's casting layers
+    Raises UserError naming the file.
     """
     weights = _read(files.decoder, shapes_only=True)
     info = describe(weights, grid)
     tokenizer = load_tokenizer(files.tokenizer, device=device, ops=ops)
     _check_tokenizer(info, tokenizer, files)
     decoder = _decoder(info, ops)
-    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), _stored(weight_dtype))
+    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), _storage_dtype(weight_dtype))
     decoder.compute_dtype = dtype if weight_dtype else None
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
 
 
 def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
-    """Memory that a decoder's weights take once it is loaded with these formats (see `load_model`)."""
-    stored = _stored(weight_dtype)
+    """Memory of a decoder's weights when loaded with these dtypes (see `load_model`)."""
+    storage_dtype = _storage_dtype(weight_dtype)
     weights = _decoder(info, nn).state_dict().items()
-    return sum(t.numel() * ((stored(name, t) if stored else None) or dtype).itemsize for name, t in weights)
+    return sum(
+        t.numel() * ((storage_dtype(name, t) if storage_dtype else None) or dtype).itemsize for name, t in weights
+    )
 
 
 def _decoder(info: ModelInfo, ops: Ops) -> Any:
@@ -194,23 +203,23 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
         return info.family.build(info.config, info.grid, ops)
 
 
-def _stored(weight_dtype: torch.dtype | None) -> Any:
+def _storage_dtype(weight_dtype: torch.dtype | None) -> Any:
     return weight_dtype and (lambda name, tensor: weight_dtype if _is_large(name, tensor) else None)
 
 
 def _is_large(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a weight is one of the matrices that make up nearly all of a decoder; the rest is worth its bytes."""
+    """Whether a weight is one of the matrices that make up nearly all of a decoder."""
     return name.startswith("layers.") and tensor.ndim == 2 and "norm" not in name
 
 
 def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles) -> None:
-    """Refuse another model's tokenizer, even one with as many codes: its codes mean something else."""
+    """Refuse another model's tokenizer, even with the same number of codes: its codes have other meanings."""
     if info.family.vq is not None:
         if model_path(files.tokenizer) == model_path(files.decoder):
             return
         raise UserError(
-            f"{files.tokenizer.name}: is another model's tokenizer, and {info.name} brings its own; choose that "
-            "(automatic)."
+            f"{files.tokenizer.name}: is another model's tokenizer, but {info.name} comes with its own; choose "
+            "automatic."
         )
     if tokenizer.config.codes != info.config.codes:
         raise UserError(
@@ -219,77 +228,81 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
         )
     if files.tokenizer.stem == info.tokenizer or info.config.codes != published.CODES:
         return
-    ours, theirs = published.kind_in(info.tokenizer), published.kind_in(files.tokenizer.stem)
+    ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(files.tokenizer.stem)
     other = files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
     if tokenizer.config.factor != published.FACTOR or other:
         raise UserError(
             f"{files.tokenizer.name}: is another model's tokenizer; {files.decoder.name} draws the codes of "
             f"{info.tokenizer}: choose that one"
-            + (f", or {source}." if (source := published.where(info.tokenizer)) else ".")
+            + (f", or {source}." if (source := published.download_hint(info.tokenizer)) else ".")
         )
 
 
 def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, among: Iterable[Path] = ()) -> Path:
-    """The tokenizer that belongs to the checkpoint at `decoder`: in it, beside it, or one of `among`.
+    """The VQ tokenizer of the checkpoint at `decoder`: inside it, next to it, or one of `among`.
 
-    Raises UserError that says where it was expected and where to get it.
+    Raises UserError saying where it was expected and where to get it.
     """
     decoder = Path(decoder)
     info = read_info(decoder, grid)
     if info.family.vq is not None:
         return decoder
     stem = info.tokenizer
-    beside = (decoder.with_name(stem + suffix) for suffix in SUFFIXES)
-    for path in (*beside, *among):
+    next_to_it = (decoder.with_name(stem + suffix) for suffix in SUFFIXES)
+    for path in (*next_to_it, *among):
         if path.stem == stem and path.is_file():
             return path
-    source = published.where(stem)
+    source = published.download_hint(stem)
     raise UserError(
-        f"{decoder.with_name(stem + SUFFIXES[0])}: there is no such file, and {decoder.name} needs this tokenizer; "
+        f"{decoder.with_name(stem + SUFFIXES[0])}: there is no such file, but {decoder.name} needs this tokenizer; "
         + (f"{source}, or choose another." if source else "put it there or choose another.")
     )
 
 
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:
-    """A VQ tokenizer in LlamaGen's layout, or the one in a model's checkpoint, with its encoder where there is one."""
+    """A VQ tokenizer in LlamaGen's layout, or the one in a model's checkpoint, with its encoder if there is one.
+
+    Raises UserError naming the file.
+    """
     weights = _read(path, shapes_only=True)
-    config, places = describe_tokenizer(weights)
+    config, key_map = describe_tokenizer(weights)
     with torch.device("meta"):
         tokenizer = VQTokenizer(config, ops)
-    load_into(tokenizer, weights, torch.float32, places)
+    load_into(tokenizer, weights, torch.float32, key_map)
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
 def is_tokenizer(weights: Weights) -> bool:
+    """Whether a checkpoint is a VQ tokenizer."""
     return "quantize.embedding.weight" in weights.tensors
 
 
 def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
-    """Sizes of a VQ tokenizer's checkpoint, and where its weights go."""
-    names = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
-    top = taming_top_level(weights.tensors) if names is None else None  # Chameleon's
+    """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
+    rename = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
+    top = taming_top_level(weights.tensors) if rename is None else None  # Chameleon's
     if top is not None:
-        names = partial(rename_key, top=top)
-    ours = {key: names(key) if names else key for key in weights.tensors}
+        rename = partial(rename_key, top=top)
+    ours = {key: rename(key) if rename else key for key in weights.tensors}
     shapes = {name: shape for key, shape in weights.shapes.items() if (name := ours[key]) is not None}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
         raise weights.problem(
-            f"is not a VQ tokenizer that LineAR knows ({len(weights.tensors)} weights); "
+            f"is not a VQ tokenizer that LineAR supports ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."
         )
     try:
-        config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNSCALED)
+        config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNNORMALIZED)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
     wanted = all_except(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
 
-    def places(key: str) -> Target | None:
+    def key_map(key: str) -> Target | None:
         return None if (name := ours[key]) is None else wanted(name)
 
-    return config, places
+    return config, key_map
 
 
 def find_checkpoints(folders: list[Path]) -> list[Path]:
-    """Every checkpoint below `folders`, a model of several files as its folder, sorted by name."""
+    """Every checkpoint below `folders`, sorted by name; a model of several files is its folder."""
     found = {p for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES}
     return sorted({model_path(path) for path in found})

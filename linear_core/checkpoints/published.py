@@ -1,8 +1,8 @@
-"""What was published: which files there are, what their names say, and where they can be had.
+"""Published files: which there are, what their names say, and where to get them.
 
-Numbers and names only; nothing here reads a file or the network. Pages: github.com/FoundationVision/LlamaGen (MIT),
-for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), and github.com/deepseek-ai/Janus (code MIT, weights
-DeepSeek Model License), and github.com/Alpha-VLLM/Lumina-mGPT with what it is made from, Chameleon (not commercial).
+Numbers and names only; nothing here reads a file or uses the network. Sources: github.com/FoundationVision/LlamaGen
+(MIT), for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), github.com/deepseek-ai/Janus (code MIT,
+weights DeepSeek Model License), and github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import re
 from dataclasses import dataclass
 
 HUB = "https://huggingface.co"
-PIXELS = {"c2i": (256, 384), "t2i": (256, 512)}  # class- and text-conditional: sides of the pictures
-CODES = 16384  # of every published tokenizer, so equally many codes do not say that two files belong together
-FACTOR = 16  # pixels along each side of a token, for every published decoder
+PIXELS = {"c2i": (256, 384), "t2i": (256, 512)}  # sides of the pictures, class- and text-conditional
+CODES = 16384  # of every published tokenizer, so an equal number does not prove that two files belong together
+FACTOR = 16  # pixels per token along each side, for every published decoder
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the hub, at one commit.
+    """A repository on the hub, at one commit.
 
-    revision  the commit; None where nobody we can cite has written it down: then the newest is taken, and named in what
-              the download reports
+    revision  the commit; None if no source that we can cite names one: then the newest commit is used, and the download
+              reports which
     """
 
     name: str
@@ -34,19 +34,18 @@ class Repository:
 
 @dataclass(frozen=True)
 class Remote:
-    """One file of the hub.
+    """A file on the hub.
 
-    gigabytes  roughly, for people; the hub says the exact number
-    sha256     of the content; None where it is not known here: then the hash that the hub itself states for the file at
-               this revision is what the content is held against
-    kept       what it is called here, where that is not its path there
+    gigabytes   approximate, for people; the hub states the exact size
+    sha256      of the content; None if unknown here: then the hash that the hub states for this revision is used
+    local_name  name here, if it is not the path there
     """
 
     repository: Repository
     path: str
     gigabytes: float
     sha256: str | None = None
-    kept: str = ""
+    local_name: str = ""
 
     @property
     def url(self) -> str:
@@ -55,18 +54,18 @@ class Remote:
 
 @dataclass(frozen=True)
 class Release:
-    """What a user chooses to have: files that belong together, and the model folder they go to.
+    """Files that belong together and are offered as one choice, and the model folder that they go to.
 
-    folder  ComfyUI's name of the model folder
-    below   a folder of their own in it
-    needs   names of other releases without which this one draws nothing
+    folder     ComfyUI's name of the model folder
+    subfolder  a folder of their own in it
+    needs      names of other releases that this one needs to draw
     """
 
     name: str
     folder: str
     files: tuple[Remote, ...]
     needs: tuple[str, ...] = ()
-    below: str = ""
+    subfolder: str = ""
 
     @property
     def gigabytes(self) -> float:
@@ -76,14 +75,14 @@ class Release:
     def licence(self) -> str:
         return self.files[0].repository.licence
 
-    def local(self, file: Remote) -> str:
-        """Where a file belongs, below the model folder."""
-        name = file.kept or file.path
-        return f"{self.below}/{name}" if self.below else name
+    def local_path(self, file: Remote) -> str:
+        """Path of a file, relative to the model folder."""
+        name = file.local_name or file.path
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
-# The commits: LlamaGen's as linked from github.com/hustvl/ControlAR/issues/10 (2025-04-29), flan-t5-xl's as pinned by
-# FoundationVision/Infinity and many others. None is known to us for the others, and for no file a hash.
+# Commits: LlamaGen's as linked from github.com/hustvl/ControlAR/issues/10 (2025-04-29), flan-t5-xl's as pinned by
+# FoundationVision/Infinity and many others. We know no commit for the others, and no hash for any file.
 C2I = Repository("FoundationVision/LlamaGen", "a86ad643a5bde5b5657a8aed7d5c9e2fc6f8c60f", "MIT")
 T2I = Repository("peizesun/llamagen_t2i", None, "MIT")
 JANUS = {name: Repository(f"deepseek-ai/{name}", None, "DeepSeek Model License") for name in (
@@ -104,28 +103,28 @@ TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
 TEXT_ENCODER = "flan-t5-xl"
 
 
-def _one(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
+def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
     return Release(path.removesuffix(".pt"), "ar_image", (Remote(repository, path, gigabytes),), needs)
 
 
 def _janus(name: str, *weights: tuple[str, float]) -> Release:
-    """A folder of its own: the decoder's file holds the tokenizers too."""
+    """A folder of its own: the decoder's file contains the tokenizers too."""
     files = (("config.json", 0), ("tokenizer.json", 0), *weights)
-    return Release(name, "ar_image", tuple(Remote(JANUS[name], *file) for file in files), below=name)
+    return Release(name, "ar_image", tuple(Remote(JANUS[name], *file) for file in files), subfolder=name)
 
 
-LUMINA_WORDS = "lumina-mgpt-tokenizer"
+LUMINA_TOKENIZER = "lumina-mgpt-tokenizer"
 CHAMELEON_VQ = "vqgan"
 
 
 def _lumina(name: str) -> Release:
-    """A folder of its own for the language model, and what all of them share: words and codes."""
+    """A folder of its own for the language model; the text tokenizer and the VQ tokenizer are shared."""
     files = (
         ("config.json", 0), ("model.safetensors.index.json", 0), ("model-00001-of-00002.safetensors", 9.98),
         ("model-00002-of-00002.safetensors", 4.05),
     )  # fmt: skip
     own = tuple(Remote(LUMINA[name], *file) for file in files)
-    return Release(name, "ar_image", own, (LUMINA_WORDS, CHAMELEON_VQ), below=name)
+    return Release(name, "ar_image", own, (LUMINA_TOKENIZER, CHAMELEON_VQ), subfolder=name)
 
 
 _T5_FILES = (
@@ -143,17 +142,17 @@ RELEASES: dict[str, Release] = {
     release.name: release
     for release in (
         *(
-            _one(C2I, f"c2i_{size}.pt", gigabytes, TOKENIZERS["c2i"])
+            _single_file(C2I, f"c2i_{size}.pt", gigabytes, TOKENIZERS["c2i"])
             for size, gigabytes in (
                 ("B_256", 0.44), ("B_384", 0.44), ("L_256", 1.4), ("L_384", 1.4), ("XL_384", 3.1), ("XXL_384", 5.6),
                 ("3B_384", 12.4),
             )
         ),
-        _one(T2I, "t2i_XL_stage1_256.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER),
-        _one(T2I, "t2i_XL_stage2_512.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER),
-        _one(C2I, "vq_ds16_c2i.pt", 0.28),
-        _one(T2I, "vq_ds16_t2i.pt", 0.28),
-        _one(C2I, "vq_ds8_c2i.pt", 0.28),
+        _single_file(T2I, "t2i_XL_stage1_256.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER),
+        _single_file(T2I, "t2i_XL_stage2_512.pt", 3.1, TOKENIZERS["t2i"], TEXT_ENCODER),
+        _single_file(C2I, "vq_ds16_c2i.pt", 0.28),
+        _single_file(T2I, "vq_ds16_t2i.pt", 0.28),
+        _single_file(C2I, "vq_ds8_c2i.pt", 0.28),
         _janus("Janus-Pro-1B", ("pytorch_model.bin", 4.18)),
         _janus(
             "Janus-Pro-7B",
@@ -163,36 +162,36 @@ RELEASES: dict[str, Release] = {
         _janus("Janus-1.3B", ("model.safetensors", 4.18)),
         *map(_lumina, LUMINA),
         Release(
-            LUMINA_WORDS, "ar_image", (Remote(LUMINA["Lumina-mGPT-7B-768"], "tokenizer.json", 0),),
-            below="Lumina-mGPT-7B-768",
+            LUMINA_TOKENIZER, "ar_image", (Remote(LUMINA["Lumina-mGPT-7B-768"], "tokenizer.json", 0),),
+            subfolder="Lumina-mGPT-7B-768",
         ),
         Release(
             "Anole-7b-v0.1", "ar_image",
             (Remote(ANOLE, "models/7b/consolidated.pth", 14.1), Remote(ANOLE, "tokenizer/text_tokenizer.json", 0)),
-            (CHAMELEON_VQ,), below="Anole-7b-v0.1",
+            (CHAMELEON_VQ,), subfolder="Anole-7b-v0.1",
         ),
-        Release(CHAMELEON_VQ, "ar_image", (Remote(ANOLE, "tokenizer/vqgan.ckpt", 0.28, kept="vqgan.ckpt"),)),
-        Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), below=TEXT_ENCODER),
+        Release(CHAMELEON_VQ, "ar_image", (Remote(ANOLE, "tokenizer/vqgan.ckpt", 0.28, local_name="vqgan.ckpt"),)),
+        Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), subfolder=TEXT_ENCODER),
     )
 }  # fmt: skip
 
 
-def where(name: str) -> str:
-    """Where the file called `name` can be had, as the end of a sentence; '' where we do not know."""
+def download_hint(name: str) -> str:
+    """Where to get the file called `name`, as the end of a sentence; '' if it is not published."""
     release = RELEASES.get(name) or RELEASES.get(name.rpartition(".")[0])
     return f"get it with the node Download AR Model or from {release.files[0].url}" if release else ""
 
 
-def kind_in(name: str) -> str | None:
-    """'c2i' or 't2i' where a file's name says one of them."""
+def kind_from_name(name: str) -> str | None:
+    """'c2i' or 't2i' if a file's name contains exactly one of them."""
     found = set(re.findall(r"(?<![a-z0-9])(c2i|t2i)(?![a-z0-9])", name.lower()))
     return found.pop() if len(found) == 1 else None
 
 
-def pixels_in(name: str, kind: str) -> int | None:
-    """The side of the pictures that a decoder's file name promises, in pixels (c2i_XL_384: 384); None without one.
+def pixels_from_name(name: str, kind: str) -> int | None:
+    """The side of the pictures, in pixels, that a decoder's file name states (c2i_XL_384: 384); None without one.
 
-    Only sizes published for this `kind` count, and a name with two of them says nothing.
+    Only sizes published for this `kind` count, and a name with two of them is ambiguous: None.
     """
     found = {int(n) for n in re.findall(r"(?<!\d)(\d{3})(?!\d)", name)} & set(PIXELS[kind])
     return found.pop() if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""From a text encoder's files and texts to prompts: what was encoded once is remembered, the encoder is not kept."""
+"""From texts and a text encoder's files to prompts. Features are cached; the encoder is not kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from .weights import Weights, check_finite, read_weights, shards_in_index
 
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "spiece.model")
-REMEMBERED = 256  # texts, at most half a megabyte each
-_features: OrderedDict[tuple[object, str], Tensor] = OrderedDict()  # by encoder and cleaned text, most recent last
+MAX_CACHED = 256  # texts, of at most half a megabyte each
+_features: OrderedDict[tuple[object, str], Tensor] = (
+    OrderedDict()
+)  # by encoder and cleaned text, most recently used last
 
 
 @dataclass(frozen=True)
@@ -33,29 +35,29 @@ class TextFiles:
 
     @property
     def key(self) -> object:
-        """Changes when a file does."""
+        """A cache key that changes when a file does."""
         stats = [p.stat() for p in (*self.weights, *([self.tokenizer] if self.tokenizer else []))]
         return self.path, tuple((s.st_size, s.st_mtime_ns) for s in stats)
 
 
 def find_text_encoder(path: str | Path, tokenizer: Path | None = None) -> TextFiles:
-    """The files of the encoder at `path`: a folder as published (google/flan-t5-xl), or one ComfyUI text-encoder file.
+    """The files of the encoder at `path`: a folder as published (google/flan-t5-xl), or a ComfyUI text-encoder file.
 
-    A file's tokenizer is looked for beside it; `tokenizer` is used where there is none. Raises UserError naming the
-    file that is missing.
+    The tokenizer is looked for next to them; `tokenizer` is used if there is none. Raises UserError naming the file
+    that is missing.
     """
     path = Path(path)
     if path.is_dir():
-        weights, beside = _shards(path), path
+        weights, folder = _shards(path), path
     elif path.is_file():
-        weights, beside = (path,), path.parent
+        weights, folder = (path,), path.parent
     else:
-        source = published.where(path.name)
+        source = published.download_hint(path.name)
         raise UserError(f"{path}: there is no such file or folder" + (f"; {source}." if source else "."))
-    own = next((beside / name for name in TOKENIZERS if (beside / name).is_file()), tokenizer)
+    own = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), tokenizer)
     if own is None and not _carries_tokenizer(weights):
         raise UserError(
-            f"{beside / TOKENIZERS[0]}: there is no such file, and {path.name} needs a tokenizer; get it from "
+            f"{folder / TOKENIZERS[0]}: there is no such file, but {path.name} needs a tokenizer; get it from "
             f"{published.T5.url(TOKENIZERS[0])}."
         )
     return TextFiles(path, weights, own)
@@ -80,7 +82,7 @@ def _carries_tokenizer(weights: tuple[Path, ...]) -> bool:
 
 
 def is_text_encoder(path: Path) -> bool:
-    """Whether a checkpoint is a T5 with its encoder, from its header alone."""
+    """Whether a checkpoint contains a T5 encoder, from its header alone."""
     try:
         return any(k.endswith(PROBE) for k in read_weights(path, shapes_only=True).tensors)
     except UserError:
@@ -94,9 +96,9 @@ def load_encoder(files: TextFiles) -> tuple[nn.Module, T5Tokenizer]:
         tokenizer = T5Tokenizer(files.tokenizer or bytes(tensors["spiece_model"].tolist()))
     except UserError:
         raise
-    except Exception as error:  # tokenizers and sentencepiece raise kinds of their own
+    except Exception as error:  # tokenizers and sentencepiece raise exceptions of their own
         name = files.tokenizer or files.path
-        raise UserError(f"{name}: is not a tokenizer that can be read ({error}); download it again.") from error
+        raise UserError(f"{name}: cannot be read as a tokenizer ({error}); download it again.") from error
     weights = Weights(files.path, tensors, {})
     try:
         encoder = build(tensors)
@@ -110,37 +112,38 @@ def load_encoder(files: TextFiles) -> tuple[nn.Module, T5Tokenizer]:
 def prompt(
     texts: Sequence[str],
     files: TextFiles,
-    place: Callable[[nn.Module], torch.device | str] = lambda encoder: "cpu",
+    to_device: Callable[[nn.Module], torch.device | str] = lambda encoder: "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
     negative: str = "",
 ) -> Prompt:
-    """One image for each text, guided away from `negative`; without one, from what the model has learnt instead.
+    """One image per text, guided away from `negative`, or by default from the model's own unconditional features.
 
-    place     brings the encoder to the device it shall run on, and says which; called only if a text is new
-    progress  is told how many of the new texts are encoded, and of how many
+    to_device  moves the encoder to a device and returns it; called only if a text is not cached
+    progress   called with the number of new texts encoded so far, and their total
+    Raises UserError if `texts` is empty or a file cannot be read.
     """
     if not texts:
-        raise UserError("text: it is empty; write what the picture shall show.")
+        raise UserError("text: it is empty; describe what to draw.")
     key = files.key
     cleaned = [(key, clean(text)) for text in [*texts, *([negative] if negative else [])]]
-    known = {name: _features[name] for name in cleaned if name in _features}
-    missing = [name for name in dict.fromkeys(cleaned) if name not in known]
+    features = {name: _features[name] for name in cleaned if name in _features}
+    missing = [name for name in dict.fromkeys(cleaned) if name not in features]
     if missing:
         encoder, tokenizer = load_encoder(files)
-        device = place(encoder)
+        device = to_device(encoder)
         for i, name in enumerate(missing):
-            known[name] = encode(name[1], tokenizer, encoder, device)
+            features[name] = encode(name[1], tokenizer, encoder, device)
             progress(i + 1, len(missing))
     for name in cleaned:
-        _features[name] = known[name]
+        _features[name] = features[name]
         _features.move_to_end(name)
-    while len(_features) > REMEMBERED:
+    while len(_features) > MAX_CACHED:
         _features.popitem(last=False)
-    rows = [known[name] for name in cleaned]
-    away = text_prompt(rows[len(texts) :] * len(texts)) if negative else None
-    return replace(text_prompt(rows[: len(texts)], tuple(texts)), negative=away)
+    rows = [features[name] for name in cleaned]
+    negatives = text_prompt(rows[len(texts) :] * len(texts)) if negative else None
+    return replace(text_prompt(rows[: len(texts)], tuple(texts)), negative=negatives)
 
 
 def clear_features() -> None:
-    """Encode everything anew."""
+    """Empty the cache of features."""
     _features.clear()

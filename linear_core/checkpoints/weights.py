@@ -1,4 +1,4 @@
-"""Files to state dicts: safetensors, published `.pt` files and folders of shards, never running what they contain."""
+"""From files to state dicts: safetensors, published `.pt` files and folders of shards. Never runs their content."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from ..errors import UserError, quoted
 from .untrusted import check_archive, check_header, inside, read_json
 
-PIECE = 2**28  # bytes
+CHUNK_BYTES = 2**28
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of a folder: which weight is in which file
-SINGLES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
-NESTS = ("model", "module", "state_dict")  # what published training scripts wrap a state dict in
-READABLE = "a checkpoint that can be read safely"
-HARMLESS: list[Any] = [argparse.Namespace]  # what they save beside it; it holds attributes and runs nothing
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # list the shards of a folder
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
+WRAPPERS = ("model", "module", "state_dict")  # keys under which published training scripts save a state dict
+SAFE_CHECKPOINT = "a checkpoint that can be read safely"
+SAFE_GLOBALS: list[Any] = [argparse.Namespace]  # saved by those scripts too; it holds attributes and runs nothing
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint: tensors by name (on the meta device when only shapes were asked for) and the file's own notes.
+    """A checkpoint: tensors by name (on the meta device if only shapes were read) and the file's metadata.
 
-    files  that it consists of: itself, or the shards of a folder
+    files  the checkpoint itself, or the shards of a folder
     """
 
     path: Path
@@ -49,36 +49,36 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """What people call it: the folder's name, or the file's without its ending."""
+        """The name for people: the folder's, or the file's without its suffix."""
         return self.path.stem if self.path.suffix.lower() in SUFFIXES else self.path.name
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config.json of a model's folder; nothing where there is none."""
+        """The config.json of a model's folder; empty without one."""
         file = self.path / "config.json"
-        return read_json(file, "is not what a model's config looks like") if file.is_file() else {}
+        return read_json(file, "is not a model's config") if file.is_file() else {}
 
     def stream(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The `wanted` weights one by one. Files are mapped anew after every PIECE: until then what was read stays."""
+        """The `wanted` weights one by one. Files are remapped every CHUNK_BYTES, to free memory of what was read."""
         for file in self.files:
             read = _each_of_safetensors if file.suffix.lower() == ".safetensors" else _each_of_pickle
-            left, taken = set(wanted), PIECE
-            while taken >= PIECE:
-                taken = 0
+            left, size = set(wanted), CHUNK_BYTES
+            while size >= CHUNK_BYTES:
+                size = 0
                 for name, tensor in read(file, frozenset(left)):
                     yield name, tensor
                     left.discard(name)
-                    taken += tensor.nbytes
-                    if taken >= PIECE:
+                    size += tensor.nbytes
+                    if size >= CHUNK_BYTES:
                         break
 
     def problem(self, what: str) -> UserError:
-        """`what` as an error that names the file."""
+        """A UserError that names the file."""
         return UserError(f"{self.path.name}: {what}")
 
 
 def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
-    """The checkpoint at `path`, a file or a folder of shards, on the CPU; `shapes_only` reads no weights.
+    """The checkpoint at `path`, a file or a folder of shards, on the CPU. `shapes_only` reads no weights.
 
     Raises UserError naming the file.
     """
@@ -94,39 +94,41 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
         if file.suffix.lower() == ".safetensors":
             found, notes = _read_safetensors(file, shapes_only)
         else:
-            with _readable(file, READABLE):
+            with _readable(file, SAFE_CHECKPOINT):
                 check_archive(file)
             found, notes = _read_pickle(file, shapes_only), {}
-        if twice := tensors.keys() & found.keys():
-            raise UserError(f"{file.name}: holds {quoted(min(twice))}, as another of the model's files does.")
+        if duplicates := tensors.keys() & found.keys():
+            raise UserError(f"{file.name}: contains {quoted(min(duplicates))}, but so does another file of the model.")
         tensors |= found
         metadata |= notes
     weights = Weights(path, tensors, metadata, files)
     if weights.nbytes > 2 * (size := sum(file.stat().st_size for file in files)):  # twice: a weight may have two names
-        raise weights.problem(f"says that it holds {weights.nbytes} bytes of weights and has {size} bytes.")
+        raise weights.problem(f"claims to hold {weights.nbytes} bytes of weights, but has only {size} bytes.")
     return weights
 
 
 def model_path(path: Path) -> Path:
-    """The model that the file at `path` belongs to: its folder where that is one of several files, else the file."""
+    """The model that the file at `path` belongs to: its folder if the model has several files, else the file."""
     folder = path.parent
-    part = path.name in SINGLES or any((folder / name).is_file() for name in INDEXES)
-    return folder if part and (folder / "config.json").is_file() else path
+    is_shard = path.name in SINGLE_FILES or any((folder / name).is_file() for name in INDEX_FILES)
+    return folder if is_shard and (folder / "config.json").is_file() else path
 
 
 def shards(folder: Path) -> tuple[Path, ...]:
-    """The files that a model's folder consists of, as its index lists them. Raises UserError where there are none."""
-    for index in (folder / name for name in INDEXES):
+    """The files of a model's folder, as its index lists them. Raises UserError if there are none."""
+    for index in (folder / name for name in INDEX_FILES):
         if index.is_file():
             return shards_in_index(index)
-    for name in SINGLES:
+    for name in SINGLE_FILES:
         if (folder / name).is_file():
             return (folder / name,)
-    raise UserError(f"{folder / SINGLES[0]}: there is no such file, and no index of several; download the model again.")
+    raise UserError(
+        f"{folder / SINGLE_FILES[0]}: there is no such file and no index of shards; download the model again."
+    )
 
 
 def shards_in_index(index: Path) -> tuple[Path, ...]:
-    """The files that a model's index names, all below its folder. Raises UserError naming the index."""
+    """The files that a model's index names, all inside its folder. Raises UserError naming the index."""
     names = read_json(index, "does not list the model's files").get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: does not list the model's files; download it again.")
@@ -158,9 +160,9 @@ def _read_safetensors(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor],
 
 
 def _shape_of(name: str, part: Any) -> Tensor:
-    """A weight on the meta device. Raises ValueError where its numbers are of a kind that is not read here."""
+    """A weight on the meta device. Raises ValueError for an unsupported dtype."""
     if (kind := part.get_dtype()) not in _DTYPES:
-        raise ValueError(f"{quoted(name)} holds numbers of the kind {kind}, which is not read here")
+        raise ValueError(f"{quoted(name)} has dtype {kind}, which is not supported")
     return torch.empty(part.get_shape(), dtype=_DTYPES[kind], device="meta")
 
 
@@ -176,12 +178,12 @@ def _each_of_pickle(path: Path, wanted: Container[str]) -> Iterator[tuple[str, T
 
 
 def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
-    with _readable(path, READABLE), warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+    with _readable(path, SAFE_CHECKPOINT), warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
         warnings.simplefilter("ignore")  # about storages of old files; nothing a user can act on
         content: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True, mmap=True)
-    for nest in NESTS:
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
             break
     if not isinstance(content, Mapping):
         raise UserError(f"{path.name}: holds no named weights; choose a model file.")
@@ -193,14 +195,14 @@ def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
 
 @contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
-    """Whatever the readers raise for a foreign or broken file, which is of many kinds, as a UserError."""
+    """Turn any exception of the readers about a foreign or broken file into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        # torch advises to read the file without its protection, which nobody should be told of a stranger's file
+        # torch suggests reading the file unprotected, which nobody should be advised to do
         reasons = [line for line in lines if line and "weights_only" not in line and "Weights only" not in line]
         reason = reasons[0] if reasons else type(error).__name__
         raise UserError(f"{path.name}: not {what} ({reason}); download it again or choose another file.") from error
@@ -208,96 +210,99 @@ def _readable(path: Path, what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a file's weight goes: the row block `part`, of `parts` equal ones, of the module's weight `name`.
+    """Where a file's weight goes: row block `part` of `parts` equal ones in the module's weight `name`.
 
-    `take` says what of it goes there, where that is not all.
+    transform  maps the file's tensor to what is stored there
     """
 
     name: str
     part: int = 0
     parts: int = 1
-    take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    transform: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
-KeyMap = Callable[[str], Target | None]  # for a key of the file; None: not read
+KeyMap = Callable[[str], Target | None]  # from a key of the file; None: not read
 
 
-def all_except(*beginnings: str) -> KeyMap:
-    """Every weight under its own name, but for those whose names begin so."""
-    return lambda key: None if key.startswith(beginnings) else Target(key)
+def all_except(*prefixes: str) -> KeyMap:
+    """A key map that keeps every name, but skips those with one of these prefixes."""
+    return lambda key: None if key.startswith(prefixes) else Target(key)
 
 
-def match_keys(module: nn.Module, weights: Weights, places: KeyMap = Target) -> dict[str, Target]:
-    """Where those of `weights` go that `module` takes, by the file's names.
+def match_keys(module: nn.Module, weights: Weights, key_map: KeyMap = Target) -> dict[str, Target]:
+    """The targets of those of `weights` that `module` takes, by the file's keys.
 
-    Every missing, unknown, doubled or mis-shaped weight is an error: half a model draws noise. What files are known to
-    carry besides, `places` says, and only that is left where it is.
+    Raises UserError for every missing, unknown, duplicate or misshapen weight: a model with half its weights draws
+    noise. Keys for which `key_map` returns None are skipped.
     """
-    found = {key: place for key in weights.tensors if (place := places(key)) is not None}
+    targets = {key: target for key in weights.tensors if (target := key_map(key)) is not None}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if unknown := sorted(key for key, place in found.items() if place.name not in expected):
+    if unknown := sorted(key for key, target in targets.items() if target.name not in expected):
         raise weights.problem(
-            f"has {len(unknown)} weights this model does not know, the first is {quoted(unknown[0])}."
+            f"has {len(unknown)} weights this model does not have, the first is {quoted(unknown[0])}."
         )
-    taken = Counter((place.name, place.part) for place in found.values())
-    parts = {place.name: place.parts for place in found.values()}
-    missing = sorted(name for name in expected for part in range(parts.get(name, 1)) if not taken[name, part])
+    counts = Counter((target.name, target.part) for target in targets.values())
+    parts = {target.name: target.parts for target in targets.values()}
+    missing = sorted(name for name in expected for part in range(parts.get(name, 1)) if not counts[name, part])
     if missing:
         raise weights.problem(f"lacks {len(missing)} of {len(expected)} weights, the first is '{missing[0]}'.")
-    if double := [p.name for p in found.values() if taken[p.name, p.part] > 1 or p.parts != parts[p.name]]:
-        raise weights.problem(f"holds '{double[0]}' twice, under two names.")
-    for key, place in found.items():
-        rows, *rest = expected[place.name] or (1,)
-        shape = [rows // place.parts, *rest] if expected[place.name] else []
+    if twice := [t.name for t in targets.values() if counts[t.name, t.part] > 1 or t.parts != parts[t.name]]:
+        raise weights.problem(f"holds '{twice[0]}' twice, under two names.")
+    for key, target in targets.items():
+        rows, *rest = expected[target.name] or (1,)
+        shape = [rows // target.parts, *rest] if expected[target.name] else []
         try:
-            taken_shape = list(place.take(weights.tensors[key]).shape)
+            found = list(target.transform(weights.tensors[key]).shape)
         except (RuntimeError, IndexError, ZeroDivisionError):  # it cannot even be reshaped
-            taken_shape = None
-        if taken_shape != shape:
+            found = None
+        if found != shape:
             raise weights.problem(f"{quoted(key)} is {list(weights.tensors[key].shape)} where {shape} was expected.")
         if not weights.tensors[key].is_floating_point():
             kind = weights.tensors[key].dtype
-            raise weights.problem(f"{quoted(key)} holds {kind} where numbers with a fraction were expected.")
-    return found
+            raise weights.problem(f"{quoted(key)} is {kind} where floating-point numbers were expected.")
+    return targets
 
 
 def load_into(
     module: nn.Module,
     weights: Weights,
     dtype: torch.dtype,
-    places: KeyMap = Target,
-    stored: Callable[[str, Tensor], torch.dtype | None] | None = None,
+    key_map: KeyMap = Target,
+    storage_dtype: Callable[[str, Tensor], torch.dtype | None] | None = None,
 ) -> None:
-    """Put `weights` into `module`, built on the meta device, as `dtype`, or as what `stored` names for a weight.
+    """Load `weights` into `module`, which was built on the meta device, as `dtype`.
 
-    One of the file's tensors at a time is in memory beside the module. `matching` and `checked` say what is refused.
+    storage_dtype  may name another dtype for a weight, by its name and its tensor on the meta device
+
+    One of the file's tensors at a time is in memory besides the module. Raises UserError as `match_keys` and
+    `check_finite` do.
     """
-    found = match_keys(module, weights, places)
-    empty = module.state_dict()
-    filled: dict[str, Tensor] = {}
-    for key, tensor in weights.stream(found):
-        place = found[key]
-        if place.name not in filled:
-            like = empty[place.name]
-            kept = (stored(place.name, like) if stored else None) or dtype
-            filled[place.name] = torch.empty(like.shape, dtype=kept)
-        target = filled[place.name]
-        part = target.chunk(place.parts)[place.part] if place.parts > 1 else target
-        part.copy_(check_finite(weights, key, place.take(tensor)))
-    module.load_state_dict(filled, assign=True)
+    targets = match_keys(module, weights, key_map)
+    expected = module.state_dict()
+    loaded: dict[str, Tensor] = {}
+    for key, tensor in weights.stream(targets):
+        target = targets[key]
+        if target.name not in loaded:
+            meta = expected[target.name]
+            kept = (storage_dtype(target.name, meta) if storage_dtype else None) or dtype
+            loaded[target.name] = torch.empty(meta.shape, dtype=kept)
+        weight = loaded[target.name]
+        part = weight.chunk(target.parts)[target.part] if target.parts > 1 else weight
+        part.copy_(check_finite(weights, key, target.transform(tensor)))
+    module.load_state_dict(loaded, assign=True)
 
 
 def check_finite(weights: Weights, key: str, tensor: Tensor) -> Tensor:
-    """`tensor`, of the weight called `key`. Raises UserError where it holds NaN or infinity: one is enough for noise.
+    """`tensor`, the weight called `key`. Raises UserError if it has a NaN or an infinity: one is enough for noise.
 
-    Takes 0.05 seconds a GB on a CPU's core, a third of what copying a file from memory takes, less from any disk.
+    Takes 0.05 seconds per GB on one CPU core, a third of copying a file from memory, and less than any disk.
     """
     try:
         numbers = tensor.float() if tensor.element_size() == 1 else tensor
-        ends = torch.stack(numbers.aminmax())  # NaN where there is one; no copy, unlike isfinite
+        ends = torch.stack(numbers.aminmax())  # NaN if there is one; makes no copy, unlike isfinite
         finite = bool(ends.isfinite().all())
-    except RuntimeError as error:  # sparse, or without numbers
+    except RuntimeError as error:  # sparse or empty, for example
         raise weights.problem(f"{quoted(key)} is not a plain weight ({error}).") from error
     if not finite:
-        raise weights.problem(f"{quoted(key)} holds NaN or infinity, which draws noise; download it again.")
+        raise weights.problem(f"{quoted(key)} holds NaN or infinity, which would draw noise; download it again.")
     return tensor

@@ -366,7 +366,7 @@ HEADERS: list[tuple[str, Damage, str]] = [
     ("shape of fractions", header(lambda h: first(h, shape=[1.5])), SAFETENSORS),
     ("shape of nothing, endless", header(lambda h: first(h, shape=[0, 2**63])), SAFETENSORS),
     ("numbers of an unknown kind", header(lambda h: first(h, dtype="F7")), SAFETENSORS),
-    ("numbers of a kind not read", header(lambda h: first(h, dtype="U16")), f"kind U16|uint16|{SAFETENSORS}"),
+    ("numbers of a kind not read", header(lambda h: first(h, dtype="U16")), f"dtype U16|uint16|{SAFETENSORS}"),
     ("numbers of a larger kind", header(lambda h: first(h, dtype="F64")), SAFETENSORS),
     ("notes are no texts", header(lambda h: h.update(__metadata__={"a": {"b": 1}})), SAFETENSORS),
     ("a weight is a text", header(lambda h: h.update(more="weight")), SAFETENSORS),
@@ -417,8 +417,8 @@ def changed(how: Callable[[Tensor], Tensor]) -> Callable[[Weights, str], None]:
     return lambda found, key: found.__setitem__(key, how(found[key]))
 
 
-KNOWN = "weights this model does not know"
-SHAPE = r"expected|do not describe|do not fit|wrong shape for a T5|is of no size"
+KNOWN = "weights this model does not have"
+SHAPE = r"expected|do not describe|do not fit|wrong shape for a T5|an impossible size"
 KIND = r"where floating-point numbers were expected"
 FINITE = r"holds NaN or infinity"
 WEIGHTS: list[tuple[str, Callable[[Weights, str], object], str]] = [
@@ -571,7 +571,7 @@ def layers(path: Path) -> None:
 
 
 TOUCH = "import pathlib; pathlib.Path('{}').touch()"
-NOT_RUN = r"which no weights need and is not run here"
+NOT_RUN = r"which weights do not need and is not run"
 PICKLES: list[tuple[str, Damage, str]] = [
     ("runs a command", runs(os.system, "touch '{}'"), NOT_RUN),
     ("opens a process", runs(subprocess.Popen, ["touch", "canary"]), NOT_RUN),
@@ -590,8 +590,8 @@ PICKLES: list[tuple[str, Damage, str]] = [
     ("runs a command, newer pickle", runs(os.system, "touch '{}'", protocol=4), ZIP),
     ("runs a command, oldest pickle", runs(os.system, "touch '{}'", protocol=0), f"{NOT_RUN}|{ZIP}"),
     ("holds a pickle in a pickle", runs(pickle.loads, b"cos\nsystem\n(S'touch canary'\ntR."), NOT_RUN),
-    ("a bare pickle", raw, "does not begin as what torch.save"),
-    ("of an old torch", legacy, "does not begin as what torch.save"),
+    ("a bare pickle", raw, "was not written by torch.save"),
+    ("of an old torch", legacy, "was not written by torch.save"),
     ("a list", instead([torch.zeros(1)]), "no named weights"),
     ("a text", instead("weights"), "no named weights"),
     ("a tensor", instead(torch.zeros(3)), "no named weights"),
@@ -600,11 +600,11 @@ PICKLES: list[tuple[str, Damage, str]] = [
     ("compressed", packed, "compressed"),
     ("records larger than the file", both_sizes, "more than its size|damaged"),
     ("records elsewhere", says(42, 0x7FFFFFF0), "damaged|incomplete"),
-    ("two lists of weights", two_lists, "does not hold one list"),
+    ("two lists of weights", two_lists, "does not hold exactly one list"),
     ("a list of 5 MiB", long_list, "list of weights takes 5 MiB"),
-    ("a terabyte of one number", endless, "says that it holds"),
+    ("a terabyte of one number", endless, "claims to hold"),
     ("shapes without numbers", unlisted, NOT_RUN),
-    ("a thousand layers", layers, "names a layer|says that it holds|not know"),
+    ("a thousand layers", layers, "names a layer|claims to hold|does not have"),
     ("sparse", instead({"model": {"x": torch.zeros(4, 4).to_sparse()}}), f"{NOT_RUN}|is not"),
 ]  # fmt: skip
 
@@ -654,8 +654,8 @@ NAMES = {  # in an index: what is no file of the model
     "a server": ("\\\\server\\share\\x.safetensors", "leads out"), "a root": ("\\x.safetensors", "leads out"),
     "missing": ("model-00003-of-00002.safetensors", MISSING), "the config": ("config.json", "not a checkpoint|no such"),
     "a folder": (".", MISSING), "a device": ("NUL", f"{MISSING}|not a"), "home": ("~/x.safetensors", MISSING),
-    "nothing": ("", "not the name"), "null": (None, "not the name"), "a number": (5, "not the name"),
-    "a list": (["x"], "not the name"), "a zero": ("a\0b.safetensors", "not the name"),
+    "nothing": ("", "not a file name"), "null": (None, "not a file name"), "a number": (5, "not a file name"),
+    "a list": (["x"], "not a file name"), "a zero": ("a\0b.safetensors", "not a file name"),
     "too long": ("x" * 5000, "too long"), "a line's end": ("a\nb.safetensors", MISSING),
     "half a letter": ("\ud800.safetensors", MISSING), "escapes": ("\x1b[31mred.safetensors", MISSING),
 }  # fmt: skip
@@ -697,17 +697,17 @@ def note(name: str, value: str) -> Damage:
 
 MANY = json.dumps(["x"] * llamagen.CLASSES)
 NOTED: dict[str, tuple[str, list[str]]] = {
-    "heads": ("header does not describe|does not divide|is of no size",
+    "heads": ("header does not describe|cannot be divided|an impossible size",
               ["-4", "3", "7", "64", "1000000000", "four", "", "1e30", "4.0", "9" * 5000]),
-    "grid": ("note of the grid",
+    "grid": ("metadata 'grid'",
              ["0x0", "-1x6", "6", "6x", "6x6x6", "99999x99999", "six", "1e3x1e3", "", "NaN", "6x6" * 2000]),
-    "classes": ("note of the classes|header does not describe",
+    "classes": ("metadata 'classes'|header does not describe",
                 ["[]", "{}", "null", '"abc"', "[1, 2]", "x", "", "[" * 100_000, json.dumps(["x"] * 11), "NaN"]),
-    "sampling": ("header does not describe|out of range|note of the sampling|negative",
+    "sampling": ("header does not describe|out of range|metadata 'sampling'|negative",
                  ["[]", "null", "x", "", "[" * 100_000, '{"seed": 1}', '{"guidance": "high"}', '{"guidance": NaN}',
                   '{"guidance": 1e400}', '{"temperature": -1}', '{"temperature": NaN}', '{"top_k": 2.5}',
                   '{"top_k": -1}', '{"top_p": 0}', '{"top_p": 2}', '{"top_p": null}', '{"__class__": 1}']),
-    "tokenizer": ("leads out|not the name|too long|no such file",
+    "tokenizer": ("leads out|not a file name|too long|no such file",
                   ["../../vq_ds16_c2i.pt", "/etc/passwd", "..\\vq.pt", "C:vq.pt", "", "x" * 5000, "a\0b", "gone.pt"]),
 }  # fmt: skip
 FOREIGN: dict[str, tuple[Weights, str]] = {
@@ -750,9 +750,9 @@ VQ_FILE, TABLE = "vq_ds16_c2i.pt", "cls_embedding.embedding_table.weight"
 CAPTIONS = "cls_embedding.uncond_embedding"
 # Sizes that no model has, though all weights agree about them.
 SIZES: list[tuple[str, str, str, Sequence[str], Callable[[Tensor], Tensor], str]] = [
-    ("llamagen", "mine.safetensors", "no codes", BODY, lambda t: t[:0], "is of no size: codes is 0"),
-    ("llamagen", "mine.safetensors", "no classes", [TABLE], lambda t: t[:1], "is of no size"),
-    ("llamagen", "mine.safetensors", "fewer than no classes", [TABLE], lambda t: t[:0], "is of no size"),
+    ("llamagen", "mine.safetensors", "no codes", BODY, lambda t: t[:0], "an impossible size: codes is 0"),
+    ("llamagen", "mine.safetensors", "no classes", [TABLE], lambda t: t[:1], "an impossible size"),
+    ("llamagen", "mine.safetensors", "fewer than no classes", [TABLE], lambda t: t[:0], "an impossible size"),
     ("llamagen t2i", "t2i_S_256.pt", "no captions", [CAPTIONS], lambda t: t[:0], "caption_slots"),
     ("llamagen pt", VQ_FILE, "no codes", ["quantize.embedding.weight"], lambda t: t[:0], "do not fit a VQ tokenizer"),
     ("llamagen pt", VQ_FILE, "codes of nothing", ["quantize.embedding.weight", "post_quant_conv.weight"],
@@ -760,7 +760,7 @@ SIZES: list[tuple[str, str, str, Sequence[str], Callable[[Tensor], Tensor], str]
     ("llamagen pt", VQ_FILE, "3 channels", [CONV1], lambda t: t[:3], "into groups"),
     ("llamagen pt", VQ_FILE, "30 channels", [CONV1], lambda t: t[:30], "into groups"),
     ("janus safetensors", JANUS_WORDS, "no words", ["language_model.model.embed_tokens.weight"], lambda t: t[:0],
-     "is of no size: vocabulary"),
+     "an impossible size: vocabulary"),
 ]  # fmt: skip
 
 
@@ -803,7 +803,7 @@ def cases() -> Iterator[Case]:
             yield Case(layout, file, f"names {what}", setting("weight_map", "x", to=name), reason, told)
     for layout, file in CONFIGS.items():
         for what, damage in JSONS:
-            yield Case(layout, file, what, damage, "is not what a model's config looks like", "config.json")
+            yield Case(layout, file, what, damage, "is not a model's config", "config.json")
         place = ("language_config",) if "janus" in layout else ()
         for name in ("rms_norm_eps", "rope_theta", *(["num_attention_heads"] if place else [])):
             for what, value in NUMBERS.items():
@@ -816,7 +816,7 @@ def cases() -> Iterator[Case]:
         ):
             yield Case(layout, file, f"{name} is {what}", setting(name, to=value), f"says {name}", "config")
     yield Case("janus safetensors", janus, "3 heads", setting("language_config", "num_attention_heads", to=3),
-               "does not divide into 3 heads", JANUS)  # fmt: skip
+               "cannot be divided into 3 heads", JANUS)  # fmt: skip
     first_code, second = lumina_official.code_name(0), lumina_official.code_name(1)
     for what, name, value in (
         ("a text", first_code, "4"), ("negative", first_code, -4), ("a fraction", first_code, 4.5),
@@ -826,7 +826,7 @@ def cases() -> Iterator[Case]:
         yield Case("lumina", lumina, f"an id is {what}", damage, "its vocabulary_map", LUMINA)
     for layout in ("janus bin", "janus safetensors"):
         file = next(iter(LAYOUTS[layout].files))
-        yield Case(layout, file, "a weight in both files", in_both, "as another of the model's files does", "of-00002")
+        yield Case(layout, file, "a weight in both files", in_both, "so does another file of the model", "of-00002")
         yield Case(layout, file, "a weight under two names", two_names, "twice, under two names", JANUS)
     for layout, file, what, keys, how, reason in SIZES:
         yield Case(layout, file, what, resized(keys, how), reason, f"{re.escape(file)}|{LAYOUTS[layout].model}")

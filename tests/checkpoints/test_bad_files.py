@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 
 from linear_core.checkpoints.library import find_checkpoints
-from linear_core.checkpoints.untrusted import NAMED, inside
+from linear_core.checkpoints.untrusted import ALLOWED_GLOBALS, inside
 from linear_core.checkpoints.weights import read_weights
 from linear_core.errors import UserError
 from tests.checkpoints import bad_files
@@ -145,4 +145,4 @@ def test_what_training_saves_is_read(tmp_path: Path) -> None:
                                                "size": torch.Size([1]), "device": torch.device("cpu")}  # fmt: skip
     torch.save(extra | content, tmp_path / "x.pt")
     assert read_weights(tmp_path / "x.pt").shapes.keys() == content["model"].keys()
-    assert not NAMED.fullmatch("torch Tensor") and not NAMED.fullmatch("torch float32x.y")
+    assert not ALLOWED_GLOBALS.fullmatch("torch Tensor") and not ALLOWED_GLOBALS.fullmatch("torch float32x.y")

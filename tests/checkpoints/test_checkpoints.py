@@ -79,7 +79,7 @@ def test_metadata_goes_before_the_name(tmp_path: Path) -> None:
         read_info(path, (16, 16))
     for broken in ("24", "0x24", "24x", "24×24", ""):
         save_file(decoder(), path, {"grid": broken})
-        with pytest.raises(UserError, match="note of the grid"):
+        with pytest.raises(UserError, match="metadata 'grid'"):
             read_info(path)
 
 
@@ -205,7 +205,7 @@ def test_every_published_file_is_listed_once() -> None:
     """Seven class-conditional decoders, two for texts, three tokenizers, the text encoder, three Janus, four
     Lumina-mGPT, Anole and their two tokenizers; with what they need."""
     assert len(published.RELEASES) == 23
-    places = [(r.folder, r.local(f)) for r in published.RELEASES.values() for f in r.files]
+    places = [(r.folder, r.local_path(f)) for r in published.RELEASES.values() for f in r.files]
     assert len(set(places)) == len(places)
     for release in published.RELEASES.values():
         assert all(need in published.RELEASES for need in release.needs)
@@ -284,8 +284,8 @@ def test_the_command(class_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [
-        ("c2i_B_384.pt", "result.pt", "end it in .safetensors"),
-        ("c2i_B_384.pt", "there.safetensors", "exists already"),
+        ("c2i_B_384.pt", "result.pt", "must end in .safetensors"),
+        ("c2i_B_384.pt", "there.safetensors", "already exists"),
         ("c2i_B_384.pt", "nowhere/result.safetensors", "no such folder"),
         ("gone.pt", "result.safetensors", "no such file"),
         ("half.pt", "result.safetensors", "lacks 1 of"),
@@ -333,4 +333,4 @@ def test_tensors_are_aligned(tmp_path: Path) -> None:
     assert (8 + length) % 8 == 0
     sizes = {"F32": 4, "F16": 2, "BF16": 2}
     assert all(v["data_offsets"][0] % sizes[v["dtype"]] == 0 for k, v in header.items() if k != "__metadata__")
-    assert set(sizes) == set(converting.NAMES.values())
+    assert set(sizes) == set(converting.DTYPES.values())

@@ -140,7 +140,7 @@ def test_what_is_there_is_left_alone(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_folders(hub: Hub, tmp_path: Path) -> None:
-    download(replace(RELEASE, below="t5"), tmp_path / "text_encoders", hub=hub.url)
+    download(replace(RELEASE, subfolder="t5"), tmp_path / "text_encoders", hub=hub.url)
     assert set(everything(tmp_path)) == {"text_encoders/t5/weights.pt", "text_encoders/t5/config.json"}
 
 
@@ -179,12 +179,12 @@ def refused(hub: Hub, folder: Path, *words: str, release: Release = RELEASE) -> 
 
 def test_what_is_refused_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.states["weights.pt"] = "0" * 64
-    refused(hub, tmp_path, "weights.pt", hashlib.sha256(LARGE).hexdigest(), "thrown away")
+    refused(hub, tmp_path, "weights.pt", hashlib.sha256(LARGE).hexdigest(), "was deleted")
     hub.states["weights.pt"] = "no hash"
     refused(hub, tmp_path, "weights.pt", "states no hash")
     hub.states.clear()
     known = tuple(replace(f, sha256="1" * 64) for f in RELEASE.files[:1])
-    refused(hub, tmp_path, "1" * 64, "not", release=replace(RELEASE, files=known))
+    refused(hub, tmp_path, "1" * 64, "expected", release=replace(RELEASE, files=known))
     assert not [path for _, path, _ in hub.asked if path.startswith("/cdn/") and "1" * 64 in path]
     hub.commit = "f" * 40
     refused(hub, tmp_path, "f" * 40, COMMIT)
@@ -193,29 +193,29 @@ def test_what_is_refused_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: p
     refused(hub, tmp_path, "gone.pt", "404", release=gone)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-        refused(hub, tmp_path, str(tmp_path), "make room")
+        refused(hub, tmp_path, str(tmp_path), "free some space")
 
 
 def test_a_small_file_is_checked_too(hub: Hub, tmp_path: Path) -> None:
     """By git's hash. What was complete before it stays."""
     hub.states["config.json"] = "0" * 40
-    with pytest.raises(UserError, match=r"config\.json.*thrown away"):
+    with pytest.raises(UserError, match=r"config\.json.*was deleted"):
         download(RELEASE, tmp_path, hub=hub.url)
     assert everything(tmp_path) == {"weights.pt": LARGE}
 
 
 def test_no_hub(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"could not be fetched.*https://huggingface.co/someone"):
+    with pytest.raises(UserError, match=r"could not be downloaded.*https://huggingface.co/someone"):
         download(RELEASE, tmp_path, hub="http://127.0.0.1:1")
     hub.breaks[:] = [0] * 20
-    refused(hub, tmp_path, "model", "could not be fetched")
+    refused(hub, tmp_path, "model", "could not be downloaded")
 
 
 @pytest.mark.parametrize("where", ["/someone/", "/cdn/"])
 def test_a_hub_with_troubles_of_its_own(where: str, hub: Hub, tmp_path: Path) -> None:
     """It is not asked again and again, as after a connection that breaks."""
     hub.fails = where
-    with pytest.raises(UserError, match=r"model: could not be fetched from .* \(HTTPError\)"):
+    with pytest.raises(UserError, match=r"model: could not be downloaded from .* \(HTTPError\)"):
         download(RELEASE, tmp_path, hub=hub.url)
     assert everything(tmp_path) == {}
     assert len([path for _, path, _ in hub.asked if path.startswith(where)]) == 1
@@ -224,11 +224,11 @@ def test_a_hub_with_troubles_of_its_own(where: str, hub: Hub, tmp_path: Path) ->
 def test_connections_that_bring_nothing_are_given_up(hub: Hub, tmp_path: Path) -> None:
     """After so many in a row; where one brings a piece they are counted anew."""
     few = downloading.ATTEMPTS - 1
-    hub.breaks = [0] * few + [downloading.CHUNK] + [0] * few
+    hub.breaks = [0] * few + [downloading.CHUNK_BYTES] + [0] * few
     download(RELEASE, tmp_path / "patient", hub=hub.url)
     assert everything(tmp_path / "patient")["weights.pt"] == LARGE
     hub.breaks = [0] * (few + 1)
-    with pytest.raises(UserError, match="could not be fetched"):
+    with pytest.raises(UserError, match="could not be downloaded"):
         download(RELEASE, tmp_path / "given up", hub=hub.url)
     assert everything(tmp_path / "given up") == {} and hub.breaks == []
 
@@ -236,7 +236,7 @@ def test_connections_that_bring_nothing_are_given_up(hub: Hub, tmp_path: Path) -
 @pytest.mark.parametrize("more", [-1, 1])
 def test_more_or_less_than_was_announced(more: int, hub: Hub, tmp_path: Path) -> None:
     hub.size = len(LARGE) + more
-    with pytest.raises(UserError, match=r"weights\.pt: \d+ bytes came where \d+ were announced; nothing was kept"):
+    with pytest.raises(UserError, match=r"weights\.pt: \d+ bytes came but \d+ were announced; nothing was kept"):
         download(RELEASE, tmp_path, hub=hub.url)
     assert everything(tmp_path) == {}
 

@@ -172,7 +172,7 @@ def test_the_encoder_is_loaded_for_new_texts_only(published: Path, monkeypatch: 
     assert loaded == [True] and torch.equal(again.tokens, first.tokens[[1, 0]])
     text.prompt(["a lake", "a fox"], files, place)
     assert len(loaded) == 2
-    monkeypatch.setattr(text, "REMEMBERED", 1)
+    monkeypatch.setattr(text, "MAX_CACHED", 1)
     text.prompt(["a tree", "a fox"], files, place)
     assert len(text._features) == 1
     (published / "tokenizer.json").touch()  # another tokenizer, for all we know
@@ -253,7 +253,7 @@ def test_a_prompt_of_the_wrong_kind_is_refused(published: Path) -> None:
     refused("Class Prompt", run=lambda: for_classes.with_unconditional(class_prompt([77])))
     narrow = caption_prompt([2])
     narrow.tokens.resize_(1, narrow.length, 3)
-    refused("3 numbers", "takes 6", run=lambda: for_texts.with_unconditional(narrow))
+    refused("3 features", "takes 6", run=lambda: for_texts.with_unconditional(narrow))
 
 
 def test_it_draws(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ def test_tokenizers_do_not_mix(folder: Path, tmp_path: Path) -> None:
 
     other = tmp_path / "vq_ds16_c2i.pt"
     torch.save({"model": official.tokenizer(channels=16)}, other)
-    with pytest.raises(UserError, match="brings its own"):
+    with pytest.raises(UserError, match="comes with its own"):
         load_model(ModelFiles(folder, other))
     decoder = tmp_path / "c2i_B_384.pt"
     torch.save({"model": official.decoder("c2i", layers=1)}, decoder)
@@ -176,7 +176,7 @@ PEAK = """
     from linear_core.checkpoints import weights
     from linear_core.checkpoints.library import ModelFiles, load_model
 
-    weights.PIECE = 2**23  # as small against this model as it is against a published one
+    weights.CHUNK_BYTES = 2**23  # as small against this model as it is against a published one
 
     def resident():  # all that the process has in memory, pages of files included: KiB
         for line in open("/proc/self/status"):
@@ -254,4 +254,4 @@ def test_the_command_line_draws_texts(folder: Path, tmp_path: Path, capsys: pyte
     assert "weights in memory" in said and "32 sequences" in said
     assert main(["generate", str(folder)]) == 2 and "--text" in capsys.readouterr().err
     assert main(["convert", str(folder), str(tmp_path / "x.safetensors")]) == 2
-    assert "only LlamaGen's files need converting" in capsys.readouterr().err
+    assert "only LlamaGen's need converting" in capsys.readouterr().err

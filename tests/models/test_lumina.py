@@ -213,7 +213,7 @@ def test_a_prompt_of_another_model(models: Path) -> None:
     large = read_info(models / "Lumina-mGPT-7B-1024")
     assert info.with_grid(None) is info and info.with_grid(replace(info.grid, rows=38, cols=56)).grid.rows == 38
     for grid in (large.grid, replace(info.grid, eol=None), replace(info.grid, rows=5)):
-        with pytest.raises(UserError, match=r"prompt: it asks for .* another model than Lumina-mGPT-7B-768"):
+        with pytest.raises(UserError, match=r"prompt: it asks for .* was not made for Lumina-mGPT-7B-768"):
             info.with_grid(grid)
 
 
@@ -284,7 +284,7 @@ def test_a_vq_tokenizer_converted(models: Path) -> None:
     save_file(lumina_reference.vq_weights(), models / "published.safetensors")
     published = library.load_tokenizer(models / "published.safetensors")
     assert published.config == theirs.config and torch.equal(published.decode(codes), theirs.decode(codes))
-    with pytest.raises(UserError, match=r"is a Lumina-mGPT, which says what it is"):
+    with pytest.raises(UserError, match=r"is a Lumina-mGPT, whose files describe themselves"):
         convert(models / "Lumina-mGPT-7B-768", models / "lumina.safetensors")
 
 
@@ -298,7 +298,7 @@ def test_on_the_command_line(models: Path, capsys: pytest.CaptureFixture) -> Non
     pictures = [Image.open(path) for path in sorted(models.glob("out*.png"))]
     assert len(pictures) == 2 and {p.height / p.width for p in pictures} == {1504 / 384}
     assert main(["generate", folder, "--pixels", "800x600", "--text", "a fox"]) == 2
-    assert "of about this shape it draws 864 x 640" in capsys.readouterr().err
+    assert "of similar shape it draws 864 x 640" in capsys.readouterr().err
     assert main(["generate", folder, "--pixels", "800", "--text", "a fox"]) == 2
 
 

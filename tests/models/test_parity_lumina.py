@@ -199,7 +199,7 @@ def test_anole_in_metas_layout(tmp_path: Path, model: ImageModel, weights: dict[
     torch.save(loose, file)
     torch.save({"state_dict": upstream.vq_weights()}, tmp_path / "tokenizer" / "vqgan.ckpt")
     official.tokenizer(tmp_path / "tokenizer" / "text_tokenizer.json", IDS)
-    with pytest.raises(UserError, match=r"consolidated.pth: .* ends with 8803 and it has 398 words"):
+    with pytest.raises(UserError, match=r"consolidated.pth: .* ends with 8803 but it has 398 tokens"):
         load_model(ModelFiles(file, tmp_path / "tokenizer" / "vqgan.ckpt"))  # a file says no vocabulary: the published
     info = model.info
     again = Lumina(info.config, info.grid)

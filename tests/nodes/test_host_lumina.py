@@ -112,7 +112,7 @@ def test_a_picture_is_continued_downward(server: Server) -> None:
 def test_mistakes_name_what_there_is(server: Server) -> None:
     """Last of all: the host writes mistakes into its log."""
     wrong = {
-        "size: Lumina-mGPT-7B-768 does not draw 832 x 1216 pixels; of about this shape it draws 608 x 896, ": twin(
+        "size: Lumina-mGPT-7B-768 does not draw 832 x 1216 pixels; of similar shape it draws 608 x 896, ": twin(
             "lumina_1024_portrait", model="Lumina-mGPT-7B-768"
         ),
         "connect a Text Prompt": None,

@@ -232,7 +232,7 @@ def test_download(comfy: comfy_double.Host, monkeypatch: pytest.MonkeyPatch) -> 
         asked.append((release.name, folder))
         progress(0, 3 << 20, "a")
         progress(3 << 20, 3 << 20, "a")
-        return [module.Fetched(folder / release.local(file), 5, "c" * 40, "h" * 64) for file in release.files]
+        return [module.Fetched(folder / release.local_path(file), 5, "c" * 40, "h" * 64) for file in release.files]
 
     monkeypatch.setattr(module, "download", fake)
     output = run("DownloadModel", release="t2i_XL_stage2_512", with_needed=True)

@@ -1,4 +1,4 @@
-"""Families: the kinds of model there are. One file each says how a checkpoint of that kind is read and prompted."""
+"""Model families. Each file says how checkpoints of one family are recognised, read and prompted."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ from ..weights import Target, Weights
 class ModelInfo:
     """What is known of a model before its weights are read.
 
-    config  its sizes, a dataclass of linear_core/models: layers, width, heads, codes, classes, cache_shape
-    grid    of the picture it draws, unless the prompt asks for another of its `sizes`
-    sizes   of the pictures it draws, width and height in pixels; empty: only the one that `grid` is
+    config        its sizes, a dataclass of linear_core/models: layers, width, heads, codes, classes, cache_shape
+    grid          of its pictures, unless a prompt asks for another of its `sizes`
+    classes       names of the classes by id; empty if there are none, or none are known
+    defaults      published sampling settings
+    weight_bytes  size on disk
+    tokenizer     file name of its VQ tokenizer, without suffix; "": it comes with the model
+    sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
     """
 
     name: str
@@ -32,45 +36,49 @@ class ModelInfo:
     grid: Grid
     classes: tuple[str, ...]
     defaults: SamplePlan
-    weight_bytes: int  # on disk
-    tokenizer: str = ""  # name of the tokenizer that belongs to it, without a file's ending; "": it brings its own
+    weight_bytes: int
+    tokenizer: str = ""
     sizes: tuple[Size, ...] = ()
 
     @property
     def text(self) -> bool:
-        """Whether a text says what to draw, not a class."""
+        """Whether prompts are texts, not classes."""
         return not self.config.classes
 
     @property
     def own_tokenizer(self) -> bool:
-        """Whether texts are for its own tokenizer, not for a text encoder."""
+        """Whether it reads texts with its own tokenizer, not with a text encoder."""
         return self.family.prompt is not None
 
     def with_size(self, size: Size) -> ModelInfo:
-        """The same with the grid of a picture of `size`. Raises UserError that lists the sizes most like it."""
+        """The model with the grid for pictures of `size`. Raises UserError listing sizes of similar shape."""
         width, height = size
         if size not in self.sizes:
             some = ", ".join(f"{w} x {h}" for w, h in nearest(size, self.sizes)[:4])
             raise UserError(
                 f"size: {self.name} does not draw {width} x {height} pixels; "
-                + (f"of about this shape it draws {some}." if some else "it has one size, so leave the choice to it.")
+                + (
+                    f"of similar shape it draws {some}."
+                    if some
+                    else "it has only one size, so leave this to the model."
+                )
             )
         return self.with_grid(replace(self.grid, rows=height // PIXELS, cols=width // PIXELS))
 
     def with_grid(self, grid: Grid | None) -> ModelInfo:
-        """The same with the grid that a prompt asks for; None: its own. Raises UserError where it draws no such."""
+        """The model with the grid of a prompt; None: its own. Raises UserError for a grid that it does not draw."""
         if grid is None:
             return self
         size = grid.cols * PIXELS, grid.rows * PIXELS
         if size not in self.sizes or grid.eol != self.grid.eol:
             raise UserError(
-                f"prompt: it asks for {size[0]} x {size[1]} pixels and was made for another model than {self.name}; "
-                "connect this model to its Text Prompt."
+                f"prompt: it asks for {size[0]} x {size[1]} pixels and was not made for {self.name}; connect this "
+                "model to its Text Prompt."
             )
         return replace(self, grid=grid)
 
     def cache_shape(self, dtype: torch.dtype, prompt: int = 0) -> CacheShape:
-        """What decides the cache's memory; `prompt` is how many places the prompt has, 0: as many as is usual."""
+        """Sizes that decide the cache's memory, for a prompt of `prompt` tokens; 0: of typical length."""
         return self.config.cache_shape(prompt or self.family.prompt_slots, dtype.itemsize)
 
 
@@ -78,16 +86,16 @@ class ModelInfo:
 class Family:
     """One kind of model.
 
-    knows     whether a checkpoint, by the names of its weights, is of this kind
-    describe  a checkpoint's header and the grid asked for (rows, cols) -> what is known; UserError where it is broken
-    build     sizes, grid and layers -> the decoder, on the device that is current
-    place     a key of the file and the sizes -> where it goes in the decoder; None: not read
-    vq        a key of the file -> its name in VQTokenizer, None: not of the tokenizer; where the file holds that too
-    prompt    the model's tokenizer, texts, what to be guided from ("": nothing) and the model -> one row for each text;
-              None: a class, or a text encoder, says what to draw
-    tokenizer_files  where the model's tokenizer may be, seen from its folder, the likeliest first
-    tokenizer_release  name of the release that has it, where that is not the model's own
-    places    that the prompt of a text of a sentence or two takes, for memory before the text is known
+    recognises         whether a checkpoint, by the names of its weights, is of this family
+    describe           header and requested grid (rows, cols) -> ModelInfo; UserError for a broken checkpoint
+    build              sizes, grid and layers -> the decoder, on the current device
+    target             key of the file and sizes -> its target in the decoder; None: not read
+    vq                 key of the file -> its name in VQTokenizer; None: not of the tokenizer. For files that contain it
+    prompt             text tokenizer, texts, negative prompt ("": none) and model -> one row per text; None: prompts
+                       are classes, or come from a text encoder
+    tokenizer_files    possible paths of the text tokenizer, relative to the model's folder, the most likely first
+    tokenizer_release  name of the release with the tokenizer, if not the model's own
+    prompt_slots       slots of a typical prompt of a sentence or two, to plan memory before the text is known
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Janus' checkpoints: the official ones (deepseek-ai) and transformers' conversions (deepseek-community).
+"""Janus checkpoints: the official ones (deepseek-ai) and transformers' conversions (deepseek-community).
 
-Both hold everything in one folder: decoder, VQ tokenizer and text tokenizer, and what only reads pictures or writes
-text, which is not read (`vision_model`, `aligner`, `lm_head`).
+Both hold everything in one folder: decoder, VQ tokenizer and text tokenizer. The parts that only read images or write
+text are not read (`vision_model`, `aligner`, `lm_head`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ...tokenizers.layouts import rename_key
 from ..families import Family, ModelInfo
 from ..untrusted import number, section
 from ..weights import Target, Weights
-from .llama import in_layer
+from .llama import layer_target
 
-SIDE = 24  # tokens along each side of the only size there is: 384 pixels
+SIDE = 24  # tokens along each side of the only size, 384 pixels
 
-# What official names, then converted ones, begin with; what follows is the same, or is told below.
+# Prefixes of official keys, then of converted ones. What follows is the same, or is listed in RENAMED.
 LANGUAGE = re.compile(r"(?:language_model\.model|model\.language_model)\.(.+)")
 VQ = re.compile(r"(?:gen_vision_model|model\.vqmodel)\.(.+)")
-OURS = {
+RENAMED = {
     "gen_embed": "gen_embed",
     "gen_aligner.layers.0": "gen_aligner.fc1",
     "gen_aligner.layers.2": "gen_aligner.fc2",
@@ -38,21 +38,21 @@ OURS = {
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
 
-def place(key: str, config: JanusConfig | None) -> Target | None:
-    """Where a weight of the decoder goes; queries, keys and values lie in one matrix here."""
+def target(key: str, config: JanusConfig | None) -> Target | None:
+    """Target of a decoder weight. Queries, keys and values share one matrix here."""
     if key.endswith("rotary_emb.inv_freq"):
-        return None  # a table that old files carry
+        return None  # a table in old files
     if (found := LANGUAGE.fullmatch(key)) is None:
         name, _, kind = key.rpartition(".")
-        return Target(f"{OURS[name]}.{kind}") if name in OURS else None
+        return Target(f"{RENAMED[name]}.{kind}") if name in RENAMED else None
     layer = re.fullmatch(r"(layers\.\d+)\.(.+)\.weight", found[1])
     if layer is None:
         return Target(found[1])
-    return in_layer(layer[1], layer[2], "weight")
+    return layer_target(layer[1], layer[2], "weight")
 
 
 def vq(key: str) -> str | None:
-    """A key's name in VQTokenizer, where it is of the tokenizer."""
+    """The key's name in VQTokenizer, if it is one of the tokenizer's."""
     found = VQ.fullmatch(key)
     if found is None or found[1].startswith(VQ_NOT_WEIGHTS):
         return None
@@ -65,27 +65,27 @@ def recognises(weights: Weights) -> bool:
 
 
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
-    """Sizes of a Janus from its shapes; what no shape tells from the config.json beside it."""
+    """Sizes of a Janus from its shapes, and from the config.json next to it what shapes do not tell."""
     if grid not in (None, (SIDE, SIDE)):
         raise weights.problem(
             f"was made for a grid of {SIDE} x {SIDE} tokens, not {grid[0]} x {grid[1]}; leave the grid to the model."
         )
     try:
-        told, shapes = section(weights.config, "language_config", "text_config"), {}
+        settings, shapes = section(weights.config, "language_config", "text_config"), {}
         for key, shape in weights.shapes.items():
-            if (goes := place(key, None)) is not None:
-                shapes[goes.name] = (shape[0] * goes.parts, *shape[1:])
+            if (found := target(key, None)) is not None:
+                shapes[found.name] = (shape[0] * found.parts, *shape[1:])
         vocabulary, width = shapes["embed_tokens.weight"]
         codes, code_dim = shapes["gen_embed.weight"]
         config = JanusConfig(
             layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers.")),
             width=width,
-            heads=number(told, "num_attention_heads", width // HEAD_DIM),
+            heads=number(settings, "num_attention_heads", width // HEAD_DIM),
             hidden=shapes["layers.0.feed_forward.w1.weight"][0],
             codes=codes,
             vocabulary=vocabulary,
-            eps=number(told, "rms_norm_eps", 1e-6),
-            rope_base=number(section(told, "rope_parameters") or told, "rope_theta", 10000.0),
+            eps=number(settings, "rms_norm_eps", 1e-6),
+            rope_base=number(section(settings, "rope_parameters") or settings, "rope_theta", 10000.0),
             code_dim=code_dim,
             head_hidden=shapes["gen_head.fc1.weight"][0],
         )
@@ -99,7 +99,7 @@ FAMILY = Family(
     recognises,
     describe,
     Janus,
-    place,
+    target,
     vq,
-    lambda words, texts, negative, info: janus_prompt(words, texts, negative),
+    lambda tokenizer, texts, negative, info: janus_prompt(tokenizer, texts, negative),
 )

@@ -1,4 +1,4 @@
-"""Where the weights of a Llama's layer go: transformers' names, and LlamaGen's, which the blocks here have."""
+"""Targets of a Llama layer's weights: from transformers' names to LlamaGen's, which our blocks use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from ..weights import Target
 
-QKV = ("q", "k", "v")  # which lie in one matrix here
+QKV = ("q", "k", "v")  # share one matrix here
 RENAMED = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -17,8 +17,8 @@ RENAMED = {
 }
 
 
-def in_layer(layer: str, name: str, kind: str) -> Target:
-    """`layer` layers.N, `name` what follows it in the file, `kind` weight or bias."""
+def layer_target(layer: str, name: str, kind: str) -> Target:
+    """Target of a weight: `layer` is layers.N, `name` what follows it in the file, `kind` weight or bias."""
     if part := re.fullmatch(r"self_attn\.([qkv])_proj", name):
         return Target(f"{layer}.attention.wqkv.{kind}", QKV.index(part[1]), len(QKV))
     return Target(f"{layer}.{RENAMED.get(name, name)}.{kind}")

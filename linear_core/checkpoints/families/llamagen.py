@@ -1,4 +1,4 @@
-"""LlamaGen's checkpoints: which they are, and what a published file does not tell, its grid above all."""
+"""LlamaGen checkpoints: how they are recognised, and what a published file does not state, above all its grid."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..untrusted import inside, parse_json
 from ..weights import Weights, all_except
 
 SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
-NAMES = Path(__file__).parents[2] / "assets" / "imagenet_classes.json"
-REAL = (int, float)
-SAMPLING: dict[str, Any] = {
-    "guidance": REAL,
+CLASS_NAMES = Path(__file__).parents[2] / "assets" / "imagenet_classes.json"
+NUMBER = (int, float)
+SAMPLING: dict[str, Any] = {  # types of the settings in our metadata
+    "guidance": NUMBER,
     "guidance_interval": int,
-    "temperature": REAL,
+    "temperature": NUMBER,
     "top_k": int,
-    "top_p": REAL,
+    "top_p": NUMBER,
 }
-place = all_except("freqs_cis")  # the rotary table, which some files carry
+key_map = all_except("freqs_cis")  # the RoPE table, which some files contain
 
 
 def recognises(weights: Weights) -> bool:
@@ -36,23 +36,23 @@ def recognises(weights: Weights) -> bool:
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """The names of ImageNet's 1000 classes, by id: what published class-conditional files draw."""
-    return tuple(json.loads(NAMES.read_text(encoding="utf-8"))["names"])
+    """Names of ImageNet's 1000 classes by id: the classes of published class-conditional files."""
+    return tuple(json.loads(CLASS_NAMES.read_text(encoding="utf-8"))["names"])
 
 
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
     """Sizes, grid and classes of a LlamaGen checkpoint.
 
-    The grid is not among a published file's weights: it comes from our own files' metadata, else from the file's name
-    (c2i_B_256, …), else from `grid` (rows, cols). Two that disagree are an error.
+    A published file does not contain the grid. It comes from the metadata of our own files, else from the file's name
+    (c2i_B_256, …), else from `grid` (rows, cols). Two that differ are an error.
     """
-    notes = weights.metadata
+    metadata = weights.metadata
     try:
-        config = read_config(weights.shapes, int(notes["heads"]) if "heads" in notes else None)
-        classes = _noted_classes(notes["classes"], config) if "classes" in notes else _class_names(config)
-        defaults = _noted_sampling(notes["sampling"]) if "sampling" in notes else _defaults(config)
+        config = read_config(weights.shapes, int(metadata["heads"]) if "heads" in metadata else None)
+        classes = _read_classes(metadata["classes"], config) if "classes" in metadata else _class_names(config)
+        defaults = _read_sampling(metadata["sampling"]) if "sampling" in metadata else _defaults(config)
         kind = "c2i" if config.classes else "t2i"
-        tokenizer = inside(Path(), notes.get("tokenizer", published.TOKENIZERS[kind])).stem
+        tokenizer = inside(Path(), metadata.get("tokenizer", published.TOKENIZERS[kind])).stem
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise weights.problem(f"its header does not describe a LlamaGen ({error}).") from error
     except UserError as error:
@@ -62,18 +62,18 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
     )
 
 
-def _noted_classes(note: str, config: LlamaGenConfig) -> tuple[str, ...]:
-    names = parse_json(note)
+def _read_classes(text: str, config: LlamaGenConfig) -> tuple[str, ...]:
+    names = parse_json(text)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != config.classes:
-        raise ValueError(f"its note of the classes is not a list of {config.classes} names")
+        raise ValueError(f"its metadata 'classes' is not a list of {config.classes} names")
     return tuple(names)
 
 
-def _noted_sampling(note: str) -> SamplePlan:
-    told = parse_json(note)
-    if not isinstance(told, dict) or any(not isinstance(told[name], SAMPLING.get(name, ())) for name in told):
-        raise ValueError(f"its note of the sampling does not give numbers for {', '.join(SAMPLING)}")
-    return SamplePlan(**told)
+def _read_sampling(text: str) -> SamplePlan:
+    settings = parse_json(text)
+    if not isinstance(settings, dict) or any(not isinstance(settings[n], SAMPLING.get(n, ())) for n in settings):
+        raise ValueError(f"its metadata 'sampling' does not give numbers for {', '.join(SAMPLING)}")
+    return SamplePlan(**settings)
 
 
 def _class_names(config: LlamaGenConfig) -> tuple[str, ...]:
@@ -86,30 +86,30 @@ def _defaults(config: LlamaGenConfig) -> SamplePlan:
     return SamplePlan(guidance=4.0, top_k=2000) if config.classes else SamplePlan(guidance=7.5, top_k=1000)
 
 
-def _grid(weights: Weights, kind: str, asked: tuple[int, int] | None) -> Grid:
-    """From our own metadata, else from the file's name, else as asked; two answers that differ are an error."""
-    noted, pixels = weights.metadata.get("grid"), published.pixels_in(weights.path.stem, kind)
-    if noted is not None:
-        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", noted)
+def _grid(weights: Weights, kind: str, requested: tuple[int, int] | None) -> Grid:
+    """From our own metadata, else from the file's name, else as requested; two that differ are an error."""
+    text, pixels = weights.metadata.get("grid"), published.pixels_from_name(weights.path.stem, kind)
+    if text is not None:
+        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
         if match is None:
-            raise weights.problem(f"its note of the grid, '{noted}', is not one such as 24x24; convert the file again.")
+            raise weights.problem(f"its metadata 'grid' is '{text}', not a grid such as 24x24; convert the file again.")
         found, source = (int(match[1]), int(match[2])), "was made for"
     elif pixels is not None:
         found, source = (SIDES[pixels],) * 2, f"says {pixels} pixels in its name, which is"
-    elif asked is not None:
-        return Grid(*asked)
+    elif requested is not None:
+        return Grid(*requested)
     else:
         sizes = " or ".join(str(side) for side in published.PIXELS[kind])
         raise weights.problem(
-            f"does not say which grid it was made for; name the file after its pixels ({sizes}, as in "
+            f"does not say which grid it was made for; put the pixels into the file's name ({sizes}, as in "
             f"{kind}_XL_{published.PIXELS[kind][-1]}) or give the grid."
         )
-    if asked and asked != found:
+    if requested and requested != found:
         raise weights.problem(
-            f"{source} a grid of {found[0]} x {found[1]} tokens, not {asked[0]} x {asked[1]}; leave the grid "
-            "to the file" + ("." if noted else ", or rename it.")
+            f"{source} a grid of {found[0]} x {found[1]} tokens, not {requested[0]} x {requested[1]}; leave the grid "
+            "to the file" + ("." if text else ", or rename it.")
         )
     return Grid(*found)
 
 
-FAMILY = Family("LlamaGen", recognises, describe, LlamaGen, lambda key, config: place(key))
+FAMILY = Family("LlamaGen", recognises, describe, LlamaGen, lambda key, config: key_map(key))
