@@ -2,11 +2,12 @@
 
     python3 dev.py demo     draws pictures with the bundled model
     python3 dev.py test     runs linters and tests
+    python3 dev.py update   renews the exact versions that the others install
     python3 dev.py comfy    links this folder into a ComfyUI and starts it
     python3 dev.py release  says what is left to do before a release
 
-Only the standard library, and only syntax that an older Python can read: this starts before anything is installed,
-and says which Python is needed where that one is missing.
+Only the standard library (constraints/ too), and only syntax that an older Python can read: this starts before
+anything is installed, and says which Python is needed where that one is missing.
 """
 
 import sys
@@ -15,11 +16,9 @@ if sys.version_info < (3, 10):  # noqa: UP036 - this file is what tells people s
     sys.exit(f"LineAR needs Python 3.10 or newer, and this is {sys.version.split()[0]} ({sys.executable}).")
 
 import argparse
-import ast
 import hashlib
 import os
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -27,15 +26,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import constraints
+
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PACK = "ar-line-cache"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WINDOWS = os.name == "nt"
-# The page that the browser tests drive: ComfyUI's newest and the one that the oldest supported ComfyUI asks for.
-FRONTENDS = ("1.58.1", "1.38.14")
-PLAYWRIGHT = "1.65.1"
 REGISTRY = VENV / "registry"  # an environment of its own, as these tools pin much that others use
+UPDATE_PIP = "pip==26.3"  # what `update` resolves with: one version, as others may answer differently
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -60,21 +59,15 @@ def run(command: list, cwd: Path | None = None, **env: str) -> int:
 # Setting up ----------------------------------------------------------------------------------------------------------
 
 
-def dependency_groups(text: str) -> dict[str, list[str]]:
-    """The groups of [project.optional-dependencies]. Python 3.10 has no tomllib, but their arrays are Python lists."""
-    section = re.split(r"^\[", text.split("[project.optional-dependencies]\n")[1], maxsplit=1, flags=re.M)[0]
-    arrays = re.findall(r"^([\w-]+) = (\[.*?\])$", section, flags=re.M | re.S)
-    return {name: ast.literal_eval(array) for name, array in arrays}
+def fingerprint(requirements: list[str], name: str) -> str:
+    """A short text that changes when the requirements or their constraints change."""
+    text = "\n".join([*requirements, constraints.file(name).read_text(encoding="utf-8")])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(requirements: list[str]) -> str:
-    """A short text that changes when the requirements change."""
-    return hashlib.sha256("\n".join(requirements).encode()).hexdigest()
-
-
-def is_installed(stamp: Path, requirements: list[str]) -> bool:
-    """Whether `stamp` says that exactly these requirements have been installed."""
-    return stamp.is_file() and stamp.read_text() == fingerprint(requirements)
+def is_installed(stamp: Path, requirements: list[str], name: str) -> bool:
+    """Whether `stamp` says that exactly these requirements have been installed, under these constraints."""
+    return stamp.is_file() and stamp.read_text() == fingerprint(requirements, name)
 
 
 def venv_python(venv: Path, windows: bool = WINDOWS) -> Path:
@@ -110,24 +103,35 @@ def torch_index(asked: str | None, system: str, nvidia: bool, reachable: Callabl
     return CPU_INDEX if system == "Linux" and not nvidia and reachable() else None
 
 
-def installed_torch(python: Path) -> str:
-    """The version of torch that `python` has, or an empty text."""
-    ask = "import importlib.metadata as m; print(*[d.version for d in m.distributions(name='torch')][:1])"
-    return subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+def installed(python: Path) -> dict[str, str]:
+    """The packages that `python` has, with their versions."""
+    ask = "import importlib.metadata as m\nfor d in m.distributions(): print(d.metadata['Name'], d.version)"
+    shown = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout
+    return {constraints.normal(name): version for name, version in map(str.split, shown.splitlines())}
+
+
+def pip(python: Path, requirements: list[str], *options: str) -> int:
+    """Install with the pip of `python` and return its exit status; where it is not 0, pip has said why."""
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", *options, *requirements]
+    status = run(command)
+    if status and "--quiet" in options:  # a quiet pip does not say which versions contradict each other
+        status = run([part for part in command if part != "--quiet"])
+    return status
 
 
 def pip_install(python: Path, requirements: list[str], *options: str) -> None:
-    """Install with the pip of `python`, or stop: pip has said why."""
-    if run([python, "-m", "pip", "install", "--disable-pip-version-check", *options, *requirements]):
-        raise SystemExit("Installing stopped; pip says why above. The same command goes on from there.")
+    """Install with the pip of `python`, or stop."""
+    if pip(python, requirements, *options):
+        hint = ""
+        if "--constraint" in options:
+            hint = "\nIf a version in constraints/ is the reason, python3 dev.py update chooses versions anew."
+        elif "--only-binary" in options:
+            hint = "\nIf there is no wheel of a version that old for this Python, try an older Python."
+        raise SystemExit(f"Installing stopped; pip says why above. The same command goes on from there.{hint}")
 
 
-def install_torch(python: Path, requirement: str, asked: str | None) -> None:
-    """Install torch from the index that suits this machine; one that is there already stays."""
-    present = installed_torch(python)
-    if present:
-        say(f"Keeping the torch {present} of .venv ({requirement} is what is tested).")
-        return
+def install_torch(python: Path, requirement: str, asked: str | None, *options: str) -> None:
+    """Install torch from the index that suits this machine."""
     system, nvidia = platform.system(), bool(shutil.which("nvidia-smi"))
     index = torch_index(asked, system, nvidia, lambda: answers("download.pytorch.org"))
     if index:
@@ -141,45 +145,83 @@ def install_torch(python: Path, requirement: str, asked: str | None) -> None:
     else:
         say(f"Installing {requirement} (about 200 MB).")
     # Added, not instead: the user's pip settings stay in force, and to pip 2.13.0+cpu is newer than 2.13.0.
-    pip_install(python, [requirement], *(["--extra-index-url", index] if index else []))
+    pip_install(python, [requirement], *options, *(["--extra-index-url", index] if index else []))
+
+
+def install(python: Path, requirements: list[str], index: str | None, *options: str) -> None:
+    """Install these requirements. A torch that is there already stays, whichever it is."""
+    present = installed(python).get("torch", "")
+    for line in requirements:
+        if not line.startswith("torch=="):
+            continue
+        if not present:
+            install_torch(python, line, index, *options)
+        elif line != f"torch=={present.split('+')[0]}":
+            say(f"Keeping the torch {present} of {python.parent.parent} ({line} is what is tested).")
+            requirements = [other for other in requirements if other != line]
+    say(f"Installing {', '.join(line for line in requirements if not line.startswith('torch=='))}.")
+    pip_install(python, requirements, "--quiet", *options)
+
+
+def make_environment(folder: Path) -> Path:
+    """The interpreter of this virtual environment, which is made where there is none."""
+    python = venv_python(folder)
+    if not python.exists():
+        # What is left of an environment goes; the other environments in .venv stay.
+        clear = ["--clear"] if (folder / "pyvenv.cfg").exists() else []
+        if run([sys.executable, "-m", "venv", *clear, folder]):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise SystemExit("No virtual environment. On Debian and Ubuntu: sudo apt install python3-venv")
+    return python
 
 
 def set_up(groups: list[str], index: str | None = None) -> Path:
     """Make .venv, install what is missing of these dependency groups, and return its interpreter."""
-    python, known = venv_python(VENV), dependency_groups((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    if not python.exists():
+    known = constraints.groups()
+    options = constraints.options("main", [line for group in groups for line in known[group]])
+    if not venv_python(VENV).exists():
         say(f"Making {VENV} (about 1 GB once everything is in it; delete the folder to undo this).")
-        if run([sys.executable, "-m", "venv", "--clear", VENV]):
-            shutil.rmtree(VENV, ignore_errors=True)
-            raise SystemExit("No virtual environment. On Debian and Ubuntu: sudo apt install python3-venv")
+    python = make_environment(VENV)
     for group in groups:
         stamp, requirements = VENV / f"installed-{group}.txt", known[group]
-        if is_installed(stamp, requirements):
+        if is_installed(stamp, requirements, "main"):
             continue
-        others = [line for line in requirements if not line.startswith("torch==")]
-        for line in requirements:
-            if line not in others:
-                install_torch(python, line, index)
-        say(f"Installing {', '.join(others)}.")
-        pip_install(python, others, "--quiet")
-        stamp.write_text(fingerprint(requirements))
+        before = installed(python)
+        install(python, requirements, index, *options)
+        unknown = [name for name in installed(python) if name not in before and name not in constraints.pins("main")]
+        if unknown:
+            say(f"constraints/main.txt has no version of {', '.join(unknown)}, so pip has chosen the newest.")
+            say("python3 dev.py update adds them.")
+        stamp.write_text(fingerprint(requirements, "main"))
+    return python
+
+
+def set_up_range(which: str, index: str | None = None) -> Path:
+    """An environment of its own with the newest, or with the lowest, versions that pyproject.toml allows."""
+    known = constraints.groups()
+    requirements = [*known["standalone"], *known["dev"]]
+    python = make_environment(VENV / which)
+    if which == "oldest":  # wheels alone, as nobody wants to build an old numpy
+        install(python, [constraints.lowest(line) for line in requirements], index, "--only-binary", ":all:")
+    else:
+        install(python, requirements, index, "--upgrade", "--upgrade-strategy", "eager")
     return python
 
 
 def registry_missing() -> str:
     """Install the registry's own tools, once; why the gates that need them cannot run, or an empty text."""
-    requirements = dependency_groups((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["registry"]
-    stamp = REGISTRY / "installed.txt"
-    if is_installed(stamp, requirements):
+    requirements, stamp = constraints.groups()["registry"], REGISTRY / "installed.txt"
+    if is_installed(stamp, requirements, "registry"):
         return ""
+    options = constraints.options("registry", requirements)
     say(f"Installing {', '.join(requirements)} for the registry's gates (about 350 MB).")
     if run([sys.executable, "-m", "venv", "--clear", REGISTRY]):
         return "no virtual environment could be made for the registry's tools"
     python = venv_python(REGISTRY)
-    if run([python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *requirements]):
+    if pip(python, requirements, "--quiet", *options):
         shutil.rmtree(REGISTRY, ignore_errors=True)
         return "the registry's tools could not be installed; pip says why above"
-    stamp.write_text(fingerprint(requirements))
+    stamp.write_text(fingerprint(requirements, "registry"))
     return ""
 
 
@@ -193,19 +235,28 @@ def demo(args: argparse.Namespace, extra: list[str]) -> int:
     return run([python, "-m", "linear_core", "demo", *extra], PYTHONPATH=path)
 
 
-def checks(python: Path, extra: list[str], node: str | None, scripts: list[Path]) -> list[tuple[str, list, str]]:
-    """What `test` does: a name, the command, and why it cannot run (empty when it can)."""
+def pytest(python: Path, *arguments: str) -> list:
+    """The command that runs pytest: tests in a worker for each core, but one after the other in a real ComfyUI."""
+    workers = [] if os.environ.get("COMFYUI_DIR") else ["-n", "auto", "--dist", "worksteal"]
+    return [python, "-m", "pytest", *workers, *arguments]
+
+
+def checks(
+    python: Path, extra: list[str], node: str | None, scripts: list[Path], quick: bool = False
+) -> list[tuple[str, list, str]]:
+    """What `test` does: a name, the command, and why it does not run (empty when it does)."""
     if not scripts:
         missing = "there are no tests/web/*.test.mjs"
     else:
         missing = "" if node else "node was not found; Node.js 20 or newer runs tests/web/*.test.mjs"
+    # Some of the tests cannot reach the share of the core that all of them have to.
+    cover = [] if quick or set(extra) - {"--record"} else ["--cov"]
     return [
         ("ruff check", [python, "-m", "ruff", "check", "."], ""),
         ("ruff format", [python, "-m", "ruff", "format", "--check", "."], ""),
-        ("mypy", [python, "-m", "mypy"], ""),
+        ("mypy", [python, "-m", "mypy"], "--quick" if quick else ""),
         ("node --test", [node, "--test", *scripts], missing),
-        # Some of the tests cannot reach the share of the core that all of them have to.
-        ("pytest", [python, "-m", "pytest", *(extra if set(extra) - {"--record"} else ["--cov", *extra])], ""),
+        ("pytest", pytest(python, *cover, *["--quick"] * quick, *extra), ""),
     ]
 
 
@@ -221,6 +272,11 @@ def browser_missing() -> str:
     return "" if shutil.which("node") else "node was not found; Node.js 20 or newer drives Chromium"
 
 
+def frontends() -> list[str]:
+    """Versions of the page that the browser tests drive: ComfyUI's newest, and that of the oldest supported ComfyUI."""
+    return constraints.pins("browser")["comfyui-frontend-package"]
+
+
 def browser_parts(python: Path) -> list[tuple[Path, list]]:
     """What the browser tests need beside Chromium and Node.js: where each part goes, and what fetches it.
 
@@ -233,23 +289,41 @@ def browser_parts(python: Path) -> list[tuple[Path, list]]:
     parts = [
         (folder / f"frontend-{version}", [python, "-m", "pip", "install", *quiet, "--target",
          folder / f"frontend-{version}", f"comfyui-frontend-package=={version}"])
-        for version in FRONTENDS
+        for version in frontends()
     ]  # fmt: skip
     packages = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder]
-    return [*parts, (folder / "node_modules" / "playwright-core", [*packages, f"playwright-core@{PLAYWRIGHT}"])]
+    driver = f"playwright-core@{constraints.pins('browser')['playwright-core'][0]}"
+    return [*parts, (folder / "node_modules" / "playwright-core", [*packages, driver])]
+
+
+def install_browser_parts(python: Path) -> None:
+    """Fetch what is missing for the browser tests, and what is there in another version."""
+    for part, command in browser_parts(python):
+        stamp = VENV / "browser" / f"installed-{part.name}.txt"
+        if part.is_dir() and stamp.is_file() and stamp.read_text() == command[-1]:
+            continue
+        shutil.rmtree(part, ignore_errors=True)
+        say(f"Installing {command[-1]} for the browser tests.")
+        if run(command) == 0:  # where that fails, the tests that need it say so
+            stamp.write_text(command[-1])
 
 
 def test(args: argparse.Namespace, extra: list[str]) -> int:
     """Run every check to its end, then say how each went."""
-    python = set_up(["standalone", "dev"], args.torch_index)
-    for part, command in browser_parts(python):
-        if not part.is_dir():
-            say(f"Installing {part.name} for the browser tests.")
-            run(command)  # where that fails, the tests that need it say so
-    no_gates = registry_missing()
+    python = (
+        set_up_range(args.versions, args.torch_index)
+        if args.versions
+        else set_up(["standalone", "dev"], args.torch_index)
+    )
+    if not args.quick:
+        install_browser_parts(python)
+    no_gates = "--quick" if args.quick else registry_missing()
     summary, failed = [], False
     scripts = sorted(ROOT.glob("tests/web/*.test.mjs"))
-    for name, command, missing in checks(python, extra, shutil.which("node"), scripts):
+    planned = checks(python, extra, shutil.which("node"), scripts, args.quick)
+    if args.versions:  # Style is a matter of the pinned versions alone, and so is coverage.
+        planned = [("pytest", pytest(python, *(extra or ["--record"])), "")]
+    for name, command, missing in planned:
         if missing:
             summary.append(f"{name:12} not run: {missing}")
             continue
@@ -257,11 +331,18 @@ def test(args: argparse.Namespace, extra: list[str]) -> int:
         status = run(command, cwd=ROOT)
         summary.append(f"{name:12} {'failed' if status else 'passed'}")
         failed = failed or status != 0
-    for name, lacking in (("browser", browser_missing()), ("registry", no_gates)):
+    for name, lacking in (("browser", "--quick" if args.quick else browser_missing()), ("registry", no_gates)):
         if lacking:
             summary.append(f"{name:12} not run: {lacking}")
     say("\n".join(["\n== summary", *summary]))
     return int(failed)
+
+
+def update(args: argparse.Namespace, extra: list[str]) -> int:
+    """Write constraints/ anew, with the newest versions that pyproject.toml allows."""
+    python = make_environment(VENV / "update")
+    pip_install(python, [UPDATE_PIP], "--quiet")
+    return run([python, constraints.FOLDER / "update.py", *extra], cwd=ROOT)
 
 
 def release(args: argparse.Namespace, extra: list[str]) -> int:
@@ -344,7 +425,21 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--torch-index", metavar="URL", default=os.environ.get("LINEAR_TORCH_INDEX"), help=text)
 
     add_index(add(demo, "draw pictures with the bundled model, full cache and small cache", "options of the demo"))
-    add_index(add(test, "run linters and all tests", "arguments of pytest, such as -k WORD or a file"))
+    tests = add(test, "run linters and all tests", "arguments of pytest, such as -k WORD or a file")
+    add_index(tests)
+    versions = tests.add_mutually_exclusive_group()
+    versions.add_argument(
+        "--quick",
+        action="store_true",
+        help="a minute: the tests that notice most mistakes, no browser, no mypy",
+    )
+    for name, text in (
+        ("newest", "run pytest alone, with the newest packages that pyproject.toml allows"),
+        ("oldest", "run pytest alone, with the lowest versions that pyproject.toml declares"),
+    ):
+        text += "; a run of all tests is recorded in the table of what was tested where"
+        versions.add_argument(f"--{name}", dest="versions", action="store_const", const=name, help=text)
+    add(update, "renew constraints/, the exact versions that everybody installs", "nothing")
     add_index(add(release, "say what is left to do before a release", "nothing"))
     start = add(comfy, "link this folder into a ComfyUI and start it", "arguments of ComfyUI, such as --cpu")
     start.add_argument("--dir", metavar="PATH", help="the ComfyUI folder, the one with main.py")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.machine import check_out, in_any_case
 from bench.quality import CHOOSE, ROOT, Lab, circumstances
 from bench.report import figure, head, line
 from bench.uncertainty import half_width
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--recent", type=int, default=1, help="recent lines that are protected")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args()
+    check_out(args.out, parser, folder=True)
     lab, split = Lab(bundled_files(), args.out), replace(CHOOSE, images=args.images)
     budgets = [max(1, lab.grid.rows // share) for share in args.shares]
     rows: list[dict[str, Any]] = []
@@ -121,14 +123,19 @@ def main() -> None:
             print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
         return found
 
-    as_it_is = measure("nothing", "", [], {})
-    for what, (_, others) in VARIANTS.items():
-        for value, patches in others.items():
-            measure(what, value, patches, as_it_is)
-    about = {**circumstances(lab), "images": split.images, "seed": split.seed, "recent": args.recent}
     path = args.out / f"fold-ablation-{lab.model.info.name}.json"
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{"circumstances": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+    def write(stopped: dict[str, str]) -> None:
+        about = {**circumstances(lab), "images": split.images, "seed": split.seed, "recent": args.recent, **stopped}
+        told, lines = json.dumps(about, indent=1), ",\n".join(json.dumps(row) for row in rows)
+        if rows:
+            path.write_text(f'{{"circumstances": {told},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+    with in_any_case(write):
+        as_it_is = measure("nothing", "", [], {})
+        for what, (_, others) in VARIANTS.items():
+            for value, patches in others.items():
+                measure(what, value, patches, as_it_is)
     path.with_suffix(".md").write_text(table(rows, budgets, lab.grid.rows, split.images), encoding="utf-8")
 
 

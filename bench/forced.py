@@ -1,14 +1,9 @@
-"""Teacher forcing: what a cache makes of pictures that are there already, beside the full cache.
-
-Lines are fed whole (`Decoder.feed`), which gives every token exactly what it would have seen token by token, in a
-fraction of the time. Nothing is drawn, so every policy sees the same tokens and differences are the cache's alone.
-"""
+"""Teacher forcing: what a cache makes of pictures that are there already, beside the full cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +13,13 @@ from torch import Tensor
 from linear_core.cache.attention import attention_weights
 from linear_core.cache.line_cache import LineCache
 from linear_core.grid import Grid
-from linear_core.loop.generate import Decoder, end_line
+from linear_core.loop.forced import forced_lines
+from linear_core.loop.generate import Decoder
 from linear_core.plan import CachePlan
-from linear_core.policies import get_policy
 
 FULL = CachePlan(policy="full")
 
 
-@torch.inference_mode()
 def forced_logits(
     decoder: Decoder,
     prompt: Any,
@@ -34,33 +28,8 @@ def forced_logits(
     look: Callable[[int, LineCache], None] = lambda row, cache: None,
     reads: frozenset[str] = frozenset(),
 ) -> Tensor:
-    """Logits with which each code of `codes` B rows cols is expected under the plan: float32 B rows*cols V.
-
-    `look` is shown the cache after each line, before anything is let go. `reads` is what it needs to find there. What
-    a line's end token would have been expected with is left out, as nobody draws it.
-    """
-    grid = (prompt.grid or decoder.grid).after(prompt.length)
-    plan.check(grid)
-    policy = get_policy(plan.policy)
-    reads = reads | policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    shape = decoder.cache_shape(prompt.length)
-    cache = LineCache(shape, prompt.rows, grid, plan, dtype=decoder.dtype, device=decoder.device, reads=reads)
-    rotate = partial(decoder.rotate_ahead, grid)
-    columns = torch.arange(grid.stride, device=decoder.device)
-    lines = codes.to(decoder.device)
-    if grid.eol is not None:
-        lines = F.pad(lines, (0, 1), value=grid.eol)
-    logits = [decoder.prefill(prompt, cache)[:, None]]
-    cache.extend()
-    for row in range(grid.rows):
-        logits.append(
-            decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
-        )
-        look(row, cache)
-        if row + 1 < grid.rows:
-            end_line(cache, policy, row, rotate)
-    expected = torch.cat(logits, 1)[:, : grid.tokens]  # those after token n - 1 are of token n
-    return expected.unflatten(1, (grid.rows, grid.stride))[:, :, : grid.cols].flatten(1, 2)
+    """All of `forced_lines`: float32 B rows*cols V."""
+    return torch.cat(list(forced_lines(decoder, prompt, codes, plan, look, reads)), 1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The machine that a benchmark runs on: its circumstances, its copy bandwidth, the memory of this process."""
+"""The machine that a benchmark runs on: its circumstances, copy bandwidth, this process's memory, where results go."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import platform
@@ -9,12 +10,38 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def check_out(path: Path, parser: argparse.ArgumentParser, folder: bool = False) -> None:
+    """End the program before any work is done if `path`, a file or a folder, cannot be written afterwards."""
+    place = path if folder else path.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: the folder {place} cannot be made ({error.strerror}).")
+    if not folder and path.is_dir():
+        parser.error(f"--out: {path} is a folder; give the name of a file.")
+    if not os.access(path if path.exists() else place, os.W_OK):
+        parser.error(f"--out: {path} cannot be written.")
+
+
+@contextlib.contextmanager
+def in_any_case(write: Callable[[dict[str, str]], None]) -> Iterator[None]:
+    """Call `write` at the end, also if the work fails or is interrupted: its argument then says why it stopped."""
+    stopped = {}
+    try:
+        yield
+    except BaseException as error:
+        stopped = {"stopped": f"{type(error).__name__}: {error}".removesuffix(": ")}
+        raise
+    finally:
+        write(stopped)
 
 
 def synchronize(device: str) -> None:

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.machine import circumstances, copy_bandwidth
+from bench.machine import check_out, circumstances, copy_bandwidth, in_any_case
 from bench.shapes import SHAPES, ModelShape
 from bench.speed import measure
 from linear_core.loop.memory import run_bytes
@@ -84,7 +84,7 @@ def rows_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             lines=args.lines, repeat=3, against=None, unpacked=False,
         )  # fmt: skip
         with torch.inference_mode():
-            told = measure(shape, images, settings, copy_bandwidth(args.device))
+            *_, told = measure(shape, images, settings, copy_bandwidth(args.device))
         for row, one in zip(found, told, strict=True):
             row |= {"measured_seconds": one["image_seconds"], "measured_gb": one["peak_mib"] * 2**20 / GB}
             row["extrapolated_from_lines"] = one["extrapolated_from_lines"]
@@ -102,6 +102,8 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the document there")
     args = parser.parse_args()
+    if args.out:
+        check_out(args.out, parser)
     kind = "measured" if args.measure else "PREDICTED"
     print(f"{'':18}{'':>7}{'':>7}|{'paper':>27} |{'ours: GB':>32} |{f'ours: seconds, {kind}':>27}")
     print(
@@ -109,25 +111,30 @@ def main() -> int:
         f"{'weights':>8}{'cache':>8}{'run':>8}{'saved':>8} |{'s':>12}{'img/s':>10}{'x':>5}"
     )
     results = []
-    for name in args.models:
-        rows = rows_of(name, args)
-        results += rows
-        full = rows[0]
-        key = "measured_seconds" if args.measure else "predicted_seconds"
-        for row in rows:
-            paper, most = row["paper"], full["paper"]
-            saved = 1 - row["run_gb"] / full["run_gb"]
-            print(
-                f"{name:18}{row['images']:>7}{row['lines']:>7}|{paper['gb']:>8.2f}{1 - paper['gb'] / most['gb']:>7.0%}"
-                f"{paper['seconds']:>7.0f}{most['seconds'] / paper['seconds']:>5.1f} |{row['weights_gb']:>8.2f}"
-                f"{row['cache_gb']:>8.2f}{row['run_gb']:>8.2f}{saved:>8.0%} |{row[key]:>12.2f}"
-                f"{row['images'] / row[key]:>10.2f}{full[key] / row[key]:>5.1f}"
-            )
     about = {"kind": kind, "bandwidth_tb_s": args.bandwidth, "tflop_s": args.operations}
-    document = {"circumstances": circumstances(args.device) | about, "results": results}
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    about |= circumstances(args.device)
+
+    def write(stopped: dict[str, str]) -> None:
+        if args.out and results:
+            args.out.write_text(json.dumps({"circumstances": about, "results": results} | stopped, indent=1) + "\n")
+
+    with in_any_case(write):
+        for name in args.models:
+            rows = rows_of(name, args)
+            results += rows
+            full = rows[0]
+            key = "measured_seconds" if args.measure else "predicted_seconds"
+            for row in rows:
+                paper, most = row["paper"], full["paper"]
+                saved = 1 - row["run_gb"] / full["run_gb"]
+                print(
+                    f"{name:18}{row['images']:>7}{row['lines']:>7}|{paper['gb']:>8.2f}"
+                    f"{1 - paper['gb'] / most['gb']:>7.0%}{paper['seconds']:>7.0f}"
+                    f"{most['seconds'] / paper['seconds']:>5.1f} |{row['weights_gb']:>8.2f}{row['cache_gb']:>8.2f}"
+                    f"{row['run_gb']:>8.2f}{saved:>8.0%} |{row[key]:>12.2f}{row['images'] / row[key]:>10.2f}"
+                    f"{full[key] / row[key]:>5.1f}"
+                )
+    print(json.dumps({"circumstances": about, "results": results}))
     return 0
 
 

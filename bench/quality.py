@@ -450,6 +450,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
     parser.add_argument("--write", action="store_true", help="compute nothing, write table and pictures again")
     args = parser.parse_args()
+    machine.check_out(args.out, parser, folder=True)
     if args.quick:
         args.policies, args.shares, args.images, args.choose_images, args.samples = list(FIRST), (6,), 2, 2, 2
         args.seeds = SEEDS[:2]

@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.machine import circumstances
+from bench.machine import check_out, circumstances, in_any_case
 from tests.nodes.comfy_server import WORKFLOWS, Server, comfyui
 
 CACHES = [
@@ -43,6 +44,7 @@ CACHES = [
 ]  # fmt: skip
 GUIDANCE = (-1.0, 1.0, 1.0)  # the model's own, or none
 BLOCK = 5  # prompts
+ENOUGH = 4  # rows, of which a line can be fitted through half
 STOPPED, MISTAKEN, UNLOADED = 8, 15, 20  # every so many prompts
 
 
@@ -117,9 +119,9 @@ def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     return float(rate), *(float(q) for q in np.quantile(found, [0.025, 0.975]))
 
 
-def soak(server: Server, images: int, batch: int, minutes: float) -> list[dict[str, Any]]:
-    """Draw so many images; one row of what was held after each prompt."""
-    rows: list[dict[str, Any]] = [{"images": 0, "end": "", "seconds": 0.0, "told": 0, **holds(server)}]
+def soak(server: Server, images: int, batch: int, minutes: float) -> Iterator[dict[str, Any]]:
+    """Draw so many images; what was held before, and after each prompt."""
+    yield {"images": 0, "end": "", "seconds": 0.0, "told": 0, **holds(server)}
     done, number = 0, 0
     until = time.monotonic() + 60 * minutes
     while done < images and time.monotonic() < until:
@@ -139,10 +141,10 @@ def soak(server: Server, images: int, batch: int, minutes: float) -> list[dict[s
         end, seconds, told = run(server, prompt(number, count))
         assert end == "execution_success", end
         done += count
-        rows.append({"images": done, "end": end, "seconds": round(seconds, 3), "told": told, **holds(server)})
+        row = {"images": done, "end": end, "seconds": round(seconds, 3), "told": told, **holds(server)}
         if number % 5 == 1 or done == images:
-            print(table(rows[-1:]), flush=True)
-    return rows
+            print(table([row]), flush=True)
+        yield row
 
 
 HEADER = f"{'images':>7}{'seconds':>9}{'RSS MiB':>9}{'threads':>9}{'sockets':>9}{'files':>7}{'temporary':>11}"
@@ -182,29 +184,40 @@ def main() -> int:
     parser.add_argument("--allowed", type=float, default=4096, metavar="BYTES", help="an image, of RSS (default: 4096)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the document there")
     args = parser.parse_args()
+    if args.out:
+        check_out(args.out, parser)
     about = circumstances("cpu")
-    with comfyui() as server:
+    rows: list[dict[str, Any]] = []
+
+    def document() -> dict[str, Any]:
+        return {
+            "circumstances": about,
+            "images": rows[-1]["images"],
+            "prompts": len(rows) - 1,
+            "seconds": round(sum(row["seconds"] for row in rows)),
+            **(verdict(rows, args.allowed) if len(rows) >= ENOUGH else {}),
+        }
+
+    def write(stopped: dict[str, str]) -> None:
+        if args.out and rows:
+            told = json.dumps(document() | stopped, indent=1)[:-2]
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            args.out.write_text(f'{told},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+    with in_any_case(write), comfyui() as server:
         stats = server.get("/system_stats")["system"]
         about |= {"comfyui": stats["comfyui_version"], "host_torch": stats["pytorch_version"]}
         print(HEADER)
-        rows = soak(server, args.images, args.batch, args.minutes)
-    document = {
-        "circumstances": about,
-        "images": rows[-1]["images"],
-        "prompts": len(rows) - 1,
-        "seconds": round(sum(row["seconds"] for row in rows)),
-        **verdict(rows, args.allowed),
-        "rows": rows,
-    }
-    rate, low, high = document["rss_bytes_per_image"]
+        for row in soak(server, args.images, args.batch, args.minutes):
+            rows.append(row)
+    if len(rows) < ENOUGH:
+        sys.exit(f"{len(rows) - 1} prompts say nothing of the memory; draw more images, or give it more minutes.")
+    told = document()
+    rate, low, high = told["rss_bytes_per_image"]
     print(f"memory: {rate / 1024:+.1f} kB an image ({low / 1024:+.1f} to {high / 1024:+.1f}), in the second half")
-    print(f"left over: {', '.join(document['left_over']) or 'nothing'}")
-    if args.out:
-        told = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1)[:-2]
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        args.out.write_text(f'{told},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    print(json.dumps(document))
-    return int(bool(document["left_over"]))
+    print(f"left over: {', '.join(told['left_over']) or 'nothing'}")
+    print(json.dumps(told | {"rows": rows}))
+    return int(bool(told["left_over"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ r"""How fast does it draw, and how much of that could the machine do?
     python bench/speed.py --dtype bfloat16 --plans full line:4 full:24:int8 line:4:int8 --steps eager graph \
         --attention sdpa kernel                                 our kernel for NVIDIA GPUs beside PyTorch's attention
     python bench/speed.py --out cpu-b16                         also writes bench/results/speed-cpu-b16.json
+    python bench/speed.py --out ~/found.json                    also writes that file
 
 Random weights of the published sizes; the shapes, not the numbers, decide the time. Everything that is compared takes
 turns, a step each, so that whatever else the machine does is felt by all alike; medians and quartiles are given.
@@ -17,7 +18,8 @@ With `--steps graph` the step and the end of a line are CUDA graphs; a result's 
 
 Without --lines whole images are drawn by the real loop. With --lines N only N lines of an image are timed, each with a
 cache filled up to there, and an image's time is extrapolated from them: the prompt, then for each line its steps and
-its end. What is extrapolated says so. The last line of the output is everything as one JSON document.
+its end. What is extrapolated says so. The last line of the output is everything as one JSON document. --out writes it,
+and what there is by then if the run is interrupted or fails: its `stopped` says why.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -38,11 +41,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.machine import Peak, circumstances, copy_bandwidth, load, resident, spread, timed
+from bench.machine import Peak, check_out, circumstances, copy_bandwidth, in_any_case, load, resident, spread, timed
 from bench.peer import WHICH, Peer, chosen, problem
 from bench.shapes import SHAPES, ModelShape, count
 from linear_core.cache.attention import ATTENTIONS, SWITCH, no_kernel
 from linear_core.cache.line_cache import LineCache
+from linear_core.grid import Grid
 from linear_core.loop.generate import draw, end_line, evict, generate
 from linear_core.loop.graph import Captured, CapturedEnd, CapturedStep
 from linear_core.loop.memory import run_bytes
@@ -170,8 +174,8 @@ def sampled_rows(rows: int, lines: int) -> list[int]:
     return [int((i + 0.5) * rows / lines) for i in range(lines)]
 
 
-def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of all contenders from a few lines of an image."""
+def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Times of all contenders from a few lines of an image: after each of them, what they tell together."""
     device, grid = args.device, ours[0].grid
     for one in ours:
         one.allocate()
@@ -207,6 +211,18 @@ def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> l
                         one.prepare(row)
                         one.steps(0, grid.cols if args.device != "cpu" else 1)
                     ends[one.name][-1].append(timed(device, one.end))
+        yield from_lines(everyone, grid, prefill, steps, ends, read)
+
+
+def from_lines(
+    everyone: list[Any],
+    grid: Grid,
+    prefill: dict[str, list[float]],
+    steps: dict[str, list[list[float]]],
+    ends: dict[str, list[list[float]]],
+    read: dict[str, list[int]],
+) -> list[dict[str, Any]]:
+    """What the times of some lines tell of an image."""
     results = []
     for one in everyone:
         end = [statistics.median(e) if e else 0.0 for e in ends.get(one.name, [])] or [0.0]
@@ -230,8 +246,8 @@ def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> l
     return results
 
 
-def whole(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of all contenders from whole images, drawn in turns by the real loops."""
+def whole(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Times of all contenders from whole images, drawn in turns by the real loops: after each turn, what there is."""
     everyone: list[Any] = [*ours, *([peer] if peer else [])]
     seconds: dict[str, list[float]] = {one.name: [] for one in everyone}
     lines: dict[str, list[float]] = {one.name: [] for one in ours}
@@ -240,16 +256,17 @@ def whole(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> list
             taken = timed(args.device, lambda one=one: lines.__setitem__(one.name, one.picture()[0]))
             if repeat:  # the first is for warming up
                 seconds[one.name].append(taken)
-    return [
-        {
-            "name": one.name,
-            "line_ms": round(1e3 * statistics.median(lines[one.name]), 2) if isinstance(one, Ours) else None,
-            "image_seconds": round(statistics.median(seconds[one.name]), 3),
-            "image_spread_ms": spread(seconds[one.name]),
-            "extrapolated_from_lines": 0,
-        }
-        for one in everyone
-    ]
+        if repeat:
+            yield [
+                {
+                    "name": one.name,
+                    "line_ms": round(1e3 * statistics.median(lines[one.name]), 2) if isinstance(one, Ours) else None,
+                    "image_seconds": round(statistics.median(seconds[one.name]), 3),
+                    "image_spread_ms": spread(seconds[one.name]),
+                    "extrapolated_from_lines": 0,
+                }
+                for one in everyone
+            ]
 
 
 def memory(one: Ours, before: float, weights: int, device: str) -> dict[str, float]:
@@ -269,8 +286,10 @@ def memory(one: Ours, before: float, weights: int, device: str) -> dict[str, flo
     return found
 
 
-def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
-    """Every plan and kind of step for one model and batch."""
+def measure(
+    shape: ModelShape, images: int, args: argparse.Namespace, bandwidth: float
+) -> Iterator[list[dict[str, Any]]]:
+    """Every plan and kind of step for one model and batch: what there is so far, again and again; the last is all."""
     before = 0.0 if args.device.startswith("cuda") else resident()
     model = shape.make(DTYPES[args.dtype], args.device)
     size = DTYPES[args.dtype].itemsize
@@ -290,22 +309,22 @@ def measure(shape: ModelShape, images: int, args: argparse.Namespace, bandwidth:
     if args.against:
         peer = chosen(args.against)(args.against, model, published, shape, images)
         same_logits(ours[0], peer)
-    results = by_lines(ours, peer, args) if args.lines else whole(ours, peer, args)
-    base = next((r["image_seconds"] for r in results if peer and r["name"] == peer.name), None)
-    for result in results:
-        seconds = result["image_seconds"]
-        result |= {"model": shape.name, "images": images, "dtype": args.dtype}
-        result["images_per_second"] = images / seconds
-        result["tokens_per_second"] = images * shape.grid.rows * shape.grid.cols / seconds
-        if base:
-            result["times_published"] = round(base / seconds, 2)
-        if result.get("cache_read") is not None:
-            achieved = (read + result["cache_read"]) / (result["step_ms"]["median"] / 1e3)
-            result |= {"bytes_per_second": achieved, "of_copy_bandwidth": round(achieved / bandwidth, 3)}
-        result |= held.get(result["name"], {})
-    for one, result in zip(ours, results, strict=False):  # the peer comes last
-        result["not_recorded"] = one.not_recorded()
-    return results
+    for results in (by_lines if args.lines else whole)(ours, peer, args):
+        base = next((r["image_seconds"] for r in results if peer and r["name"] == peer.name), None)
+        for result in results:
+            seconds = result["image_seconds"]
+            result |= {"model": shape.name, "images": images, "dtype": args.dtype}
+            result["images_per_second"] = images / seconds
+            result["tokens_per_second"] = images * shape.grid.rows * shape.grid.cols / seconds
+            if base:
+                result["times_published"] = round(base / seconds, 2)
+            if result.get("cache_read") is not None:
+                achieved = (read + result["cache_read"]) / (result["step_ms"]["median"] / 1e3)
+                result |= {"bytes_per_second": achieved, "of_copy_bandwidth": round(achieved / bandwidth, 3)}
+            result |= held.get(result["name"], {})
+        for one, result in zip(ours, results, strict=False):  # the peer comes last
+            result["not_recorded"] = one.not_recorded()
+        yield results
 
 
 def same_logits(one: Ours, peer: Peer) -> None:
@@ -357,8 +376,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--unpacked", action="store_true", help="leave matrices as PyTorch keeps them (CPU)")
     parser.add_argument("--against", metavar="PATH", help=f"a published loop with our weights. {WHICH}")
-    parser.add_argument("--out", metavar="NAME", help="also write bench/results/speed-NAME.json")
+    parser.add_argument(
+        "--out", metavar="NAME|FILE.json", help="also write bench/results/speed-NAME.json, or that file"
+    )
     args = parser.parse_args()
+    out = place_of(args.out, parser)
     args.plans = [plan_of(text, parser) for text in args.plans]
     if args.against and (why := problem(args.against, [SHAPES[name] for name in args.models])):
         parser.error(f"--against: {why}")
@@ -376,27 +398,46 @@ def main() -> int:
         f"load {about['load']}, {args.dtype}, copies {bandwidth / 1e9:.1f} GB/s"
     )
     print(HEAD)
-    results = []
-    with torch.inference_mode():
+    measured: dict[tuple[str, int], list[dict[str, Any]]] = {}
+
+    def document() -> dict[str, Any]:
+        return {
+            "circumstances": about | {"load_after": load(), "copy_bytes_per_second": bandwidth},
+            "command": ["bench/speed.py", *_told(sys.argv[1:], args)],
+            "results": [result for results in measured.values() for result in results],
+        }
+
+    def write(stopped: dict[str, str]) -> None:
+        if out and measured:
+            out.write_text(json.dumps(document() | stopped, indent=1) + "\n")
+            if stopped:
+                print(f"What was measured until then is in {out}.", file=sys.stderr)
+
+    with in_any_case(write), torch.inference_mode():
         for name in args.models:
             for images in args.images:
-                found = measure(SHAPES[name], images, args, bandwidth)
-                results += found
-                print("\n".join(row_of(r) for r in found), flush=True)
+                for results in measure(SHAPES[name], images, args, bandwidth):
+                    measured[name, images] = results
+                print("\n".join(map(row_of, measured[name, images])), flush=True)
     if args.against:
         print(chosen(args.against).told)
     if args.lines:
         print(f"Lines, images and their ratios are extrapolated from {args.lines} of each image's lines.")
-    document = {
-        "circumstances": about | {"load_after": load(), "copy_bytes_per_second": bandwidth},
-        "command": ["bench/speed.py", *_told(sys.argv[1:], args)],
-        "results": results,
-    }
-    if args.out:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"speed-{args.out}.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    print(json.dumps(document()))
     return 0
+
+
+def place_of(out: str | None, parser: argparse.ArgumentParser) -> Path | None:
+    """The file that --out asks for, which can be written; None: none."""
+    if out is None:
+        return None
+    path = Path(out).expanduser()
+    if path.suffix != ".json":
+        if path.name != out:
+            parser.error(f"--out: '{out}' is neither a name nor a file; end its name in .json.")
+        path = RESULTS / f"speed-{out}.json"
+    check_out(path, parser)
+    return path
 
 
 def _told(words: list[str], args: argparse.Namespace) -> list[str]:

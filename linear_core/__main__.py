@@ -18,10 +18,12 @@ from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
 from .errors import UserError
+from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs
 from .loop.memory import free_memory, max_batch_size, run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
+from .loop.threads import limit_threads
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime
 from .pictures.preview import UNDRAWN, Preview, decode
@@ -36,6 +38,7 @@ KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
 STEPS = ("eager", "graph")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MANY = 4096  # images at once; nobody asks for more
+JUDGED = 6  # images of the demo at most, as they are computed twice more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
 
@@ -116,12 +119,21 @@ def run_compare(args: argparse.Namespace) -> None:
     ]
     notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
     save(contact_sheet(rows, names, args.size), out, notes)
-    same = float((full.tokens == run.tokens).float().mean())
     print(f"{'':24}{'cache MiB':>12}{'tokens/s':>12}{'held after a line':>22}")
     for name, r in (("full cache", full), (_describe(few, model.info), run)):
         print(f"{name:24}{_cache_mib(r):>12.2f}{r.tokens_per_second:>12.0f}{r.held:>22.0f}")
     saved = 1 - _cache_mib(run) / _cache_mib(full)
-    print(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
+    same = float((full.tokens == run.tokens).float().mean())
+    if args.judge:
+        shared = _shared(model, prompt, run.tokens, few, sample)
+        print(
+            f"{saved:.0%} less cache. Given the same tokens, the next one's probabilities overlap by {shared:.0%} with "
+            "the full cache's."
+        )
+        if same < 1:
+            print("A token drawn differently changes those after it, so the two pictures of a seed differ in places.")
+    else:
+        print(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
     print(f"picture: {out}")
 
 
@@ -213,6 +225,14 @@ def _draw(model: ImageModel, micro_batches: MicroBatches, plans: list[CachePlan]
     return micro_batches.runs
 
 
+def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, sample: SamplePlan) -> float:
+    """How much of the next token's probability the plan shares with the full cache, mean over the first images."""
+    some = range(min(prompt.rows, JUDGED))
+    found = shared_probability(model.decoder, prompt.select(some), codes[: len(some)], plan, sample)
+    lines = tqdm(found, total=model.info.grid.rows, unit="line", leave=False, disable=None)
+    return float(torch.cat(list(lines), 1).mean())
+
+
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
     """The rows there are of a picture, codes rows cols, and below them grey: H W 3."""
     preview = Preview(model.tokenizer, model.info.grid.rows)
@@ -240,6 +260,8 @@ def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[Ca
 
 def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
+    if device == "cpu" and (note := limit_threads()):
+        print(f"note: {note}.", file=sys.stderr)
     model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
     pack(model.decoder)  # on the CPU alone, where it halves the time of a step
     return replace(model, info=_sized(args, model.info))
@@ -469,11 +491,11 @@ def _parser() -> argparse.ArgumentParser:
 
     everything = [model, cache, sample, output]
     demo = add("demo", run_compare, everything, "compare on the bundled model, with a picture")
-    demo.set_defaults(out=Path("out") / "demo.png")
+    demo.set_defaults(out=Path("out") / "demo.png", judge=True)
     add("generate", run_generate, everything, "draw images").add_argument(
         "--heatmap", action="store_true", help="draw what the cache kept over the picture"
     )
-    add("compare", run_compare, everything, "full cache against a few lines, same seeds")
+    add("compare", run_compare, everything, "full cache against a few lines, same seeds").set_defaults(judge=False)
     add("plan", run_plan, [model, cache, sample], "memory before anything is loaded")
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"

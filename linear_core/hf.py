@@ -1,7 +1,9 @@
-"""The line cache for people who stay with transformers: a Cache to pass as `past_key_values`.
+"""The line cache for people who stay with transformers: a Cache to pass to a model.
 
     cache = LineCache(model, grid=(24, 24), plan=CachePlan(budget=4))
-    model.generate(**inputs, generation_mode="image", past_key_values=cache)
+    model.generate(**inputs, generation_mode="image", cache=cache)
+
+Before transformers 5.24 the argument is called `past_key_values`; CACHE_ARGUMENT is its name in the version installed.
 
 transformers hands a cache keys and values and attends by itself. A line cache must also see the queries, and attention
 must see what each slot weighs, so the model is switched to an attention of ours, registered under NAME: `update` marks
@@ -13,9 +15,9 @@ Works with transformers 4.57 and with 5.5 and newer (5.4 draws no Janus images, 
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.cache_utils import Cache
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import create_causal_mask, sdpa_mask
 except ImportError as error:
     raise UserError(
         f"linear_core.hf: needs transformers 4.57 or newer ({error}); install it, or use linear_core.loop.generate, "
@@ -41,6 +43,8 @@ except ImportError as error:
     ) from error
 
 NAME = "line_cache"
+# transformers renamed the argument everywhere at once, so one function tells.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what else some models add to their attention
 
 
@@ -68,10 +72,10 @@ class LineCache(Cache):
         self._decoder = _switch(model, self.grid)
         self._layers = self._decoder.config.num_hidden_layers
         self._reads = self.policy.reads | ({"ahead"} if plan.release == "fold" else set())
-        if "ahead" in self._reads and _rotation(self._decoder) is None:
+        if "ahead" in self._reads and not _rotates(self._decoder):
             raise UserError(
-                f"model: how {type(self._decoder).__name__} turns its queries is not known, which folding needs; "
-                "choose another policy, with release strict or lazy."
+                f"model: this plan looks ahead by rotating queries, and how {type(self._decoder).__name__} rotates "
+                "them is not known; choose another policy, with release strict or lazy."
             )
         self.reset()
 
@@ -136,6 +140,12 @@ class LineCache(Cache):
     @property
     def is_croppable(self) -> bool:
         return False  # what was written over is gone
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self._layers
+
+    is_linear = is_dummy = is_sliding  # every layer keeps keys
 
     def __len__(self) -> int:
         return self._layers
@@ -248,14 +258,8 @@ class LineCache(Cache):
         return out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).contiguous()
 
     def _rotate(self, queries: Tensor, lines: int) -> Tensor:
-        """Rotated queries L B H C D as if they stood so many lines later: the model's own rotation, once more."""
-        rotary, rotate = self._decoder.rotary_emb, _rotation(self._decoder)
-        assert rotate is not None, "__init__ has looked"
-        place = torch.full((1, 1), lines * self.grid.stride, device=queries.device)
-        cos, sin = rotary(queries, place)
-        turned, _ = rotate(flat := queries.flatten(0, 1), flat, cos, sin)
-        # Some rotations also lengthen, which must not happen twice.
-        return turned.view_as(queries) / getattr(rotary, "attention_scaling", 1.0)
+        """Rotated queries L B H C D as if they stood so many lines later."""
+        return _rotated(self._decoder, queries, lines * self.grid.stride)
 
     def _end(self) -> None:
         """Every layer has its tokens."""
@@ -274,8 +278,12 @@ def line_attention(
 ) -> tuple[Tensor, None]:
     """The attention that the model is switched to: a LineCache's for its keys, transformers' "sdpa" for any others."""
     cache = getattr(key, "line_cache", None)
-    attend = sdpa_attention_forward if cache is None else cache.attend
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    if cache is not None:
+        return cache.attend(module, query, key, value, attention_mask, **kwargs)
+    # A forward hands on what it does not know, so a cache under another name ends here, unused.
+    if unknown := [name for name, given in kwargs.items() if isinstance(given, LineCache)]:
+        raise UserError(f"cache: this model takes its cache as {CACHE_ARGUMENT}=, not as {unknown[0]}=.")
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, line_attention)
@@ -315,10 +323,27 @@ def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
     return decoders[-1]
 
 
-def _rotation(decoder: PreTrainedModel) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """How the model rotates queries and keys: what transformers keeps beside every decoder with RoPE."""
-    rotate = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
-    return rotate if hasattr(decoder, "rotary_emb") else None
+def _rotated(decoder: PreTrainedModel, queries: Tensor, tokens: int) -> Tensor:
+    """Rotated queries L B H C D as if they stood so many tokens later: the model's own rotation, once more.
+
+    transformers keeps one of this form beside most decoders with RoPE. For others this raises; `_rotates` asks first.
+    """
+    rotary, rotate = decoder.rotary_emb, sys.modules[type(decoder).__module__].apply_rotary_pos_emb
+    cos, sin = rotary(queries, torch.full((1, 1), tokens, device=queries.device))
+    turned, _ = rotate(flat := queries.flatten(0, 1), flat, cos, sin)
+    # Some rotations also lengthen, which must not happen twice.
+    return turned.view_as(queries) / getattr(rotary, "attention_scaling", 1.0)
+
+
+def _rotates(decoder: PreTrainedModel) -> bool:
+    """Whether `_rotated` works with this decoder. One query is tried, as models differ in names, order and sizes."""
+    text = decoder.config
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    try:
+        _rotated(decoder, torch.ones(1, 1, 1, 1, size, device=decoder.device), 1)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def _words(mask: Tensor | None, k: Tensor) -> Tensor:

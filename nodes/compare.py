@@ -20,49 +20,51 @@ OWN = -1  # in place of a number: what the model was published with
 class Compare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        own = "-1: the model's own."
+        own = "-1: the model's own value."
         return io.Schema(
             node_id="LineAR_Compare",
             display_name="Compare",
             category="LineAR",
-            description="Draws the same seeds twice at the same time, with the full cache and with the few lines that "
-            "Line Cache describes, and lays the two under a slider while they grow.",
+            description="Generates images from the same seeds twice, with the full KV cache and with the few lines set "
+            "in Line Cache, and shows both under a slider while they grow.",
             search_aliases=["a/b", "side by side", "full cache", "quality", "linear"],
             is_output_node=True,
             inputs=[
-                MODEL.Input("model", tooltip="What draws, from Load AR Model."),
-                CACHE.Input("cache", tooltip="The few lines, from Line Cache; compared with everything kept."),
-                PROMPT.Input("prompt", tooltip="What to draw, from Class Prompt or Text Prompt."),
+                MODEL.Input("model", tooltip="The model, from Load AR Model."),
+                CACHE.Input("cache", tooltip="The cache to compare with the full one, from Line Cache."),
+                PROMPT.Input("prompt", tooltip="What to generate, from Class Prompt or Text Prompt."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Of both runs, so that only the cache differs. Picture i draws from seed + i.",
+                    tooltip="Used for both runs, so that only the cache differs. Image i of the batch uses seed + i.",
                 ),
                 io.Float.Input(
                     "guidance", default=OWN, min=OWN, max=30.0, step=0.1,
-                    tooltip=f"How strongly the prompt is followed (classifier-free guidance scale). {own}",
+                    tooltip="Classifier-free guidance scale: how closely the image follows the prompt. "
+                    f"1 or less: none. {own}",
                 ),
                 io.Float.Input(
                     "temperature", default=OWN, min=OWN, max=4.0, step=0.05, advanced=True,
-                    tooltip=f"How freely tokens are drawn; 0: always the likeliest. {own}",
+                    tooltip=f"Sampling temperature. 0: always the most likely code. {own}",
                 ),
                 io.Int.Input(
                     "top_k", default=OWN, min=OWN, max=65536, advanced=True,
-                    tooltip=f"Draw from this many of the likeliest codes; 0: all. {own}",
+                    tooltip=f"Sample from only this many of the most likely codes. 0: all. {own}",
                 ),
                 io.Float.Input(
                     "top_p", default=OWN, min=OWN, max=1.0, step=0.01, advanced=True,
-                    tooltip=f"Draw from the likeliest codes that hold this share of the probability. {own}",
+                    tooltip=f"Sample from the most likely codes whose probabilities add up to this. 1: all. {own}",
                 ),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=64,
-                    tooltip="Pictures of each prompt. Both caches are in memory at the same time.",
+                    tooltip="Images per class or text. Both caches are in memory at the same time.",
                 ),
-                COMPARE.Input("view", tooltip="Left of the line: full cache. Right of it: few lines."),
+                COMPARE.Input("view", tooltip="Left of the slider: the full cache. Right: the few lines."),
             ],
             outputs=[
-                io.Image.Output(display_name="image_full", tooltip="The pictures of the full cache."),
-                io.Image.Output(display_name="image_few", tooltip="The pictures of the few lines, same seeds."),
-                io.String.Output(display_name="report", tooltip="Memory, speed, and how many codes are the same."),
+                io.Image.Output(display_name="image_full", tooltip="The images from the full cache."),
+                io.Image.Output(display_name="image_few", tooltip="The images from the few lines, same seeds."),
+                io.String.Output(display_name="report", tooltip="Memory and speed of both runs, and the share of "
+                                 "identical codes."),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
@@ -85,7 +87,7 @@ class Compare(io.ComfyNode):
         model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
         if not cache.evicts(info.grid):
-            raise UserError("cache: this plan keeps every line, so both would be the same; choose fewer lines.")
+            raise UserError("cache: it keeps every line, so both runs would be the same; choose a smaller budget.")
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
         cache.check(info.grid)

@@ -15,17 +15,17 @@ class Decode(io.ComfyNode):
             node_id="LineAR_Decode",
             display_name="Decode",
             category="LineAR",
-            description="Turns finished tokens into pictures.",
+            description="Decodes tokens into images.",
             search_aliases=["vq decode", "tokens to image", "detokenize", "linear"],
             inputs=[
-                MODEL.Input("model", tooltip="The model that drew the tokens; its tokenizer makes the pixels."),
-                TOKENS.Input("tokens", tooltip="Finished pictures as codes, from Generate."),
+                MODEL.Input("model", tooltip="The model that generated the tokens. Its VQ tokenizer decodes them."),
+                TOKENS.Input("tokens", tooltip="Image tokens, from Generate or Encode Image."),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="image",
-                    tooltip="One picture for each token grid. Its side in pixels: tokens times 4 for the bundled "
-                    "model, times 16 for published ones.",
+                    tooltip="One image per token grid. A token is 4 x 4 pixels with the bundled model, 16 x 16 with "
+                    "the published ones.",
                 )
             ],
         )
@@ -36,7 +36,7 @@ class Decode(io.ComfyNode):
         tokenizer, info = model.image.tokenizer, model.image.info
         if tokens.codebook != tokenizer.config.codes:
             raise UserError(
-                f"tokens: {tokens.model} drew them from {tokens.codebook} codes, but the tokenizer of {info.name} has "
-                f"{tokenizer.config.codes}; connect the model that drew them."
+                f"tokens: they come from {tokens.model}, whose codebook has {tokens.codebook} codes, but the tokenizer "
+                f"of {info.name} has {tokenizer.config.codes}; connect the model that generated them."
             )
         return io.NodeOutput(model.pictures(tokens.codes))

@@ -23,23 +23,23 @@ class DownloadModel(io.ComfyNode):
             node_id="LineAR_DownloadModel",
             display_name="Download AR Model",
             category="LineAR",
-            description="Fetches a published model from huggingface.co into ComfyUI's model folders and checks its "
-            "hash. This is the only node of the pack that uses the network, and only when it is run. Press R "
-            "afterwards, so that the lists show the new files.",
+            description="Downloads a published model from huggingface.co into ComfyUI's model folders and checks its "
+            "hash. It is the only node of this pack that uses the network, and only when it runs. Press R afterwards "
+            "to refresh the file lists.",
             search_aliases=["download", "huggingface", "fetch model", "llamagen", "janus", "lumina", "anole", "linear"],
             inputs=[
                 io.Combo.Input(
                     "release",
                     options=list(RELEASES),
-                    tooltip=f"What to fetch. {sizes}. c2i: by class, the other models by text; vq: tokenizers. "
-                    "Not for commercial use: Lumina-mGPT, Anole and vqgan (Chameleon Research License). Janus: "
-                    "DeepSeek Model License. The rest: MIT or Apache-2.0.",
+                    tooltip=f"What to download. {sizes}. c2i models take classes, the other models text; vq files are "
+                    "tokenizers. Licences: Lumina-mGPT, Anole and vqgan are not for commercial use (Chameleon Research "
+                    "License); Janus: DeepSeek Model License; the rest: MIT or Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",
                     default=True,
-                    tooltip="Fetch what the model cannot do without as well: its tokenizers (0.3 GB), and for t2i "
-                    "the text encoder flan-t5-xl (11.4 GB). Files that are there already are left alone.",
+                    tooltip="Also download what the model depends on: its tokenizers (0.3 GB) and, for t2i, the text "
+                    "encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
                 ),
             ],
             outputs=[],
@@ -95,5 +95,5 @@ def _size(release: Release) -> str:
 
 def _told(file: Fetched) -> str:
     if not file.hash:
-        return f"{file.path}: was there already"
+        return f"{file.path}: already there"
     return f"{file.path}: {file.size / 1e9:.2f} GB, hash {file.hash}, commit {file.commit or 'not stated'}"

@@ -22,18 +22,18 @@ class EncodeImage(io.ComfyNode):
             node_id="LineAR_EncodeImage",
             display_name="Encode Image",
             category="LineAR",
-            description="Turns pictures into the tokens a model draws with, so that Generate can keep their upper rows "
-            "and draw the rest.",
+            description="Encodes images as the tokens of a model, so that Generate can keep their upper rows and "
+            "generate the rest.",
             search_aliases=["vq encode", "image to tokens", "tokenize", "outpaint", "continue", "linear"],
             inputs=[
-                MODEL.Input("model", tooltip="The model that will go on with them; its tokenizer has to have its "
-                            "encoder (the bundled one and the published ones do)."),
-                io.Image.Input("image", tooltip="Pictures of any size: scaled and cropped around the middle to the "
-                               "shape that the model draws, or of its sizes the one most like it."),
-                PROMPT.Input("prompt", optional=True, tooltip="Takes the size from Text Prompt, for a model with a "
-                             "choice of sizes (Lumina-mGPT), so that Generate can go on with the picture."),
+                MODEL.Input("model", tooltip="The model that will continue the image. Its tokenizer must include an "
+                            "encoder; the bundled and the published ones do."),
+                io.Image.Input("image", tooltip="Images of any size. They are scaled and center-cropped to the size of "
+                               "the model, or to the closest of its sizes."),
+                PROMPT.Input("prompt", optional=True, tooltip="Crops to the size set in this Text Prompt, for models "
+                             "with several sizes (Lumina-mGPT). Connect the one that Generate uses."),
             ],
-            outputs=[TOKENS.Output(display_name="tokens", tooltip="For Generate (with keep_rows) and for Decode.")],
+            outputs=[TOKENS.Output(display_name="tokens", tooltip="For Generate (with keep_rows) and Decode.")],
         )  # fmt: skip
 
     @classmethod

@@ -29,6 +29,7 @@ from . import host
 
 BUNDLED_NAME = f"{BUNDLED} (bundled)"
 AUTOMATIC = "automatic"
+SAMPLING = ("guidance", "temperature", "top_k", "top_p")  # which nodes can leave to the model
 
 
 @lru_cache(maxsize=256)
@@ -102,11 +103,14 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
     grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride}
     guided = int(info.defaults.guided)
     run = {"codes": info.config.codes, "device": host.device_type()}
-    return {**asdict(info.cache_shape(dtype)), **grid, **run, "guided": guided, "weights": weights}
+    sampling = {name: getattr(info.defaults, name) for name in SAMPLING}
+    return {
+        **asdict(info.cache_shape(dtype)), **grid, **run, "guided": guided, "weights": weights, "sampling": sampling
+    }  # fmt: skip
 
 
-def memory_sizes() -> dict[str, dict[str, Any]]:
-    """What decides the memory of every model listed, cache and weights, for the memory line on the page."""
+def model_facts() -> dict[str, dict[str, Any]]:
+    """What the page shows of every model listed: what decides its memory, cache and weights, and how it samples."""
     dtype, sizes, places = host.compute_dtype(), {}, _checkpoints()
     for name in model_names():
         path = bundled_files().decoder if name == BUNDLED_NAME else places.get(name)
@@ -145,7 +149,7 @@ def find_decoder(model: str) -> Path:
 def _check_name(widget: str, name: object) -> None:
     """A workflow may hold anything where a name belongs, and ComfyUI leaves the check of these widgets to us."""
     if not isinstance(name, str):
-        raise UserError(f"{widget}: {str(name)[:40]!r} is no file's name; choose one from the list.")
+        raise UserError(f"{widget}: {str(name)[:40]!r} is not a file name; choose one from the list.")
 
 
 def _find(name: str) -> Path:
@@ -154,7 +158,7 @@ def _find(name: str) -> Path:
         there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
         places = " or ".join(str(Path(folder) / name) for folder in there)
         raise UserError(
-            f"{places}: there is no such file; {published.download_hint(name) or 'put it there, or choose another'}."
+            f"{places}: there is no such file; {published.download_hint(name) or 'put it there, or choose another file'}."
         )
     return Path(path)
 
@@ -164,7 +168,7 @@ def _in_the_folders(name: str) -> str:
     try:
         inside(Path(), name)
     except ValueError as error:
-        raise UserError(f"{quoted(str(name))} {error}; choose a model of the list.") from error
+        raise UserError(f"{quoted(str(name))} {error}; choose one from the list.") from error
     return name
 
 
@@ -207,7 +211,8 @@ def find_text_files(name: str) -> TextFiles:
     _check_name("text_encoder", name)
     if name == NO_ENCODER:
         raise UserError(
-            "text_encoder: 'none' is for a model that reads texts by itself (Janus); connect one, or choose FLAN-T5-XL."
+            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT); connect one, or choose "
+            "FLAN-T5-XL."
         )
     path = _text_encoders().get(_in_the_folders(name)) or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
     return find_text_encoder(path, host.t5_tokenizer())

@@ -24,21 +24,21 @@ class Generate(io.ComfyNode):
             node_id="LineAR_Generate",
             display_name="Generate",
             category="LineAR",
-            description="Draws pictures line by line with the cache that Line Cache describes. The rows appear on the "
-            "node as they are finished; Stop takes effect within a row.",
+            description="Generates images line by line with the KV cache set in Line Cache. Finished rows appear on "
+            "the node; Stop takes effect within a row.",
             search_aliases=["autoregressive sampler", "sampler", "llamagen", "linear", "draw tokens"],
             inputs=[
-                MODEL.Input("model", tooltip="What draws, from Load AR Model."),
-                CACHE.Input("cache", tooltip="How much of the cache is kept, from Line Cache."),
-                PROMPT.Input("prompt", tooltip="What to draw, from Class Prompt or Text Prompt."),
+                MODEL.Input("model", tooltip="The model, from Load AR Model."),
+                CACHE.Input("cache", tooltip="How much of the KV cache to keep, from Line Cache."),
+                PROMPT.Input("prompt", tooltip="What to generate, from Class Prompt or Text Prompt."),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="Picture i of a batch is the picture that seed + i gives alone. Two runs that differ only "
-                    "in their cache draw with the same random numbers, so their pictures compare.",
+                    tooltip="Image i of a batch is the image that seed + i gives alone. Runs that differ only in their "
+                    "cache use the same random numbers, so their images can be compared.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -46,9 +46,9 @@ class Generate(io.ComfyNode):
                     min=float(OWN),
                     max=30.0,
                     step=0.1,
-                    tooltip="How strongly the prompt is followed (classifier-free guidance scale). Typical: 2 to 5. "
-                    "1 or less: none, which takes half the work and half the cache. -1: the model's own (the bundled "
-                    "one 3, LlamaGen 4 for classes and 7.5 for texts, Janus 5, Lumina-mGPT 4, Anole 3).",
+                    tooltip="Classifier-free guidance scale: how closely the image follows the prompt. Typical: 2 to "
+                    "5. 1 or less: none, which halves compute and cache. -1: the model's own value (bundled model 3; "
+                    "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -56,16 +56,16 @@ class Generate(io.ComfyNode):
                     min=float(OWN),
                     max=4.0,
                     step=0.05,
-                    tooltip="How freely tokens are drawn. Typical: 1. Less is calmer; 0 always takes the likeliest. "
-                    "-1: the model's own, which is 1 for all but Anole (0.7).",
+                    tooltip="Sampling temperature. Typical: 1. Lower values vary less; 0 always takes the most likely "
+                    "code. -1: the model's own value, which is 1 for all but Anole (0.7).",
                 ),
                 io.Int.Input(
                     "top_k",
                     default=OWN,
                     min=OWN,
                     max=65536,
-                    tooltip="Draw from this many of the likeliest codes only. 0: all. -1: the model's own (the bundled "
-                    "one and Janus all, LlamaGen 2000 for classes and 1000 for texts, Lumina-mGPT 2000).",
+                    tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
+                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -73,16 +73,16 @@ class Generate(io.ComfyNode):
                     min=float(OWN),
                     max=1.0,
                     step=0.01,
-                    tooltip="Draw from the likeliest codes that hold this share of the probability. 1: all. "
-                    "Typical: 0.9 to 1. -1: the model's own, which is 1 for all but Anole (0.9).",
+                    tooltip="Sample from the most likely codes whose probabilities add up to this. 1: all. Typical: "
+                    "0.9 to 1. -1: the model's own value, which is 1 for all but Anole (0.9).",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Pictures of each class or text, drawn together; cache memory grows with it. A batch that "
-                    "does not fit into the free memory is drawn in parts; the pictures are the same.",
+                    tooltip="Images per class or text, generated together. Cache memory grows with it. A batch that "
+                    "does not fit into free memory is generated in parts; the images are the same.",
                 ),
                 io.Int.Input(
                     "guidance_interval",
@@ -90,14 +90,14 @@ class Generate(io.ComfyNode):
                     min=-1,
                     max=65536,
                     advanced=True,
-                    tooltip="Tokens after which guidance ends and its half of the work and of the cache is dropped. "
-                    "-1: never. The cfg_interval of LlamaGen.",
+                    tooltip="Number of tokens after which guidance ends, which then halves compute and cache. -1: "
+                    "never. LlamaGen calls it cfg_interval.",
                 ),
                 TOKENS.Input(
                     "tokens",
                     optional=True,
-                    tooltip="Pictures whose upper rows stay (see keep_rows): from Encode Image or another Generate. "
-                    "One for all, or one for each picture drawn.",
+                    tooltip="Images whose upper rows to keep (see keep_rows), from Encode Image or another Generate: "
+                    "one for the whole batch, or one per image.",
                 ),
                 io.Int.Input(
                     "keep_rows",
@@ -106,8 +106,9 @@ class Generate(io.ComfyNode):
                     max=127,
                     optional=True,
                     advanced=True,
-                    tooltip="Rows, from the top, that are taken from tokens (or from the run shown below, with Reroll) "
-                    "and not drawn: the cache is brought to where drawing them would have left it. 0: draw all rows.",
+                    tooltip="Number of rows, from the top, to take from tokens (with Reroll: from the run shown below) "
+                    "instead of generating them. The cache is filled as if they had been generated. 0: generate all "
+                    "rows.",
                 ),
                 io.Int.Input(
                     "stop_after",
@@ -116,14 +117,14 @@ class Generate(io.ComfyNode):
                     max=128,
                     optional=True,
                     advanced=True,
-                    tooltip="Rows, from the top, after which to stop: the picture is cut off there. 0: draw all rows.",
+                    tooltip="Stop after this many rows; the image is cut off there. 0: generate all rows.",
                 ),
-                VIEW.Input("view", tooltip="The run: rows so far, and what the cache still holds of them."),
+                VIEW.Input("view", tooltip="The rows so far, and which of their tokens the cache still holds."),
             ],
             outputs=[
                 TOKENS.Output(
                     display_name="tokens",
-                    tooltip="The pictures as codes, and what the cache kept: for Decode and Retention Heatmap.",
+                    tooltip="The image tokens, with a record of what the cache kept: for Decode and Retention Heatmap.",
                 )
             ],
             hidden=[io.Hidden.unique_id],
@@ -181,16 +182,17 @@ def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> 
     if view:
         codes = kept_codes(str(view))
     elif tokens is None:
-        raise UserError(
-            f"keep_rows: {rows} rows are to stay, but of which picture? Connect tokens, or set it to 0 to draw all."
-        )
+        raise UserError(f"keep_rows: there is no image to take {rows} rows from; connect tokens, or set it to 0.")
     elif tokens.codebook != model.image.info.config.codes:
         raise UserError(
-            f"tokens: {tokens.model} has {tokens.codebook} codes, and {model.image.info.name} draws from "
-            f"{model.image.info.config.codes}; encode the picture with the model that goes on with it."
+            f"tokens: they come from {tokens.model}, whose codebook has {tokens.codebook} codes, but "
+            f"{model.image.info.name} has {model.image.info.config.codes}; encode the image with "
+            f"{model.image.info.name}."
         )
     else:
         codes = tokens.codes
     if codes.shape[1] < rows:
-        raise UserError(f"keep_rows: {rows} rows are to stay, but there are {codes.shape[1]}; choose that or less.")
+        raise UserError(
+            f"keep_rows: {rows} rows are to be kept, but there are only {codes.shape[1]}; choose fewer rows."
+        )
     return codes[:, :rows]

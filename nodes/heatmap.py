@@ -23,16 +23,16 @@ class RetentionHeatmap(io.ComfyNode):
             node_id="LineAR_RetentionHeatmap",
             display_name="Retention Heatmap",
             category="LineAR",
-            description="Shows which tokens the cache kept: bright where many layers and heads held them, dark where "
-            "they were dropped. Alone, or over the picture.",
+            description="Shows which tokens the KV cache kept: bright where most layers and heads held them, dark "
+            "where they were evicted. Drawn alone or over the image.",
             search_aliases=["attention map", "kept tokens", "cache heatmap", "linear"],
             inputs=[
-                TOKENS.Input("tokens", tooltip="From Generate: it tells what the cache held after each line."),
+                TOKENS.Input("tokens", tooltip="From Generate. They record what the cache held after each line."),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The picture to draw over, of any size (enlarge it first for crisp squares). Without one "
-                    "the map is drawn alone.",
+                    tooltip="The image to draw over, of any size; enlarge it first for crisp squares. Without one, the "
+                    "map is drawn alone.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -40,7 +40,7 @@ class RetentionHeatmap(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much the map covers the picture. 0: the picture alone. Without a picture: no effect.",
+                    tooltip="How strongly the map covers the image. 0: only the image. No effect without an image.",
                 ),
                 io.Int.Input(
                     "size",
@@ -48,8 +48,8 @@ class RetentionHeatmap(io.ComfyNode):
                     min=16,
                     max=4096,
                     advanced=True,
-                    tooltip="Longer side of the map in pixels, at least, when there is no picture; tokens become "
-                    "squares of equal size.",
+                    tooltip="Minimum length of the map's longer side in pixels when no image is connected. All tokens "
+                    "become squares of the same size.",
                 ),
                 io.DynamicCombo.Input(
                     "show",
@@ -63,17 +63,17 @@ class RetentionHeatmap(io.ComfyNode):
                                     default=12,
                                     min=1,
                                     max=128,
-                                    tooltip="The line after which to look, 1 to the number of lines (24 for the "
-                                    "bundled model). More: the last line.",
+                                    tooltip="Show what was held after this line: 1 to the number of lines (24 for the "
+                                    "bundled model). Larger numbers mean the last line.",
                                 )
                             ],
                         ),
                     ],
-                    tooltip="lifetime: how long each token was kept, as a share of the time it could have been. "
-                    "after a row: what was held at that moment.",
+                    tooltip="lifetime: how long each token was kept, as a share of the longest possible time. "
+                    "after a row: what the cache held at that moment.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The map, as large as the picture.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The map, at the size of the image.")],
         )
 
     @classmethod
@@ -87,7 +87,7 @@ class RetentionHeatmap(io.ComfyNode):
     ) -> io.NodeOutput:
         connected(tokens=tokens, **({} if image is None else {"image": image}))
         if show is None:  # what ComfyUI makes of a choice that there is not
-            raise UserError(f"show: it is missing or none that there is; choose '{LIFETIME}' or '{AFTER}'.")
+            raise UserError(f"show: missing or unknown; choose '{LIFETIME}' or '{AFTER}'.")
         if not 0 <= strength <= 1:
             raise UserError(f"strength: {strength} is out of range; choose 0 to 1.")
         share = lifetime(tokens.shares)
@@ -102,6 +102,6 @@ class RetentionHeatmap(io.ComfyNode):
             height, width = image.shape[1:3]
         else:
             raise UserError(
-                f"image: {len(image)} pictures do not go with {count} token grids; connect those of the same tokens."
+                f"image: {len(image)} images do not match {count} token grids; connect those decoded from these tokens."
             )
         return io.NodeOutput(host.to_intermediate(heatmap(share, height, width, image, strength)))

@@ -30,7 +30,7 @@ from .sockets import Model
 log = logging.getLogger(__name__)
 MIB = 2**20
 STEP = "LINEAR_STEP"
-ADVICE = "keep fewer lines (Line Cache), lower batch_size, or close what else takes memory"
+ADVICE = "keep fewer lines (Line Cache), lower batch_size, or close other programs that use memory"
 SIZE = 384  # pixels of a preview's longer side, at most, unless it is larger by itself
 
 
@@ -256,7 +256,7 @@ def _graphs(decoder: Any, runs: int) -> list[Graphs]:
     """One for each run where the environment asks: they are tried on no GPU yet, so nobody gets them unasked."""
     asked = os.environ.get(STEP, "eager")
     if asked not in ("eager", "graph"):
-        raise UserError(f"{STEP}: '{asked}' is no kind of step; write eager or graph, and start ComfyUI again.")
+        raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
     return [Graphs(decoder.step, evict) for _ in range(runs)] if asked == "graph" else []
 
 
@@ -304,7 +304,9 @@ def kept_codes(text: str) -> Tensor:
     try:
         sizes, codes = unpack_codes(text)
     except ValueError as error:
-        raise UserError(f"view: not what the widget writes ({error}); press 'Start over' on the node.") from None
+        raise UserError(
+            f"view: the rows kept on the node cannot be read ({error}); press 'Start over' on the node."
+        ) from None
     return torch.tensor(codes).view(sizes)
 
 

@@ -17,25 +17,25 @@ class LoadModel(io.ComfyNode):
             node_id="LineAR_LoadModel",
             display_name="Load AR Model",
             category="LineAR",
-            description="Loads an autoregressive image model: the decoder that draws tokens, and the tokenizer that "
-            "turns them into pixels. The bundled model needs no download and no GPU.",
+            description="Loads an autoregressive image model: the decoder, which generates tokens, and the tokenizer, "
+            "which turns them into pixels. The bundled model needs no download and no GPU.",
             search_aliases=["autoregressive", "llamagen", "janus", "lumina", "load linear", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=files.model_names(),
-                    extra_dict={"linear_ar": files.memory_sizes()},
-                    tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others lie in models/ar_image: "
-                    "LlamaGen's files (.safetensors or .pt), folders of Janus (also in models/Janus-Pro) and of "
-                    "Lumina-mGPT. Lumina-mGPT and Anole: not for commercial use (Chameleon Research License); Janus: "
-                    "DeepSeek Model License; LlamaGen: MIT.",
+                    extra_dict={"linear_ar": files.model_facts()},
+                    tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others go into models/ar_image: "
+                    "LlamaGen files (.safetensors or .pt) and folders of Janus (also found in models/Janus-Pro), "
+                    "Lumina-mGPT or Anole. Licences: LlamaGen MIT; Janus DeepSeek Model License; Lumina-mGPT and Anole "
+                    "not for commercial use (Chameleon Research License).",
                 ),
                 io.Combo.Input(
                     "tokenizer",
                     options=files.tokenizer_names(),
-                    tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' takes the bundled one, the one "
-                    "the model brings or its file names, for LlamaGen vq_ds16_c2i or vq_ds16_t2i, for "
-                    "Lumina-mGPT and Anole vqgan.",
+                    tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' finds it: the bundled one, the "
+                    "one in the model's folder or named in its file, vq_ds16_c2i or vq_ds16_t2i for LlamaGen, vqgan "
+                    "for Lumina-mGPT and Anole.",
                 ),
                 io.Int.Input(
                     "grid_rows",
@@ -43,8 +43,8 @@ class LoadModel(io.ComfyNode):
                     min=0,
                     max=128,
                     advanced=True,
-                    tooltip="Lines of tokens a picture has. 0: as the file says (its metadata, or 256, 384 or 512 in "
-                    "its name). Typical: 16, 24 or 32.",
+                    tooltip="Lines of tokens per image. 0: read from the file (its metadata, or 256, 384 or 512 in its "
+                    "name). Typical: 16, 24 or 32.",
                 ),
                 io.Int.Input(
                     "grid_cols",
@@ -52,7 +52,7 @@ class LoadModel(io.ComfyNode):
                     min=0,
                     max=128,
                     advanced=True,
-                    tooltip="Tokens a line has. 0: as the file says. Give both numbers or neither.",
+                    tooltip="Tokens per line. 0: read from the file. Set both numbers or neither.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -60,14 +60,14 @@ class LoadModel(io.ComfyNode):
                     default="default",
                     optional=True,
                     advanced=True,
-                    tooltip="How the decoder's large matrices are kept. default: as they are used. fp8: in a byte a "
-                    "number, half the memory of bfloat16, at some cost in quality and speed. Line Cache shows what the "
-                    "weights then take: Janus-Pro-7B 13.2 GB, in fp8 7.1 GB; Lumina-mGPT-7B 13.6 and 7.1 GB.",
+                    tooltip="How the decoder's large matrices are stored. default: in the compute precision. fp8: one "
+                    "byte per weight, half the memory of bfloat16, at some cost in quality and speed. Line Cache "
+                    "shows the result: Janus-Pro-7B takes 13.2 GB, or 7.1 GB in fp8; Lumina-mGPT-7B 13.6 or 7.1 GB.",
                 ),
             ],
             outputs=[
-                MODEL.Output(display_name="model", tooltip="For Class Prompt, Generate and Decode. ComfyUI moves it "
-                             "to the device when it is used, and away when the memory is needed."),
+                MODEL.Output(display_name="model", tooltip="For Class Prompt, Text Prompt, Generate and Decode. "
+                             "ComfyUI loads it when it is used and offloads it when memory is needed."),
             ],
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ class LoadModel(io.ComfyNode):
     ) -> io.NodeOutput:
         if bool(grid_rows) != bool(grid_cols):
             raise UserError(
-                f"grid_rows, grid_cols: {grid_rows} x {grid_cols} is half an answer; give both, or leave both at 0."
+                f"grid_rows, grid_cols: they are {grid_rows} and {grid_cols}; set both, or leave both at 0."
             )
         grid = (grid_rows, grid_cols) if grid_rows else None
         found = files.find_files(model, tokenizer, grid)

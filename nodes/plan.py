@@ -23,47 +23,48 @@ def _custom() -> list[io.Input]:
             "policy",
             options=list(POLICIES),
             default=plan.policy,
-            tooltip="What decides which tokens leave. 'fold': those that a neighbour can stand in for. 'line': those "
-            "that the line just drawn attended to least (LineAR, as published). 'full': none. The others are published "
-            "methods to compare with; the help page names them.",
+            tooltip="Decides which tokens are evicted. 'fold': those that another token can best stand in for. 'line': "
+            "those that the line just finished attended to least (LineAR, as published). 'full': none. The others are "
+            "published methods to compare with; see the help page.",
         ),
         io.Int.Input(
             "budget",
             default=plan.budget,
             min=1,
             max=128,
-            tooltip="Lines of tokens that survive a line's end. Typical: 4 of 24. Memory grows with it; as many lines "
-            "as the picture has, or more, is the full cache.",
+            tooltip="Lines of image tokens that the cache keeps when a line is complete. Typical: 4 of 24. Memory "
+            "grows with it. With as many lines as the image has, or more, nothing is evicted.",
         ),
         io.Int.Input(
             "anchors",
             default=plan.anchors,
             min=0,
             max=4096,
-            tooltip="Tokens at the picture's start that always stay. Typical: 4.",
+            tooltip="First tokens of the image, which are never evicted. Typical: 4.",
         ),
         io.Int.Input(
             "recent",
             default=plan.recent,
             min=0,
             max=127,
-            tooltip="Newest whole lines that always stay. Typical: 0 with 'fold', which loses little by it; LineAR 2.",
+            tooltip="Newest complete lines, which are never evicted. Typical: 0 for 'fold'; 2 for LineAR as published.",
         ),
         io.Combo.Input(
             "release",
             options=["auto", *RELEASES],
             default="auto",
-            tooltip="auto: fold for the policy 'fold', strict for all others. strict: dropped tokens vanish at once, "
-            "as published. lazy: each is seen until the next line overwrites it, least useful first. fold: each goes "
-            "on in the kept token most like it, which then counts for both. All take the same memory.",
+            tooltip="What happens to evicted tokens. auto: fold for the policy 'fold', strict for all others. strict: "
+            "they are dropped at once, as published. lazy: each stays visible until the next line overwrites it, the "
+            "least useful first. fold: each is merged into the most similar kept token, which then counts for both. "
+            "All take the same memory.",
         ),
         io.Combo.Input(
             "storage",
             options=list(STORAGES),
             default=plan.storage,
-            tooltip="full: keys and values as they are computed. int8: in a byte a number, except for the line being "
-            "drawn; half to three quarters of the memory in half precision, at a cost in quality too small to see, and "
-            "some in speed.",
+            tooltip="Precision of keys and values. full: as they are computed. int8: 8 bits, except for the line being "
+            "generated; takes half to three quarters of the memory of half precision, with no visible loss of quality "
+            "and some loss of speed.",
         ),
     ]
 
@@ -75,8 +76,8 @@ class LineCache(io.ComfyNode):
             node_id="LineAR_LineCache",
             display_name="Line Cache",
             category="LineAR",
-            description="Says how many lines of the key-value cache are kept while a picture is drawn, and which "
-            "tokens those are.",
+            description="Sets how many lines of the KV cache are kept while an image is generated, and which tokens "
+            "are evicted.",
             search_aliases=["kv cache", "cache budget", "linear", "eviction", "compress cache"],
             inputs=[
                 io.DynamicCombo.Input(
@@ -85,28 +86,25 @@ class LineCache(io.ComfyNode):
                         *[io.DynamicCombo.Option(name, []) for name in PRESETS],
                         io.DynamicCombo.Option(CUSTOM, _custom()),
                     ],
-                    tooltip="Balanced: 4 lines, folded: what leaves goes on in what is most like it. Small: 3 lines. "
-                    "Smallest: 2 lines. LineAR: 4 lines as the paper keeps them; on the bundled model ten times as far "
-                    "from the full cache as Balanced. Full: every line, as without this pack. Custom: your own "
-                    "numbers.",
+                    tooltip="Balanced: 4 lines; evicted tokens are folded into the most similar ones. Small: 3 lines. "
+                    "Smallest: 2 lines. LineAR: 4 lines, as in the paper; with the bundled model ten times as far from "
+                    "the full cache as Balanced. Full: every line, as without this pack. Custom: your own settings.",
                 ),
                 MEMORY.Input(
                     "memory",
-                    tooltip="Keys and values that the Generate node behind this one will allocate: 2 × layers × "
-                    "sequences × heads × numbers a head × (prompt + lines × tokens a line) × bytes a number. "
-                    "Sequences: pictures, twice with guidance.",
+                    tooltip="Memory that the connected Generate node will allocate for keys and values: 2 × layers × "
+                    "sequences × heads × head size × (prompt + lines × tokens per line) × bytes per number. Sequences: "
+                    "the number of images, doubled by guidance.",
                     extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
                 ),
             ],
-            outputs=[CACHE.Output(display_name="cache", tooltip="For Generate.")],
+            outputs=[CACHE.Output(display_name="cache", tooltip="For Generate and Compare.")],
         )
 
     @classmethod
     def execute(cls, preset: dict[str, Any] | None = None, memory: str | None = None) -> io.NodeOutput:
         if preset is None:  # what ComfyUI makes of a choice that there is not
-            raise UserError(
-                f"preset: it is missing or none that there is; choose one of {', '.join([*PRESETS, CUSTOM])}."
-            )
+            raise UserError(f"preset: missing or unknown; choose one of {', '.join([*PRESETS, CUSTOM])}.")
         settings = dict(preset)
         name = settings.pop("preset")
         return io.NodeOutput(CachePlan(**settings) if name == CUSTOM else PRESETS[name])

@@ -38,8 +38,8 @@ def size_input() -> io.Input:
         "size",
         options=[io.DynamicCombo.Option(OWN, []), *options],
         optional=True,
-        tooltip="How large the picture is. 'the model's own': the only size it draws, or its square. Lumina-mGPT was "
-        "trained on many: choose the pixels in your model's name, then a size. Other models take no other size.",
+        tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT has "
+        "many: choose the number in your model's name, then a size. Other models have no other size.",
     )
 
 

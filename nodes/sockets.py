@@ -73,7 +73,7 @@ TAKES = {
     "cache": (CachePlan, "Line Cache"),
     "prompt": (Prompt, "Class Prompt or Text Prompt"),
     "tokens": (Tokens, "Generate or Encode Image"),
-    "image": (Tensor, "a node that puts out pictures"),
+    "image": (Tensor, "a node that outputs images"),
 }
 
 
@@ -83,4 +83,4 @@ def connected(**inputs: object) -> None:
     for name, value in inputs.items():
         kind, source = TAKES[name]
         if not isinstance(value, kind):
-            raise UserError(f"{name}: {str(value)[:40]!r} was written where a connection belongs; connect {source}.")
+            raise UserError(f"{name}: found the value {str(value)[:40]!r} instead of a connection; connect {source}.")

@@ -27,9 +27,9 @@ class TextPrompt(io.ComfyNode):
             node_id="LineAR_TextPrompt",
             display_name="Text Prompt",
             category="LineAR",
-            description="Says in words what to draw, for models that were made for texts: one picture for each text. "
-            "Janus and Lumina-mGPT read texts themselves: connect them. For LlamaGen a text encoder is loaded when a "
-            "text is new, and unloaded again.",
+            description="Sets what to generate, for text-to-image models: one image per text. Janus and Lumina-mGPT "
+            "read the text themselves: connect them. LlamaGen needs a text encoder, which is loaded only for new "
+            "texts and unloaded afterwards.",
             search_aliases=[
                 "text encode",
                 "prompt",
@@ -46,37 +46,39 @@ class TextPrompt(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder",
                     options=files.text_encoder_names(),
-                    tooltip="For LlamaGen only: FLAN-T5-XL, the folder of google/flan-t5-xl or one encoder file, in "
-                    "models/text_encoders or models/ar_image. Download AR Model fetches it. 'none', or anything, where "
-                    "a model that reads texts by itself is connected (Janus).",
+                    tooltip="For LlamaGen only: FLAN-T5-XL, as the google/flan-t5-xl folder or a single encoder file, "
+                    "in models/text_encoders or models/ar_image. Download AR Model fetches it. Ignored when a model "
+                    "that reads text itself (Janus, Lumina-mGPT) is connected; 'none' will do.",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    placeholder="a red fox in the snow, early morning\n---\nanother picture of the same batch",
-                    tooltip="What to draw, in English. Whole sentences work best; of LlamaGen's texts the first 120 "
-                    "tokens count (about 90 words). A line of --- begins another picture of the same batch.",
+                    placeholder="a red fox in the snow, early morning\n---\nanother image in the same batch",
+                    tooltip="What to generate, in English. Full sentences work best. LlamaGen uses the first 120 "
+                    "tokens (about 90 words). A line of --- starts another image in the same batch.",
                 ),
                 MODEL.Input(
                     "model",
                     optional=True,
-                    tooltip="The model that will draw, from Load AR Model. Needed for Janus and Lumina-mGPT, whose own "
-                    "tokenizers read the text; LlamaGen works without.",
+                    tooltip="The model that will generate the image, from Load AR Model. Required for Janus and "
+                    "Lumina-mGPT, whose own tokenizers read the text; optional for LlamaGen.",
                 ),
                 io.String.Input(
                     "negative_text",
                     multiline=True,
                     default="",
                     optional=True,
-                    placeholder="what to keep away from (empty: the model's own)",
-                    tooltip="What guidance leads away from, for all pictures. Empty: as the model was published "
-                    "(Janus: the text blotted out, Lumina-mGPT: no text, LlamaGen: an embedding it has learnt). No "
+                    placeholder="what to avoid (empty: the model's default)",
+                    tooltip="What guidance steers away from, for all images. Empty: as the model was published (Janus: "
+                    "the prompt with its text masked out; Lumina-mGPT: no text; LlamaGen: a learned embedding). No "
                     "effect without guidance.",
                 ),
                 size_input(),
             ],
-            outputs=[PROMPT.Output(display_name="prompt", tooltip="For Generate: one row for each text, in order.")],
+            outputs=[
+                PROMPT.Output(display_name="prompt", tooltip="For Generate and Compare: one row per text, in order.")
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -87,7 +89,7 @@ class TextPrompt(io.ComfyNode):
         """In place of the host's check, which only says that a name is not in the list.
 
         Whatever is linked is None here, and `size`, which is put together of its parts, comes along unasked. With a
-        model that reads texts by itself the encoder need not be there.
+        model that reads text itself the encoder need not be there.
         """
         try:
             return text_encoder is None or model is not NOT_LINKED or bool(files.find_text_files(text_encoder))
@@ -108,12 +110,12 @@ class TextPrompt(io.ComfyNode):
         if model is not None:
             connected(model=model)
         if model is not None and not model.image.info.text:
-            raise UserError(f"model: {model.image.info.name} draws classes, not texts; connect it to Class Prompt.")
+            raise UserError(f"model: {model.image.info.name} takes classes, not text; connect it to Class Prompt.")
         if model is not None and model.image.info.own_tokenizer:
             image = replace(model.image, info=sized(model.image.info, size))
             return io.NodeOutput(image.prompt(texts, negative))
         if size is not None and size["size"] != OWN:
-            raise UserError(f"size: a model for a text encoder has one size; set it to '{OWN}'.")
+            raise UserError(f"size: models that need a text encoder have only one size; choose '{OWN}'.")
         found = files.find_text_files(text_encoder)
         bar = host.Progress(max(len(texts), 1), cls.hidden.unique_id)
         placed: list[host.ModelPatcher] = []

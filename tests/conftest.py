@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.versions import pytest_addoption, pytest_terminal_summary  # noqa: F401 (hooks: --record)
+pytest_plugins = ("tests.versions", "tests.quick")  # --record, --quick
 
 try:
     import torch
@@ -16,9 +22,35 @@ else:
     torch.set_num_threads(1)  # tiny tensors are quicker without a pool, and results do not depend on the machine
 
 
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model cut down to a layer and 8 x 8 tokens, its tokenizer beside it: a picture takes a moment."""
+    from linear_core.checkpoints.library import bundled_files
+    from tests.tiny import cut_down
+
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copy(bundled_files().tokenizer, folder)
+    return cut_down(folder / "small.safetensors")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those that wait for a page go first: where two workers share the tests, the other one computes meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
     if os.environ.get("COMFYUI_DIR"):
         return
     for item in items:
         if item.get_closest_marker("host"):
             item.add_marker(pytest.mark.skip(reason="COMFYUI_DIR does not say where a ComfyUI is"))
+
+
+@pytest.fixture
+def nothing_deprecated(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever asks for this uses nothing deprecated, whether a warning says so or transformers' log."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    if log := sys.modules.get("transformers.utils.logging"):
+        log.warning_once.cache_clear()  # or only the first test of a session would hear it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        yield
+    assert not [told for record in caplog.get_records("call") if "deprecated" in (told := record.getMessage())]

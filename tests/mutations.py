@@ -753,6 +753,10 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("loop/generate.py", "plan.check(image_grid)", "pass", "a plan that does not fit is not refused"),
     ("loop/generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
+    # -- teacher forcing
+    ("loop/forced.py", "torch.minimum(full, few)", "torch.maximum(full, few)", "shared: what either has"),
+    ("loop/forced.py", "row * stride + column", "column", "shared: guidance ends at another token"),
+    ("loop/forced.py", "first = others[:, -1:]", "pass", "forced: a line begins as the picture does"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
     (
@@ -783,6 +787,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("hf.py", "if layer_idx != self._announced:", "if False:", "transformers: a broken forward goes on"),
     ("hf.py", "if self._fed + count > self.grid.tokens:", "if False:", "transformers: more tokens than the grid has"),
     ("hf.py", "if column + count > stride:", "if False:", "transformers: tokens across a line's end"),
+    ("hf.py", "if isinstance(given, LineCache)]", "if False]", "transformers: a cache under another name is ignored"),
+    ("hf.py", "not _rotates(self._decoder)", "False", "transformers: a rotation that is not known"),
+    ("hf.py", "[False] * self._layers", "[]", "transformers: generate feeds all tokens again"),
     # -- Llamas that draw
     (
         "models/blocks.py",
@@ -1273,7 +1280,6 @@ def tried_on() -> str:
 def record(found: dict[tuple[str, str], tuple[str, str]]) -> None:
     """Put these into the table, beside what it says of others, and into the README how many ways there are."""
     from bench.machine import circumstances
-    from tests.versions import README
 
     known = recorded() | found
     rows = {key: known[key] for file, _, _, breaks in MUTATIONS if (key := (file, breaks)) in known}
@@ -1282,7 +1288,8 @@ def record(found: dict[tuple[str, str], tuple[str, str]]) -> None:
     where = f"{c['device']}, {c['cores']} cores, Python {c['python']}, PyTorch {c['torch']}, {c['date'][:10]}"
     lines = "\n".join(f"| `{file}` | {breaks} | `{who}` | {on} |" for (file, breaks), (who, on) in rows.items())
     RECORD.write_text(TABLE.format(noticed=noticed, count=len(MUTATIONS), where=where, rows=lines), encoding="utf-8")
-    README.write_text(WAYS.sub(f"in {noticed} ways", README.read_text(encoding="utf-8")), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(WAYS.sub(f"in {noticed} ways", readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,37 +17,52 @@ from linear_core.plan import PRESETS, CachePlan
 from linear_core.policies import POLICIES
 
 
-def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "hills.png"
-    assert main(["generate", "--class", "autumn hills", "--images", "2", "--seed", "5", "--out", str(out)]) == 0
+    asked = ["generate", str(small_model), "--class", "autumn hills"]
+    assert main([*asked, "--images", "2", "--seed", "5", "--out", str(out)]) == 0
     written = sorted(p.name for p in tmp_path.iterdir())
     assert written == ["hills_01.png", "hills_02.png"]
     image = Image.open(tmp_path / "hills_02.png")
     notes = json.loads(image.text["linear"])
     assert notes["seed"] == 6 and notes["class"] == "autumn hills" and notes["policy"] == notes["release"] == "fold"
     alone = tmp_path / "alone.png"
-    assert main(["generate", "--class", "autumn hills", "--seed", "6", "--out", str(alone)]) == 0
+    assert main([*asked, "--seed", "6", "--out", str(alone)]) == 0
     assert Image.open(alone).tobytes() == image.tobytes()  # image i of a batch is the image of seed + i
     assert "MiB" in capsys.readouterr().out
 
 
-def test_compare_measures_what_plan_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--class", "desert day", "--out", str(tmp_path / "c.png")]) == 0
+def test_compare_measures_what_plan_promises(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(small_model), "--class", "desert day", "--out", str(tmp_path / "c.png")]) == 0
     measured = capsys.readouterr().out
-    assert main(["plan", "--class", "desert day"]) == 0
+    assert re.search(r"\d+% less cache; \d+% of the codes are the same as with the full cache", measured)
+    assert main(["plan", str(small_model), "--class", "desert day"]) == 0
     planned = capsys.readouterr().out
-    info = library.read_info(library.bundled_files().decoder)
+    info = library.read_info(small_model)
     for plan in (CachePlan(policy="full"), PRESETS["Balanced"]):
         size = info.cache_shape(torch.float32).bytes(info.grid, plan, 2) / 2**20
         assert f"{size:.2f}" in measured and f"{size:.2f}" in planned
-    assert "1/6" in planned
+    assert "1/2" in planned
     assert Image.open(tmp_path / "c.png").width > 288
 
 
-def test_a_graph_that_cannot_be_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_measures_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--class", "desert day", "--size", "96", "--out", str(tmp_path / "d.png")]) == 0
+    told = capsys.readouterr().out
+    overlap = re.search(
+        r"79% less cache\. Given the same tokens, the next one's probabilities overlap by (\d+)% with", told
+    )
+    assert overlap and 90 < int(overlap[1]) < 100
+    assert "differ in places" in told and "of the codes are the same" not in told
+
+
+def test_a_graph_that_cannot_be_says_so(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a GPU `--step graph` draws all the same, and says that it did so without one."""
     out = tmp_path / "g.png"
-    assert main(["generate", "--device", "cpu", "--step", "graph", "--class", "desert day", "--out", str(out)]) == 0
+    asked = ["generate", str(small_model), "--class", "desert day", "--device", "cpu", "--step", "graph"]
+    assert main([*asked, "--out", str(out)]) == 0
     told = capsys.readouterr().err
     why = "no graph was used, graphs need cuda and this runs on cpu"
     assert f"step: {why}; line's end: {why}.\n" in told

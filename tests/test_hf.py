@@ -6,12 +6,13 @@ and by `generate`. The oracles are those of test_oracles.py, with transformers' 
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from linear_core.checkpoints.families.janus import target  # noqa: E402
 from linear_core.errors import UserError  # noqa: E402
 from linear_core.grid import Grid  # noqa: E402
-from linear_core.hf import NAME, LineCache, line_attention  # noqa: E402
+from linear_core.hf import CACHE_ARGUMENT, NAME, LineCache, line_attention  # noqa: E402
 from linear_core.models.janus import Janus, JanusConfig  # noqa: E402
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan  # noqa: E402
 from linear_core.policies import POLICIES, Policy  # noqa: E402
@@ -35,16 +36,18 @@ from linear_core.prompts import Prompt, token_prompt  # noqa: E402
 from tests.cache.test_oracles import predict  # noqa: E402
 from tests.tiny import decode, policy, watched  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("nothing_deprecated")
+
 BOS, EOS, PAD, BOI = 0, 1, 2, 4
 WORDS, CODES, LAYERS = 40, 23, 2
 SIDE = 6
 GRANITE_SCALE = 0.7
 
 
-def text_sizes(key_heads: int) -> dict[str, int | str]:
+def text_sizes(key_heads: int, layers: int = LAYERS) -> dict[str, int | str]:
     return {
         "model_type": "llama", "vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 32,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": key_heads,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": key_heads,
         "max_position_embeddings": 1024, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
     }  # fmt: skip
 
@@ -60,9 +63,9 @@ def peaky(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @cache
-def janus(side: int = SIDE) -> JanusForConditionalGeneration:
+def janus(side: int = SIDE, layers: int = LAYERS) -> JanusForConditionalGeneration:
     config = transformers.JanusConfig(
-        text_config=text_sizes(key_heads=4),
+        text_config=text_sizes(key_heads=4, layers=layers),
         vision_config={
             "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 2 * side,
             "patch_size": 2, "num_image_tokens": side * side, "projection_dim": 24, "depth": 2, "mlp_ratio": 1.0,
@@ -142,6 +145,11 @@ def words(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(places) >= places - torch.tensor(lengths)[:, None]).long()
 
 
+def passed(past: LineCache | DynamicCache) -> dict[str, LineCache | DynamicCache]:
+    """The cache as an argument, under the name that this transformers has for it."""
+    return {CACHE_ARGUMENT: past}
+
+
 def draw(what: Subject, past: LineCache | DynamicCache, lengths: list[int], tokens: Tensor) -> Drawn:
     """Feed a prompt and `tokens` B N, one by one, as hand-written loops do: the mask grows by a column of ones."""
     ids, mask = words(lengths)
@@ -153,7 +161,7 @@ def draw(what: Subject, past: LineCache | DynamicCache, lengths: list[int], toke
                 embedded = what.codes(token[:, None])
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 drawn.fed.append(token)
-            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, past_key_values=past, use_cache=True)
+            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, use_cache=True, **passed(past))
             drawn.logits.append(what.head(hidden.last_hidden_state[:, -1]))
             if token is not None and isinstance(past, LineCache):
                 drawn.index.append(past.slots.index.clone())
@@ -164,9 +172,12 @@ def some_tokens(rows: int, count: int, seed: int = 0) -> Tensor:
     return torch.randint(5, CODES, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
+# The first policy of each kind: what the cache has to show it, and whether its heads keep unequal numbers.
+KINDS = {(p.reads, p.keep is None, p.survey is None): name for name, p in reversed(POLICIES.items())}.values()
 EVICTING = ("strict", "lazy")  # what leaves is gone, so that it can be told by a mask
 RUNS = [  # subject, policy, release, rows, cols, budget, anchors, recent
-    *(("janus", name, release, SIDE, SIDE, 2, 2, 1) for name, release in product(POLICIES, EVICTING)),
+    *(("janus", name, "strict", SIDE, SIDE, 2, 2, 1) for name in KINDS),
+    ("janus", "line", "lazy", SIDE, SIDE, 2, 2, 1),
     *(("llama", name, "strict", 7, 5, 3, 3, 1) for name in ("line", "h2o", "keydiff")),
     *(("shared", name, release, 7, 5, 2, 2, 1) for name, release in product(("line", "h2o"), EVICTING)),
     ("granite", "line", "strict", 7, 5, 2, 2, 1),
@@ -262,8 +273,7 @@ def test_full_is_transformers_own_cache(name):
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(("name", "release"), [*zip(SUBJECTS, cycle(RELEASES)), ("llama", "fold")])
 def test_a_line_fed_at_once(name, release):
     """Lines fed whole or in pieces, as when a picture is continued, leave the cache and give the logits of steps."""
     what, plan = subject(name), CachePlan("line", 2, 2, 1, release)
@@ -275,7 +285,7 @@ def test_a_line_fed_at_once(name, release):
         mask = torch.nn.functional.pad(words(LENGTHS)[1], (0, fed + count), value=1)
         embedded = what.codes(tokens[:, fed : fed + count])
         with torch.no_grad():
-            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, past_key_values=again)
+            hidden = what.decoder(inputs_embeds=embedded, attention_mask=mask, **passed(again))
         once.logits.append(what.head(hidden.last_hidden_state[:, -1]))
         fed += count
         torch.testing.assert_close(once.logits[-1], steps.logits[fed], atol=1e-5, rtol=1e-5)
@@ -323,8 +333,12 @@ def ours() -> Janus:
     return model
 
 
-@pytest.mark.parametrize("lengths", [[5], [6, 4]], ids=["one", "unequal"])
-@pytest.mark.parametrize(("name", "release"), list(product(POLICIES, RELEASES)))
+# Each policy once; between them they have every release, with one prompt and with two of unequal length.
+@pytest.mark.parametrize(
+    ("name", "release", "lengths"),
+    list(zip(POLICIES, cycle(RELEASES), cycle([[6, 4], [5]]))),
+    ids=lambda value: value if isinstance(value, str) else "unequal" if len(value) > 1 else "one",
+)
 def test_it_holds_what_our_own_janus_holds(name, release, lengths):
     """Two loops, two decoders, one set of weights: codes, logits and the tokens held are the same after every token.
 
@@ -357,7 +371,7 @@ def generate(past: LineCache | DynamicCache, rows: int = 2, **options) -> Tensor
     ids, mask = words([5] * rows)
     ids[:, 1:3] += torch.arange(rows)[:, None]  # rows of their own
     inputs = {"input_ids": ids, "attention_mask": mask, "guidance_scale": 5, "do_sample": False} | options
-    return janus().generate(**inputs, generation_mode="image", past_key_values=past)
+    return janus().generate(**inputs, generation_mode="image", **passed(past))
 
 
 def test_janus_generate():
@@ -388,8 +402,20 @@ def test_llama_generate():
     options = {"attention_mask": mask, "max_new_tokens": 35, "min_new_tokens": 35, "do_sample": False}
     theirs = what.model.generate(ids, **options)
     past = LineCache(what.model, (7, 5), CachePlan("full"))
-    assert torch.equal(what.model.generate(ids, past_key_values=past, **options), theirs)
+    assert torch.equal(what.model.generate(ids, **passed(past), **options), theirs)
     assert past.get_seq_length() == ids.shape[1] + 34
+
+
+def test_generate_goes_on():
+    """A second generate over all tokens so far feeds only what the cache has not seen."""
+    what, (ids, mask) = subject("llama"), words(LENGTHS)
+    past = LineCache(what.model, (SIDE, SIDE), CachePlan(budget=2, recent=1))
+    expected = what.model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, **passed(past))
+    past.reset()
+    for count in (20, 10):
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        ids = what.model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, **passed(past))
+    assert torch.equal(ids, expected)
 
 
 def test_bfloat16():
@@ -434,7 +460,7 @@ def begun(name: str = "llama", fed: int = 3, grid: tuple[int, int] = (SIDE, SIDE
 
 def feed(what: Subject, past: LineCache, rows: int = 2, count: int = 1) -> None:
     with torch.no_grad():
-        what.decoder(inputs_embeds=what.codes(some_tokens(rows, count)), past_key_values=past)
+        what.decoder(inputs_embeds=what.codes(some_tokens(rows, count)), **passed(past))
 
 
 def test_a_grid_that_is_not_the_models():
@@ -458,14 +484,28 @@ def test_tokens_across_a_line_end():
 
 
 def test_a_second_image_without_reset():
-    """Where transformers hands the prompt on; 4.57's own generate stops before it does."""
+    """Where transformers hands the prompt on; the older ones' own generate stops before it does."""
     past = LineCache(janus(), (SIDE, SIDE), CachePlan(budget=2, recent=1))
     generate(past)
-    with pytest.raises(UserError if transformers.__version__ >= "5" else IndexError):
+    with pytest.raises((UserError, IndexError)):
         generate(past)
     ids, _ = words([5] * 4)
     with torch.no_grad(), pytest.raises(UserError, match=r"call reset\(\) before another image"):
-        janus().model.language_model(input_ids=ids, past_key_values=past)
+        janus().model.language_model(input_ids=ids, **passed(past))
+
+
+@pytest.mark.parametrize("name", sorted({"cache", "past_key_values", "kv_cache"} - {CACHE_ARGUMENT}))
+def test_a_cache_under_another_name(name):
+    """transformers translates its own former name, with a warning; any other would leave the cache unused."""
+    past = LineCache(llama(4), (SIDE, SIDE), CachePlan("full"))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            llama(4)(some_tokens(1, 4), **{name: past})
+        except UserError as error:
+            assert f"takes its cache as {CACHE_ARGUMENT}=, not as {name}=" in str(error)
+        else:
+            assert past.get_seq_length() == 4
 
 
 def test_a_batch_that_changes():
@@ -485,7 +525,7 @@ def test_beams_are_refused():
     what, (ids, mask) = subject("llama"), words(LENGTHS)
     past = LineCache(what.model, (7, 5), CachePlan("full"))
     with pytest.raises(UserError, match="num_beams=1"):
-        what.model.generate(ids, attention_mask=mask, past_key_values=past, num_beams=2, max_new_tokens=8)
+        what.model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=8, **passed(past))
 
 
 @pytest.mark.parametrize("other", ["eager", "sdpa"])
@@ -533,26 +573,36 @@ def test_gradients():
     what = subject("llama")
     past = LineCache(what.model, (SIDE, SIDE), CachePlan("full"))
     with torch.enable_grad(), pytest.raises(UserError, match="no_grad"):
-        what.decoder(inputs_embeds=what.codes(some_tokens(1, 4)).requires_grad_(), past_key_values=past)
+        what.decoder(inputs_embeds=what.codes(some_tokens(1, 4)).requires_grad_(), **passed(past))
 
 
 def test_training_mode():
     model = LlamaForCausalLM(transformers.LlamaConfig(**text_sizes(4), attention_dropout=0.1)).train()
     past = LineCache(model, (SIDE, SIDE), CachePlan("full"))
     with torch.no_grad(), pytest.raises(UserError, match=r"model.eval\(\)"):
-        model(some_tokens(1, 4), past_key_values=past)
+        model(some_tokens(1, 4), **passed(past))
 
 
-def test_models_that_do_not_fit():
+def test_models_that_do_not_fit(monkeypatch):
     with pytest.raises(UserError, match="Linear is no transformers model"):
         LineCache(torch.nn.Linear(1, 1), (SIDE, SIDE), CachePlan("full"))
     sizes = text_sizes(2) | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
     sliding = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
     with pytest.raises(UserError, match="sliding_attention; a line cache needs full attention"):
         LineCache(sliding, (SIDE, SIDE), CachePlan("full"))
-    older = transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4))
-    with pytest.raises(UserError, match="attention"):
-        LineCache(older, (SIDE, SIDE), CachePlan("full"))
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_can_set_attn_implementation", lambda self: False)
+    with pytest.raises(UserError, match="LlamaForCausalLM does not let its attention be replaced"):
+        LineCache(LlamaForCausalLM(transformers.LlamaConfig(**text_sizes(4))), (SIDE, SIDE), CachePlan("full"))
+
+
+@pytest.mark.parametrize("plan", [CachePlan("fold", 2, 2, 1, "strict"), CachePlan("line", 2, 2, 1, "fold")])
+def test_a_rotation_that_is_not_known(plan, monkeypatch):
+    """As GPT-J's, which takes one tensor and the sine first. Only plans that look ahead need it."""
+    rotation = "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
+    monkeypatch.setattr(rotation, lambda tensor, sin, cos: tensor)
+    with pytest.raises(UserError, match="how LlamaModel rotates them is not known; choose another policy"):
+        LineCache(llama(4), (SIDE, SIDE), plan)
+    LineCache(llama(4), (SIDE, SIDE), CachePlan("line", 2, 2, 1, "lazy"))
 
 
 def test_attention_that_does_more():
@@ -563,7 +613,7 @@ def test_attention_that_does_more():
     model = transformers.MistralForCausalLM(config).eval()
     past = LineCache(model, (SIDE, SIDE), CachePlan("full"))
     with torch.no_grad(), pytest.raises(UserError, match="sliding_window, which a line cache does not know"):
-        model(some_tokens(1, 4), past_key_values=past)
+        model(some_tokens(1, 4), **passed(past))
 
 
 def test_keys_and_values_of_unequal_size():
@@ -579,17 +629,12 @@ def test_layers_on_several_devices():
         feed(what, past)
 
 
-def test_without_transformers():
+def test_without_transformers(monkeypatch):
     """Who has no transformers is told so, in one sentence, when the module is asked for."""
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "from linear_core.errors import UserError\n"
-        "try: import linear_core.hf\n"
-        "except UserError as error: sys.exit('needs transformers 4.57' not in str(error))\n"
-        "sys.exit(2)"
-    )
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "linear_core.hf")
+    with pytest.raises(UserError, match=r"^linear_core.hf: needs transformers 4.57 or newer \(.*\); install it, or"):
+        importlib.import_module("linear_core.hf")
 
 
 # -- what the README says ----------------------------------------------------------------------------------------------
@@ -610,9 +655,10 @@ def test_the_readme_example(monkeypatch):
     """The example as printed, on a tiny Janus of 24 x 24 tokens; the memory it names is what is allocated."""
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     code = readme.split("### With transformers")[1].split("```python")[1].split("```")[0]
-    monkeypatch.setattr(JanusForConditionalGeneration, "from_pretrained", lambda name: janus(24))
+    monkeypatch.setattr(JanusForConditionalGeneration, "from_pretrained", lambda name: janus(24, layers=1))
     monkeypatch.setattr(transformers.JanusProcessor, "from_pretrained", lambda name: TextTokenizer())
-    exec(code, names := {})
+    assert ", cache=cache)" in code, "as the newest transformers has it"
+    exec(code.replace(" cache=", f" {CACHE_ARGUMENT}="), names := {})
     assert names["codes"].shape == (1, 576) and names["cache"].slots.slots == 8 + 5 * 24
     assert names["pictures"].shape == (1, 48, 48, 3) and 0 <= names["pictures"].min() < names["pictures"].max() <= 1
     pro = CacheShape(layers=24, heads=16, head_dim=128, prompt=20, bytes_per_element=2)

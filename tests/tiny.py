@@ -6,18 +6,23 @@ millionths, so a test that compares logits sees it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from linear_core.cache.attention import attend
 from linear_core.cache.line_cache import LineCache
 from linear_core.cache.view import View
+from linear_core.checkpoints.library import bundled_files
+from linear_core.checkpoints.weights import read_weights
 from linear_core.events import Line
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
@@ -71,6 +76,15 @@ def _filled(model: Any, deviation: dict[str, float], seed: int) -> Any:
         else:
             tensor.copy_(noise * next((d for part, d in deviation.items() if part in name), 0.2))
     return model
+
+
+def cut_down(path: Path, *, tokenizer: str = "", heads: str = "8", grid: int = 8) -> Path:
+    """The bundled decoder with its first layer only and another grid, written to `path`."""
+    weights = read_weights(bundled_files().decoder)
+    tensors = {k: v.contiguous() for k, v in weights.tensors.items() if not re.match(r"layers\.[1-9]", k)}
+    notes = {"heads": heads, "tokenizer": tokenizer or weights.metadata["tokenizer"], "grid": f"{grid}x{grid}"}
+    save_file(tensors, path, weights.metadata | notes)
+    return path
 
 
 def words(lengths: list[int], seed: int = 0) -> Prompt:

@@ -1,6 +1,7 @@
-"""What was tested where: one row for each environment that the tests have run in, and the README's table of them.
+"""What was tested where: a row for each environment that tests have run in, and the table in docs/compatibility.md.
 
     python3 dev.py test --record                                the default tests, here
+    python3 dev.py test --newest                                with the newest packages (--oldest: the lowest)
     COMFYUI_DIR=… python3 dev.py test -m host --record          those in a real ComfyUI
     python tests/versions.py                                    the table again, from tests/versions.json
 
@@ -22,25 +23,26 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "versions.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "compatibility.md"
 OPEN, CLOSE = "<!-- versions: written by tests/versions.py -->", "<!-- /versions -->"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-WRITTEN = ("tests/versions.json", "tests/mutations.md", "README.md")  # by recording itself
+WRITTEN = ("tests/versions.json", "tests/mutations.md", "README.md", "docs/compatibility.md")  # by recording itself
 COLUMNS = {
-    "python": "Python", "torch": "PyTorch", "transformers": "transformers", "comfyui": "ComfyUI",
-    "frontend": "its page", "system": "system", "tests": "tests", "passed": "passed", "skipped": "skipped",
-    "failed": "failed", "when": "when",
+    "python": "Python", "packages": "packages", "torch": "PyTorch", "transformers": "transformers",
+    "comfyui": "ComfyUI", "frontend": "frontend", "system": "system", "tests": "tests", "passed": "passed",
+    "skipped": "skipped", "failed": "failed", "when": "when",
 }  # fmt: skip
-SAME = ("python", "torch", "transformers", "comfyui", "system", "tests")  # the environment that a row is of
+SAME = ("python", "packages", "torch", "transformers", "comfyui", "system", "tests")  # the environment that a row is of
 ASK = """
-import importlib.metadata, json, platform
+import importlib.metadata, json, platform, sys
 def version(name):
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
 names = {"torch": "torch", "transformers": "transformers", "frontend": "comfyui_frontend_package"}
-print(json.dumps({"python": platform.python_version(), **{key: version(name) for key, name in names.items()}}))
+found = {key: version(name) for key, name in names.items()}
+print(json.dumps({"prefix": sys.prefix, "python": platform.python_version(), **found}))
 """
 
 
@@ -74,12 +76,21 @@ def page(arguments: str) -> str:
     return next((path.name.split("-")[1].removesuffix(".dist") for path in packages), "")
 
 
+def packages(prefix: str) -> str:
+    """Which of dev.py's environments this is, by its folder; empty for somebody else's."""
+    folder, venv = Path(prefix).resolve(), (ROOT / ".venv").resolve()
+    if folder == venv:
+        return "pinned"
+    return folder.name if folder.parent == venv else ""
+
+
 def environment() -> dict[str, str]:
     """What the tests run with: this interpreter's packages, or, where COMFYUI_DIR names one, that ComfyUI's."""
     comfy = os.environ.get("COMFYUI_DIR")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable) if comfy else sys.executable
     row = {"comfyui": "", "system": system()}
     row |= json.loads(subprocess.check_output([python, "-c", ASK], text=True))
+    row["packages"] = packages(row.pop("prefix"))
     if comfy:
         text = (Path(comfy).expanduser() / "comfyui_version.py").read_text(encoding="utf-8")
         row["comfyui"] = re.search(r'__version__ = "(.+)"', text)[1]
@@ -90,7 +101,7 @@ def environment() -> dict[str, str]:
 
 
 def add(row: dict[str, Any]) -> None:
-    """Put a row into the record, in place of an older one of the same environment, and the table into the README."""
+    """Put a row into the record, in place of an older one of the same environment, and the table into the page."""
     kept = [old for old in rows() if any(old[key] != row[key] for key in SAME)]
     ordered = sorted(
         [*kept, row], key=lambda row: ([int(n) for n in row["python"].split(".")], *(row[k] for k in SAME))
@@ -115,21 +126,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
-    """The README with the table of these rows between its marks."""
-    before, rest = readme.split(OPEN)
+def with_table(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page with the table of these rows between its marks."""
+    before, rest = page.split(OPEN)
     return f"{before}{OPEN}\n{table(rows)}\n{CLOSE}{rest.split(CLOSE)[1]}"
 
 
 def write_table() -> None:
-    README.write_text(with_table(README.read_text(encoding="utf-8"), rows()), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows()), encoding="utf-8")
 
 
 # The plugin ----------------------------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--record", action="store_true", help="write what ran, and with what, into the README's table")
+    parser.addoption("--record", action="store_true", help="write what ran, and with what, into docs/compatibility.md")
 
 
 def scope(config: Any) -> str:

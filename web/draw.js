@@ -16,7 +16,7 @@ export const CIVIDIS = [
 /**
  * @typedef {{ background: string, foreground: string, muted: string, border: string }} Theme
  * @typedef {{ x: number, y: number, width: number, height: number, cell: number }} Box  one image's grid
- * @typedef {{ boxes: Box[], columns: number, rows: number, cols: number, bar: number, legend: { x: number, y: number, width: number, height: number } | null }} Layout
+ * @typedef {{ boxes: Box[], columns: number, rows: number, cols: number, bar: number, legend: { x: number, y: number, right: number, height: number } | null }} Layout
  */
 
 /** @param {number} value 0 to 1 @returns {[number, number, number]} 0 to 255 */
@@ -56,7 +56,7 @@ export function layout(width, height, run, legend = true) {
     ...size,
     cell,
   }));
-  const foot = { x: left, y: height - LEGEND + 6, width: Math.min(all.width, 150), height: 8 };
+  const foot = { x: left, y: height - LEGEND + 6, right: width, height: 8 };
   return { boxes, columns, rows, cols, bar, legend: legend ? foot : null };
 }
 
@@ -199,21 +199,24 @@ function outline(ctx, x, y, w, h) {
   ctx.strokeRect(x, y, w, h);
 }
 
-/** @param {any} ctx @param {{ x: number, y: number, width: number, height: number }} box @param {Theme} theme */
-function legend(ctx, box, theme) {
+/** From `x` on; further left, and with a shorter ramp, where that would end beyond `right`.
+ * @param {any} ctx @param {{ x: number, y: number, right: number, height: number }} place @param {Theme} theme */
+function legend(ctx, { x, y, right, height }, theme) {
   ctx.font = "10px sans-serif";
   ctx.textBaseline = "middle";
   ctx.fillStyle = theme.muted;
-  const [left, right] = ["evicted", "held by all heads"];
-  const start = box.x + ctx.measureText(left).width + 6;
-  ctx.fillText(left, box.x, box.y + box.height / 2);
+  const words = ["evicted", "held by all heads"];
+  const [before, after] = words.map((word) => ctx.measureText(word).width);
+  const width = Math.min(80, Math.max(16, right - before - after - 12));
+  const left = Math.max(0, Math.min(x, right - before - width - after - 12));
+  const start = left + before + 6;
+  ctx.fillText(words[0], left, y + height / 2);
   const steps = 24;
-  const width = Math.min(80, box.width * 0.6);
   for (let i = 0; i < steps; i++) {
     const [r, g, b] = RAMP[Math.round((i * 255) / (steps - 1))];
     ctx.fillStyle = `rgb(${r} ${g} ${b})`;
-    ctx.fillRect(start + (i * width) / steps, box.y, width / steps + 0.5, box.height);
+    ctx.fillRect(start + (i * width) / steps, y, width / steps + 0.5, height);
   }
   ctx.fillStyle = theme.muted;
-  ctx.fillText(right, start + width + 6, box.y + box.height / 2);
+  ctx.fillText(words[1], start + width + 6, y + height / 2);
 }

@@ -12,14 +12,14 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, draw, layout } from "./draw.js";
-import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptText, memoryText, picturesThatFit, reduce, replay, runBytes, statusText } from "./state.js";
+import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptText, memoryText, ownText, picturesThatFit, reduce, replay, runBytes, statusText } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
 const viewOf = (node) => node?.widgets?.find((/** @type {any} */ widget) => widget.linearView)?.linearView;
 const allViews = () => everyNode(app.rootGraph ?? app.graph).map(viewOf).filter(Boolean);
 
-/** What the schemas say: sizes of every model's cache, and the presets. */
+/** What the schemas say: sizes of every model's cache, how it samples by itself, and the presets. */
 const known = { /** @type {Record<string, any>} */ models: {}, /** @type {Record<string, any>} */ presets: {} };
 
 // -- the page's own things --------------------------------------------------------------------------------------------
@@ -28,8 +28,9 @@ const CSS = `
 :host { display: flex; flex-direction: column; gap: 5px; width: 100%; height: 100%; min-height: var(--least, 0); box-sizing: border-box; padding: 2px 4px 4px;
   font: 12px/1.35 system-ui, sans-serif; color: var(--fg-color); }
 .row { display: flex; gap: 6px; align-items: center; flex: none; min-height: 24px; }
-.row.actions { flex-wrap: wrap; }
-.grow { flex: 1; min-width: 0; }
+.row.wraps { flex-wrap: wrap; justify-content: space-between; }
+.row.actions { flex-wrap: wrap; min-height: 32px; }
+.group { display: flex; gap: 6px; align-items: center; }
 [hidden] { display: none !important; }
 .later { visibility: hidden; }
 .paper { position: relative; flex: 1; min-height: 0; }
@@ -42,17 +43,20 @@ select { padding: 2px 3px; }
 button:hover:not(:disabled), select:hover { border-color: var(--fg-color); }
 button:disabled { opacity: 0.5; cursor: default; }
 :focus-visible { outline: 2px solid #4a9df8; outline-offset: 1px; }
-.modes { display: inline-flex; border: 1px solid var(--border-color); border-radius: 6px; overflow: hidden; }
+.modes { display: inline-flex; flex: none; border: 1px solid var(--border-color); border-radius: 6px; overflow: hidden; }
 .modes button { border: 0; border-radius: 0; background: transparent; color: var(--descrip-text); padding: 2px 10px; }
 .modes button[aria-checked=true] { background: var(--comfy-input-bg); color: var(--input-text); font-weight: 600; }
 .modes button:focus-visible { outline-offset: -2px; }
 input[type=range] { accent-color: #e3b341; min-width: 0; flex: 1; height: 16px; margin: 0; cursor: pointer; }
-.status { font-size: 11px; font-variant-numeric: tabular-nums; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; flex: none; }
-.status.grow { flex: 1; min-width: 0; }
+.status { font-size: 11px; font-variant-numeric: tabular-nums; flex: none; }
+.status span { display: inline-block; }
+.row .status { flex: 1 1 180px; min-width: 0; }
 .quiet { color: var(--descrip-text); }
+.moment { flex: none; }
+.note { flex: 1 1 120px; min-width: 0; }
 .tip { position: absolute; pointer-events: none; z-index: 1; background: var(--comfy-menu-bg); color: var(--fg-color);
-  border: 1px solid var(--border-color); border-radius: 5px; padding: 2px 7px; white-space: nowrap; max-width: 100%;
-  overflow: hidden; text-overflow: ellipsis; box-sizing: border-box; box-shadow: 0 2px 8px rgb(0 0 0 / 0.35); }
+  border: 1px solid var(--border-color); border-radius: 5px; padding: 2px 7px; width: max-content; max-width: 100%;
+  box-sizing: border-box; box-shadow: 0 2px 8px rgb(0 0 0 / 0.35); }
 .empty { position: absolute; inset: 0; display: grid; place-items: center; text-align: center; color: var(--descrip-text); padding: 12px;
   border: 1px dashed var(--border-color); border-radius: 6px; }
 .track { flex: none; height: 6px; border-radius: 3px; background: var(--border-color); overflow: hidden; }
@@ -60,7 +64,7 @@ input[type=range] { accent-color: #e3b341; min-width: 0; flex: 1; height: 16px; 
 .tight .fill { background: #e09b24; }
 .tight .status { color: #e09b24; }
 .memory { justify-content: center; }
-.memory .status { flex: initial; white-space: normal; text-align: center; }
+.memory .status { flex: initial; text-align: center; }
 `;
 
 /** @param {string} tag @param {Record<string, any>} [more] @param {...(Node | string)} inside @returns {any} */
@@ -72,6 +76,12 @@ function el(tag, more = {}, ...inside) {
   }
   element.append(...inside);
   return element;
+}
+
+/** A text, which breaks where one of its parts ends when there is too little room for a line. @param {any} element @param {string} text */
+function say(element, text) {
+  if (element.textContent === text) return;
+  element.replaceChildren(...text.split(/(?<=[,:·]) /).flatMap((part, i) => [i ? " " : "", el("span", { textContent: part })]));
 }
 
 /** An element of our own with our style, which neither leaks nor is leaked into. @param {...Node} inside */
@@ -164,6 +174,41 @@ function setWidget(node, name, value) {
 
 const widgetValue = (/** @type {any} */ node, /** @type {string} */ name) => node?.widgets?.find((/** @type {any} */ w) => w.name === name)?.value;
 
+// -- the graph around a node -------------------------------------------------------------------------------------------
+
+/** The link into an input. @param {any} node @param {string} name */
+function linkInto(node, name) {
+  const slot = node?.graph ? (node.inputs ?? []).findIndex((/** @type {any} */ i) => i.name === name) : -1;
+  return slot < 0 ? null : node.getInputLink(slot);
+}
+
+/** Whether a widget's value comes through its socket. @param {any} node @param {string} name */
+const isLinked = (node, name) => !!linkInto(node, name);
+
+/** The node that an input comes from, through reroutes. @param {any} node @param {string} name */
+function origin(node, name) {
+  for (let hops = 0; hops < 20; hops++) {
+    const link = linkInto(node, name);
+    const from = link && node.graph.getNodeById(link.origin_id);
+    if (!from || from.type !== "Reroute") return from ?? null;
+    [node, name] = [from, from.inputs?.[0]?.name];
+  }
+  return null;
+}
+
+/** Every node of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
+const everyNode = (graph) => (graph?.nodes ?? graph?._nodes ?? []).flatMap((/** @type {any} */ node) => [node, ...everyNode(node.subgraph)]);
+
+const LOADER = "LineAR_LoadModel";
+
+/** What the schema says of the model that a node draws with; undefined where the graph leaves that open. @param {any} node */
+function modelOf(node) {
+  const from = origin(node, "model");
+  const loaders = everyNode(app.rootGraph ?? app.graph).filter((each) => each.type === LOADER);
+  const loader = from?.type === LOADER ? from : loaders.length === 1 ? loaders[0] : null; // a link out of a subgraph ends nowhere
+  return isLinked(loader, "model") ? undefined : known.models[widgetValue(loader, "model")];
+}
+
 // -- what both views share --------------------------------------------------------------------------------------------
 
 /** A widget that is told of runs: `fresh` clears what it shows of the last one, `show` brings it up to date. */
@@ -174,6 +219,24 @@ class Told {
     this.state = EMPTY;
     this.kept = ""; // the widget's value
     this.pending = 0;
+    this.own = el("div", { className: "status quiet own" });
+  }
+
+  begin() {
+    clearInterval(this.watch);
+    this.watch = setInterval(() => this.showOwn(), 400); // as the memory line does
+    this.showOwn();
+  }
+
+  end() {
+    clearInterval(this.watch);
+  }
+
+  /** What the model does where a widget says −1. */
+  showOwn() {
+    const values = Object.fromEntries((this.node.widgets ?? []).filter((/** @type {any} */ w) => !isLinked(this.node, w.name)).map((/** @type {any} */ w) => [w.name, w.value]));
+    say(this.own, ownText(values, modelOf(this.node)?.sampling));
+    this.own.hidden = !this.own.textContent;
   }
 
   get running() {
@@ -237,16 +300,16 @@ class View extends Told {
     this.status = el("div", { className: "status", role: "status" });
     this.play = el("button", { type: "button", textContent: "▶", title: "replay", "aria-label": "replay", onclick: () => this.toggle() });
     this.scrub = el("input", { type: "range", min: "1", value: "1", "aria-label": "look at the cache after row", oninput: () => this.setLook({ row: Number(this.scrub.value) - 1 }) });
-    this.moment = el("span", { className: "quiet" });
+    this.moment = el("span", { className: "quiet moment" });
     this.reroll = el("button", { type: "button", onclick: () => this.again(this.cut, 0, true) });
     this.keep = el("button", { type: "button", onclick: () => this.again(this.state.lines.length, this.state.lines.length) });
     this.goOn = el("button", { type: "button", textContent: "Continue", title: "draw the rest, as if it had not been stopped", onclick: () => this.again(this.state.lines.length, 0) });
     this.over = el("button", { type: "button", textContent: "Start over", title: "keep no rows: the next run draws the whole picture", onclick: () => this.startOver() });
-    this.note = el("span", { className: "quiet" });
-    this.head_ = el("div", { className: "row" }, this.modes.group, el("span", { className: "grow" }), this.layer, this.head);
+    this.note = el("span", { className: "quiet note" });
+    this.head_ = el("div", { className: "row wraps" }, this.modes.group, el("div", { className: "group" }, this.layer, this.head));
     this.time = el("div", { className: "row" }, this.play, this.scrub, this.moment);
     this.actions = el("div", { className: "row actions" }, this.reroll, this.keep, this.goOn, this.over, this.note);
-    this.root = host(this.head_, this.paper.box, this.status, this.time, this.actions);
+    this.root = host(this.own, this.head_, this.paper.box, this.status, this.time, this.actions);
     this.modes.set("Both");
     this.show();
   }
@@ -411,11 +474,12 @@ class View extends Told {
     const after = !!lines && !this.running;
     this.empty.hidden = !!state.run;
     this.head_.hidden = this.status.hidden = !state.run;
-    this.status.textContent = this.status.title = statusText(state);
+    say(this.status, statusText(state));
     this.paper.canvas.setAttribute("aria-label", `${statusText(state)}. Arrow keys choose a row to draw anew from.`);
     this.paper.canvas.classList.toggle("pick", after);
-    this.layer.hidden = !can.layers || !after;
-    this.head.hidden = !can.heads || !after;
+    this.layer.hidden = !can.layers;
+    this.head.hidden = !can.heads;
+    this.layer.parentElement.classList.toggle("later", !after);
     this.layer.value = String(look.layer);
     this.head.value = String(look.head);
     this.time.hidden = this.actions.hidden = !state.run && !keptRows(this.kept);
@@ -465,6 +529,7 @@ class View extends Told {
   }
 
   end() {
+    super.end();
     this.stop();
   }
 }
@@ -498,10 +563,10 @@ class Slider extends Told {
     this.back = el("button", { type: "button", textContent: "‹", "aria-label": "previous picture", onclick: () => this.turn(-1) });
     this.next = el("button", { type: "button", textContent: "›", "aria-label": "next picture", onclick: () => this.turn(1) });
     this.count = el("span", { className: "quiet" });
-    this.status = el("div", { className: "status grow", role: "status" });
+    this.status = el("div", { className: "status", role: "status" });
     this.empty = el("div", { className: "empty" }, "The same seeds twice: with the full cache on the left, with a few lines on the right.");
     this.paper.box.append(this.empty);
-    this.root = host(this.paper.box, el("div", { className: "row" }, this.status, this.back, this.count, this.next));
+    this.root = host(this.own, this.paper.box, el("div", { className: "row wraps" }, this.status, el("div", { className: "group" }, this.back, this.count, this.next)));
     this.show();
   }
 
@@ -554,7 +619,7 @@ class Slider extends Told {
     this.empty.hidden = !!this.state.run || length > 0;
     this.back.hidden = this.next.hidden = this.count.hidden = length < 2;
     this.count.textContent = `${this.number + 1}/${length}`;
-    this.status.textContent = this.status.title = statusText(this.state);
+    say(this.status, statusText(this.state));
     this.paper.redraw();
   }
 
@@ -583,40 +648,24 @@ class Slider extends Told {
     const { run } = this.state;
     ctx.font = "600 11px system-ui, sans-serif";
     ctx.textBaseline = "middle";
-    const label = (/** @type {string} */ text, /** @type {boolean} */ atRight) => {
-      const wide = ctx.measureText(text).width + 12;
-      const place = atRight ? box.x + box.width - wide - 6 : box.x + 6;
+    const words = ["full cache", run ? `${run.lines} of ${run.rows} lines` : "few lines"];
+    const [wide, wideRight] = words.map((text) => ctx.measureText(text).width + 12);
+    const label = (/** @type {string} */ text, /** @type {number} */ x, /** @type {number} */ y, /** @type {number} */ width) => {
       ctx.fillStyle = "rgb(0 0 0 / 0.6)";
-      ctx.fillRect(place, box.y + 6, wide, 18);
+      ctx.fillRect(x, y, width, 18);
       ctx.fillStyle = "#fff";
-      ctx.fillText(text, place + 6, box.y + 15.5);
+      ctx.fillText(text, x + 6, y + 9.5);
     };
-    if (this.at > 0.1) label("full cache", false);
-    if (this.at < 0.9) label(run ? `${run.lines} of ${run.rows} lines` : "few lines", true);
+    const below = wide + wideRight + 18 > box.width; // no room for both side by side
+    if (this.at > 0.1) label(words[0], box.x + 6, box.y + 6, wide);
+    if (this.at < 0.9) label(words[1], box.x + box.width - wideRight - 6, below ? box.y + box.height - 24 : box.y + 6, wideRight);
     ctx.strokeStyle = theme.border;
     ctx.strokeRect(box.x - 0.5, box.y - 0.5, box.width + 1, box.height + 1);
     this.paper.canvas.setAttribute("aria-valuenow", String(Math.round(this.at * 100)));
   }
-
-  end() {}
 }
 
 // -- Line Cache: the memory line --------------------------------------------------------------------------------------
-
-/** The node that an input comes from, through reroutes. @param {any} node @param {string} name */
-function origin(node, name) {
-  let input = node?.inputs?.find((/** @type {any} */ i) => i.name === name);
-  for (let hops = 0; input && hops < 20; hops++) {
-    const link = node.graph?.getLink?.(input.link) ?? node.graph?.links?.[input.link];
-    const from = link && node.graph.getNodeById(link.origin_id);
-    if (!from || from.type !== "Reroute") return from ?? null;
-    [node, input] = [from, from.inputs?.[0]];
-  }
-  return null;
-}
-
-/** Every node of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
-const everyNode = (graph) => (graph?.nodes ?? graph?._nodes ?? []).flatMap((/** @type {any} */ node) => [node, ...everyNode(node.subgraph)]);
 
 const FREE = { /** @type {number | null} */ bytes: null, asked: 0 };
 
@@ -636,7 +685,16 @@ class Memory {
     this.status = el("div", { className: "status" });
     this.fill = el("div", { className: "fill" });
     this.root = host(el("div", { className: "row memory" }, this.status), el("div", { className: "track" }, this.fill));
+    new ResizeObserver(() => this.fit()).observe(this.status);
     this.begin();
+  }
+
+  /** Room for as many lines as the text takes at the node's width. */
+  fit() {
+    const height = Math.max(24, this.status.offsetHeight) + 17; // what is around and below it
+    this.least = height + 20; // the margin that the canvas draws around it
+    this.root.style.setProperty("--least", `${height}px`);
+    app.canvas?.setDirty(true, true);
   }
 
   begin() {
@@ -650,7 +708,7 @@ class Memory {
   sizes() {
     const nodes = everyNode(app.rootGraph ?? app.graph);
     const user = nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type) && origin(n, "cache") === this.node) ?? nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type));
-    const loader = [origin(user, "model")].find((n) => n?.type === "LineAR_LoadModel") ?? nodes.find((n) => n.type === "LineAR_LoadModel");
+    const loader = [origin(user, "model")].find((n) => n?.type === LOADER) ?? nodes.find((n) => n.type === LOADER);
     const shape = known.models[widgetValue(loader, "model") ?? Object.keys(known.models)[0]];
     const preset = widgetValue(this.node, "preset");
     const own = (/** @type {string} */ name) => widgetValue(this.node, `preset.${name}`) ?? widgetValue(this.node, name);
@@ -684,7 +742,7 @@ class Memory {
       memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images);
     }
     if (this.status.textContent === memory.text) return;
-    this.status.textContent = memory.text;
+    say(this.status, memory.text);
     const sequences = sizes ? sizes.images * sizes.each : 0;
     this.status.title = sizes ? `${memory.text}. ${sequences} sequence${sequences > 1 ? "s" : ""}, guidance included. A larger batch is drawn in parts.` : memory.text;
     this.fill.style.width = `${(memory.share * 100).toFixed(1)}%`;
@@ -723,8 +781,8 @@ const widgetOf = (make, height, live) => (/** @type {any} */ node, /** @type {st
       view.kept = keptRows(value) ? String(value) : "";
       view.show();
     },
-    getMinHeight: () => height,
-    ...(live ? {} : { getMaxHeight: () => height }),
+    getMinHeight: () => Math.max(height, view.least ?? 0),
+    ...(live ? {} : { getMaxHeight: () => Math.max(height, view.least ?? 0) }),
   });
   widget.serialize = keeps;
   if (live) widget.linearView = view;
@@ -772,7 +830,7 @@ app.registerExtension({
 
   /** @param {any} _type @param {any} data */
   beforeRegisterNodeDef(_type, data) {
-    if (data.name === "LineAR_LoadModel") known.models = data.input?.required?.model?.[1]?.linear_ar ?? {};
+    if (data.name === LOADER) known.models = data.input?.required?.model?.[1]?.linear_ar ?? {};
     if (data.name === "LineAR_LineCache") known.presets = data.input?.optional?.memory?.[1]?.presets ?? {};
   },
 

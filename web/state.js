@@ -253,6 +253,20 @@ export function hoverText(state, cell, look = {}) {
   return `${name} · evicted after row ${gone + 1}${gone > row ? `, ${gone - row} ${gone - row > 1 ? "lines" : "line"} later` : ""}`;
 }
 
+/** What the model chooses where a widget says −1, as the nodes name it. */
+const OWN = ["guidance", "temperature", "top_k", "top_p"];
+
+/**
+ * "−1 is the model's own: guidance 3 · temperature 1 · top_k all · top_p 1", of those that are left to the model.
+ * @param {Record<string, unknown>} values  by widget  @param {Record<string, number> | undefined} own  undefined: not known
+ */
+export function ownText(values, own) {
+  const names = OWN.filter((name) => Number(values[name]) < 0);
+  if (!names.length) return "";
+  const each = names.map((name) => `${name} ${name === "top_k" && own?.[name] === 0 ? "all" : own?.[name]}`);
+  return `−1 is the model's own${own ? `: ${each.join(" · ")}` : ""}`;
+}
+
 // -- lines to keep ----------------------------------------------------------------------------------------------------
 
 /**

@@ -151,9 +151,13 @@ def _not_finite(name: str, dtype: torch.dtype, row: int, rows: int) -> str:
 
 def draw(logits: Tensor, number: int, images: int, sample: SamplePlan, noise: Noise) -> Tensor:
     """Sample image token `number` of each image from the logits of all sequences, (2 B) V if guided: int64 B."""
-    scores = apply_guidance(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
-    scores = filter_logits(scores, sample.top_k, sample.top_p, sample.temperature)
-    return sample_codes(scores, noise.exponential(number), sample.temperature)
+    return sample_codes(scores(logits, number, images, sample), noise.exponential(number), sample.temperature)
+
+
+def scores(logits: Tensor, number: int, images: int, sample: SamplePlan) -> Tensor:
+    """Guided logits of image token `number` of each image, -inf for codes that may not be drawn: B V."""
+    guided = apply_guidance(logits, images, sample.guidance) if sample.guides(number) else logits[:images]
+    return filter_logits(guided, sample.top_k, sample.top_p, sample.temperature)
 
 
 def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> Tensor:

@@ -20,6 +20,7 @@ SHAPE = ModelShape("tiny Janus", Janus, SIZES, Grid(4, 5), SamplePlan(guidance=5
 IMAGES = 2
 
 needs_transformers = pytest.mark.skipif(Transformers.missing("") != "", reason=Transformers.missing(""))
+pytestmark = pytest.mark.usefixtures("nothing_deprecated")
 
 
 def model_and_peer(scale: float = 1.0) -> tuple[Janus, Transformers]:
@@ -60,10 +61,12 @@ def test_transformers_loop_computes_what_one_pass_of_ours_does(monkeypatch):
 @torch.inference_mode()
 def test_a_few_tokens_are_timed_over_a_cache_for_the_whole_image():
     """Its weights are ours in the same memory, and each token reads as many slots as in a whole image."""
+    from linear_core.hf import CACHE_ARGUMENT
+
     model, peer = model_and_peer()
     llama, slots = peer.network.model.language_model, []
     llama.register_forward_pre_hook(
-        lambda _, args, given: slots.append(given["past_key_values"].layers[0].max_cache_len), with_kwargs=True
+        lambda _, args, given: slots.append(given[CACHE_ARGUMENT].layers[0].max_cache_len), with_kwargs=True
     )
     seconds = peer.seconds(3)
     assert len(seconds) == 3 and min(seconds) > 0

@@ -384,7 +384,10 @@ def read(path: Path) -> Any:
 def write(path: Path, content: Any) -> None:
     if path.suffix == ".safetensors":
         notes = NOTES if path.name == "mine.safetensors" else None
-        replace(path, save({name: tensor.contiguous() for name, tensor in content.items()}, notes))
+        try:
+            replace(path, save({name: tensor.contiguous() for name, tensor in content.items()}, notes))
+        except KeyError as error:  # before 0.7 it has no complex numbers
+            pytest.skip(f"this safetensors does not write {error}")
     else:
         path.unlink()
         torch.save(content, path)

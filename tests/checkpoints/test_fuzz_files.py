@@ -50,12 +50,12 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def either(load: Callable[[Path], object], path: Path) -> None:
     """A model, or a sentence. Any other exception fails the test."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         load(path)
     except UserError as error:
         assert str(error).isprintable()
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 SHAPES = st.lists(

@@ -29,9 +29,9 @@ from tests import tiny
 from tests.nodes.test_nodes import PACK, comfy, one, run, small  # noqa: F401 (fixtures)
 from tests.nodes.test_nodes import CachePlan as HostPlan
 
-ROWS, COLS = 10, 8
+ROWS, COLS = 7, 6
 LABELS = [1, 4, 1, 3, 0, 2, 2, 1]
-SEEDS = (0, 100, 2**40)
+SEEDS = (0, 2**40)
 ROUNDING = 5e-5
 PLANS = [
     CachePlan("full"),
@@ -172,24 +172,19 @@ def test_lines_that_are_fed_again(kind, plan, seed):
     not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler on the CPU"
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "plan, packs",
-    [(PLANS[1], False), (PLANS[3], False), (PLANS[4], False), (PLANS[3], True)],
-    ids=lambda x: f"{x.policy}-{x.storage}" if isinstance(x, HostPlan | CachePlan) else "packed" * x,
-)
-def test_a_compiled_step(plan, packs):
-    """By the real compiler: the codes of the eager one, for every seed; and its own again to the bit."""
+def test_a_compiled_step():
+    """By the real compiler, with packed matrices and 8 bits: the eager step's codes, and its own again to the bit."""
     torch._dynamo.reset()
-    model, prompt = MODELS["llamagen"]()
-    assert not packs or not packed.available() or packed.pack(model)
+    model, prompt, plan = tiny.llamagen(ROWS, COLS, layers=1), class_prompt(LABELS), PLANS[-1]
+    assert not packed.available() or packed.pack(model)
     compiled = torch.compile(model.step, dynamic=False)
     for seed in SEEDS:
-        _, _, codes, logits = reference("llamagen", plan, seed)
         sample = SamplePlan(seed, guidance=2.5)
-        found, theirs = draw(model, prompt(8), plan, sample, compiled, static=True)
+        codes, logits = draw(model, prompt, plan, sample, static=True)
+        found, theirs = draw(model, prompt, plan, sample, compiled, static=True)
         assert torch.equal(found, codes)
         close(plan, theirs, logits)
-        assert torch.equal(draw(model, prompt(8), plan, sample, compiled, static=True)[1], theirs)
+        assert torch.equal(draw(model, prompt, plan, sample, compiled, static=True)[1], theirs)
 
 
 @pytest.mark.parametrize("plan", [HostPlan("full"), HostPlan("fold", recent=1)], ids=lambda p: p.policy)

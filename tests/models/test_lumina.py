@@ -92,12 +92,15 @@ class Stub:
 def test_every_size_is_a_legal_grid(side: int) -> None:
     """For each size: rows of height/16 times width/16 codes and a line's end, and nothing else, whoever draws.
 
-    All lines but the last two are given, which is how so many sizes can be looked at.
+    Every fifth is drawn, the first and so the widest among them, and all lines but the last two are given, which is how
+    so many sizes can be looked at.
     """
     info = ModelInfo("x", lumina.FAMILY, None, Grid(1, 1, eol=99), (), SamplePlan(), 0, sizes=sizes(side))
-    for width, height in sizes(side):
+    for number, (width, height) in enumerate(sizes(side)):
         grid = info.with_size((width, height)).grid
-        assert (grid.rows * 16, grid.cols * 16) == (height, width)
+        assert (grid.rows * 16, grid.cols * 16, grid.eol) == (height, width, 99)
+        if number % 5:
+            continue
         stub = Stub(grid)
         prompt = replace(token_prompt([[1, 2, 3]]), grid=grid)
         above = torch.randint(Stub.codes, (1, grid.rows - 2, grid.cols), generator=stub.source)

@@ -142,7 +142,7 @@ def test_reroll_keep_and_going_on_downward_in_the_page(server, renderer, tmp_pat
     chromium, shots = Chromium(), os.environ.get("LINEAR_SHOTS", tmp_path)
     try:
         run = ("live.mjs", server.url, renderer, "--shots", shots)
-        status, lines, console = script(*run, chromium=chromium, seconds=300)
+        status, lines, console = script(*run, chromium=chromium, seconds=900)
     finally:
         chromium.close()
     assert status == 0, f"{lines[-1:]}; the page said: {console[-3000:]}"

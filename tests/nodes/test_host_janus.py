@@ -88,7 +88,7 @@ def test_mistakes_are_told(server: Server) -> None:
     without = twin("janus_text_to_image")
     (text,) = [node for node in without.values() if node["class_type"] == "LineAR_TextPrompt"]
     del text["inputs"]["model"]
-    with pytest.raises(AssertionError, match="reads texts by itself"):
+    with pytest.raises(AssertionError, match="read text themselves"):
         finish(server, without)
     wrong = twin("janus_text_to_image", model="landscapes (bundled)")
     _, end = finish(server, wrong)

@@ -100,7 +100,7 @@ def test_a_picture_cut_off(small, one):  # noqa: F811
         ({"keep_rows": 3, "view": "nonsense"}, "Start over"),
         ({"keep_rows": 3, "view": "1x2x8:" + "AAAA" * 10 + "AAA="}, "there are"),
         ({"keep_rows": ROWS, "tokens": "whole"}, f"at most {ROWS - 1}"),
-        ({"keep_rows": 2, "tokens": "foreign"}, "encode the picture"),
+        ({"keep_rows": 2, "tokens": "foreign"}, "encode the image"),
     ],
 )
 def test_rows_that_cannot_stay(one, inputs, named):  # noqa: F811
@@ -205,7 +205,7 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
 
 def test_a_kind_of_step_that_there_is_not(one, comfy, monkeypatch):  # noqa: F811
     monkeypatch.setenv(live.STEP, "compiled")
-    with pytest.raises(UserError, match="LINEAR_STEP: 'compiled' is no kind of step; write eager or graph"):
+    with pytest.raises(UserError, match="LINEAR_STEP: 'compiled' is unknown; set it to eager or graph"):
         run("Generate", cache=CachePlan(), seed=1, **one)
 
 
@@ -218,7 +218,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
 
     def paint(job):
         asked.append(job)
-        assert go.wait(10)
+        assert go.wait(60)
         return Image.new("RGB", (1, 1), (job, 0, 0))
 
     shown = []
@@ -227,7 +227,7 @@ def test_offers_are_dropped_while_a_picture_is_made():
     begun = time.perf_counter()
     assert painter.submit(1, 1)
     assert [painter.submit(number, number) for number in range(2, 50)] == [False] * 48
-    assert time.perf_counter() - begun < 1 and shown == []
+    assert time.perf_counter() - begun < 30 and shown == []
     go.set()
     assert painter.final(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
     assert not painter.thread.is_alive()

@@ -96,14 +96,14 @@ def test_texts_for_a_model_that_reads_them(comfy: Host) -> None:
 
 def test_mistakes_with_texts(comfy: Host) -> None:
     text = NODES["LineAR_TextPrompt"]
-    assert "reads texts by itself" in text.validate_inputs(text_encoder="none")
+    assert "for models that read text themselves" in text.validate_inputs(text_encoder="none")
     assert "flan-t5-xl" in text.validate_inputs(text_encoder="flan-t5-xl"), "it is not there"
     with pytest.raises(UserError, match="text: it is empty"):
         run("TextPrompt", text_encoder="none", text=" \n---\n", model=load())
     (bundled,) = run("LoadModel", model="landscapes (bundled)", tokenizer="automatic").result
     with pytest.raises(UserError, match="connect it to Class Prompt"):
         run("TextPrompt", text_encoder="none", text="a fox", model=bundled)
-    with pytest.raises(UserError, match="draws from texts"):
+    with pytest.raises(UserError, match="takes text, not classes"):
         run("ClassPrompt", model=load(), class_name="ocean day")
     (prompt,) = run("ClassPrompt", model=bundled, class_name="ocean day").result
     with pytest.raises(UserError, match="connect a Text Prompt"):

@@ -95,7 +95,7 @@ def test_several_classes_of_imagenet_in_one_batch(comfy: comfy_double.Host, monk
     (model,) = run("LoadModel", model="classes.safetensors", tokenizer=tokenizer).result
     (prompt,) = run("ClassPrompt", model=model, class_name="Cardigan", more_classes="cardigan\n 7 \ntench").result
     assert prompt.tokens[:, 0].tolist() == [264, 474, 7, 0]
-    with pytest.raises(UserError, match="small draws from texts"):
+    with pytest.raises(UserError, match="small takes text, not classes"):
         run("ClassPrompt", model=small(), class_name="tench")
     with pytest.raises(UserError, match="connect a Text Prompt"):
         run("Generate", model=small(), cache=CachePlan("full"), prompt=prompt)

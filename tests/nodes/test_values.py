@@ -79,7 +79,7 @@ def test_rows_handed_back_by_no_widget(objects):
     """`view` is read where rows are to stay, whatever it is."""
     settings = {**GRAPH["LineAR_Generate"], "keep_rows": 2}
     for view in (7, [1, 2, 3], "nonsense", {"a": 1}, "1x1:", "1x2x3:%%%"):
-        with pytest.raises(UserError, match="view: not what the widget writes"):
+        with pytest.raises(UserError, match="view: the rows kept on the node cannot be read"):
             NODES["LineAR_Generate"].execute(
                 **{name: linked(value, objects) for name, value in {**settings, "view": view}.items()}
             )

@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import constraints
 import dev
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10, where pytest brings it
-    import tomli as tomllib
-
 
 needs_links = pytest.mark.skipif(dev.WINDOWS, reason="Windows lets not everybody make symbolic links")
 
@@ -40,6 +35,17 @@ def comfyui(tmp_path):
     return folder
 
 
+@pytest.fixture
+def venv(tmp_path, monkeypatch):
+    """A .venv of its own in which nothing is installed."""
+    folder = tmp_path / ".venv"
+    monkeypatch.setattr(dev, "VENV", folder)
+    monkeypatch.setattr(dev, "installed", lambda python: {})
+    monkeypatch.setattr(dev, "answers", lambda host: False)
+    tree(dev.venv_python(folder))
+    return folder
+
+
 def tree(*files: Path):
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,18 +55,17 @@ def tree(*files: Path):
 # Setting up
 
 
-def test_dependency_groups_are_read_as_toml_reads_them():
-    text = (dev.ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert dev.dependency_groups(text) == tomllib.loads(text)["project"]["optional-dependencies"]
-
-
-def test_the_stamp_is_for_exactly_these_requirements(tmp_path):
-    stamp = tmp_path / "stamp.txt"
-    assert not dev.is_installed(stamp, ["a>=1"])
-    stamp.write_text(dev.fingerprint(["a>=1"]))
-    assert dev.is_installed(stamp, ["a>=1"])
-    assert not dev.is_installed(stamp, ["a>=2"])
-    assert not dev.is_installed(stamp, ["a>=1", "b"])
+def test_the_stamp_is_for_exactly_these_requirements_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr(constraints, "FOLDER", tmp_path)
+    stamp, main = tmp_path / "stamp.txt", tmp_path / "main.txt"
+    main.write_text("a==1\nb==1\n")
+    assert not dev.is_installed(stamp, ["a>=1"], "main")
+    stamp.write_text(dev.fingerprint(["a>=1"], "main"))
+    assert dev.is_installed(stamp, ["a>=1"], "main")
+    assert not dev.is_installed(stamp, ["a>=2"], "main")
+    assert not dev.is_installed(stamp, ["a>=1", "b"], "main")
+    main.write_text(main.read_text().replace("b==1", "b==2"))
+    assert not dev.is_installed(stamp, ["a>=1"], "main")
 
 
 @pytest.mark.parametrize(
@@ -80,45 +85,97 @@ def test_the_cpu_build_is_for_linux_without_a_gpu(system, nvidia, reachable, ind
     )
 
 
-def test_set_up_installs_once(tmp_path, monkeypatch, started):
-    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(dev, "installed_torch", lambda python: "")
-    monkeypatch.setattr(dev, "answers", lambda host: False)
-    tree(dev.venv_python(dev.VENV))
-
+def test_set_up_installs_once_and_exact_versions(venv, started):
     python = dev.set_up(["standalone", "dev"])
 
-    assert python == dev.venv_python(dev.VENV)
+    assert python == dev.venv_python(venv)
     assert all(command[:4] == [str(python), "-m", "pip", "install"] for command in started)
+    for command in started:
+        assert command[command.index("--constraint") + 1] == str(dev.ROOT / "constraints" / "main.txt")
     torch, standalone, tools = started
-    assert torch[-1].startswith("torch==")
-    assert not any(part.startswith("torch") for part in standalone + tools)
-    assert any(part.startswith("ruff==") for part in tools)
+    assert "torch==2.13.0" in torch
+    assert "torch==2.13.0" in standalone and "numpy>=1.26" in standalone  # torch once more, for what it needs
+    assert any(part.startswith("ruff>=") for part in tools)
 
     started.clear()
     dev.set_up(["standalone", "dev"])
     assert started == []
 
 
-def test_an_interrupted_set_up_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(dev, "installed_torch", lambda python: "2.13.0")
+def test_an_interrupted_set_up_goes_on_where_it_stopped(venv, monkeypatch):
     monkeypatch.setattr(dev, "run", lambda command, **rest: 1)
-    tree(dev.venv_python(dev.VENV))
-    with pytest.raises(SystemExit, match="Installing stopped"):
+    with pytest.raises(SystemExit, match=r"Installing stopped.*\n.*dev\.py update chooses versions anew"):
         dev.set_up(["standalone"])
-    assert not list(dev.VENV.glob("installed-*"))
+    with pytest.raises(SystemExit, match=r"Installing stopped.*\n.*try an older Python"):
+        dev.pip_install(Path("python"), ["numpy==1.26"], "--only-binary", ":all:")
+    assert not list(venv.glob("installed-*"))
 
 
-def test_a_torch_that_is_there_stays(monkeypatch, started):
-    monkeypatch.setattr(dev, "installed_torch", lambda python: "2.14.0+rocm")
-    dev.install_torch(Path("python"), "torch==2.13.0", None)
-    assert started == []
+def test_where_pip_fails_quietly_it_says_why_aloud(venv, monkeypatch):
+    ran = []
+    monkeypatch.setattr(dev, "run", lambda command: ran.append(command) or 1)
+    assert dev.pip(Path("python"), ["a"], "--quiet") == 1
+    assert [command[4:] for command in ran] == [
+        ["--disable-pip-version-check", "--quiet", "a"],
+        ["--disable-pip-version-check", "a"],
+    ]
 
 
-def test_installed_torch_asks_the_interpreter():
-    known = [found.version for found in importlib.metadata.distributions(name="torch")]
-    assert dev.installed_torch(Path(sys.executable)) == (known or [""])[0]
+@pytest.mark.parametrize(("present", "stays"), [("2.14.0+rocm", True), ("2.13.0+cpu", False), ("2.13.0", False)])
+def test_a_torch_that_is_there_stays(present, stays, venv, monkeypatch, started):
+    """pip would replace another version if it were named; with the right one it looks after what that needs."""
+    monkeypatch.setattr(dev, "installed", lambda python: {"torch": present})
+    dev.install(dev.venv_python(venv), ["torch==2.13.0", "numpy"], None)
+    assert [command[-2:] for command in started] == [["--quiet", "numpy"] if stays else ["torch==2.13.0", "numpy"]]
+
+
+def test_installed_asks_the_interpreter():
+    known = {constraints.normal(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()}
+    assert dev.installed(Path(sys.executable)) == known
+
+
+def test_an_environment_that_is_made_anew_leaves_the_others_in_its_folder_alone(tmp_path, started):
+    dev.make_environment(tmp_path)
+    tree(tmp_path / "pyvenv.cfg")
+    dev.make_environment(tmp_path)
+    assert [command[1:] for command in started] == [
+        ["-m", "venv", str(tmp_path)],
+        ["-m", "venv", "--clear", str(tmp_path)],
+    ]
+
+
+def test_what_pip_installs_without_a_version_is_named(venv, monkeypatch, started, capsys):
+    found = [{"mine": "1"}, {"mine": "1", "torch": "2"}, {"mine": "1", "torch": "2", "numpy": "2", "new-one": "3"}]
+    monkeypatch.setattr(dev, "installed", lambda python: found.pop(0))
+    dev.set_up(["standalone"])
+    said = capsys.readouterr().out
+    assert "constraints/main.txt has no version of new-one, so" in said and "mine" not in said
+
+
+@pytest.mark.parametrize(("which", "numpy"), [("newest", "numpy>=1.26"), ("oldest", "numpy==1.26")])
+def test_both_ends_of_what_is_supported_get_an_environment_and_a_row(which, numpy, venv, monkeypatch, started, capsys):
+    monkeypatch.setattr(dev, "browser_parts", lambda python: [])
+    monkeypatch.setattr(dev, "registry_missing", lambda: "")
+    python = str(dev.venv_python(venv / which))
+    assert dev.main(["test", f"--{which}"]) == 0
+    made, torch, others, tested = started
+    assert made[-1] == str(venv / which)
+    assert "torch==2.13.0" in torch and numpy in others and "--constraint" not in others
+    assert ("--upgrade" in others) == (which == "newest")
+    assert tested == dev.pytest(python, "--record")
+    assert capsys.readouterr().out.split("== summary")[1].split()[:2] == ["pytest", "passed"]
+
+    dev.main(["test", f"--{which}", "-k", "grid"])  # no row for a part, unless it is asked for
+    assert started[-1] == dev.pytest(python, "-k", "grid")
+    with pytest.raises(SystemExit):
+        dev.main(["test", "--newest", "--oldest"])
+
+
+def test_update_resolves_with_a_pip_of_its_own(venv, started):
+    assert dev.main(["update"]) == 0
+    made, pip, resolved = started
+    assert made[-1] == str(venv / "update") and pip[-1] == dev.UPDATE_PIP
+    assert resolved == [str(dev.venv_python(venv / "update")), str(dev.ROOT / "constraints" / "update.py")]
 
 
 # The commands
@@ -142,7 +199,7 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     monkeypatch.setattr(dev, "run", fail_the_linter)
     monkeypatch.setattr(dev.shutil, "which", lambda name: None)
     assert dev.main(["test", "-k", "one or two"]) == 1
-    assert ran[-1] == [Path("python"), "-m", "pytest", "-k", "one or two"]
+    assert ran[-1] == dev.pytest(Path("python"), "-k", "one or two")
     summary = capsys.readouterr().out.split("== summary")[1]
     assert "ruff check   failed" in summary
     assert "ruff format  passed" in summary
@@ -153,13 +210,28 @@ def test_test_runs_every_check_and_fails_with_any(monkeypatch, capsys):
     assert "registry     not run: no network" in summary
 
 
-def test_the_share_of_the_core_that_tests_reach_is_asked_of_all_of_them():
-    def command(*extra):
-        return dev.checks(Path("python"), list(extra), None, [])[-1][1][3:]
+def test_the_share_of_the_core_that_tests_reach_is_asked_of_all_of_them(monkeypatch):
+    def command(*extra, quick=False):
+        return dev.checks(Path("python"), list(extra), None, [], quick)[-1][1][3:]
 
-    assert command() == ["--cov"]
-    assert command("--record") == ["--cov", "--record"]
-    assert command("-k", "fold") == ["-k", "fold"]
+    monkeypatch.delenv("COMFYUI_DIR", raising=False)
+    workers = ["-n", "auto", "--dist", "worksteal"]
+    assert command() == [*workers, "--cov"]
+    assert command("--record") == [*workers, "--cov", "--record"]
+    assert command("-k", "fold") == [*workers, "-k", "fold"]
+    assert command(quick=True) == [*workers, "--quick"]
+    monkeypatch.setenv("COMFYUI_DIR", "somewhere")
+    assert command("-m", "host") == ["-m", "host"], "one ComfyUI after the other"
+
+
+def test_a_quick_run_leaves_out_what_takes_long_and_says_so(monkeypatch, capsys, started):
+    monkeypatch.setattr(dev, "set_up", lambda groups, index=None: Path("python"))
+    monkeypatch.setattr(dev, "registry_missing", lambda: pytest.fail("350 MB for a run of a minute"))
+    assert dev.main(["test", "--quick"]) == 0
+    assert not [command for command in started if "mypy" in command or "install" in command]
+    summary = capsys.readouterr().out
+    for name in ("mypy", "browser", "registry"):
+        assert f"{name:12} not run: --quick" in summary
 
 
 def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypatch):
@@ -171,8 +243,9 @@ def test_the_browser_tests_get_their_parts_where_chromium_and_node_are(monkeypat
     folder = dev.VENV / "browser"
     assert set(parts) == {
         folder / "node_modules" / "playwright-core",
-        *(folder / f"frontend-{version}" for version in dev.FRONTENDS),
+        *(folder / f"frontend-{version}" for version in dev.frontends()),
     }
+    assert len(dev.frontends()) == 2
     for program in sorted(present):
         present.discard(program)
         assert dev.browser_parts(Path("python")) == []
@@ -196,7 +269,8 @@ def test_the_registrys_tools_get_an_environment_of_their_own_once(tmp_path, monk
     made, installed = started
     assert made[1:3] == ["-m", "venv"] and made[-1] == str(dev.REGISTRY)
     assert installed[0] == str(dev.venv_python(dev.REGISTRY))
-    assert [part.split("==")[0] for part in installed[-2:]] == ["comfy-cli", "comfy-test"]
+    assert [constraints.normal(part) for part in installed[-2:]] == ["comfy-cli", "comfy-test"]
+    assert installed[-4:-2] == ["--constraint", str(dev.ROOT / "constraints" / "registry.txt")]
 
     started.clear()
     assert dev.registry_missing() == ""

@@ -59,6 +59,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "loop.__init__": (set(), set()),
     "loop.memory": ({"grid", "plan"}, set()),
     "loop.sampling": (set(), TENSORS),
+    "loop.threads": (set(), TENSORS),
     "loop.graph": (set(), TENSORS),
     "loop.generate": (
         {
@@ -75,6 +76,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
         {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "policies", "loop.generate"},
@@ -208,7 +210,8 @@ def test_the_table_itself_lets_nothing_through(row):
     """No row names ComfyUI or the nodes, none but those for people the loop, and rows of numbers name no torch."""
     ours, theirs = TABLE[row]
     assert not theirs & COMFY
-    if row not in ("__main__", "hf", "loop.micro_batches"):  # hf ends lines as the loop does, waves draws with it
+    # hf and forced end lines as the loop does, micro-batches are drawn with it
+    if row not in ("__main__", "hf", "loop.forced", "loop.micro_batches"):
         assert not fits("loop.generate", ours)
     if not row.startswith(("__main__", "checkpoints.")):
         assert not fits("checkpoints.library", ours)

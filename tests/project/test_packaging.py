@@ -55,11 +55,32 @@ def test_nothing_that_comfyui_brings_is_asked_for():
 
 def test_the_archive_has_the_pack_and_nothing_else():
     files = shipped()
-    assert not [path for path in files if path.startswith(("tests/", "training/", "bench/", ".")) or path == "dev.py"]
+    tools = ("tests/", "training/", "bench/", "constraints/", "dev.py", ".")
+    assert not [path for path in files if path.startswith(tools)]
     for needed in ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
         assert needed in files
     for folder in ("linear_core/assets/", "nodes/", "web/", "workflows/"):
         assert any(path.startswith(folder) for path in files), f"{folder} is missing"
+
+
+def test_links_between_pages_lead_somewhere():
+    """Every relative link in our Markdown names a file that exists, and a heading in it where it names one.
+
+    The changelog may link to files that a later version has moved.
+    """
+    lost = []
+    for page in (path for path in ours() if path.endswith(".md") and not path.startswith(("tests/", "CHANGELOG"))):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+            name, _, heading = link.partition("#")
+            target = (ROOT / page).parent / name if name else ROOT / page
+            slugs = []
+            if heading and target.is_file():
+                heads = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+                slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            if not target.exists() or (heading and heading not in slugs):
+                lost.append(f"{page}: {link}")
+    assert lost == []
 
 
 def test_no_large_files():

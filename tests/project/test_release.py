@@ -11,8 +11,9 @@ from tests import release, versions
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git was not found")
 ROW = {
-    "comfyui": "", "system": "Linux", "python": "3.11.7", "torch": "2.13.0", "transformers": "4.57.6", "frontend": "",
-    "tests": "all", "passed": 3, "skipped": 2, "failed": 0, "date": "2026-11-21", "commit": "",
+    "comfyui": "", "system": "Linux", "python": "3.11.7", "packages": "pinned", "torch": "2.13.0",
+    "transformers": "4.57.6", "frontend": "", "tests": "all", "passed": 3, "skipped": 2,
+    "failed": 0, "date": "2026-11-21", "commit": "",
 }  # fmt: skip
 
 
@@ -22,12 +23,12 @@ def pack(tmp_path, monkeypatch):
     for module in (versions, release):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(versions, "RECORD", tmp_path / "tests" / "versions.json")
-    monkeypatch.setattr(versions, "README", tmp_path / "README.md")
+    monkeypatch.setattr(versions, "PAGE", tmp_path / "docs" / "compatibility.md")
     monkeypatch.setattr(release, "ARCHIVE", ("-c", "print('2 passed')"))
     files = {
         "pyproject.toml": 'version = "0.2.0"\nrequires-comfyui = ">=0.14.0"\n',
         "CHANGELOG.md": "# Changelog\n\n## [Unreleased]\n\n## [0.2.0] - 2026-12-01\n\n## [0.1.0] - 2026-11-21\n",
-        "README.md": f"{versions.OPEN}\n{versions.CLOSE}\n",
+        "docs/compatibility.md": f"{versions.OPEN}\n{versions.CLOSE}\n",
         "linear_core/grid.py": "",
         "tests/fixtures/golden/0.2.0/workflows/first_image.json": "{}",
     }
@@ -97,7 +98,10 @@ def test_when_all_is_done_it_says_how_to_go_on(pack, capsys):
             "CHANGELOG.md", "[Unreleased]\n", "[Unreleased]\n\n- a node\n", "no change is left without a version",
             "belong to no version",
         ),
-        ("README.md", "3.11.7", "3.14.0", "README's table is up to date", "tests/versions.py writes it"),
+        (
+            "docs/compatibility.md", "3.11.7", "3.14.0", "docs/compatibility.md is up to date",
+            "tests/versions.py writes it",
+        ),
     ],
 )  # fmt: skip
 def test_one_thing_is_left(file, old, new, line, why, pack, capsys):

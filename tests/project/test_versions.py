@@ -1,4 +1,4 @@
-"""The README's table of what was tested where: what a run writes, and that the table is what the record says."""
+"""The table of what was tested where: what a run writes, and that the table is what the record says."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import pytest
 from tests import versions
 
 ROW = {
-    "comfyui": "", "system": "Linux", "python": "3.11.7", "torch": "2.13.0", "transformers": "4.57.6", "frontend": "",
-    "tests": "all", "passed": 3, "skipped": 2, "failed": 1, "date": "2026-11-21", "commit": "abc",
+    "comfyui": "", "system": "Linux", "python": "3.11.7", "packages": "pinned", "torch": "2.13.0",
+    "transformers": "4.57.6", "frontend": "", "tests": "all", "passed": 3, "skipped": 2,
+    "failed": 1, "date": "2026-11-21", "commit": "abc",
 }  # fmt: skip
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A record and a README of their own, and no ComfyUI."""
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# before\n{versions.OPEN}\nold\n{versions.CLOSE}\nafter\n", encoding="utf-8")
+    """A record and a page of their own, and no ComfyUI."""
+    page = tmp_path / "compatibility.md"
+    page.write_text(f"# before\n{versions.OPEN}\nold\n{versions.CLOSE}\nafter\n", encoding="utf-8")
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     monkeypatch.setattr(versions, "RECORD", tmp_path / "versions.json")
-    monkeypatch.setattr(versions, "README", readme)
+    monkeypatch.setattr(versions, "PAGE", page)
     monkeypatch.delenv("COMFYUI_DIR", raising=False)
-    return readme
+    return page
 
 
 def session(keyword="", markexpr="", source="TESTPATHS", record=True):
@@ -38,9 +39,9 @@ def reporter(**stats):
     return SimpleNamespace(stats=stats, write_line=lambda text: None)
 
 
-def test_the_readme_has_the_table_of_what_was_recorded():
-    readme = versions.README.read_text(encoding="utf-8")
-    assert readme == versions.with_table(readme, versions.rows()), "python tests/versions.py writes it"
+def test_the_page_has_the_table_of_what_was_recorded():
+    page = versions.PAGE.read_text(encoding="utf-8")
+    assert page == versions.with_table(page, versions.rows()), "python tests/versions.py writes it"
 
 
 def test_a_run_writes_one_row_and_the_table(files):
@@ -52,7 +53,7 @@ def test_a_run_writes_one_row_and_the_table(files):
     assert (row["tests"], row["passed"], row["skipped"], row["failed"]) == ("all", 2, 1, 2)
     text = files.read_text(encoding="utf-8")
     assert text.startswith("# before\n") and text.endswith(f"{versions.CLOSE}\nafter\n") and "old" not in text
-    assert f"| {row['python']} | {row['torch'] or '—'} |" in text
+    assert f"| {row['python']} | {row['packages'] or '—'} | {row['torch'] or '—'} |" in text
 
 
 @pytest.mark.parametrize(("status", "record"), [(2, True), (3, True), (5, True), (0, False)])
@@ -62,11 +63,21 @@ def test_a_run_that_was_broken_off_or_not_to_be_recorded_writes_nothing(files, s
 
 
 def test_a_newer_row_replaces_that_of_the_same_environment_only(files):
-    for change in ({}, {"python": "3.9.1"}, {"comfyui": "0.33.0"}, {"passed": 4, "date": "2026-12-01"}):
+    again = {"passed": 4, "date": "2026-12-01"}
+    for change in ({}, {"python": "3.9.1"}, {"comfyui": "0.33.0"}, {"packages": "oldest"}, again):
         versions.add({**ROW, **change})
-    assert [(row["python"], row["comfyui"], row["passed"]) for row in versions.rows()] == [
-        ("3.9.1", "", 3), ("3.11.7", "", 4), ("3.11.7", "0.33.0", 3),
+    assert [(row["python"], row["packages"], row["comfyui"], row["passed"]) for row in versions.rows()] == [
+        ("3.9.1", "pinned", "", 3), ("3.11.7", "oldest", "", 3), ("3.11.7", "pinned", "", 4),
+        ("3.11.7", "pinned", "0.33.0", 3),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prefix", "packages"),
+    [(".venv", "pinned"), (".venv/newest", "newest"), (".venv/oldest", "oldest"), ("venv", ""), (".", "")],
+)
+def test_a_row_says_which_of_our_environments_it_is_of(files, prefix, packages):
+    assert versions.packages(str(versions.ROOT / prefix)) == packages
 
 
 @pytest.mark.parametrize(
@@ -87,7 +98,10 @@ def test_the_table_says_what_has_not_run():
         [ROW, {**ROW, "python": "3.10.1", "tests": "in part"}]
     )
     assert "Not run" not in versions.table([{**ROW, "python": f"{v}.1"} for v in versions.PYTHONS])
-    assert "| 3.11.7 | 2.13.0 | 4.57.6 | — | — | Linux | all | 3 | 2 | 1 | 2026-11-21, abc |" in versions.table([ROW])
+    assert (
+        "| 3.11.7 | pinned | 2.13.0 | 4.57.6 | — | — | Linux | all | 3 | 2 | 1 | 2026-11-21, abc |"
+        in versions.table([ROW])
+    )
 
 
 def test_in_a_comfyui_its_own_versions_count(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ class Paper {
   fillRect(...box) { this.asked.push({ fill: this.fillStyle, box }); }
   strokeRect(...box) { this.asked.push({ stroke: this.strokeStyle, box }); }
   drawImage(...args) { this.asked.push({ image: args }); }
-  fillText(text) { this.asked.push({ text }); }
+  fillText(text, x) { this.asked.push({ text, x }); }
   measureText(text) { return { width: text.length * 5 }; }
   beginPath() {}
   moveTo() {}
@@ -109,6 +109,20 @@ test("bars say how much of each line is left", () => {
   const bars = paper.asked.filter((a) => a.fill && a.box[0] === box.x + box.width + 4 && a.box[2] > 1.2).map((a) => a.box[2]);
   assert.equal(bars.length, 2);
   assert.ok(Math.abs(bars[0] - 2 * bars[1]) < 1e-9);
+});
+
+test("the legend stays on the paper, below the grid where there is room", () => {
+  const words = (width, height) => {
+    const paper = new Paper();
+    draw(paper, { at: layout(width, height, run), theme, mode: "kept", held: new Uint8Array(16), done: 4, drawn: 4, running: false, picture: null });
+    return paper.asked.filter((a) => a.text);
+  };
+  for (const [width, height] of [[190, 200], [160, 200], [190, 80], [400, 120], [300, 300]]) {
+    const [evicted, held] = words(width, height);
+    assert.ok(evicted.x >= 0 && held.x + 5 * held.text.length <= width, JSON.stringify([width, height, evicted, held]));
+    assert.ok(held.x - evicted.x >= 5 * evicted.text.length + 12 + 16, "the ramp is between them");
+  }
+  assert.equal(words(400, 300)[0].x, layout(400, 300, run).boxes[0].x);
 });
 
 test("hover and the cut are drawn on top", () => {

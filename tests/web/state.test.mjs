@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptText, memoryText, picturesThatFit, reduce, replay, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptText, memoryText, ownText, picturesThatFit, reduce, replay, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -113,6 +113,16 @@ test("a new run, and news of an old one", () => {
   assert.ok(replay([started, first, { ...finished, rows: 2 }]).stopped);
   assert.equal(reduce(EMPTY, { kind: "stopped" }), EMPTY);
   assert.equal(reduce(state, { kind: "from a later version" }), state);
+});
+
+test("what −1 stands for: the model's own, of those that are left to it", () => {
+  const own = { guidance: 7.5, temperature: 1, top_k: 0, top_p: 0.9 };
+  const left = { seed: 3, guidance: -1, temperature: -1, top_k: -1, top_p: -1, guidance_interval: -1 };
+  assert.equal(ownText(left, own), "−1 is the model's own: guidance 7.5 · temperature 1 · top_k all · top_p 0.9");
+  assert.equal(ownText({ ...left, guidance: 0, top_p: 1 }, { ...own, top_k: 2000 }), "−1 is the model's own: temperature 1 · top_k 2000");
+  assert.equal(ownText(left, undefined), "−1 is the model's own");
+  assert.equal(ownText({ guidance: 4, guidance_interval: -1 }, own), "");
+  assert.equal(ownText({}, undefined), "");
 });
 
 test("lines to keep travel as text", () => {

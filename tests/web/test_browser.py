@@ -18,7 +18,7 @@ import dev
 from tests.web.browser.chromium import Chromium, missing, page_of, replaying, script
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 240  # a run takes 12 on a quiet machine
+SECONDS = 600  # a run takes 30 on a quiet machine
 needs_aiohttp = pytest.mark.skipif(not importlib.util.find_spec("aiohttp"), reason="aiohttp is not installed")
 
 
@@ -34,7 +34,7 @@ def chromium():
 @pytest.mark.browser
 @pytest.mark.skipif(bool(missing()), reason=missing() or "never")
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
-@pytest.mark.parametrize("version", dev.FRONTENDS)
+@pytest.mark.parametrize("version", dev.frontends())
 def test_the_widgets_in_the_page(version, renderer, chromium, tmp_path):
     """tests/web/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
     if not (page_of(version) / "index.html").is_file():
@@ -48,7 +48,7 @@ def test_the_widgets_in_the_page(version, renderer, chromium, tmp_path):
     last = checks[-1] if checks else "nothing"
     assert status != 124, f"ended after {SECONDS} s in {last}; the page said: {console[-3000:]}"
     passed = [check for check in checks if check.get("ok")]
-    assert status == 0 and len(passed) >= 13, f"{last}; the page said: {console[-3000:]}"
+    assert status == 0 and len(passed) >= 15, f"{last}; the page said: {console[-3000:]}"
 
 
 @needs_aiohttp
@@ -58,8 +58,12 @@ def test_a_script_that_hangs_is_ended_with_its_browser(chromium, tmp_path):
     """And the next one finds a new browser."""
     hangs = tmp_path / "hangs.mjs"
     hangs.write_text("console.log('begun'); console.error('said'); setInterval(() => {}, 1000);", encoding="utf-8")
-    before = chromium.endpoint
-    assert script(hangs, chromium=chromium, seconds=2) == (124, ["begun"], "said\n")
+    for seconds in (2, 60):  # a busy machine may not have begun by then
+        before = chromium.endpoint
+        status, lines, console = script(hangs, chromium=chromium, seconds=seconds)
+        if lines and console:
+            break
+    assert (status, lines, console) == (124, ["begun"], "said\n")
     assert chromium.process is None
     assert chromium.endpoint != before
 
@@ -80,7 +84,7 @@ def test_the_host_knows_a_page_that_was_loaded_again(tmp_path):
             await asyncio.sleep(0.1)
             prompt = {"1": {"class_type": "LineAR_Generate", "inputs": {}}}
             await page.post(server.make_url("/prompt"), json={"prompt": prompt, "client_id": "page"})
-            while (message := await new.receive_json(timeout=5))["type"] != "execution_start":
+            while (message := await new.receive_json(timeout=60))["type"] != "execution_start":
                 pass
             return message["data"]["prompt_id"]
 

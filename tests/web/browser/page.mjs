@@ -3,6 +3,8 @@
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 
+const WAIT = 90000; // for what has to come; the machine may be busy with other things
+
 const { chromium } = createRequire(pathToFileURL(`${process.env.PLAYWRIGHT}/x.js`))("playwright-core");
 
 /** A page of `url` with nothing of earlier ones. Its console goes to stderr; `problems` are those that name this pack.
@@ -17,7 +19,7 @@ export async function openPage(url, { vue = true, theme = "dark", width = 1280, 
   const browser = await chromium.connectOverCDP(process.env.ENDPOINT);
   const context = await browser.newContext({ viewport: { width, height } });
   const page = await context.newPage();
-  page.setDefaultTimeout(40000);
+  page.setDefaultTimeout(WAIT);
   const problems = [];
   const ours = (text) => /linear|line_cache|ar-line-cache/i.test(text);
   const noted = (text, where) => {
@@ -74,8 +76,8 @@ export async function openPage(url, { vue = true, theme = "dark", width = 1280, 
       };
       const slot = (node, name) => node.inputs.findIndex((i) => i.name === name);
       const loader = make("LineAR_LoadModel", 90, 70, [300, 120]);
-      const cache = make("LineAR_LineCache", 90, 300, [300, 130]);
-      const prompt = make("LineAR_ClassPrompt", 90, 500, [300, 180]);
+      const cache = (window.cache = make("LineAR_LineCache", 90, 300, [300, 130]));
+      const prompt = make("LineAR_ClassPrompt", 90, 560, [300, 180]);
       const node = make(last, 430, 70, [440, 700]);
       loader.connect(0, node, slot(node, "model"));
       cache.connect(0, node, slot(node, "cache"));
@@ -95,6 +97,70 @@ export async function openPage(url, { vue = true, theme = "dark", width = 1280, 
     }, last);
     await placed();
   }
+
+  /** Give a node (the name of a global) another width, as a user does; the page may keep it from getting too narrow.
+   * @param {number} width @param {string} [name] */
+  async function widen(width, name = "node") {
+    if (vue) {
+      const node = `[data-node-id="${await page.evaluate((name) => window[name].id, name)}"]`;
+      const [box, corner] = await Promise.all([node, `${node} [aria-label="Resize from bottom-right corner"]`].map((place) => page.locator(place).boundingBox()));
+      const [x, y] = [corner.x + corner.width / 2, corner.y + corner.height / 2];
+      await page.mouse.move(x, y);
+      await page.mouse.down();
+      await page.mouse.move(x + width - box.width, y, { steps: 4 });
+      await page.mouse.up();
+    } else {
+      await page.evaluate(([name, width]) => {
+        const node = window[name];
+        node.setSize([width, node.computeSize()[1]]);
+        window.app.canvas.setDirty(true, true);
+      }, [name, width]);
+    }
+    await painted();
+    await placed();
+  }
+
+  /** What of our widgets cannot be read or pressed: text that is cut, what sticks out, what lies over something else. */
+  const faults = () => page.evaluate(() => {
+    const found = [];
+    const rect = (thing) => thing.getBoundingClientRect();
+    const inside = (a, b, by = 1) => a.left >= b.left - by && a.right <= b.right + by && a.top >= b.top - by && a.bottom <= b.bottom + by;
+    const ink = document.createElement("canvas").getContext("2d");
+    const { app } = window;
+    /** Of the whole node on the screen. */
+    function frame(host) {
+      const element = host.closest("[data-node-id]");
+      if (element) return rect(element);
+      const node = (app.graph.nodes ?? app.graph._nodes).find((n) => n.widgets?.some((w) => w.element === host));
+      const { ds, canvas } = app.canvas;
+      const [left, top] = [0, 1].map((i) => (node.pos[i] + ds.offset[i]) * ds.scale + [rect(canvas).left, rect(canvas).top][i]);
+      return { left, top, right: left + node.size[0] * ds.scale, bottom: top + node.size[1] * ds.scale };
+    }
+    for (const host of document.querySelectorAll("div")) {
+      if (!host.shadowRoot?.querySelector(".status") || !host.checkVisibility()) continue;
+      if (!inside(rect(host), frame(host))) found.push("the widget sticks out of its node");
+      const all = [...host.shadowRoot.querySelectorAll("button, select, input, canvas, .status, .quiet, .track")];
+      const shown = all.filter((e) => e.checkVisibility({ visibilityProperty: true }) && rect(e).width);
+      const name = (e) => e.textContent.slice(0, 60) || e.getAttribute("aria-label") || e.className;
+      for (const each of shown) {
+        const room = [host, each, each.closest(".modes") ?? each].map(rect);
+        const text = document.createRange();
+        text.selectNodeContents(each);
+        const parts = each.matches("select") ? [rect(each)] : [rect(each), ...text.getClientRects()];
+        if (!parts.every((part) => room.every((place) => inside(part, place)))) found.push(`cut off: ${name(each)}`);
+        if (each.matches("select")) {
+          ink.font = getComputedStyle(each).font;
+          if (ink.measureText(each.selectedOptions[0].text).width + 20 > each.clientWidth) found.push(`cut off: ${each.selectedOptions[0].text}`);
+        }
+      }
+      shown.forEach((a, i) => shown.slice(i + 1).forEach((b) => {
+        const [p, q] = [rect(a), rect(b)];
+        const over = Math.min(p.right - q.left, q.right - p.left, p.bottom - q.top, q.bottom - p.top);
+        if (over > 1) found.push(`${name(a)} and ${name(b)} overlap by ${over.toFixed(1)}`);
+      }));
+    }
+    return found;
+  });
 
   /** How many different colours the widget's canvas shows, and the mean of its grid. */
   const colours = () => page.locator("canvas[role=img]").evaluate((c) => {
@@ -121,17 +187,17 @@ export async function openPage(url, { vue = true, theme = "dark", width = 1280, 
   }
   const end = async () => (await page.waitForFunction(() => window.ended)).jsonValue();
 
-  return { page, problems, post, load, clear, build, colours, painted, placed, says, listen, queue, end, close: () => context.close() };
+  return { page, problems, post, load, clear, build, widen, faults, colours, painted, placed, says, listen, queue, end, close: () => context.close() };
 }
 
 /** Read again and again until `good` says yes of what was read; returns that.
  * @template T @param {() => Promise<T>} read @param {(value: T) => boolean} good @param {string} what @param {() => Promise<any>} [pause] */
 export async function until(read, good, what, pause = () => new Promise((done) => setTimeout(done, 30))) {
-  const last = Date.now() + 40000;
+  const last = Date.now() + WAIT;
   for (;;) {
     const value = await read();
     if (good(value)) return value;
-    if (Date.now() > last) throw new Error(`waited 40 s: ${what}; last was ${JSON.stringify(value)}`);
+    if (Date.now() > last) throw new Error(`waited ${WAIT / 1000} s: ${what}; last was ${JSON.stringify(value)}`);
     await pause();
   }
 }

@@ -20,8 +20,8 @@ from tests.web.browser.chromium import Chromium, page_of, replaying, script  # n
 def main() -> None:
     chromium = Chromium()
     try:
-        with replaying(page_of(dev.FRONTENDS[0])) as url, tempfile.TemporaryDirectory() as folder:
-            status, _, console = script("capture.mjs", url, folder, chromium=chromium, seconds=300)
+        with replaying(page_of(dev.frontends()[0])) as url, tempfile.TemporaryDirectory() as folder:
+            status, _, console = script("capture.mjs", url, folder, chromium=chromium, seconds=600)
             if status:
                 raise SystemExit(console)
             docs = ROOT / "docs"

@@ -6,12 +6,22 @@ import { checks, openPage, until } from "./page.mjs";
 const [url, renderer, ...more] = process.argv.slice(2);
 const option = (name, otherwise) => (more.includes(name) ? more[more.indexOf(name) + 1] : otherwise);
 const shots = option("--shots", "");
-const { page, problems, post, load, build, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark") });
+const { page, problems, post, load, build, widen, faults, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark") });
 const { check, shot } = checks(page, painted, shots && ((name) => `${shots}/${name}-${renderer}.png`));
 
 const text = (selector) => page.locator(selector).first().innerText();
 const canvas = page.locator("canvas[role=img]");
 const status = page.locator(".status[role=status]").first();
+
+/** At each of these widths of a node nothing of our widgets may be cut off or covered. Nodes 2.0 makes 225 of 220. */
+const WIDTHS = renderer === "vue" ? [220, 300, 340, 440] : [210, 220, 300, 340, 440];
+async function fits(name, nodes = ["node"]) {
+  for (const width of WIDTHS) {
+    for (const node of nodes) await widen(width, node);
+    await until(async () => (await painted(), await faults()), (found) => !found.length, `${name}: all is to be seen at ${width} pixels`);
+    await shot(`${name}-${width}`);
+  }
+}
 
 /** Pictures that the page itself shows on the node, beside our widget. */
 const second = () => page.evaluate(() => document.querySelectorAll(`[data-node-id="${window.node.id}"] img`).length + (window.node.imgs?.length ?? 0));
@@ -35,6 +45,35 @@ await check("the memory line follows preset and batch", async () => {
   const number = (t) => Number(/cache ([\d.]+)/.exec(t)[1]);
   assert.ok(Math.abs(number(four) / number(before) - 4) < 0.2, `${before} → ${four}`);
   await page.evaluate(() => { window.node.widgets.find((w) => w.name === "batch_size").value = 1; });
+});
+
+await check("what −1 stands for is told as far as the model is known, and nothing else is saved for it", async () => {
+  const own = async () => (await page.locator(".own").first().isVisible()) ? text(".own") : "";
+  const set = (name, value) => page.evaluate(([name, value]) => { window.node.widgets.find((w) => w.name === name).value = value; }, [name, value]);
+  const saved = () => page.evaluate(() => Object.values(window.app.graph.serialize().nodes.find((n) => n.type === "LineAR_Generate").widgets_values));
+  const tells = (words) => until(own, (now) => now === words, words || "nothing is left to the model");
+  await tells("−1 is the model's own: guidance 3 · temperature 1 · top_k all · top_p 1");
+  const before = await saved();
+  assert.equal(before.filter((value) => value === -1).length, 5); // and guidance_interval
+  await set("guidance", 4.5);
+  await tells("−1 is the model's own: temperature 1 · top_k all · top_p 1");
+  for (const name of ["temperature", "top_k", "top_p"]) await set(name, 1);
+  await tells("");
+  for (const name of ["guidance", "temperature", "top_k", "top_p"]) await set(name, -1);
+  await page.evaluate(() => {
+    const { app, node, LiteGraph } = window;
+    node.disconnectInput(node.inputs.findIndex((i) => i.name === "model"));
+    app.graph.add((window.other = LiteGraph.createNode("LineAR_LoadModel"))); // which of the two it will be is open
+  });
+  await tells("−1 is the model's own");
+  await page.evaluate(() => {
+    const { app, node, other } = window;
+    app.graph.remove(other);
+    const loader = (app.graph.nodes ?? app.graph._nodes).find((n) => n.type === "LineAR_LoadModel");
+    loader.connect(0, node, node.inputs.findIndex((i) => i.name === "model"));
+  });
+  await tells("−1 is the model's own: guidance 3 · temperature 1 · top_k all · top_p 1");
+  assert.deepEqual(await saved(), before);
 });
 
 await check("mid-run: the rows so far, the text line, the line being written", async () => {
@@ -136,6 +175,30 @@ await check("Stop: the rows so far can be kept or gone on from", async () => {
   await page.getByRole("button", { name: "Start over" }).click();
 });
 
+await check("at every width all can be read and pressed: while rows come, stopped, kept, and with a row chosen", async () => {
+  await post("/test/hold", { row: 9 });
+  await queue();
+  await says(String.raw`^row 9/24`);
+  await fits("fits-mid");
+  await post("/interrupt", {});
+  assert.equal(await end(), "execution_interrupted");
+  await page.getByRole("button", { name: "Continue" }).waitFor();
+  await fits("fits-stopped");
+  await listen();
+  await page.getByRole("button", { name: "Keep 9 rows" }).click();
+  await end();
+  await canvas.press("ArrowDown");
+  await fits("fits-kept");
+  await page.getByRole("button", { name: "Start over" }).click();
+  await queue();
+  assert.equal(await end(), "execution_success");
+  await says("^row 24/24 · ");
+  await fits("fits-after");
+  await canvas.press("ArrowDown");
+  await page.getByRole("button", { name: /^Reroll from row/ }).waitFor();
+  await fits("fits-row");
+});
+
 await check("Compare: both grow under one slider, then each pair of the batch", async () => {
   await build("LineAR_Compare");
   const slide = page.locator("canvas[role=slider]");
@@ -153,6 +216,7 @@ await check("Compare: both grow under one slider, then each pair of the batch", 
   await page.getByRole("button", { name: "next picture" }).click();
   await page.getByText("2/2").waitFor();
   await shot("compare-after");
+  await fits("fits-compare", ["node", "cache"]);
 });
 
 await check("a reload draws the same picture from what the node left behind", async () => {
