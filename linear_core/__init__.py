@@ -15,7 +15,7 @@ One word, one meaning, here and in the nodes, the README and the widget:
     plan      frozen, checked settings
     prompt    what conditions the image: a class, a caption, chat tokens
 
-Imports point downwards:
+Each room imports only from those above it:
 
     errors grid sizes plan events  numbers, no torch
     cache/        slots, what a policy sees of them, folding, attention
