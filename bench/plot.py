@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import mode
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -13,9 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-if TYPE_CHECKING:
-    from bench.quality import Lab
-    from bench.report import Field
+from bench.rows import Field
 
 # Okabe and Ito's colours, but for one, which differ to everybody, and a mark each, so that colour is not needed.
 STYLE = {
@@ -29,7 +26,7 @@ RIVALS = (("#009E73", "D"), ("#CC79A7", "^"))
 GREY, INK = "#b4b8bd", "#202226"
 
 
-def plot(field: Field, lab: Lab, path: Path) -> None:
+def plot(field: Field, model: str, path: Path) -> None:
     """One PNG, readable at the width of a README."""
     style = dict(STYLE)
     for name, look in zip(field.rivals(max(1, field.lines // 6))[:2], RIVALS, strict=False):
@@ -68,7 +65,7 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
     )
     axes.set_ylabel("KL divergence from the full cache, nats a token", color=INK)
     images = next(iter(field.rows.values()))["images"]
-    title = f"{lab.model.info.name}: {images} held-out pictures, teacher-forced, 95 % intervals; lower is better"
+    title = f"{model}: {images} held-out pictures, teacher-forced, 95 % intervals; lower is better"
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.grid(True, which="major", color="#e6e8ea", lw=0.8, zorder=0)
     for side in ("top", "right"):

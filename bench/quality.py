@@ -40,10 +40,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import machine
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
+from bench.rows import Results, Row
 from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
 from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model
 from linear_core.errors import UserError
 from linear_core.loop.generate import Run, generate
+from linear_core.pictures.preview import decode
 from linear_core.plan import CachePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
@@ -127,16 +129,14 @@ class Lab:
         if info.text and not info.own_tokenizer:
             raise UserError(f"{info.name}: needs a text encoder; measure a model of classes or of own words.")
         self.kinds = len(TEXTS) if info.text else info.config.classes
-        self.files, self.out = files, out
-        self.file = out / f"quality-{self.model.info.name}.json"
+        self.files = files
         self.scratch = SCRATCH
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.grid = self.model.decoder.grid
         self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in APART])
         self.weights = hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
-        self.data: dict[str, Any] = {"circumstances": {}, "bars": [], "rows": [], "samples": [], "pairs": []}
-        if self.file.exists():
-            self.data |= json.loads(self.file.read_text(encoding="utf-8"))
+        self.results = Results(out / f"quality-{info.name}.json", info.name, self.weights, self.grid.rows)
+        self.data = self.results.data
         self.codes: dict[Split, tuple[Prompt, Tensor]] = {}
         self.references: dict[tuple[Split, int], Reference] = {}
 
@@ -316,16 +316,20 @@ class Lab:
         plan = CachePlan(**{f.name: row[f.name] for f in fields(CachePlan) if f.name in row})
         return self.sample(plan, row["images"], row["seed"], row["core"])
 
+    def pictures(self, row: Row, kinds: list[int]) -> Tensor:
+        """Pictures of a row of `samples`, of these classes or texts: B H W 3 in 0..1."""
+        return decode(self.model.tokenizer, self.drawn(row)[kinds])
+
     def save(self) -> None:
-        """One row a line, so that a change of results can be read as one."""
+        """Save the results with the circumstances of now."""
         self.data["circumstances"] = circumstances(self)
-        parts = [f'"{key}": {json.dumps(self.data[key], indent=1)}' for key in ("circumstances", "bars")]
-        for key in ("rows", "samples", "pairs"):
-            parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in self.data[key]) + "\n]")
-        self.out.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(".part")
-        part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-        part.replace(self.file)
+        self.results.save()
+
+    def report(self) -> None:
+        """Write table, plot and contact sheet, and say where they are."""
+        self.data["circumstances"] = circumstances(self)
+        for path in write_report(self.results, [self.name(k) for k in range(self.kinds)], self.pictures):
+            print(f"wrote {path}", flush=True)
 
 
 def contents(path: Path) -> list[Path]:
@@ -472,7 +476,7 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
         f"{len(lab.data['rows'])} rows are there. Stop at any time, and go on with the same command."
     )
     if args.write:
-        tell(write_report(lab))
+        lab.report()
         return
     for stage in (budgets[:2], budgets[2:]):  # what is asked for most often comes first
         for budget in stage:
@@ -485,12 +489,7 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
             for budget in stage:
                 for contender in telling(lab, budget, args.policies, report.seed):
                     lab.row(contender.name, lab.chosen(contender, budget, choose), split)
-        tell(write_report(lab))
-
-
-def tell(written: list[Path]) -> None:
-    for path in written:
-        print(f"wrote {path}", flush=True)
+        lab.report()
 
 
 if __name__ == "__main__":

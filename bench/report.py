@@ -2,85 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mode
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from bench.uncertainty import half_width, ratio_interval
-from linear_core.pictures.preview import decode
+from bench.rows import PUBLISHED, Field, Results, Row
 from linear_core.pictures.sheet import contact_sheet, save
 
-if TYPE_CHECKING:
-    from bench.quality import Lab
-
-Row = dict[str, Any]
-OURS = ("line", "fold", "random", "full")  # every other policy is a rival
-PUBLISHED = "line (published)"
 PICTURED = (0, 2, 3, 5, 6, 7, 9, 11)  # classes on the sheet, one a column
 
 
-def write_report(lab: Lab) -> list[Path]:
-    """Write what the results in `lab` allow for; returns the files."""
-    field = Field(lab.data["rows"], lab.weights, lab.grid.rows)
+def write_report(results: Results, kinds: list[str], pictures: Callable[[Row, list[int]], Tensor]) -> list[Path]:
+    """Write all reports that `results` allow, next to their file; returns the files written.
+
+    kinds     names of the classes or texts, in the order in which samples were drawn
+    pictures  of a row of samples, B H W 3 in 0..1: those of these kinds
+    """
+    field = Field(results.data["rows"], results.weights, results.lines)
     if not field.rows:
         return []
-    written = [lab.file.with_suffix(".md")]
-    lab.data |= {"bars": bars(field), "pairs": pairs(field)}
-    lab.save()
-    written[0].write_text(table(field, lab.data), encoding="utf-8")
+    written = [results.file.with_suffix(".md")]
+    results.data |= {"bars": bars(field), "pairs": pairs(field)}
+    results.save()
+    written[0].write_text(table(field, results.data), encoding="utf-8")
     try:
         from bench.plot import plot
     except ImportError:
         print("no plot: it takes matplotlib (pip install matplotlib)")
     else:
-        written.append(lab.file.with_suffix(".png"))
-        plot(field, lab, written[-1])
-    if lab.data["samples"]:
-        written.append(lab.file.with_name(lab.file.stem + "-sheet.png"))
-        sheet(lab, written[-1])
+        written.append(results.file.with_suffix(".png"))
+        plot(field, results.model, written[-1])
+    if results.data["samples"]:
+        written.append(results.file.with_name(results.file.stem + "-sheet.png"))
+        sheet(results, kinds, pictures, written[-1])
     return written
-
-
-class Field:
-    """The rows of one model's report split, by name and budget in lines: of the set of pictures with most rows.
-
-    `further` are the rows of other sets.
-    """
-
-    def __init__(self, rows: list[Row], weights: str, lines: int):
-        found = [r for r in rows if r["split"] == "report" and r["model"] == weights]
-        seed = mode(r["seed"] for r in found) if found else 0
-        self.further = [r for r in found if r["seed"] != seed]
-        found = [r for r in found if r["seed"] == seed]
-        most = max((r["images"] for r in found), default=0)
-        self.lines = lines
-        self.rows = {(name, r["budget"]): r for r in found if r["images"] == most for name in r["names"]}
-        self.budgets = sorted({budget for _, budget in self.rows}, reverse=True)
-        sixth = max(1, lines // 6)
-        self.names = sorted(
-            {name for name, _ in self.rows}, key=lambda n: self.rows.get((n, sixth), {"kl": np.inf})["kl"]
-        )
-
-    def share(self, budget: int) -> str:
-        return f"1/{self.lines / budget:.3g}"
-
-    def rivals(self, budget: int) -> list[str]:
-        """Policies at `budget` that are neither ours nor the published rule nor the control, best first."""
-        names = [n for n, b in self.rows if b == budget and n.split()[0] not in OURS]
-        return sorted(names, key=lambda n: self.rows[n, budget]["kl"])
-
-    def pair(self, a: tuple[str, int], b: tuple[str, int]) -> Row | None:
-        """Paired over the pictures: mean difference a - b and ratio a / b of KL, with 95 % intervals."""
-        if a not in self.rows or b not in self.rows:
-            return None
-        one, other = (np.array(self.rows[key]["each"]["kl"]) for key in (a, b))
-        return {
-            "a": a[0], "a_budget": a[1], "b": b[0], "b_budget": b[1], "images": len(one),
-            "kl_difference": float((one - other).mean()), "kl_difference_ci": half_width(one - other),
-            "kl_ratio": float(one.mean() / other.mean()), "kl_ratio_interval": ratio_interval(one, other),
-        }  # fmt: skip
 
 
 def bars(field: Field) -> list[Row]:
@@ -225,19 +183,17 @@ def drawn(field: Field, samples: list[Row]) -> list[str]:
     return lines
 
 
-def sheet(lab: Lab, path: Path) -> None:
-    """The same classes and noise under every cache that drew."""
-    info, samples = lab.model.info, lab.data["samples"]
-    columns = [c for c in PICTURED if c < min(lab.kinds, samples[0]["images"])] or [0]
+def sheet(results: Results, kinds: list[str], pictures: Callable[[Row, list[int]], Tensor], path: Path) -> None:
+    """Contact sheet: the same classes and noise under every cache that drew them."""
+    samples = results.data["samples"]
+    columns = [c for c in PICTURED if c < min(len(kinds), samples[0]["images"])] or [0]
     rows = []
     for s in samples:
         if s["seed"] != samples[0]["seed"]:
             continue
-        codes = lab.drawn(s)[columns]
-        what = "every line" if s["policy"] == "full" else f"{s['budget']} of {lab.grid.rows} lines"
+        what = "every line" if s["policy"] == "full" else f"{s['budget']} of {results.lines} lines"
         right = f", class right in {s['accuracy']:.0%} of {s['images']}" if "accuracy" in s else ""
         said = "" if s["policy"] == "full" else f", {s['agreement']:.0%} of codes as with the full cache"
-        rows.append((s["name"], what + said + right, decode(lab.model.tokenizer, codes)))
-    save(
-        contact_sheet(rows, [lab.name(c) for c in columns], 192), path, {"seed": samples[0]["seed"], "model": info.name}
-    )
+        rows.append((s["name"], what + said + right, pictures(s, columns)))
+    notes = {"seed": samples[0]["seed"], "model": results.model}
+    save(contact_sheet(rows, [kinds[c] for c in columns], 192), path, notes)
