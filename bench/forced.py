@@ -25,11 +25,11 @@ def forced_logits(
     prompt: Any,
     codes: Tensor,
     plan: CachePlan,
-    look: Callable[[int, LineCache], None] = lambda row, cache: None,
+    observe: Callable[[int, LineCache], None] = lambda row, cache: None,
     reads: frozenset[str] = frozenset(),
 ) -> Tensor:
     """All lines of `forced_lines`: float32 B rows*cols V."""
-    return torch.cat(list(forced_lines(decoder, prompt, codes, plan, look, reads)), 1)
+    return torch.cat(list(forced_lines(decoder, prompt, codes, plan, observe, reads)), 1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def reference(decoder: Decoder, prompt: Any, codes: Tensor) -> Reference:
     """Run `codes` B rows cols through the full cache."""
     attention: list[Tensor] = []
 
-    def look(row: int, cache: LineCache) -> None:
+    def observe(row: int, cache: LineCache) -> None:
         seen = []
         for layer, queries in enumerate(cache.queries):
             keys, _, bias = cache.read(layer)
@@ -61,7 +61,7 @@ def reference(decoder: Decoder, prompt: Any, codes: Tensor) -> Reference:
         image = torch.stack(seen)[..., cache.shape.prompt :]  # a full cache is in order
         attention.append(F.pad(image, (0, cache.grid.tokens - image.shape[-1])))
 
-    logits = forced_logits(decoder, prompt, codes, FULL, look, frozenset({"queries"}))
+    logits = forced_logits(decoder, prompt, codes, FULL, observe, frozenset({"queries"}))
     return Reference(logits.log_softmax(-1), attention)
 
 
@@ -86,13 +86,13 @@ def drift(decoder: Decoder, prompt: Any, codes: Tensor, plan: CachePlan, full: R
     """Run `codes` B rows cols through a cache with this plan, and compare with `full`."""
     lost, held = [], []
 
-    def look(row: int, cache: LineCache) -> None:
+    def observe(row: int, cache: LineCache) -> None:
         present = tokens_held(cache.index, cache.grid)
         lost.append((full.attention[row] * ~present).sum(-1).mean((0, 2)))
         if row:
             held.append(float(present.sum(-1).float().mean()) - cache.grid.stride)  # without the line itself
 
-    log_probs = forced_logits(decoder, prompt, codes, plan, look).log_softmax(-1)
+    log_probs = forced_logits(decoder, prompt, codes, plan, observe).log_softmax(-1)
     kl = (full.log_probs.exp() * (full.log_probs - log_probs)).sum(-1)
     target = codes.flatten(1)[..., None].to(log_probs.device)
     dnll = (full.log_probs - log_probs).gather(-1, target)[..., 0]

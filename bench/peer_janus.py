@@ -35,7 +35,7 @@ class Clock:
 class Transformers:
     """transformers' model and loop. `weights` are those of `model`, under our names; they are shared, not copied.
 
-    `against` is the word that asks for it.
+    `against` is not used: the class is chosen by its name.
     """
 
     name = label = "transformers"
@@ -72,11 +72,11 @@ class Transformers:
         self.network.generation_config.generation_kwargs = {"boi_token_id": image}
 
     def run(self, tokens: int) -> tuple[Tensor, Clock]:
-        """The first so many tokens of every image, int B N, over a cache for all of them."""
+        """Draw the first `tokens` tokens of every image, int B N, with a cache for the whole image."""
         from transformers import LogitsProcessorList
 
         clock = Clock(self.device)
-        self.network.model.vision_model.config.num_image_tokens = tokens  # what the loop goes by
+        self.network.model.vision_model.config.num_image_tokens = tokens  # the loop's number of tokens
         codes = self.network.generate(
             self.ids, attention_mask=torch.ones_like(self.ids), logits_processor=LogitsProcessorList([clock]),
             generation_mode="image", do_sample=True, guidance_scale=self.guidance, top_k=self.top_k,

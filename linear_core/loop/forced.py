@@ -26,13 +26,13 @@ def forced_lines(
     prompt: Any,
     codes: Tensor,
     plan: CachePlan,
-    look: Callable[[int, LineCache], None] = lambda row, cache: None,
+    observe: Callable[[int, LineCache], None] = lambda row, cache: None,
     reads: frozenset[str] = frozenset(),
 ) -> Iterator[Tensor]:
     """For each line of `codes` B rows cols, the logits of its codes under the plan: float32 B cols V.
 
-    look   called with the row and the cache after each line, before anything is evicted
-    reads  what `look` needs to find in the cache
+    observe  called with the row and the cache after each line, before anything is evicted
+    reads    what `observe` needs to find in the cache
 
     The logits of end-of-line tokens are left out, because those tokens are never sampled.
     """
@@ -50,10 +50,10 @@ def forced_lines(
     first = decoder.prefill(prompt, cache)[:, None]  # the logits after token n - 1 are those of token n
     cache.extend()
     for row in range(grid.rows):
-        others = decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
-        yield torch.cat([first, others], 1)[:, : grid.cols]
-        first = others[:, -1:]
-        look(row, cache)
+        logits = decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
+        yield torch.cat([first, logits], 1)[:, : grid.cols]
+        first = logits[:, -1:]
+        observe(row, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, rotate)
 
