@@ -756,7 +756,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- teacher forcing
     ("loop/forced.py", "torch.minimum(full, few)", "torch.maximum(full, few)", "shared: what either has"),
     ("loop/forced.py", "row * stride + column", "column", "shared: guidance ends at another token"),
-    ("loop/forced.py", "first = others[:, -1:]", "pass", "forced: a line begins as the picture does"),
+    ("loop/forced.py", "first = logits[:, -1:]", "pass", "forced: a line begins as the picture does"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
     (
