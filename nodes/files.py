@@ -158,7 +158,7 @@ def _find(name: str) -> Path:
         there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
         places = " or ".join(str(Path(folder) / name) for folder in there)
         raise UserError(
-            f"{places}: there is no such file; {published.download_hint(name) or 'put it there, or choose another file'}."
+            f"{places}: there is no such file; {published.download_hint(name) or 'put it there, or choose another'}."
         )
     return Path(path)
 

@@ -133,5 +133,5 @@ def test_anole_as_it_was_published(models: Path, tmp_path: Path) -> None:
     assert prompt.grid is None and prompt.negative.length == 2
     tokens = run("Generate", model=anole, cache=CachePlan(budget=2, recent=1), prompt=prompt, seed=1, stop_after=4)
     assert tokens.codes.shape == (2, 4, 32)
-    with pytest.raises(UserError, match=r"size: Anole-7B does not draw 768 x 768 pixels; it has one size"):
+    with pytest.raises(UserError, match=r"size: Anole-7B does not draw 768 x 768 pixels; it has only one size"):
         text(anole, size(768, "768 x 768"))
