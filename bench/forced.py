@@ -1,4 +1,4 @@
-"""Teacher forcing: what a cache makes of pictures that are there already, beside the full cache."""
+"""Teacher forcing: a cache's logits for existing pictures, compared with the full cache's."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def forced_logits(
     prompt: Any,
     codes: Tensor,
     plan: CachePlan,
-    look: Callable[[int, LineCache], None] = lambda row, cache: None,
+    observe: Callable[[int, LineCache], None] = lambda row, cache: None,
     reads: frozenset[str] = frozenset(),
 ) -> Tensor:
-    """All of `forced_lines`: float32 B rows*cols V."""
-    return torch.cat(list(forced_lines(decoder, prompt, codes, plan, look, reads)), 1)
+    """All lines of `forced_lines`: float32 B rows*cols V."""
+    return torch.cat(list(forced_lines(decoder, prompt, codes, plan, observe, reads)), 1)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The full cache's answers for a few pictures.
+    """The full cache's results for a few pictures.
 
     log_probs  float32 B N V
-    attention  for each line, float32 L B H tokens: attention of the line's queries to each image token, their mean
+    attention  for each line, float32 L B H tokens: attention of its queries to each image token, mean over queries
     """
 
     log_probs: Tensor
@@ -49,30 +49,31 @@ class Reference:
 
 
 def reference(decoder: Decoder, prompt: Any, codes: Tensor) -> Reference:
+    """Run `codes` B rows cols through the full cache."""
     attention: list[Tensor] = []
 
-    def look(row: int, cache: LineCache) -> None:
+    def observe(row: int, cache: LineCache) -> None:
         seen = []
         for layer, queries in enumerate(cache.queries):
             keys, _, bias = cache.read(layer)
             index = cache.index[layer, ..., : cache.extent]
             seen.append(attention_weights(queries, keys, bias, index, cache.grid.index(row)).mean(2))
-        image = torch.stack(seen)[..., cache.shape.prompt :]  # a full cache lies in order
+        image = torch.stack(seen)[..., cache.shape.prompt :]  # a full cache is in order
         attention.append(F.pad(image, (0, cache.grid.tokens - image.shape[-1])))
 
-    logits = forced_logits(decoder, prompt, codes, FULL, look, frozenset({"queries"}))
+    logits = forced_logits(decoder, prompt, codes, FULL, observe, frozenset({"queries"}))
     return Reference(logits.log_softmax(-1), attention)
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a cache takes the model from what it says with the full one; float64 B each but `tokens`.
+    """How far a cache's predictions are from the full cache's; float64 B each, except `tokens`.
 
-    kl      Kullback-Leibler divergence of the full cache's distribution from the plan's, nats a token
-    dnll    rise of the pictures' negative log-likelihood, nats a token
-    lost    share of the full cache's attention that goes to image tokens that are no longer in a slot of their own
-            while a line is fed: mean over lines, layers and heads. Folding loses as much and makes up for it.
-    tokens  image tokens a head holds when a line has ended and the next begins: mean over layers and heads, at most
+    kl      Kullback-Leibler divergence of the full cache's distribution from the plan's, nats per token
+    dnll    increase of the pictures' negative log-likelihood, nats per token
+    lost    share of the full cache's attention that goes to image tokens without a slot of their own while a line is
+            fed: mean over lines, layers and heads. Folding loses as much, but makes up for it.
+    tokens  image tokens held per head between two lines: mean over layers and heads, maximum over lines
     """
 
     kl: Tensor
@@ -82,15 +83,16 @@ class Drift:
 
 
 def drift(decoder: Decoder, prompt: Any, codes: Tensor, plan: CachePlan, full: Reference) -> Drift:
+    """Run `codes` B rows cols through a cache with this plan, and compare with `full`."""
     lost, held = [], []
 
-    def look(row: int, cache: LineCache) -> None:
-        there = tokens_held(cache.index, cache.grid)
-        lost.append((full.attention[row] * ~there).sum(-1).mean((0, 2)))
+    def observe(row: int, cache: LineCache) -> None:
+        present = tokens_held(cache.index, cache.grid)
+        lost.append((full.attention[row] * ~present).sum(-1).mean((0, 2)))
         if row:
-            held.append(float(there.sum(-1).float().mean()) - cache.grid.stride)  # what was there before the line
+            held.append(float(present.sum(-1).float().mean()) - cache.grid.stride)  # without the line itself
 
-    log_probs = forced_logits(decoder, prompt, codes, plan, look).log_softmax(-1)
+    log_probs = forced_logits(decoder, prompt, codes, plan, observe).log_softmax(-1)
     kl = (full.log_probs.exp() * (full.log_probs - log_probs)).sum(-1)
     target = codes.flatten(1)[..., None].to(log_probs.device)
     dnll = (full.log_probs - log_probs).gather(-1, target)[..., 0]
@@ -100,6 +102,6 @@ def drift(decoder: Decoder, prompt: Any, codes: Tensor, plan: CachePlan, full: R
 
 def tokens_held(index: Tensor, grid: Grid) -> Tensor:
     """Which image tokens have a slot: index L B H S -> bool L B H tokens."""
-    place = (index.long() - grid.prompt).clamp(min=-1) + 1  # 0 collects the prompt and empty slots
+    cell = (index.long() - grid.prompt).clamp(min=-1) + 1  # cell 0 collects the prompt and empty slots
     held = torch.zeros(*index.shape[:-1], grid.tokens + 1, dtype=torch.bool, device=index.device)
-    return held.scatter_(-1, place, True)[..., 1:]
+    return held.scatter_(-1, cell, True)[..., 1:]

@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: its circumstances, copy bandwidth, this process's memory, where results go."""
+"""The machine that a benchmark runs on: circumstances, copy bandwidth, memory of this process, output files."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ import torch
 
 
 def check_out(path: Path, parser: argparse.ArgumentParser, folder: bool = False) -> None:
-    """End the program before any work is done if `path`, a file or a folder, cannot be written afterwards."""
-    place = path if folder else path.parent
+    """Exit before any work is done if `path`, a file or a folder, cannot be written afterwards."""
+    parent = path if folder else path.parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out: the folder {place} cannot be made ({error.strerror}).")
+        parser.error(f"--out: the folder {parent} cannot be made ({error.strerror}).")
     if not folder and path.is_dir():
-        parser.error(f"--out: {path} is a folder; give the name of a file.")
-    if not os.access(path if path.exists() else place, os.W_OK):
+        parser.error(f"--out: {path} is a folder; give a file name.")
+    if not os.access(path if path.exists() else parent, os.W_OK):
         parser.error(f"--out: {path} cannot be written.")
 
 
 @contextlib.contextmanager
 def in_any_case(write: Callable[[dict[str, str]], None]) -> Iterator[None]:
-    """Call `write` at the end, also if the work fails or is interrupted: its argument then says why it stopped."""
+    """Call `write` at the end, even if the work fails or is interrupted; its argument then says why it stopped."""
     stopped = {}
     try:
         yield
@@ -50,21 +50,21 @@ def synchronize(device: str) -> None:
 
 
 def timed(device: str, work: Callable[[], Any]) -> float:
-    """Seconds of `work`."""
+    """Seconds that `work` takes."""
     synchronize(device)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
     synchronize(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def load() -> list[float] | None:
-    """Processes that wanted to run, over 1, 5 and 15 minutes; None where the system does not tell."""
+    """Load average over 1, 5 and 15 minutes; None if the system does not tell."""
     return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def circumstances(device: str) -> dict[str, Any]:
-    """What a reader has to know to believe a number."""
+    """What a reader needs to know to judge a measurement."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
@@ -87,33 +87,33 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, with a + where files differ from it."""
+    """The checkout's commit, with a + if files differ from it."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
             cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return told.stdout.strip()
+    return output.stdout.strip()
 
 
 def copy_bandwidth(device: str, size: int = 2**28, repeat: int = 7) -> float:
-    """Bytes read and written in a second by a large copy, the best of several."""
+    """Bytes read and written per second by a large copy, the best of several."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(repeat):
         synchronize(device)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         target.copy_(source)
         synchronize(device)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - started)
     return 2 * source.nbytes / best
 
 
 class Peak:
-    """The most memory that this process, or the GPU, has held since `Peak` was made; nan where nobody tells."""
+    """Peak memory of this process, or of the GPU, since this object was made; NaN if the system does not tell."""
 
     def __init__(self, device: str):
         self.device = device
@@ -121,7 +121,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
         else:
             with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is held now
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak to the current size
 
     @property
     def bytes(self) -> float:
@@ -131,7 +131,7 @@ class Peak:
 
 
 def resident(field: str = "VmRSS") -> float:
-    """Bytes of memory that Linux says this process takes; nan elsewhere."""
+    """Memory of this process as Linux reports it, in bytes; NaN elsewhere."""
     if not sys.platform.startswith("linux"):
         return float("nan")
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,16 +1,17 @@
-"""The efficiency table of the paper beside ours: six models, its budgets, its batch sizes.
+"""The paper's efficiency table next to ours: six models, with the paper's budgets and batch sizes.
 
-    python bench/paper_table.py                                memory by our formulas, times predicted
-    python bench/paper_table.py --measure --models LlamaGen-XL  on a GPU: measured, with random weights
+    python bench/paper_table.py                                memory by our formulas, predicted times
+    python bench/paper_table.py --measure --models LlamaGen-XL  measured on a GPU, with random weights
 
-Memory is exact: weights by shape and the cache as it is allocated (CacheShape.bytes), in bfloat16, both of guidance's
-halves. The run's whole adds what `run_bytes` reckons for a line's end and for sampling.
+Memory is exact: weights by shape, and the cache as it is allocated (CacheShape.bytes), in bfloat16, for both halves of
+guidance. The column "run" adds what `run_bytes` estimates for a line's end and for sampling.
 
-Times without --measure are PREDICTED, by what a step has to read and compute on a GPU of so many bytes and operations
-a second (default: an H200 at four fifths of its bandwidth and 600 TFLOP/s): the longer of reading the weights and
-multiplying with them, then reading the keys and values. They are a bound that no loop reaches, not a measurement.
-The paper's figures are those of its table, "Autoregressive Image Generation Needs Only a Few Lines of Cached Tokens"
-(arXiv 2512.04857), in decimal GB; its GPU is not named, its full cache is that of the published loops.
+Times without --measure are PREDICTED from what a step has to read and compute, on a GPU with the given bandwidth and
+operations per second (default: an H200 at four fifths of its bandwidth and 600 TFLOP/s): the longer of reading the
+weights and multiplying with them, plus reading the keys and values. They are a lower bound that no loop reaches, not a
+measurement. The paper's numbers are those of its table, "Autoregressive Image Generation Needs Only a Few Lines of
+Cached Tokens" (arXiv 2512.04857), in decimal GB; it does not name its GPU, and its full cache is that of the published
+loops.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from linear_core.loop.memory import run_bytes
 from linear_core.plan import CachePlan
 
 GB = 1e9
-# Model -> batch, then lines kept (0: all), the paper's GB and seconds.
+# Model -> batch size, then lines kept (0: all), GB and seconds in the paper.
 PAPER = {
     "LlamaGen-XL": (256, [(0, 64.75, 331.52), (6, 25.51, 63.99), (4, 20.97, 43.78)]),
     "LlamaGen-XXL": (128, [(0, 51.37, 179.96), (6, 19.54, 50.05), (4, 15.87, 36.22)]),
@@ -44,13 +45,13 @@ PAPER = {
 
 
 def predicted(shape: ModelShape, plan: CachePlan, rows: int, bandwidth: float, operations: float) -> float:
-    """Seconds of an image: all steps, none of what is between them."""
+    """Seconds per image: all steps, and nothing in between."""
     _, read = shape.parameters()
     cache, grid = shape.cache_shape(torch.bfloat16), shape.grid
     slot = cache.bytes(grid, plan, rows) / (cache.prompt + plan.lines(grid) * grid.stride)
-    most = plan.lines(grid) * grid.stride
-    slots = sum(min(token + 1, most) for token in range(grid.tokens)) + grid.tokens * cache.prompt
-    products = max(2 * read / bandwidth, 2 * read * rows / operations)  # two bytes, and two operations, a number
+    room = plan.lines(grid) * grid.stride
+    slots = sum(min(token + 1, room) for token in range(grid.tokens)) + grid.tokens * cache.prompt
+    products = max(2 * read / bandwidth, 2 * read * rows / operations)  # two bytes and two operations per parameter
     return grid.tokens * products + slots * slot / bandwidth
 
 
@@ -84,8 +85,8 @@ def rows_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             lines=args.lines, repeat=3, against=None, unpacked=False,
         )  # fmt: skip
         with torch.inference_mode():
-            *_, told = measure(shape, images, settings, copy_bandwidth(args.device))
-        for row, one in zip(found, told, strict=True):
+            *_, measured = measure(shape, images, settings, copy_bandwidth(args.device))
+        for row, one in zip(found, measured, strict=True):
             row |= {"measured_seconds": one["image_seconds"], "measured_gb": one["peak_mib"] * 2**20 / GB}
             row["extrapolated_from_lines"] = one["extrapolated_from_lines"]
     return found
@@ -96,11 +97,11 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(PAPER), choices=PAPER, metavar="MODEL")
     parser.add_argument("--bandwidth", type=float, default=4.8 * 0.8, metavar="TB/s", help="default: 3.84")
     parser.add_argument("--operations", type=float, default=600, metavar="TFLOP/s", help="default: 600")
-    parser.add_argument("--measure", action="store_true", help="draw, too (an accelerator of 80 GB for all of it)")
+    parser.add_argument("--measure", action="store_true", help="also draw (all of it needs an accelerator with 80 GB)")
     parser.add_argument("--lines", type=int, default=0, metavar="N", help="with --measure: time N lines of an image")
-    parser.add_argument("--batch", type=int, default=0, metavar="N", help="another batch than the paper's")
+    parser.add_argument("--batch", type=int, default=0, metavar="N", help="batch size, instead of the paper's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the document there")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results there, as JSON")
     args = parser.parse_args()
     if args.out:
         check_out(args.out, parser)
@@ -125,12 +126,12 @@ def main() -> int:
             full = rows[0]
             key = "measured_seconds" if args.measure else "predicted_seconds"
             for row in rows:
-                paper, most = row["paper"], full["paper"]
+                paper, theirs = row["paper"], full["paper"]
                 saved = 1 - row["run_gb"] / full["run_gb"]
                 print(
                     f"{name:18}{row['images']:>7}{row['lines']:>7}|{paper['gb']:>8.2f}"
-                    f"{1 - paper['gb'] / most['gb']:>7.0%}{paper['seconds']:>7.0f}"
-                    f"{most['seconds'] / paper['seconds']:>5.1f} |{row['weights_gb']:>8.2f}{row['cache_gb']:>8.2f}"
+                    f"{1 - paper['gb'] / theirs['gb']:>7.0%}{paper['seconds']:>7.0f}"
+                    f"{theirs['seconds'] / paper['seconds']:>5.1f} |{row['weights_gb']:>8.2f}{row['cache_gb']:>8.2f}"
                     f"{row['run_gb']:>8.2f}{saved:>8.0%} |{row[key]:>12.2f}{row['images'] / row[key]:>10.2f}"
                     f"{full[key] / row[key]:>5.1f}"
                 )

@@ -1,7 +1,7 @@
-"""Janus' decoding loop in transformers, with our weights: `generate(generation_mode="image")`, unchanged.
+"""transformers' decoding loop for Janus, with our weights: `generate(generation_mode="image")`, unchanged.
 
-Runs as whoever calls it gets it: eager, scaled_dot_product_attention, a static cache of the whole image's length. Such
-a cache is read whole for every token, so a step costs the same wherever in the image it is.
+Runs with its defaults: eager, scaled_dot_product_attention, a static cache for the whole image. Every token reads that
+cache completely, so a step costs the same anywhere in the image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from linear_core.models.janus import Janus
 
 
 class Clock:
-    """A logits processor that changes nothing: when each token's logits were there, and those of the first."""
+    """A logits processor that changes nothing, but keeps the time of each token's logits, and the first logits."""
 
     def __init__(self, device: torch.device):
         self.device, self.times = device, list[float]()
@@ -35,15 +35,15 @@ class Clock:
 class Transformers:
     """transformers' model and loop. `weights` are those of `model`, under our names; they are shared, not copied.
 
-    `against` is the word that asks for it.
+    `against` is not used: the class is chosen by its name.
     """
 
     name = label = "transformers"
-    told = (
-        "transformers: generate(generation_mode='image') with our weights, over its static cache for the whole image; "
-        "with --lines a logits processor takes the time at every token."
+    description = (
+        "transformers: generate(generation_mode='image') with our weights and its static cache for the whole image; "
+        "with --lines, a logits processor measures the time of every token."
     )
-    block = 8  # every run begins with the prompt, which several tokens have to be worth
+    block = 8  # every run starts with the prompt, which has to pay off
 
     @staticmethod
     def fits(shape: ModelShape) -> bool:
@@ -51,7 +51,7 @@ class Transformers:
 
     @staticmethod
     def missing(against: str) -> str:
-        """What there is not, and has to be."""
+        """What has to be installed; empty if nothing."""
         try:
             from transformers import JanusForConditionalGeneration, __version__  # noqa: F401
         except ImportError:
@@ -72,11 +72,11 @@ class Transformers:
         self.network.generation_config.generation_kwargs = {"boi_token_id": image}
 
     def run(self, tokens: int) -> tuple[Tensor, Clock]:
-        """The first so many tokens of every image, int B N, over a cache for all of them."""
+        """Draw the first `tokens` tokens of every image, int B N, with a cache for the whole image."""
         from transformers import LogitsProcessorList
 
         clock = Clock(self.device)
-        self.network.model.vision_model.config.num_image_tokens = tokens  # what the loop goes by
+        self.network.model.vision_model.config.num_image_tokens = tokens  # the loop's number of tokens
         codes = self.network.generate(
             self.ids, attention_mask=torch.ones_like(self.ids), logits_processor=LogitsProcessorList([clock]),
             generation_mode="image", do_sample=True, guidance_scale=self.guidance, top_k=self.top_k,
@@ -84,21 +84,21 @@ class Transformers:
         return codes, clock
 
     def picture(self) -> Tensor:
-        """The whole loop: int B N."""
+        """Draw whole images: int B N."""
         return self.run(self.tokens)[0]
 
     def prefill(self) -> Tensor:
-        """Logits B V of the first token, of all sequences, after all that `generate` does to draw one."""
+        """Logits B V of the first token of all sequences, after everything that `generate` does for one token."""
         return self.run(1)[1].first
 
     def seconds(self, count: int) -> list[float]:
-        """From one token's logits to the next's: sampling, feeding, the layers and the head."""
+        """Time from one token's logits to the next: sampling, embedding, layers and head."""
         times = self.run(1 + count)[1].times
         return [after - before for before, after in pairwise(times)]
 
 
 def network(shape: ModelShape, weights: dict[str, Tensor]) -> nn.Module:
-    """transformers' Janus of this shape. What reads and decodes pictures is tiny: drawing tokens never asks it."""
+    """transformers' Janus of this shape. Its vision and VQ parts are tiny, because drawing tokens does not use them."""
     import transformers
 
     c, first = shape.config, weights["norm.weight"]

@@ -1,7 +1,7 @@
 """LlamaGen's own decoding loop, from a checkout of github.com/FoundationVision/LlamaGen, with our weights.
 
-Runs as published: `autoregressive/models/generate.py` and `gpt.py`, unchanged. Nothing in them asks for CUDA. Not used
-is what the sampling script does around them, torch.compile among it, which is its option.
+Runs as published: `autoregressive/models/generate.py` and `gpt.py`, unchanged; nothing in them needs CUDA. What the
+sampling script adds around them, such as the option torch.compile, is not used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from linear_core.models.llamagen import LlamaGen
 
 
 class Published:
-    """The published model and loop, with `images` classes and the guidance that goes with them.
+    """The published model and loop, for `images` classes with the shape's guidance.
 
-    `weights` are those of `model`, under their published names.
+    weights  those of `model`, under their published names
     """
 
     name, label = "published", "LlamaGen"
-    told = "published: LlamaGen's generate.py and gpt.py, uncompiled, with our weights."
+    description = "published: LlamaGen's generate.py and gpt.py, uncompiled, with our weights."
     block = 1
 
     @staticmethod
@@ -35,14 +35,14 @@ class Published:
 
     @staticmethod
     def missing(against: str) -> str:
-        """What there is not, and has to be."""
+        """What is missing at `against`; empty if nothing."""
         if (Path(against) / "autoregressive" / "models" / "generate.py").exists():
             return ""
-        return f"{against} is no checkout of LlamaGen; autoregressive/models/generate.py is missing."
+        return f"{against} is not a checkout of LlamaGen: autoregressive/models/generate.py is missing."
 
     def __init__(self, against: str, model: LlamaGen, weights: dict[str, Tensor], shape: ModelShape, images: int):
         sys.path.insert(0, against)
-        warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # what it calls has a newer name
+        warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # it calls a function that has a newer name
         gpt = importlib.import_module("autoregressive.models.gpt")
         self.loop = importlib.import_module("autoregressive.models.generate")
         c, grid = model.config, model.grid
@@ -63,23 +63,23 @@ class Published:
             self.model.setup_caches(rows, 1 + self.tokens, self.model.tok_embeddings.weight.dtype)
 
     def picture(self) -> Tensor:
-        """The whole loop: int B N."""
+        """Draw whole images: int B N."""
         return self.loop.generate(self.model, self.classes, self.tokens, cfg_scale=self.guidance, **self.sampling)
 
     @torch.no_grad()
     def prefill(self) -> Tensor:
-        """Logits B V of the first token, of all sequences."""
-        nothing = torch.full_like(self.classes, self.model.num_classes)
-        cond = torch.cat([self.classes, nothing]) if self.guidance > 1 else self.classes
+        """Logits B V of the first token of all sequences."""
+        unconditional = torch.full_like(self.classes, self.model.num_classes)
+        cond = torch.cat([self.classes, unconditional]) if self.guidance > 1 else self.classes
         return self.model(None, cond, torch.arange(1, device=self.device))[0][:, -1]
 
     def seconds(self, count: int) -> list[float]:
-        """What each of so many tokens took."""
+        """Time of each of `count` tokens."""
         return [timed(self.device.type, self.step) for _ in range(count)]
 
     @torch.no_grad()
     def step(self) -> None:
-        """A token by the published loop, sampling included. What it costs does not depend on how far it has come."""
+        """A token by the published loop, sampling included. Its cost does not depend on its position in the image."""
         token = torch.zeros(self.images, 1, dtype=torch.int64, device=self.device)
-        place = torch.tensor([self.tokens // 2], device=self.device, dtype=torch.int)
-        self.loop.decode_n_tokens(self.model, token, place, 1, self.guidance, -1, **self.sampling)
+        position = torch.tensor([self.tokens // 2], device=self.device, dtype=torch.int)
+        self.loop.decode_n_tokens(self.model, token, position, 1, self.guidance, -1, **self.sampling)

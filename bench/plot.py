@@ -1,10 +1,9 @@
-"""Quality against memory, every policy a line. The one file that takes matplotlib."""
+"""Plot of quality against memory, one line per policy. The only file that needs matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import mode
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -13,11 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-if TYPE_CHECKING:
-    from bench.quality import Lab
-    from bench.report import Field
+from bench.rows import Field
 
-# Okabe and Ito's colours, but for one, which differ to everybody, and a mark each, so that colour is not needed.
+# Okabe and Ito's colours (except one), which everybody can tell apart, and a marker each, so that colour is optional.
 STYLE = {
     "fold": ("#0072B2", "o"),
     "line (published)": ("#D55E00", "s"),
@@ -29,21 +26,21 @@ RIVALS = (("#009E73", "D"), ("#CC79A7", "^"))
 GREY, INK = "#b4b8bd", "#202226"
 
 
-def plot(field: Field, lab: Lab, path: Path) -> None:
-    """One PNG, readable at the width of a README."""
+def plot(field: Field, model: str, path: Path) -> None:
+    """Write a PNG that is readable at the width of a README."""
     style = dict(STYLE)
     for name, look in zip(field.rivals(max(1, field.lines // 6))[:2], RIVALS, strict=False):
         style[name] = look
     figure, axes = plt.subplots(figsize=(10, 7.2), dpi=120)
     ends = []
-    # `line` lies on the published rule, and a full cache in 8 bits is no line but a dot far below.
+    # `line` coincides with the published rule, and a full cache in 8 bits is a single point far below.
     shown = [n for n in field.names if n != "line" and n.split()[0] != "full"]
     budgets = sorted({b for n, b in field.rows if n in shown}, reverse=True)
-    for name in sorted(shown, key=lambda n: n in style):  # what is highlighted lies on top
+    for name in sorted(shown, key=lambda n: n in style):  # highlighted lines on top
         rows = [field.rows[name, b] for b in budgets if (name, b) in field.rows]
-        x = np.array([taken(r) for r in rows])
+        x = np.array([memory_percent(r) for r in rows])
         y, ci = (np.array([r[k] for r in rows]) for k in ("kl", "kl_ci"))
-        keep = y > 1e-6  # nothing lost has no place on a logarithmic axis
+        keep = y > 1e-6  # zero loss cannot be shown on a logarithmic axis
         x, y, ci = x[keep], y[keep], np.nan_to_num(ci[keep])
         if not len(x):
             continue
@@ -57,18 +54,18 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
         ends.append((name, x[-1], y[-1], colour if strong else "#7a7f86", strong))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    usual = [mode(taken(r) for (_, b), r in field.rows.items() if b == budget) for budget in budgets]
+    usual = [mode(memory_percent(r) for (_, b), r in field.rows.items() if b == budget) for budget in budgets]
     names = [f"{percent:.0f} %\n{field.share(b)}" for percent, b in zip(usual, budgets, strict=True)]
     axes.set_xticks(usual, names)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
     axes.set_xlabel(
-        "memory that the cache takes, of the full one's; below, what is kept when a line has ended", color=INK
+        "memory of the cache relative to the full cache; below, share of the lines that are kept", color=INK
     )
-    axes.set_ylabel("KL divergence from the full cache, nats a token", color=INK)
+    axes.set_ylabel("KL divergence from the full cache, nats per token", color=INK)
     images = next(iter(field.rows.values()))["images"]
-    title = f"{lab.model.info.name}: {images} held-out pictures, teacher-forced, 95 % intervals; lower is better"
+    title = f"{model}: {images} held-out pictures, teacher-forced, 95 % intervals; lower is better"
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.grid(True, which="major", color="#e6e8ea", lw=0.8, zorder=0)
     for side in ("top", "right"):
@@ -79,21 +76,21 @@ def plot(field: Field, lab: Lab, path: Path) -> None:
     plt.close(figure)
 
 
-def taken(row: dict) -> float:
-    """Memory of a row's cache, per cent of the full one's."""
+def memory_percent(row: dict) -> float:
+    """Memory of a row's cache, per cent of the full cache."""
     return 100 * row["bytes"] / row["bytes_full"]
 
 
 def _label(axes, ends: list[tuple[str, float, float, str, bool]]) -> None:
-    """The names in a column at the left, each joined to the left end of its line."""
+    """Write the names in a column at the left, each joined to the left end of its line."""
     if not ends:
         return
     left = min(x for _, x, *_ in ends)
     axes.set_xlim(left / 1.7, None)
     low, high = np.log(axes.get_ylim())
     ends = sorted(ends, key=lambda end: end[2])
-    places = _apart(np.log([y for _, _, y, *_ in ends]), low, high, (high - low) / max(38, len(ends)))
-    for (name, x, y, colour, strong), at in zip(ends, np.exp(places), strict=True):
+    positions = _spread_apart(np.log([y for _, _, y, *_ in ends]), low, high, (high - low) / max(38, len(ends)))
+    for (name, x, y, colour, strong), at in zip(ends, np.exp(positions), strict=True):
         axes.annotate(
             name, (x, y), (left / 1.15, at), color=colour, fontsize=10 if strong else 8.5, ha="right", va="center",
             fontweight="bold" if strong else "normal", zorder=4,
@@ -101,11 +98,11 @@ def _label(axes, ends: list[tuple[str, float, float, str, bool]]) -> None:
         )  # fmt: skip
 
 
-def _apart(want: np.ndarray, low: float, high: float, step: float) -> np.ndarray:
-    """Ascending places at least `step` apart and within the bounds, as near to those wanted as can be."""
-    blocks: list[list[float]] = []  # what has to move together: isotonic regression of what is left without the steps
-    for i, place in enumerate(want):
-        blocks.append([place - i * step])
+def _spread_apart(want: np.ndarray, low: float, high: float, step: float) -> np.ndarray:
+    """Ascending positions at least `step` apart and within the bounds, as close to `want` as possible."""
+    blocks: list[list[float]] = []  # positions that move together: isotonic regression after the steps are subtracted
+    for i, position in enumerate(want):
+        blocks.append([position - i * step])
         while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
             blocks[-2:] = [blocks[-2] + blocks[-1]]
     level = np.concatenate([np.full(len(block), np.mean(block)) for block in blocks])

@@ -1,21 +1,22 @@
 """The quality lab: how close a few lines come to the full cache, for every policy and budget.
 
-    python bench/quality.py              everything, with the bundled model: hours on one core. It can be stopped at any
-                                         time: rows that are in the results are not computed again
-    python bench/quality.py --quick      two pictures, three policies, one budget: does it run?
-    python bench/quality.py --write      table, plot and sheet from the results that are there
+    python bench/quality.py              everything, with the bundled model: takes hours on one core. It can be stopped
+                                         at any time: rows in the results are not computed again
+    python bench/quality.py --quick      two pictures, three policies, one budget: a smoke run
+    python bench/quality.py --write      table, plot and contact sheet from existing results
     python bench/quality.py --policies line fold random --shares 6 12
     python bench/quality.py --model models/ar_image/c2i_B_256.pt
 
-1. Teacher-forced: held-out pictures go through each cache a line at a time, beside the full cache. Kullback-Leibler
-   divergence, rise of the negative log-likelihood, attention lost, tokens and bytes held. The recent lines that a
-   policy protects are chosen on one set of pictures (`choose`), the figures are of another (`report`). What matters
-   most is measured again on further sets (--seeds), of other pictures.
-2. Drawn: the same classes and noise under a few caches. Token agreement with the full cache, accuracy of the class and
-   Fréchet distance in the features of a small classifier (bundled model only).
-3. Written to --out: quality-MODEL.json (with each picture's figures, for paired differences), .md, .png, -sheet.png.
+1. Teacher-forced: held-out pictures go through each cache a line at a time, and through the full cache. Measured are
+   the Kullback-Leibler divergence, the increase of the negative log-likelihood, the attention lost, and the tokens and
+   bytes held. The number of recent lines that a policy protects is chosen on one set of pictures (`choose`), and the
+   results are reported on another (`report`). The most important ones are repeated on further sets (--seeds).
+2. Drawn: the same classes and noise under a few caches. Measured are the agreement of tokens with the full cache, the
+   accuracy of the class and the Fréchet distance in the features of a small classifier (bundled model only).
+3. Written to --out: quality-MODEL.json (with the values of each picture, for paired differences), .md, .png,
+   -sheet.png.
 
-Held-out pictures are scenes never trained on; for another model, pictures that it drew itself with the full cache.
+Held-out pictures are scenes that were never trained on; for another model, pictures that it drew with the full cache.
 """
 
 from __future__ import annotations
@@ -40,25 +41,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import machine
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
+from bench.rows import Results, Row
 from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
 from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model
 from linear_core.errors import UserError
 from linear_core.loop.generate import Run, generate
+from linear_core.pictures.preview import decode
 from linear_core.plan import CachePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
 
 ROOT = Path(__file__).parents[1]
-SCRATCH = ROOT / "out" / "quality"  # codes, of no use to anybody else
-SHARES = (6, 12, 2, 4, 24, 8)  # one over the share of lines kept, in the order of computing
+SCRATCH = ROOT / "out" / "quality"  # cached codes
+SHARES = (6, 12, 2, 4, 24, 8)  # N keeps 1/N of the lines; in this order
 FIRST = ("line", "fold", "random")
 ANCHORS, RECENT = 4, (0, 1, 2)
-BATCH = 8  # pictures at a time: what they need stays in a processor's cache
-KEEP_BYTES = 2 * 2**30  # of the full cache's answers; others are computed again for each row
-# Files of linear_core that rows do not hang on.
-APART = {"__main__", "convert", "download", "errors", "events", "heatmap", "library", "preview", "published", "sheet",
-         "text", "weights"}  # fmt: skip
-DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others; and measured on further pictures
+BATCH = 8  # pictures at a time, so that they fit into a CPU's cache
+KEEP_BYTES = 2 * 2**30  # for results of the full cache; the others are computed again for each row
+# Files of linear_core that do not affect rows.
+UNRELATED = {"__main__", "convert", "download", "errors", "events", "heatmap", "library", "preview", "published",
+             "sheet", "text", "weights"}  # fmt: skip
+DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others; also measured on further pictures
 DRAWN_BATCH, DRAWN_SEED, OTHER_SEED = 24, 5000, 905_000
 
 TEXTS = ("a red fox in the snow", "a lighthouse at dusk", "a bowl of oranges", "a steam train in the mountains",
@@ -80,7 +83,7 @@ SEEDS = (REPORT.seed, 40_011, 60_011)
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy under a release and in a storage. `published`: with the protected regions it was published with."""
+    """A policy with a release and a storage. `published`: with the recent lines that it was published with."""
 
     policy: str
     release: str = "auto"
@@ -100,7 +103,7 @@ class Contender:
 
 
 def contenders(policies: list[str]) -> list[Contender]:
-    """Every policy as it is meant, the published rule, and releases exchanged; the most telling first."""
+    """Every policy with its usual release, the published rule, and other releases; the most informative first."""
     special = [
         Contender("line", published=True),
         Contender("fold"),
@@ -119,24 +122,24 @@ def contenders(policies: list[str]) -> list[Contender]:
 
 
 class Lab:
-    """A model, its held-out pictures and the rows found so far."""
+    """A model, its held-out pictures, and the results so far."""
 
     def __init__(self, files: ModelFiles, out: Path, grid: tuple[int, int] | None = None):
         self.model = load_model(files, grid=grid)
         info = self.model.info
         if info.text and not info.own_tokenizer:
-            raise UserError(f"{info.name}: needs a text encoder; measure a model of classes or of own words.")
+            raise UserError(
+                f"{info.name}: needs a text encoder; measure a model with classes or with a tokenizer of its own."
+            )
         self.kinds = len(TEXTS) if info.text else info.config.classes
-        self.files, self.out = files, out
-        self.file = out / f"quality-{self.model.info.name}.json"
+        self.files = files
         self.scratch = SCRATCH
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.grid = self.model.decoder.grid
-        self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in APART])
+        self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in UNRELATED])
         self.weights = hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
-        self.data: dict[str, Any] = {"circumstances": {}, "bars": [], "rows": [], "samples": [], "pairs": []}
-        if self.file.exists():
-            self.data |= json.loads(self.file.read_text(encoding="utf-8"))
+        self.results = Results(out / f"quality-{info.name}.json", info.name, self.weights, self.grid.rows)
+        self.data = self.results.data
         self.codes: dict[Split, tuple[Prompt, Tensor]] = {}
         self.references: dict[tuple[Split, int], Reference] = {}
 
@@ -147,11 +150,11 @@ class Lab:
         return self.files == bundled_files()
 
     def prompt(self, kinds: list[int]) -> Prompt:
-        """One picture for each class, or text, by number."""
+        """One picture for each class or text, by number."""
         return self.model.prompt([TEXTS[k] for k in kinds]) if self.model.info.text else class_prompt(kinds)
 
     def name(self, kind: int) -> str:
-        """Of a class or a text."""
+        """Name of a class, or a text."""
         info = self.model.info
         return TEXTS[kind] if info.text else info.classes[kind] if info.classes else f"class {kind}"
 
@@ -176,7 +179,7 @@ class Lab:
         return torch.from_numpy(labels), codes
 
     def own(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Pictures that the model draws itself with the full cache, of classes or texts that the seed chooses."""
+        """Pictures that the model draws with the full cache, of random classes or texts."""
         source = np.random.default_rng(split.seed)
         labels = torch.from_numpy(source.integers(0, self.kinds, split.images))
         return labels, self.draw(CachePlan("full"), labels.tolist(), split.seed)
@@ -192,14 +195,14 @@ class Lab:
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def measure(self, plan: CachePlan, split: Split, images: int | None = None) -> dict[str, Any]:
-        """kl and dnll of each picture, their share of attention lost and the tokens held, of the first `images`."""
+        """For each of the first `images` pictures kl, dnll and the share of attention lost, and the tokens held."""
         prompt, codes = self.held_out(split)
         parts = []
         for start in range(0, images or split.images, BATCH):
-            one = range(start, min(start + BATCH, split.images))
-            some, theirs = prompt.select(one), codes[one.start : one.stop]
-            full = self.reference(split, start, some, theirs)
-            parts.append(drift(self.model.decoder, some, theirs, plan, full))
+            batch = range(start, min(start + BATCH, split.images))
+            prompts, batch_codes = prompt.select(batch), codes[batch.start : batch.stop]
+            full = self.reference(split, start, prompts, batch_codes)
+            parts.append(drift(self.model.decoder, prompts, batch_codes, plan, full))
         return {
             "kl": torch.cat([p.kl for p in parts]).numpy(),
             "dnll": torch.cat([p.dnll for p in parts]).numpy(),
@@ -208,11 +211,11 @@ class Lab:
         }
 
     def row(self, name: str, plan: CachePlan, split: Split) -> dict[str, Any]:
-        """The figures of a plan on a split: those in the results where they still hold, else computed and stored."""
+        """The row of a plan on a split: from the results if it is still valid, else computed and stored."""
         key = {"split": split.name, "seed": split.seed, "images": split.images, **asdict(plan), "model": self.weights}
-        usual = asdict(CachePlan())  # of what rows are silent about, as it came later
+        defaults = asdict(CachePlan())  # for settings that are newer than a row
         for row in self.data["rows"]:
-            if all(row.get(k, usual.get(k)) == v for k, v in key.items()):
+            if all(row.get(k, defaults.get(k)) == v for k, v in key.items()):
                 if self.core in (row["core"], row.get("confirmed")) or self.confirm(row, plan, split):
                     if name not in row["names"]:
                         row["names"].append(name)
@@ -220,7 +223,7 @@ class Lab:
                     return row
                 self.data["rows"].remove(row)
                 break
-        begun = time.perf_counter()
+        started = time.perf_counter()
         found = self.measure(plan, split)
         shape = self.model.decoder.cache_shape(self.held_out(split)[0].length)
         token_bytes = 2 * shape.layers * shape.heads * shape.head_dim * shape.bytes_per_element
@@ -235,7 +238,7 @@ class Lab:
             "bytes_held": round((shape.prompt + found["tokens"]) * token_bytes),
             "bytes": shape.bytes(self.grid, plan, 1),
             "bytes_full": shape.bytes(self.grid, CachePlan("full"), 1),
-            "seconds": round(time.perf_counter() - begun, 1),
+            "seconds": round(time.perf_counter() - started, 1),
             "date": date.today().isoformat(),
             "core": self.core,
             "each": {k: [float(f"{v:.4e}") for v in found[k]] for k in ("kl", "dnll")},
@@ -248,17 +251,18 @@ class Lab:
         return row
 
     def confirm(self, row: dict[str, Any], plan: CachePlan, split: Split) -> bool:
-        """The code has changed since: a row still holds if its first pictures come out the same."""
+        """Whether a row computed by other code is still valid: its first pictures have to give the same values."""
         before = np.array(row["each"]["kl"][:BATCH])
         after = self.measure(plan, split, len(before))["kl"]
         same = bool(np.allclose(before, after, rtol=2e-3, atol=1e-6))
-        print(f"{split.name:7}{row['names'][0]:22} {'still holds' if same else 'changed'}", flush=True)
+        print(f"{split.name:7}{row['names'][0]:22} {'still valid' if same else 'changed'}", flush=True)
         if same:
             row["confirmed"] = self.core
             self.save()
         return same
 
     def fits(self, plan: CachePlan) -> bool:
+        """Whether the plan is possible on this grid."""
         try:
             plan.check(self.grid)
         except UserError:
@@ -266,17 +270,17 @@ class Lab:
         return True
 
     def plans(self, contender: Contender, budget: int) -> list[CachePlan]:
-        """What may be chosen from: every number of recent lines that fits; as published, the most up to 2."""
+        """The plans to choose from: every number of recent lines that fits; as published, the most up to 2."""
         plain = CachePlan(contender.policy, budget, ANCHORS, 0, contender.release, contender.storage)
         if contender.policy == "full":
             return [replace(plain, budget=self.grid.rows)]
         fitting = [p for p in (replace(plain, recent=recent) for recent in RECENT) if self.fits(p)]
-        if not fitting:  # a budget smaller than the anchors
+        if not fitting:  # the anchors exceed the budget
             return [replace(plain, anchors=0)]
         return fitting[-1:] if contender.published else fitting
 
     def chosen(self, contender: Contender, budget: int, split: Split) -> CachePlan:
-        """The plan with the least divergence on `split`, decided at a sixth or a twelfth of the lines."""
+        """The plan with the least divergence on `split`, chosen at a sixth or a twelfth of the lines."""
         plans = self.plans(contender, budget)
         if len(plans) == 1:
             return plans[0]
@@ -289,7 +293,7 @@ class Lab:
     # -- pictures drawn ----------------------------------------------------------------------------------------------
 
     def draw(self, plan: CachePlan, labels: list[int], seed: int) -> Tensor:
-        """Codes B rows cols, drawn with the model's own settings; image i from seed + i."""
+        """Codes B rows cols, drawn with the model's own settings; image i with seed + i."""
         drawn = []
         for start in range(0, len(labels), DRAWN_BATCH):
             run, part = Run(), labels[start : start + DRAWN_BATCH]
@@ -301,31 +305,35 @@ class Lab:
         return torch.cat(drawn)
 
     def sample(self, plan: CachePlan, count: int, seed: int, core: str | None = None) -> Tensor:
-        """`count` pictures' codes, classes in turn; kept in the scratch folder for the code and weights they are of."""
+        """Codes of `count` pictures, classes in turn. Cached in the scratch folder, by code and weights."""
         labels = [i % self.kinds for i in range(count)]
         what = json.dumps([asdict(plan), count, seed, core or self.core, self.weights])
         path = self.scratch / f"drawn-{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors"
         if not path.exists():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             save_file({"codes": self.draw(plan, labels, seed).contiguous()}, path)
-            print(f"drew {count} pictures, {plan}: {time.perf_counter() - begun:.0f} s", flush=True)
+            print(f"drew {count} pictures, {plan}: {time.perf_counter() - started:.0f} s", flush=True)
         return load_file(path)["codes"]
 
     def drawn(self, row: dict[str, Any]) -> Tensor:
-        """The codes that a row of `samples` is about."""
+        """The codes of a row of `samples`."""
         plan = CachePlan(**{f.name: row[f.name] for f in fields(CachePlan) if f.name in row})
         return self.sample(plan, row["images"], row["seed"], row["core"])
 
+    def pictures(self, row: Row, kinds: list[int]) -> Tensor:
+        """Pictures of a row of `samples`, those of these classes or texts: B H W 3 in 0..1."""
+        return decode(self.model.tokenizer, self.drawn(row)[kinds])
+
     def save(self) -> None:
-        """One row a line, so that a change of results can be read as one."""
+        """Save the results with the current circumstances."""
         self.data["circumstances"] = circumstances(self)
-        parts = [f'"{key}": {json.dumps(self.data[key], indent=1)}' for key in ("circumstances", "bars")]
-        for key in ("rows", "samples", "pairs"):
-            parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in self.data[key]) + "\n]")
-        self.out.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(".part")
-        part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-        part.replace(self.file)
+        self.results.save()
+
+    def report(self) -> None:
+        """Write table, plot and contact sheet, and print their paths."""
+        self.data["circumstances"] = circumstances(self)
+        for path in write_report(self.results, [self.name(k) for k in range(self.kinds)], self.pictures):
+            print(f"wrote {path}", flush=True)
 
 
 def contents(path: Path) -> list[Path]:
@@ -333,7 +341,7 @@ def contents(path: Path) -> list[Path]:
 
 
 def hash_of(files: list[Path]) -> str:
-    """Of names and contents, the first 12 digits."""
+    """Hash of names and contents, the first 12 digits."""
     total = hashlib.sha256()
     for file in files:
         total.update(file.name.encode())
@@ -342,7 +350,7 @@ def hash_of(files: list[Path]) -> str:
 
 
 def circumstances(lab: Lab) -> dict[str, Any]:
-    """What the figures depend on, and the machine in its own words."""
+    """What the results depend on, and the machine."""
     return {
         "model": lab.files.decoder.name,
         "weights_sha256": lab.weights,
@@ -356,7 +364,7 @@ def circumstances(lab: Lab) -> dict[str, Any]:
 
 
 def best_others(rows: list[dict[str, Any]], budget: int, count: int, seed: int = REPORT.seed) -> list[str]:
-    """The policies, other than line, fold and random, that came closest to the full cache at `budget`."""
+    """The policies other than line, fold and random that came closest to the full cache at `budget`."""
     own = [
         r for r in rows if (r["split"], r["seed"], r["budget"]) == ("report", seed, budget) and r["policy"] not in FIRST
     ]
@@ -364,19 +372,19 @@ def best_others(rows: list[dict[str, Any]], budget: int, count: int, seed: int =
     return list(names)[:count]
 
 
-def telling(lab: Lab, budget: int, policies: list[str], seed: int) -> list[Contender]:
+def key_contenders(lab: Lab, budget: int, policies: list[str], seed: int) -> list[Contender]:
     """Ours, the published rule, the control and the two best others at `budget`."""
     names = [*(n for n in DRAWN if n in policies), *best_others(lab.data["rows"], budget, 2, seed)]
     return [Contender(name, published=name == "line") for name in names]
 
 
 def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policies: list[str], count: int) -> None:
-    """Pictures under a few caches with the same noise, and what the classifier makes of them."""
+    """Draw pictures under a few caches with the same noise, and classify them."""
     full = CachePlan("full")
     rows = {sample_key(s): s for s in lab.data["samples"] if (s["images"], s["core"]) == (count, lab.core)}
     wanted = [("full", full, DRAWN_SEED), ("full, other noise", full, OTHER_SEED)]
     for budget in budgets:
-        for contender in telling(lab, budget, policies, report.seed):
+        for contender in key_contenders(lab, budget, policies, report.seed):
             wanted.append((contender.name, lab.chosen(contender, budget, choose), DRAWN_SEED))
     first = lab.sample(full, count, DRAWN_SEED)
     judge = Judge(lab, report, first) if lab.bundled else None
@@ -405,28 +413,28 @@ def sample_key(row: dict[str, Any]) -> tuple[str, int, int]:
 
 
 class Judge:
-    """The small classifier, and what looks to it like real scenes after the tokenizer and like the full cache's."""
+    """The small classifier, with the features of real scenes after the tokenizer and of the full cache's pictures."""
 
     def __init__(self, lab: Lab, split: Split, full: Tensor):
         from training.train_classifier import load_classifier
 
         self.lab, self.classifier = lab, load_classifier()
-        self.real, _ = self.look(lab.held_out(split)[1])
-        self.full, _ = self.look(full)
+        self.real, _ = self.classify(lab.held_out(split)[1])
+        self.full, _ = self.classify(full)
 
     @torch.inference_mode()
-    def look(self, codes: Tensor) -> tuple[np.ndarray, Tensor]:
+    def classify(self, codes: Tensor) -> tuple[np.ndarray, Tensor]:
         """Features N F and classes N of pictures."""
         parts = [self.lab.model.tokenizer.decode(c).clamp(-1, 1) for c in codes.split(BATCH)]
         features = torch.cat([self.classifier.features(p) for p in parts])
         return features.double().numpy(), self.classifier.head(features).argmax(1)
 
     def figures(self, codes: Tensor) -> dict[str, Any]:
-        features, classes = self.look(codes)
-        right = int((classes == torch.arange(len(codes)) % self.lab.kinds).sum())
+        features, classes = self.classify(codes)
+        correct = int((classes == torch.arange(len(codes)) % self.lab.kinds).sum())
         return {
-            "accuracy": right / len(codes),
-            "accuracy_ci": share_interval(right, len(codes)),
+            "accuracy": correct / len(codes),
+            "accuracy_ci": share_interval(correct, len(codes)),
             "frechet": frechet(features, self.real),
             "frechet_excess": frechet_excess(features, self.full, self.real, self.lab.kinds),
         }
@@ -435,20 +443,24 @@ class Judge:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", type=Path, help="a checkpoint, file or folder, of classes or of own words (default: the bundled one)"
+        "--model",
+        type=Path,
+        help="checkpoint, file or folder, with classes or its own tokenizer (default: the bundled model)",
     )
-    parser.add_argument("--grid", type=int, nargs=2, help="rows and columns, where the file does not say")
+    parser.add_argument("--grid", type=int, nargs=2, help="rows and columns, if the file does not say")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
-    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets, one over the share of lines")
-    parser.add_argument("--images", type=int, default=REPORT.images, help="held-out pictures to report on")
+    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets: N keeps 1/N of the lines")
+    parser.add_argument("--images", type=int, default=REPORT.images, help="number of held-out pictures to report on")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=SEEDS, help="of the pictures to report on, and of further sets"
+        "--seeds", type=int, nargs="+", default=SEEDS, help="of the pictures to report on, then of further sets"
     )
-    parser.add_argument("--choose-images", type=int, default=CHOOSE.images, help="others, to choose recent lines on")
-    parser.add_argument("--samples", type=int, default=96, help="pictures to draw for each cache; 0: none")
+    parser.add_argument(
+        "--choose-images", type=int, default=CHOOSE.images, help="number of other pictures, to choose recent lines on"
+    )
+    parser.add_argument("--samples", type=int, default=96, help="number of pictures to draw for each cache; 0: none")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
-    parser.add_argument("--write", action="store_true", help="compute nothing, write table and pictures again")
+    parser.add_argument("--quick", action="store_true", help="smoke run; its numbers mean nothing")
+    parser.add_argument("--write", action="store_true", help="only write table, plot and contact sheet again")
     args = parser.parse_args()
     machine.check_out(args.out, parser, folder=True)
     if args.quick:
@@ -469,28 +481,23 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
     field = contenders(args.policies)[: len(FIRST) if args.quick else None]
     print(
         f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
-        f"{len(lab.data['rows'])} rows are there. Stop at any time, and go on with the same command."
+        f"{len(lab.data['rows'])} rows exist. Stop at any time, and resume with the same command."
     )
     if args.write:
-        tell(write_report(lab))
+        lab.report()
         return
-    for stage in (budgets[:2], budgets[2:]):  # what is asked for most often comes first
+    for stage in (budgets[:2], budgets[2:]):  # the most common budgets first
         for budget in stage:
             for contender in field:
-                if contender.policy != "full" or budget == budgets[0]:  # its budget is the whole picture
+                if contender.policy != "full" or budget == budgets[0]:  # its budget is always the whole picture
                     lab.row(contender.name, lab.chosen(contender, budget, choose), report)
         if args.samples and stage == budgets[:2]:
             draw_all(lab, stage, choose, report, args.policies, args.samples)
         for split in further if stage == budgets[:2] else []:
             for budget in stage:
-                for contender in telling(lab, budget, args.policies, report.seed):
+                for contender in key_contenders(lab, budget, args.policies, report.seed):
                     lab.row(contender.name, lab.chosen(contender, budget, choose), split)
-        tell(write_report(lab))
-
-
-def tell(written: list[Path]) -> None:
-    for path in written:
-        print(f"wrote {path}", flush=True)
+        lab.report()
 
 
 if __name__ == "__main__":

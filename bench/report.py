@@ -1,100 +1,58 @@
-"""From rows to what people read: a table, the bars, a plot, a sheet of pictures."""
+"""Reports on the results of the quality lab: a table, targets, a plot, a contact sheet."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mode
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from bench.uncertainty import half_width, ratio_interval
-from linear_core.pictures.preview import decode
+from bench.rows import PUBLISHED, Field, Results, Row
 from linear_core.pictures.sheet import contact_sheet, save
 
-if TYPE_CHECKING:
-    from bench.quality import Lab
-
-Row = dict[str, Any]
-OURS = ("line", "fold", "random", "full")  # every other policy is a rival
-PUBLISHED = "line (published)"
-PICTURED = (0, 2, 3, 5, 6, 7, 9, 11)  # classes on the sheet, one a column
+PICTURED = (0, 2, 3, 5, 6, 7, 9, 11)  # classes on the sheet, one per column
 
 
-def write_report(lab: Lab) -> list[Path]:
-    """Write what the results in `lab` allow for; returns the files."""
-    field = Field(lab.data["rows"], lab.weights, lab.grid.rows)
+def write_report(results: Results, kinds: list[str], pictures: Callable[[Row, list[int]], Tensor]) -> list[Path]:
+    """Write all reports that `results` allow, next to their file; returns the files written.
+
+    kinds     names of the classes or texts, in the order in which samples were drawn
+    pictures  of a row of samples, B H W 3 in 0..1: those of these kinds
+    """
+    field = Field(results.data["rows"], results.weights, results.lines)
     if not field.rows:
         return []
-    written = [lab.file.with_suffix(".md")]
-    lab.data |= {"bars": bars(field), "pairs": pairs(field)}
-    lab.save()
-    written[0].write_text(table(field, lab.data), encoding="utf-8")
+    written = [results.file.with_suffix(".md")]
+    results.data |= {"bars": bars(field), "pairs": pairs(field)}
+    results.save()
+    written[0].write_text(table(field, results.data), encoding="utf-8")
     try:
         from bench.plot import plot
     except ImportError:
-        print("no plot: it takes matplotlib (pip install matplotlib)")
+        print("no plot: it needs matplotlib (pip install matplotlib)")
     else:
-        written.append(lab.file.with_suffix(".png"))
-        plot(field, lab, written[-1])
-    if lab.data["samples"]:
-        written.append(lab.file.with_name(lab.file.stem + "-sheet.png"))
-        sheet(lab, written[-1])
+        written.append(results.file.with_suffix(".png"))
+        plot(field, results.model, written[-1])
+    if results.data["samples"]:
+        written.append(results.file.with_name(results.file.stem + "-sheet.png"))
+        sheet(results, kinds, pictures, written[-1])
     return written
 
 
-class Field:
-    """The rows of one model's report split, by name and budget in lines: of the set of pictures with most rows.
-
-    `further` are the rows of other sets.
-    """
-
-    def __init__(self, rows: list[Row], weights: str, lines: int):
-        found = [r for r in rows if r["split"] == "report" and r["model"] == weights]
-        seed = mode(r["seed"] for r in found) if found else 0
-        self.further = [r for r in found if r["seed"] != seed]
-        found = [r for r in found if r["seed"] == seed]
-        most = max((r["images"] for r in found), default=0)
-        self.lines = lines
-        self.rows = {(name, r["budget"]): r for r in found if r["images"] == most for name in r["names"]}
-        self.budgets = sorted({budget for _, budget in self.rows}, reverse=True)
-        sixth = max(1, lines // 6)
-        self.names = sorted(
-            {name for name, _ in self.rows}, key=lambda n: self.rows.get((n, sixth), {"kl": np.inf})["kl"]
-        )
-
-    def share(self, budget: int) -> str:
-        return f"1/{self.lines / budget:.3g}"
-
-    def rivals(self, budget: int) -> list[str]:
-        """Policies at `budget` that are neither ours nor the published rule nor the control, best first."""
-        names = [n for n, b in self.rows if b == budget and n.split()[0] not in OURS]
-        return sorted(names, key=lambda n: self.rows[n, budget]["kl"])
-
-    def pair(self, a: tuple[str, int], b: tuple[str, int]) -> Row | None:
-        """Paired over the pictures: mean difference a - b and ratio a / b of KL, with 95 % intervals."""
-        if a not in self.rows or b not in self.rows:
-            return None
-        one, other = (np.array(self.rows[key]["each"]["kl"]) for key in (a, b))
-        return {
-            "a": a[0], "a_budget": a[1], "b": b[0], "b_budget": b[1], "images": len(one),
-            "kl_difference": float((one - other).mean()), "kl_difference_ci": half_width(one - other),
-            "kl_ratio": float(one.mean() / other.mean()), "kl_ratio_interval": ratio_interval(one, other),
-        }  # fmt: skip
-
-
 def bars(field: Field) -> list[Row]:
-    """What was set out to be reached, each with its figures."""
+    """The targets that were set, each with the measured values."""
     sixth, twelfth, half = (max(1, field.lines // n) for n in (6, 12, 2))
-    asked = [
+    targets = [
         ("fold at 1/6 has at most a quarter of line's KL", ("fold", sixth), (PUBLISHED, sixth), 0.25),
         ("fold at 1/12 beats line at 1/6", ("fold", twelfth), (PUBLISHED, sixth), 1.0),
     ]
     for name in field.rivals(sixth)[:1]:
         text = f"fold at 1/6 has at most half of the best rival's KL ({name})"
-        asked.insert(1, (text, ("fold", sixth), (name, sixth), 0.5))
+        targets.insert(1, (text, ("fold", sixth), (name, sixth), 0.5))
     found = []
-    for text, ours, theirs, limit in asked:
+    for text, ours, theirs, limit in targets:
         if pair := field.pair(ours, theirs):
             found.append({"bar": text, "limit": limit, "met": pair["kl_ratio"] <= limit, **pair})
     if at_half := {n: field.rows[n, half]["kl"] for n in field.names if (n, half) in field.rows}:
@@ -105,7 +63,7 @@ def bars(field: Field) -> list[Row]:
 
 
 def pairs(field: Field) -> list[Row]:
-    """Everything against the control, the published rule and fold, at the same budget and on the same pictures."""
+    """Every cache against the control, the published rule and fold, at the same budget and on the same pictures."""
     found = [
         field.pair((name, budget), (other, budget))
         for budget in field.budgets
@@ -117,27 +75,27 @@ def pairs(field: Field) -> list[Row]:
 
 
 def figure(value: float, ci: float) -> str:
-    """A value and its interval, to two digits of the interval."""
+    """A value and its interval, with two significant digits of the interval."""
     digits = 4 if not ci or np.isnan(ci) else min(5, max(3, 1 - int(np.floor(np.log10(ci)))))
     return f"{value:.{digits}f} ± {ci:.{digits}f}"
 
 
 def table(field: Field, data: dict[str, Any]) -> str:
-    """The whole result as Markdown."""
+    """All results as Markdown."""
     about, images = data["circumstances"], next(iter(field.rows.values()))["images"]
     lines = [
         f"# Quality: {about['model']}",
         "",
-        f"KL divergence from the full cache, nats a token, mean and 95 % interval over {images} held-out pictures "
+        f"KL divergence from the full cache, nats per token, mean and 95 % interval over {images} held-out pictures "
         f"({about['pictures']}).",
         f"{about['device']}, {about['cores']} cores; torch {about['torch']}, {about['threads']} thread(s), "
         f"{about['dtype']}.",
         "",
-        *head("policy", *(field.share(b) for b in field.budgets)),
+        *header("policy", *(field.share(b) for b in field.budgets)),
     ]
     for name in field.names:
         cells = [field.rows.get((name, b)) for b in field.budgets]
-        lines.append(line(name, *(figure(r["kl"], r["kl_ci"]) if r else "" for r in cells)))
+        lines.append(table_row(name, *(figure(r["kl"], r["kl_ci"]) if r else "" for r in cells)))
     for budget in field.budgets:
         lines += ["", f"## {field.share(budget)}: {budget} lines of {field.lines}", "", *at_budget(field, budget)]
     if field.further:
@@ -148,96 +106,96 @@ def table(field: Field, data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def head(*cells: str) -> list[str]:
-    return [line(*cells), "|---" * len(cells) + "|"]
+def header(*cells: str) -> list[str]:
+    return [table_row(*cells), "|---" * len(cells) + "|"]
 
 
-def line(*cells: str) -> str:
+def table_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def at_budget(field: Field, budget: int) -> list[str]:
-    """Everything that was measured at one budget, the closest to the full cache first."""
-    lines = head("policy", "anchors, recent lines", "dNLL", "attention lost", "tokens held", "MiB held", "MiB taken",
+    """All measurements at one budget, the closest to the full cache first."""
+    lines = header("policy", "anchors, recent lines", "dNLL", "attention lost", "tokens held", "MiB held", "MiB taken",
                  "KL less random's", "KL / published rule's")  # fmt: skip
     for name in sorted((n for n, b in field.rows if b == budget), key=lambda n: field.rows[n, budget]["kl"]):
         r = field.rows[name, budget]
         random, published = (field.pair((name, budget), (other, budget)) for other in ("random", PUBLISHED))
         beside = figure(random["kl_difference"], random["kl_difference_ci"]) if random and name != "random" else ""
         ratio = (
-            between(published["kl_ratio"], published["kl_ratio_interval"]) if published and name != PUBLISHED else ""
+            with_interval(published["kl_ratio"], published["kl_ratio_interval"])
+            if published and name != PUBLISHED
+            else ""
         )
         mib = (f"{r[k] / 2**20:.2f}" for k in ("bytes_held", "bytes"))
         lines.append(
-            line(name, f"{r['anchors']}, {r['recent']}", figure(r["dnll"], r["dnll_ci"]), f"{r['lost']:.3f}",
+            table_row(name, f"{r['anchors']}, {r['recent']}", figure(r["dnll"], r["dnll_ci"]), f"{r['lost']:.3f}",
                  f"{r['tokens']:.1f}", *mib, beside, ratio)
         )  # fmt: skip
     return lines
 
 
 def elsewhere(field: Field) -> list[str]:
-    """What was measured again on other held-out pictures, beside the first."""
+    """Measurements that were repeated on other held-out pictures, next to the first."""
     seeds = list(dict.fromkeys(r["seed"] for r in field.further))
     images = {r["images"] for r in field.further}
     lines = [
         f"KL on other sets of {' or '.join(map(str, sorted(images)))} held-out pictures, each drawn from a seed.",
         "",
-        *head("policy", "budget", "seed of the table above", *(f"seed {seed}" for seed in seeds)),
+        *header("policy", "budget", "seed of the table above", *(f"seed {seed}" for seed in seeds)),
     ]
     rows = {(name, r["budget"], r["seed"]): r for r in field.further for name in r["names"]}
     for name, budget in dict.fromkeys((name, budget) for name, budget, _ in rows):
         first = field.rows.get((name, budget))
         again = [rows.get((name, budget, seed)) for seed in seeds]
         cells = (figure(r["kl"], r["kl_ci"]) if r else "" for r in (first, *again))
-        lines.append(line(name, field.share(budget), *cells))
+        lines.append(table_row(name, field.share(budget), *cells))
     return lines
 
 
-def between(value: float, interval: tuple[float, float]) -> str:
+def with_interval(value: float, interval: tuple[float, float]) -> str:
     return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def verdict(bar: Row) -> str:
-    """A bar in a line."""
+    """A target and whether it was met, in one line."""
     if "over" in bar:
-        said = f"over it: {', '.join(f'{n} {kl}' for n, kl in bar['over'].items()) or 'none'}"
+        values = f"over it: {', '.join(f'{n} {kl}' for n, kl in bar['over'].items()) or 'none'}"
     else:
         difference = figure(bar["kl_difference"], bar["kl_difference_ci"])
-        said = f"ratio {between(bar['kl_ratio'], bar['kl_ratio_interval'])}, difference {difference}"
-    return f"- {'met' if bar['met'] else '**not met**'}: {bar['bar']}; {said}"
+        values = f"ratio {with_interval(bar['kl_ratio'], bar['kl_ratio_interval'])}, difference {difference}"
+    return f"- {'met' if bar['met'] else '**not met**'}: {bar['bar']}; {values}"
 
 
 def drawn(field: Field, samples: list[Row]) -> list[str]:
-    """What became of pictures that were drawn."""
+    """Measurements of drawn pictures."""
     lines = [
         f"{samples[0]['images']} pictures for each cache, classes in turn, the same noise. Agreement: share of codes "
         "equal to the full cache's. Fréchet distance: to held-out scenes, in the classifier's features; it falls with "
         "the number of pictures, so only rows of this table can be compared. Intervals are of 95 %.",
         "",
-        *head("cache", "budget", "agreement", "class right", "Fréchet distance", "more than the full cache's"),
+        *header("cache", "budget", "agreement", "class right", "Fréchet distance", "more than the full cache's"),
     ]
     for s in samples:
         budget = "all" if s["policy"] == "full" else field.share(s["budget"])
         right = "{:.1%} ({:.1%} to {:.1%})".format(s["accuracy"], *s["accuracy_ci"]) if "accuracy" in s else ""
         distance = f"{s['frechet']:.3f}" if "frechet" in s else ""
         more = "{:+.3f} to {:+.3f}".format(*s["frechet_excess"]) if "frechet" in s else ""
-        lines.append(line(s["name"], budget, figure(s["agreement"], s["agreement_ci"]), right, distance, more))
+        lines.append(table_row(s["name"], budget, figure(s["agreement"], s["agreement_ci"]), right, distance, more))
     return lines
 
 
-def sheet(lab: Lab, path: Path) -> None:
-    """The same classes and noise under every cache that drew."""
-    info, samples = lab.model.info, lab.data["samples"]
-    columns = [c for c in PICTURED if c < min(lab.kinds, samples[0]["images"])] or [0]
+def sheet(results: Results, kinds: list[str], pictures: Callable[[Row, list[int]], Tensor], path: Path) -> None:
+    """Contact sheet: the same classes and noise under every cache that drew them."""
+    samples = results.data["samples"]
+    columns = [c for c in PICTURED if c < min(len(kinds), samples[0]["images"])] or [0]
     rows = []
     for s in samples:
         if s["seed"] != samples[0]["seed"]:
             continue
-        codes = lab.drawn(s)[columns]
-        what = "every line" if s["policy"] == "full" else f"{s['budget']} of {lab.grid.rows} lines"
+        what = "every line" if s["policy"] == "full" else f"{s['budget']} of {results.lines} lines"
         right = f", class right in {s['accuracy']:.0%} of {s['images']}" if "accuracy" in s else ""
         said = "" if s["policy"] == "full" else f", {s['agreement']:.0%} of codes as with the full cache"
-        rows.append((s["name"], what + said + right, decode(lab.model.tokenizer, codes)))
-    save(
-        contact_sheet(rows, [lab.name(c) for c in columns], 192), path, {"seed": samples[0]["seed"], "model": info.name}
-    )
+        rows.append((s["name"], what + said + right, pictures(s, columns)))
+    notes = {"seed": samples[0]["seed"], "model": results.model}
+    save(contact_sheet(rows, [kinds[c] for c in columns], 192), path, notes)

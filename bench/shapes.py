@@ -1,4 +1,4 @@
-"""Models as shapes: what speed and memory depend on. Weights are random, of the published sizes."""
+"""Models by shape, which is what speed and memory depend on. Weights are random, with the published sizes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LLAMAGEN = {  # layers, width, heads, feed-forward
     "3B": (24, 3200, 32, 8704),
 }
 CHAMELEON = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, 1e-5, qk_norm=True)
-EOL = 8799  # Lumina-mGPT's, counted from code 0
-WORDS = 48  # tokens of a prompt, about what a sentence takes in a chat
+EOL = 8799  # of Lumina-mGPT, counted from code 0
+PROMPT_TOKENS = 48  # about what a sentence takes as a chat
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model before it has weights; `prompt_tokens` tokens of prompt, or 0 where a class is all there is."""
+    """A model without weights. `prompt_tokens`: tokens of a text prompt; 0: the prompt is a class."""
 
     name: str
     network: type[nn.Module]
@@ -44,18 +44,19 @@ class ModelShape:
         return self.config.cache_shape(max(self.prompt_tokens, 1), dtype.itemsize)
 
     def parameters(self) -> tuple[int, int]:
-        """Numbers in all, and those that every step reads: tables are looked up, not read."""
+        """Number of parameters, and of those that every step reads: embedding tables are looked up, not read."""
         with torch.device("meta"):
             return count(self.network(self.config, self.grid))
 
     def prompt(self, images: int) -> Prompt:
+        """A prompt for so many images, guided from another one of the same length."""
         if not self.prompt_tokens:
             return class_prompt([i % self.config.classes for i in range(images)])
         rows = [[1, *[5] * (self.prompt_tokens - 2), 2]] * images
         return token_prompt(rows, negative=token_prompt([[1, *[3] * (self.prompt_tokens - 2), 2]] * images))
 
     def make(self, dtype: torch.dtype, device: str) -> nn.Module:
-        """The bundled model as it is; any other with random weights, as large as trained ones."""
+        """The bundled model, or a model with random weights of the magnitude of trained ones."""
         if self.name == "landscapes":
             return load_model(bundled_files(), device=device, dtype=dtype).decoder
         with torch.device("meta"):
@@ -70,27 +71,29 @@ class ModelShape:
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """Numbers of a model in all, and those that every step reads."""
+    """Number of parameters of a model, and of those that every step reads."""
     tables = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
-    whole = sum(p.numel() for p in model.parameters())
-    return whole, whole - tables
+    total = sum(p.numel() for p in model.parameters())
+    return total, total - tables
 
 
 def _shapes() -> list[ModelShape]:
-    few = SamplePlan(guidance=4.0, top_k=2000)
+    top_k = SamplePlan(guidance=4.0, top_k=2000)
     bundled = load_model(bundled_files())
     shapes = [
         ModelShape("landscapes", LlamaGen, bundled.info.config, bundled.info.grid, bundled.info.defaults),
     ]
     for size, (layers, width, heads, hidden) in LLAMAGEN.items():
         config = LlamaGenConfig(layers, width, heads, hidden, CODES, classes=1000)
-        shapes.append(ModelShape(f"LlamaGen-{size}", LlamaGen, config, Grid(24, 24), few))
+        shapes.append(ModelShape(f"LlamaGen-{size}", LlamaGen, config, Grid(24, 24), top_k))
     for size, (layers, width, heads, hidden) in {"1B": (24, 2048, 16, 5632), "7B": (30, 4096, 32, 11008)}.items():
         config = JanusConfig(layers, width, heads, hidden, CODES, 102400, head_hidden=width)
-        shapes.append(ModelShape(f"Janus-Pro-{size}", Janus, config, Grid(24, 24), SamplePlan(guidance=5.0), WORDS))
+        shapes.append(
+            ModelShape(f"Janus-Pro-{size}", Janus, config, Grid(24, 24), SamplePlan(guidance=5.0), PROMPT_TOKENS)
+        )
     for pixels in (768, 1024):
         grid = Grid(pixels // 16, pixels // 16, eol=EOL)
-        shapes.append(ModelShape(f"Lumina-mGPT-{pixels}", Lumina, CHAMELEON, grid, few, WORDS))
+        shapes.append(ModelShape(f"Lumina-mGPT-{pixels}", Lumina, CHAMELEON, grid, top_k, PROMPT_TOKENS))
     return shapes
 
 

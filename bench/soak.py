@@ -1,16 +1,16 @@
-"""Hundreds of images in one process of a live ComfyUI: does its memory grow, are threads, sockets or files left?
+"""Hundreds of images in one process of a live ComfyUI: does memory grow, are threads, sockets or files left behind?
 
     COMFYUI_DIR=path/to/ComfyUI python bench/soak.py --out bench/results/soak.json
 
 Starts ComfyUI on the CPU with this pack (see tests/nodes/comfy_server.py for COMFYUI_PYTHON) and queues prompts of
---batch images with the bundled model: seeds, policies, budgets and storages change, now and then one is stopped
-half-way, the models are taken away, or a mistake is made. After each prompt it reads from /proc what the process
-holds; Linux only. ComfyUI keeps what each run told the page, for up to 10000 runs; that history is emptied as it goes,
-and its size is reported.
+--batch images with the bundled model. Seeds, policies, budgets and storages vary; now and then a prompt is stopped
+half-way, the models are unloaded, or a prompt contains an error. After each prompt it reads from /proc what the process
+holds; Linux only. ComfyUI keeps the messages of up to 10000 runs; that history is deleted after each prompt, and its
+size is reported.
 
-The memory's slope is that of a straight line through the second half of the prompts; its interval comes from blocks
-drawn again, as neighbouring prompts are alike. Exit status 1: something is left over, or the slope is surely above
---allowed. The last line of the output is everything as one JSON document.
+The growth of memory is the slope of a straight line through the second half of the prompts. Its interval comes from a
+block bootstrap, because neighbouring prompts are similar. Exit status 1: something is left behind, or the slope exceeds
+--allowed with confidence. The last line of the output is the whole result as one JSON document.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ CACHES = [
     ],
 ]  # fmt: skip
 GUIDANCE = (-1.0, 1.0, 1.0)  # the model's own, or none
-BLOCK = 5  # prompts
-ENOUGH = 4  # rows, of which a line can be fitted through half
-STOPPED, MISTAKEN, UNLOADED = 8, 15, 20  # every so many prompts
+BLOCK = 5  # prompts per block of the bootstrap
+MIN_ROWS = 4  # so that a line can be fitted through half of them
+STOP_EVERY, ERROR_EVERY, UNLOAD_EVERY = 8, 15, 20  # prompts
 
 
 def prompt(number: int, images: int) -> dict[str, Any]:
-    """first_image with a seed, a cache and as many images of its own."""
+    """The workflow first_image with a seed and a cache that depend on `number`, and so many images."""
     nodes = json.loads((WORKFLOWS / "api" / "first_image.json").read_text(encoding="utf-8"))
     for node in nodes.values():
         if node["class_type"] == "LineAR_Generate":
@@ -66,8 +66,8 @@ def prompt(number: int, images: int) -> dict[str, Any]:
 
 
 def run(server: Server, nodes: dict[str, Any], stop_at: int | None = None) -> tuple[str, float, int]:
-    """How a prompt ended, the seconds it took, and bytes of history that it left, which are then removed."""
-    begun, end = time.perf_counter(), {}
+    """How a prompt ended, its seconds, and the bytes of history that it left, which are then deleted."""
+    started, end = time.perf_counter(), {}
     for message in server.run(nodes):
         if isinstance(message, dict):
             end = message
@@ -75,8 +75,8 @@ def run(server: Server, nodes: dict[str, Any], stop_at: int | None = None) -> tu
             if stop_at is not None and row == stop_at:
                 server.post("/interrupt", {})
                 stop_at = None
-    seconds, name = time.perf_counter() - begun, end["data"]["prompt_id"]
-    for _ in range(100):  # the history is written a moment after the end is told
+    seconds, name = time.perf_counter() - started, end["data"]["prompt_id"]
+    for _ in range(100):  # the history is written a moment after the last message
         if history := server.read(f"/history/{name}").removeprefix(b"{}"):
             break
         time.sleep(0.02)
@@ -84,8 +84,8 @@ def run(server: Server, nodes: dict[str, Any], stop_at: int | None = None) -> tu
     return end["type"], seconds, len(history)
 
 
-def holds(server: Server) -> dict[str, int]:
-    """What the host's process holds now."""
+def resources(server: Server) -> dict[str, int]:
+    """What ComfyUI's process holds now."""
     process = Path("/proc") / str(server.pid)
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     links = []
@@ -106,7 +106,7 @@ def holds(server: Server) -> dict[str, int]:
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Of a straight line, with its 95 % interval: blocks of neighbours drawn again, residuals on the line."""
+    """Slope of a straight line with its 95 % interval: a block bootstrap of the residuals."""
     rate, start = np.polyfit(x, y, 1)
     line = rate * x + start
     left, source = y - line, np.random.default_rng(0)
@@ -120,28 +120,28 @@ def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def soak(server: Server, images: int, batch: int, minutes: float) -> Iterator[dict[str, Any]]:
-    """Draw so many images; what was held before, and after each prompt."""
-    yield {"images": 0, "end": "", "seconds": 0.0, "told": 0, **holds(server)}
+    """Draw so many images; yields a row of what the process holds before, and after each prompt."""
+    yield {"images": 0, "end": "", "seconds": 0.0, "told": 0, **resources(server)}
     done, number = 0, 0
     until = time.monotonic() + 60 * minutes
     while done < images and time.monotonic() < until:
         number += 1
         count = min(batch, images - done)
-        if number % STOPPED == 0:
+        if number % STOP_EVERY == 0:
             end, *_ = run(server, prompt(100000 + number, batch), stop_at=number % 23)
             assert end == "execution_interrupted", end
-        if number % MISTAKEN == 0:
+        if number % ERROR_EVERY == 0:
             nodes = prompt(200000 + number, 1)
             for node in nodes.values():
                 node["inputs"] |= {"more_classes": "spaceship"} if node["class_type"] == "LineAR_ClassPrompt" else {}
             end, *_ = run(server, nodes)
             assert end == "execution_error", end
-        if number % UNLOADED == 0:
+        if number % UNLOAD_EVERY == 0:
             server.post("/free", {"unload_models": True, "free_memory": True})
-        end, seconds, told = run(server, prompt(number, count))
+        end, seconds, history = run(server, prompt(number, count))
         assert end == "execution_success", end
         done += count
-        row = {"images": done, "end": end, "seconds": round(seconds, 3), "told": told, **holds(server)}
+        row = {"images": done, "end": end, "seconds": round(seconds, 3), "told": history, **resources(server)}
         if number % 5 == 1 or done == images:
             print(table([row]), flush=True)
         yield row
@@ -159,7 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def verdict(rows: list[dict[str, Any]], allowed: float) -> dict[str, Any]:
-    """What grew in the second half of the run, by image, and what did not."""
+    """What grew in the second half of the run, per image, and what was left behind."""
     late = rows[len(rows) // 2 :]
     images = np.array([row["images"] for row in late], float)
     rate, low, high = slope(images, np.array([row["rss"] for row in late], float))
@@ -179,10 +179,12 @@ def verdict(rows: list[dict[str, Any]], allowed: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=500, metavar="N")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images of a prompt (default: 8)")
-    parser.add_argument("--minutes", type=float, default=240, help="after which no prompt is queued (default: 240)")
-    parser.add_argument("--allowed", type=float, default=4096, metavar="BYTES", help="an image, of RSS (default: 4096)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the document there")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images per prompt (default: 8)")
+    parser.add_argument("--minutes", type=float, default=240, help="after these no prompt is queued (default: 240)")
+    parser.add_argument(
+        "--allowed", type=float, default=4096, metavar="BYTES", help="growth of RSS per image (default: 4096)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
     args = parser.parse_args()
     if args.out:
         check_out(args.out, parser)
@@ -195,14 +197,14 @@ def main() -> int:
             "images": rows[-1]["images"],
             "prompts": len(rows) - 1,
             "seconds": round(sum(row["seconds"] for row in rows)),
-            **(verdict(rows, args.allowed) if len(rows) >= ENOUGH else {}),
+            **(verdict(rows, args.allowed) if len(rows) >= MIN_ROWS else {}),
         }
 
     def write(stopped: dict[str, str]) -> None:
         if args.out and rows:
-            told = json.dumps(document() | stopped, indent=1)[:-2]
+            head = json.dumps(document() | stopped, indent=1)[:-2]
             lines = ",\n".join(json.dumps(row) for row in rows)
-            args.out.write_text(f'{told},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+            args.out.write_text(f'{head},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
     with in_any_case(write), comfyui() as server:
         stats = server.get("/system_stats")["system"]
@@ -210,14 +212,14 @@ def main() -> int:
         print(HEADER)
         for row in soak(server, args.images, args.batch, args.minutes):
             rows.append(row)
-    if len(rows) < ENOUGH:
-        sys.exit(f"{len(rows) - 1} prompts say nothing of the memory; draw more images, or give it more minutes.")
-    told = document()
-    rate, low, high = told["rss_bytes_per_image"]
-    print(f"memory: {rate / 1024:+.1f} kB an image ({low / 1024:+.1f} to {high / 1024:+.1f}), in the second half")
-    print(f"left over: {', '.join(told['left_over']) or 'nothing'}")
-    print(json.dumps(told | {"rows": rows}))
-    return int(bool(told["left_over"]))
+    if len(rows) < MIN_ROWS:
+        sys.exit(f"{len(rows) - 1} prompts are too few to judge memory; draw more images, or raise --minutes.")
+    result = document()
+    rate, low, high = result["rss_bytes_per_image"]
+    print(f"memory: {rate / 1024:+.1f} kB per image ({low / 1024:+.1f} to {high / 1024:+.1f}), in the second half")
+    print(f"left over: {', '.join(result['left_over']) or 'nothing'}")
+    print(json.dumps(result | {"rows": rows}))
+    return int(bool(result["left_over"]))
 
 
 if __name__ == "__main__":

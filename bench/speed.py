@@ -1,25 +1,26 @@
-r"""How fast does it draw, and how much of that could the machine do?
+r"""Speed of drawing, and what share of the machine's memory bandwidth it reaches.
 
     python bench/speed.py                                       LlamaGen-B, full cache against 4 of 24 lines
-    python bench/speed.py --lines 2 --against ~/LlamaGen        beside LlamaGen's own loop, two lines of each image
+    python bench/speed.py --lines 2 --against ~/LlamaGen        next to LlamaGen's own loop, two lines of each image
     python bench/speed.py --models Janus-Pro-1B --lines 2 --against transformers
     python bench/speed.py --models Janus-Pro-1B LlamaGen-XL --plans full fold:4 line:2:int8 --steps eager compiled
     python bench/speed.py --dtype bfloat16 --plans full line:4 full:24:int8 line:4:int8 --steps eager graph \
-        --attention sdpa kernel                                 our kernel for NVIDIA GPUs beside PyTorch's attention
+        --attention sdpa kernel                                 our kernel for NVIDIA GPUs next to PyTorch's attention
     python bench/speed.py --out cpu-b16                         also writes bench/results/speed-cpu-b16.json
     python bench/speed.py --out ~/found.json                    also writes that file
 
-Random weights of the published sizes; the shapes, not the numbers, decide the time. Everything that is compared takes
-turns, a step each, so that whatever else the machine does is felt by all alike; medians and quartiles are given.
-Against transformers, whose loop begins every run with the prompt and cannot be stopped, a turn is up to eight steps; a
-logits processor takes the time at every token.
+Weights are random, with the published sizes: shapes decide the time, values do not. The contenders take turns of one
+step each, so that other load on the machine affects all of them alike; medians and quartiles are reported. Against
+transformers, whose loop starts every run with the prompt and cannot be interrupted, a turn is up to eight steps; a
+logits processor measures the time of every token.
 
-With `--steps graph` the step and the end of a line are CUDA graphs; a result's `not_recorded` says why one is not.
+With `--steps graph`, the step and the end of a line are CUDA graphs; `not_recorded` in a result says why one is not.
 
-Without --lines whole images are drawn by the real loop. With --lines N only N lines of an image are timed, each with a
-cache filled up to there, and an image's time is extrapolated from them: the prompt, then for each line its steps and
-its end. What is extrapolated says so. The last line of the output is everything as one JSON document. --out writes it,
-and what there is by then if the run is interrupted or fails: its `stopped` says why.
+Without --lines, whole images are drawn by the real loop. With --lines N, only N lines of an image are timed, each with
+the cache filled up to there, and the time of an image is extrapolated from them: the prompt, then for each line its
+steps and its end. Extrapolated results say so. The last line of the output is the whole result as one JSON document.
+--out writes it too, even if the run is interrupted or fails: then `stopped` says why, and it holds what was measured
+until then.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def plan_of(text: str, parser: argparse.ArgumentParser) -> CachePlan:
-    """full, or policy:lines, or policy:lines:storage."""
+    """A plan from full, policy:lines or policy:lines:storage."""
     policy, *rest = text.split(":")
     lines, storage = (*rest, "4", "full")[:2] if rest else ("4", "full")
     if len(rest) == 1:
         storage = "full"
     if policy not in POLICIES or not lines.isdigit() or storage not in STORAGES:
-        parser.error(f"--plans: '{text}' is no plan; write full, or policy:lines, or policy:lines:int8.")
+        parser.error(f"--plans: '{text}' is not a plan; write full, policy:lines or policy:lines:int8.")
     return CachePlan(
         policy, budget=int(lines), recent=0 if policy == "fold" else 1 if lines == "2" else 2, storage=storage
     )
@@ -77,7 +78,7 @@ compiled = partial(torch.compile, dynamic=False)
 
 
 class Ours:
-    """A plan at work: the loop of `generate`, taken apart so that its pieces can be timed."""
+    """A plan in use: the loop of `generate` in separate pieces that can be timed."""
 
     def __init__(
         self, name: str, model: Any, shape: ModelShape, plan: CachePlan, images: int, kind: str, attention: str = "sdpa"
@@ -93,7 +94,7 @@ class Ours:
         self.line_end = CapturedEnd(evict) if kind == "graph" else evict
 
     def allocate(self) -> None:
-        """The cache and all else that is there before the first token; filled with numbers, as if all were drawn."""
+        """Everything that exists before the first token; the cache is filled with random values."""
         os.environ[SWITCH] = self.attention
         reads = self.policy.reads | ({"ahead"} if self.plan.release == "fold" else set())
         device, shape = self.model.device, self.model.cache_shape(self.rows.length)
@@ -115,7 +116,7 @@ class Ours:
         self.logits = self.model.prefill(self.rows, self.cache)
 
     def prepare(self, row: int) -> None:
-        """The cache as it is when line `row` begins: full of the tokens before it, or as far as there are any."""
+        """Bring the cache to its state when line `row` begins: full, or with all the tokens before it."""
         cache, stride, prompt = self.cache, self.grid.stride, self.cache.shape.prompt
         cache.extent = min(prompt + (row + 1) * stride, cache.slots)
         held = cache.extent - prompt - stride
@@ -131,34 +132,34 @@ class Ours:
         self.row = row
 
     def steps(self, first: int, steps: int) -> None:
-        """Tokens of the line from column `first` on, each drawn and fed."""
+        """Sample and feed `steps` tokens of the line, from column `first` on."""
         for column in range(first, first + steps):
             number = self.row * self.grid.stride + column
             token = draw(self.logits, number, self.images, self.sample, self.noise)
             fed = token.repeat(self.cache.rows // self.images)
-            index, place = self.index[number : number + 1], self.columns[column : column + 1]
-            self.logits = self.step(fed, index, self.rows.pad, place, self.cache)
+            index, columns = self.index[number : number + 1], self.columns[column : column + 1]
+            self.logits = self.step(fed, index, self.rows.pad, columns, self.cache)
 
     def end(self) -> None:
         end_line(self.cache, self.policy, self.row, partial(self.model.rotate_ahead, self.grid), self.line_end)
 
     def warm(self) -> None:
-        """A token and a line's end, so that what is compiled or recorded is so before anything is timed."""
+        """Run a token and a line's end, so that compilation and capture happen before anything is timed."""
         self.prepare(max(self.grid.rows - 2, 0))
         self.steps(0, 1)
         self.end()
 
     def not_recorded(self) -> dict[str, str]:
-        """Why what was to be a graph is none: the step, the end of a line."""
+        """Why a requested CUDA graph was not used: for the step, and for the end of a line."""
         both = {"step": self.step, "line's end": self.line_end}
         return {name: work.why for name, work in both.items() if isinstance(work, Captured) and work.why}
 
     def cache_read(self) -> int:
-        """Bytes of keys and values that a step of the line reads."""
+        """Bytes of keys and values that a step of the current line reads."""
         return self.cache.nbytes if self.static else self.cache.nbytes * self.cache.extent // self.cache.slots
 
     def picture(self) -> tuple[list[float], int]:
-        """The real loop: seconds of each line, bytes of the cache."""
+        """Draw with the real loop: seconds of each line, bytes of the cache."""
         os.environ[SWITCH] = self.attention
         drawing = generate(
             self.model, self.prompt, self.plan, self.sample,
@@ -169,13 +170,13 @@ class Ours:
 
 
 def sampled_rows(rows: int, lines: int) -> list[int]:
-    """The middle of each of `lines` equal parts of an image: what is timed there stands for its part."""
+    """The middle lines of `lines` equal parts of an image, each of which is timed for its part."""
     lines = min(lines, rows)
     return [int((i + 0.5) * rows / lines) for i in range(lines)]
 
 
-def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Times of all contenders from a few lines of an image: after each of them, what they tell together."""
+def time_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Time all contenders on a few lines of an image; yields the results after each line."""
     device, grid = args.device, ours[0].grid
     for one in ours:
         one.allocate()
@@ -187,7 +188,7 @@ def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> I
     block = peer.block if peer else 1
     columns = [1 + i % (grid.cols - 1) for i in range(args.repeat)]
     if peer:
-        peer.seconds(1)  # warm
+        peer.seconds(1)  # warm-up
     for one in ours:
         one.warm()
     for row in sampled_rows(grid.rows, args.lines):
@@ -195,15 +196,15 @@ def by_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> I
             steps[one.name].append([])
         for one in ours:
             one.prepare(row)
-            one.steps(0, 1)  # warm
+            one.steps(0, 1)  # warm-up
             read[one.name].append(one.cache_read())
             ends[one.name].append([])
         for first in range(0, args.repeat, block):
-            rotate = columns[first : first + block]
+            turn = columns[first : first + block]
             for one in ours:
-                steps[one.name][-1] += [timed(device, partial(one.steps, column, 1)) for column in rotate]
+                steps[one.name][-1] += [timed(device, partial(one.steps, column, 1)) for column in turn]
             if peer:
-                steps[peer.name][-1] += peer.seconds(len(rotate))
+                steps[peer.name][-1] += peer.seconds(len(turn))
         if row + 1 < grid.rows:
             for repeat in range(max(args.repeat // 2, 1)):
                 for one in ours:
@@ -222,7 +223,7 @@ def from_lines(
     ends: dict[str, list[list[float]]],
     read: dict[str, list[int]],
 ) -> list[dict[str, Any]]:
-    """What the times of some lines tell of an image."""
+    """Extrapolate from the times of some lines to an image."""
     results = []
     for one in everyone:
         end = [statistics.median(e) if e else 0.0 for e in ends.get(one.name, [])] or [0.0]
@@ -246,15 +247,15 @@ def from_lines(
     return results
 
 
-def whole(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Times of all contenders from whole images, drawn in turns by the real loops: after each turn, what there is."""
+def time_images(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Time all contenders on whole images, drawn in turns by the real loops; yields the results after each turn."""
     everyone: list[Any] = [*ours, *([peer] if peer else [])]
     seconds: dict[str, list[float]] = {one.name: [] for one in everyone}
     lines: dict[str, list[float]] = {one.name: [] for one in ours}
     for repeat in range(args.repeat + 1):
         for one in everyone:
             taken = timed(args.device, lambda one=one: lines.__setitem__(one.name, one.picture()[0]))
-            if repeat:  # the first is for warming up
+            if repeat:  # the first is a warm-up
                 seconds[one.name].append(taken)
         if repeat:
             yield [
@@ -269,8 +270,8 @@ def whole(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -> Iter
             ]
 
 
-def memory(one: Ours, before: float, weights: int, device: str) -> dict[str, float]:
-    """Most bytes held by a prompt, a token and a line's end, and what was foretold for a run."""
+def peak_memory(one: Ours, before: float, weights: int, device: str) -> dict[str, float]:
+    """Peak memory of a prompt, a token and a line's end, and the prediction for a run."""
     peak = Peak(device)
     one.allocate()
     one.prefill()
@@ -279,8 +280,8 @@ def memory(one: Ours, before: float, weights: int, device: str) -> dict[str, flo
     one.steps(0, 1)
     one.end()
     shape = one.model.cache_shape(one.rows.length)
-    foretold = weights + run_bytes(shape, one.grid, one.plan, one.rows.rows, one.model.codes, device.partition(":")[0])
-    found = {"peak_mib": (peak.bytes - before) / MIB, "predicted_mib": foretold / MIB}
+    predicted = weights + run_bytes(shape, one.grid, one.plan, one.rows.rows, one.model.codes, device.partition(":")[0])
+    found = {"peak_mib": (peak.bytes - before) / MIB, "predicted_mib": predicted / MIB}
     found |= {"cache_bytes": one.cache.nbytes, "planned_bytes": shape.bytes(one.grid, one.plan, one.rows.rows)}
     del one.cache, one.logits
     return found
@@ -289,14 +290,14 @@ def memory(one: Ours, before: float, weights: int, device: str) -> dict[str, flo
 def measure(
     shape: ModelShape, images: int, args: argparse.Namespace, bandwidth: float
 ) -> Iterator[list[dict[str, Any]]]:
-    """Every plan and kind of step for one model and batch: what there is so far, again and again; the last is all."""
+    """Every plan and kind of step for one model and batch size; yields the results so far, the last time all."""
     before = 0.0 if args.device.startswith("cuda") else resident()
     model = shape.make(DTYPES[args.dtype], args.device)
     size = DTYPES[args.dtype].itemsize
     parameters, read = (n * size for n in count(model))
-    published = dict(model.state_dict()) if args.against else {}  # packed matrices are no longer the published ones
+    published = dict(model.state_dict()) if args.against else {}  # before packing, which changes the matrices
     if args.device == "cpu" and not args.unpacked and pack(model) and args.against:
-        before += read  # what the peer keeps of its own
+        before += read  # the peer keeps the unpacked matrices
     ours = []
     for plan in args.plans:
         name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
@@ -304,12 +305,12 @@ def measure(
             label = name + " int8" * (plan.storage == "int8")
             label += "".join(f" {word}" for word in (kind, attention) if word not in ("eager", "sdpa"))
             ours.append(Ours(label, model, shape, plan, images, kind, attention))
-    held = {one.name: memory(one, before, parameters, args.device) | {"attention": one.attention} for one in ours}
+    held = {one.name: peak_memory(one, before, parameters, args.device) | {"attention": one.attention} for one in ours}
     peer = None
     if args.against:
         peer = chosen(args.against)(args.against, model, published, shape, images)
         same_logits(ours[0], peer)
-    for results in (by_lines if args.lines else whole)(ours, peer, args):
+    for results in (time_lines if args.lines else time_images)(ours, peer, args):
         base = next((r["image_seconds"] for r in results if peer and r["name"] == peer.name), None)
         for result in results:
             seconds = result["image_seconds"]
@@ -328,18 +329,18 @@ def measure(
 
 
 def same_logits(one: Ours, peer: Peer) -> None:
-    """The peer computes what we compute, or there is nothing to compare."""
+    """Exit unless the peer computes the same logits: otherwise there is nothing to compare."""
     one.allocate()
     one.prefill()
     off = float((one.logits - peer.prefill()).abs().max())
     del one.cache
     if off > (1e-3 if one.model.dtype == torch.float32 else 0.5):
-        raise SystemExit(f"--against: the logits of {peer.label} differ from ours by {off:.2g}; is it as published?")
+        raise SystemExit(f"--against: the logits of {peer.label} differ from ours by {off:.2g}; is it unmodified?")
 
 
 HEAD = (
     f"{'model':17}{'images':>7} {'cache':31}{'prefill ms':>11}{'step ms':>9}{'quartiles':>17}{'line ms':>9}{'end':>6}"
-    f"{'tok/s':>9}{'img/s':>9}{'of copy':>8}{'MiB':>8}{'foretold':>9}{'x publ.':>8}"
+    f"{'tok/s':>9}{'img/s':>9}{'of copy':>8}{'MiB':>8}{'predict.':>9}{'x publ.':>8}"
 )
 
 
@@ -369,18 +370,18 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", default=["eager"], choices=["eager", "compiled", "graph"],
                         help="default: eager")  # fmt: skip
     parser.add_argument("--attention", nargs="+", default=["sdpa"], choices=ATTENTIONS,
-                        help="of a token: PyTorch's, or our kernel for NVIDIA GPUs (default: sdpa)")  # fmt: skip
+                        help="for a token: PyTorch's, or our kernel for NVIDIA GPUs (default: sdpa)")  # fmt: skip
     parser.add_argument("--lines", type=int, default=0, metavar="N", help="time N lines only and extrapolate")
-    parser.add_argument("--repeat", type=int, default=7, metavar="N", help="steps of each kind, or images (default: 7)")
+    parser.add_argument("--repeat", type=int, default=7, metavar="N", help="steps per line, or images (default: 7)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--unpacked", action="store_true", help="leave matrices as PyTorch keeps them (CPU)")
-    parser.add_argument("--against", metavar="PATH", help=f"a published loop with our weights. {WHICH}")
+    parser.add_argument("--unpacked", action="store_true", help="do not pack the weight matrices (CPU)")
+    parser.add_argument("--against", metavar="PATH", help=f"published loop to compare with, using our weights. {WHICH}")
     parser.add_argument(
         "--out", metavar="NAME|FILE.json", help="also write bench/results/speed-NAME.json, or that file"
     )
     args = parser.parse_args()
-    out = place_of(args.out, parser)
+    out = output_file(args.out, parser)
     args.plans = [plan_of(text, parser) for text in args.plans]
     if args.against and (why := problem(args.against, [SHAPES[name] for name in args.models])):
         parser.error(f"--against: {why}")
@@ -403,7 +404,7 @@ def main() -> int:
     def document() -> dict[str, Any]:
         return {
             "circumstances": about | {"load_after": load(), "copy_bytes_per_second": bandwidth},
-            "command": ["bench/speed.py", *_told(sys.argv[1:], args)],
+            "command": ["bench/speed.py", *_public_arguments(sys.argv[1:], args)],
             "results": [result for results in measured.values() for result in results],
         }
 
@@ -411,7 +412,7 @@ def main() -> int:
         if out and measured:
             out.write_text(json.dumps(document() | stopped, indent=1) + "\n")
             if stopped:
-                print(f"What was measured until then is in {out}.", file=sys.stderr)
+                print(f"The results so far are in {out}.", file=sys.stderr)
 
     with in_any_case(write), torch.inference_mode():
         for name in args.models:
@@ -420,28 +421,28 @@ def main() -> int:
                     measured[name, images] = results
                 print("\n".join(map(row_of, measured[name, images])), flush=True)
     if args.against:
-        print(chosen(args.against).told)
+        print(chosen(args.against).description)
     if args.lines:
-        print(f"Lines, images and their ratios are extrapolated from {args.lines} of each image's lines.")
+        print(f"Lines, images and their ratios are extrapolated from {args.lines} lines of each image.")
     print(json.dumps(document()))
     return 0
 
 
-def place_of(out: str | None, parser: argparse.ArgumentParser) -> Path | None:
-    """The file that --out asks for, which can be written; None: none."""
+def output_file(out: str | None, parser: argparse.ArgumentParser) -> Path | None:
+    """The file that --out names, which can be written; None: none."""
     if out is None:
         return None
     path = Path(out).expanduser()
     if path.suffix != ".json":
         if path.name != out:
-            parser.error(f"--out: '{out}' is neither a name nor a file; end its name in .json.")
+            parser.error(f"--out: '{out}' is neither a name nor a file; end a file's name in .json.")
         path = RESULTS / f"speed-{out}.json"
     check_out(path, parser)
     return path
 
 
-def _told(words: list[str], args: argparse.Namespace) -> list[str]:
-    """The command as given, but for where on this machine the peer lies."""
+def _public_arguments(words: list[str], args: argparse.Namespace) -> list[str]:
+    """The command as given, without the path of the peer on this machine."""
     return [chosen(args.against).label if args.against and word == args.against else word for word in words]
 
 

@@ -1,10 +1,10 @@
-"""What the widget costs the sampler: a picture of 64 rows, with and without all that the page is told and shown.
+"""Cost of the widget for the sampler: a picture of 64 rows, with and without events and previews.
 
     python bench/widget.py [--rows 64] [--repeat 1]
 
-Events are made and encoded to JSON as a host would send them; previews are decoded by the bundled tokenizer and encoded
-as JPEG, on their thread, the last one at the end. Every second of that counts, also where it runs beside the sampler.
-Random weights of the size of LlamaGen-B, the smallest that is published. Exit status 1: 2 % of the time or more.
+Events are made and encoded to JSON as a host would send them. Previews are decoded by the bundled tokenizer and encoded
+as JPEG on their thread, the last one at the end. All of that time counts, even if it overlaps with the sampler. Random
+weights of the size of LlamaGen-B, the smallest that is published. Exit status 1: 2 % of the time or more.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from linear_core.prompts import class_prompt
 from linear_core.tokenizers.tokenizer import VQTokenizer
 
 
-def run(model: LlamaGen, tokenizer: VQTokenizer, told: bool) -> tuple[float, float, float, int, int]:
-    """Seconds of the whole run, seconds of it spent on telling and on pictures, bytes told, pictures made."""
+def run(model: LlamaGen, tokenizer: VQTokenizer, report: bool) -> tuple[float, float, float, int, int]:
+    """Seconds of the run, of events and of pictures; bytes of events; number of pictures."""
     grid, shape, plan = model.grid, model.cache_shape(), CachePlan(budget=8)
     started = Started(
         run="bench", rows=grid.rows, cols=grid.cols, stride=grid.stride, images=1, shown=1, columns=1,
@@ -43,31 +43,31 @@ def run(model: LlamaGen, tokenizer: VQTokenizer, told: bool) -> tuple[float, flo
         policy=plan.policy, release=plan.release, lines=plan.budget, anchors=plan.anchors, recent=plan.recent,
         cache_bytes=shape.bytes(grid, plan, 2), full_bytes=shape.bytes(grid, CachePlan("full"), 2),
     )  # fmt: skip
-    trace, telling, size, lines, painting = Trace(started), 0.0, 0, [], []
+    trace, reporting, size, lines, rendering = Trace(started), 0.0, 0, [], []
 
-    def paint(lines: tuple[Line, ...]) -> Image.Image:
+    def render(lines: tuple[Line, ...]) -> Image.Image:
         start = time.perf_counter()
         preview = Preview(tokenizer, grid.rows)
         for line in lines:
             preview.add(line)
         picture = to_image(preview.pictures()[0])
         picture.save(io.BytesIO(), "JPEG")
-        painting.append(time.perf_counter() - start)
+        rendering.append(time.perf_counter() - start)
         return picture
 
-    begun = time.perf_counter()
-    painter = PreviewWorker(paint, lambda picture, lines: None, grid.rows)
+    begin = time.perf_counter()
+    worker = PreviewWorker(render, lambda picture, lines: None, grid.rows)
     for line in generate(model, class_prompt([0]), plan, SamplePlan(guidance=2.0)):
-        if told:
+        if report:
             start = time.perf_counter()
             lines.append(line)
-            painter.submit(tuple(lines), len(lines))
+            worker.submit(tuple(lines), len(lines))
             size += len(json.dumps(trace.add(line)))
-            telling += time.perf_counter() - start
-    if told:
-        painter.final(tuple(lines))
-    painter.close()
-    return time.perf_counter() - begun, telling, sum(painting), size, len(painting)
+            reporting += time.perf_counter() - start
+    if report:
+        worker.final(tuple(lines))
+    worker.close()
+    return time.perf_counter() - begin, reporting, sum(rendering), size, len(rendering)
 
 
 def main() -> int:
@@ -84,17 +84,17 @@ def main() -> int:
     times: dict[bool, list[float]] = {True: [], False: []}
     shares = []
     for _ in range(args.repeat):
-        for told in (False, True):
-            whole, telling, painting, size, pictures = run(model, tokenizer, told)
-            times[told].append(whole)
-            if told:
-                shares.append((telling / whole, painting / whole))
-    told, shown = (statistics.median(kind) for kind in zip(*shares, strict=True))
+        for report in (False, True):
+            total, reporting, rendering, size, pictures = run(model, tokenizer, report)
+            times[report].append(total)
+            if report:
+                shares.append((reporting / total, rendering / total))
+    events, previews = (statistics.median(kind) for kind in zip(*shares, strict=True))
     print(f"{args.rows} rows of {args.cols}, 12 layers of 12 heads, CPU with {torch.get_num_threads()} threads")
     print(f"without: {min(times[False]):.2f} s, with: {min(times[True]):.2f} s (best of {args.repeat})")
-    print(f"telling: {told:.2%} of the time, {size / args.rows / 1e3:.1f} kB a row, {size / 1e3:.0f} kB in all")
-    print(f"pictures: {shown:.2%} of the time, {pictures} of them; together {told + shown:.2%}")
-    return int(told + shown >= 0.02)
+    print(f"events: {events:.2%} of the time, {size / args.rows / 1e3:.1f} kB per row, {size / 1e3:.0f} kB in total")
+    print(f"previews: {previews:.2%} of the time, {pictures} of them; together {events + previews:.2%}")
+    return int(events + previews >= 0.02)
 
 
 if __name__ == "__main__":

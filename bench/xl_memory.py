@@ -1,11 +1,11 @@
-"""Does the cache take what the formula says? A LlamaGen of published size with random weights draws on this machine.
+"""Does the cache take as much memory as the formula says? Draws with a LlamaGen of published size and random weights.
 
     python bench/xl_memory.py                       XL at 384 pixels, full cache and 4 of 24 lines, two lines each
     python bench/xl_memory.py --lines 24            whole pictures
-    python bench/xl_memory.py --save models/ar_image   also leaves the checkpoints, in the official layout, for a graph
+    python bench/xl_memory.py --save models/ar_image   also keeps the checkpoints, in the official layout
 
-Weights do not matter to memory, nor to time. Bytes are counted in the tensors that were allocated; the formula is
-CacheShape.bytes. Ends with status 1 where they differ.
+The values of weights affect neither memory nor time. Bytes are counted in the allocated tensors; the formula is
+CacheShape.bytes. Exit status 1 if they differ.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def random_weights(network: nn.Module) -> dict[str, Tensor]:
-    """As large as trained ones, so that numbers stay finite."""
+    """Weights of the magnitude of trained ones, so that activations stay finite."""
     weights = {}
     for name, tensor in network.state_dict().items():
         deviation = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.02
@@ -48,7 +48,7 @@ def random_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def checkpoints(folder: Path, size: str, pixels: int) -> ModelFiles:
-    """A decoder and a tokenizer with the names and the nesting of the published ones, unless they are there."""
+    """A decoder and a tokenizer with the names and layout of the published ones, unless they exist."""
     files = ModelFiles(folder / f"c2i_{size}_{pixels}.pt", folder / "vq_ds16_c2i.pt")
     with torch.device("meta"):
         decoder = LlamaGen(LlamaGenConfig(*SIZES[size], CODES, classes=1000), Grid(1, 1))
@@ -67,20 +67,20 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--presets", nargs="*", default=["Full", "Balanced"], choices=PRESETS)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--save", type=Path, help="folder for the checkpoints (default: they are thrown away)")
+    parser.add_argument("--save", type=Path, help="folder for the checkpoints (default: they are deleted)")
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.save or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         model = load_model(checkpoints(folder, args.size, args.pixels), dtype=DTYPES[args.dtype])
         parameters = sum(p.numel() for p in model.decoder.parameters())
         grid, shape = model.info.grid, model.decoder.cache_shape()
         sample = model.info.defaults
         rows = args.images * (2 if sample.guided else 1)
         print(f"c2i_{args.size}_{args.pixels}: {parameters / 1e6:.1f} M weights, {grid.rows} x {grid.cols} tokens, "
-              f"{args.dtype}, made and loaded in {time.perf_counter() - begun:.0f} s")  # fmt: skip
+              f"{args.dtype}, made and loaded in {time.perf_counter() - started:.0f} s")  # fmt: skip
         print(
             f"{args.images} image(s), guidance {sample.guidance}: {rows} sequences, {torch.get_num_threads()} threads"
         )
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def peak_gib() -> float:
-    """Linux counts it in KiB, macOS in bytes; Windows does not tell."""
+    """Peak memory. Linux reports KiB, macOS bytes; Windows does not tell."""
     try:
         import resource
     except ImportError:

@@ -34,11 +34,11 @@ from .prompts import Prompt, class_prompt
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KEPT = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
-STEPS = ("eager", "graph")
+WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+STEP_KINDS = ("eager", "graph")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
-MANY = 4096  # images at once; nobody asks for more
-JUDGED = 6  # images of the demo at most, as they are computed twice more
+MAX_IMAGES = 4096  # at once; counting stops here
+JUDGED = 6  # images of the demo that are compared at most, because each is computed twice more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
 
@@ -88,18 +88,18 @@ def run_generate(args: argparse.Namespace) -> None:
 
     try:
         (run,) = _draw(model, micro_batches, [plan], args.step)
-    except (KeyboardInterrupt, UserError):  # what was drawn so far is worth having, the rest of it grey
+    except (KeyboardInterrupt, UserError):  # keep what was drawn so far; the rest of it is grey
         write((_unfinished(model, codes) for part in micro_batches.codes for codes in part), unfinished=True)
         raise
     pictures = decode(model.tokenizer, run.tokens)
     if args.heatmap:
-        pictures = heatmap(lifetime(run.shares), *_enlarged(pictures, args.size), pictures)
+        pictures = heatmap(lifetime(run.shares), *_enlarged_size(pictures, args.size), pictures)
     write(pictures)
     print(_summary(run))
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """The full cache against a few lines: same seeds, one picture, one line of numbers each."""
+    """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
     model, few = _load(args), _cache_plan(args)
     sample = _sample_plan(args, model.info)
     prompt = _prompt(args, model)
@@ -108,14 +108,14 @@ def run_compare(args: argparse.Namespace) -> None:
     micro_batches = _micro_batches(args, prompt, sample, caches=2)
     full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args.step)
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
-    moment = model.info.grid.rows * 2 // 3  # late enough for much to have been evicted
-    seen = pictures[1].clone()
-    seen[:, moment * model.tokenizer.config.factor :] = UNDRAWN
-    kept = heatmap(run.shares[:, moment - 1], *_enlarged(seen, args.size), seen)
+    shown = model.info.grid.rows * 2 // 3  # lines: enough for many tokens to have been evicted
+    partial = pictures[1].clone()
+    partial[:, shown * model.tokenizer.config.factor :] = UNDRAWN
+    kept = heatmap(run.shares[:, shown - 1], *_enlarged_size(partial, args.size), partial)
     rows = [
-        ("full cache", _remark(full), pictures[0]),
-        (_describe(few, model.info), _remark(run), pictures[1]),
-        (f"what they hold after line {moment}", "bright: held by most layers and heads; dark: evicted", kept),
+        ("full cache", _measurements(full), pictures[0]),
+        (_describe(few, model.info), _measurements(run), pictures[1]),
+        (f"what the cache holds after line {shown}", "bright: held by most layers and heads; dark: evicted", kept),
     ]
     notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
     save(contact_sheet(rows, names, args.size), out, notes)
@@ -138,9 +138,9 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    """Memory of the cache before anything is loaded."""
+    """Show how much memory the cache takes, without loading a model."""
     files = _files(args)
-    info = _sized(args, library.read_info(files.decoder, _grid(args)))
+    info = _with_size(args, library.read_info(files.decoder, _grid(args)))
     dtype = _dtype(args, _device(args))
     few = _cache_plan(args)
     few.check(info.grid)
@@ -149,7 +149,7 @@ def run_plan(args: argparse.Namespace) -> None:
     images = min(images, args.at_once or images)
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
-    weights = {name: library.decoder_bytes(info, dtype, kept) / MIB for name, kept in KEPT.items()}
+    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
     print(
         f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
         f"{info.config.heads} heads of {shape.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
@@ -166,23 +166,23 @@ def run_plan(args: argparse.Namespace) -> None:
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
         room = free - library.decoder_bytes(info, dtype)
-        counts = [_how_many(shape, info, plan, 2 if sample.guided else 1, room, device) for plan in (full, few)]
+        counts = [_batch_size(shape, info, plan, 2 if sample.guided else 1, room, device) for plan in (full, few)]
         print(
-            f"{free / MIB:.0f} MiB are free. Beside the weights they hold so many images at once: with the full cache "
+            f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
     if info.own_tokenizer:
-        print(f"A prompt of {shape.prompt} tokens is reckoned with; a longer one takes a slot more for each.")
+        print(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
 
 def run_models(args: argparse.Namespace) -> None:
-    """What is there to draw with."""
+    """List the bundled model and those in the given folders."""
     paths = [library.bundled_files().decoder, *library.find_checkpoints([Path(f) for f in args.folder])]
     for path in paths:
         try:
             info = library.read_info(path)
         except UserError as error:
-            print(f"{path.name}: left out, {str(error).removeprefix(path.name + ': ')}")
+            print(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
         print(
@@ -194,7 +194,7 @@ def run_models(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """Write a published checkpoint (.pt) as safetensors that says what it is: family, grid, tokenizer, sampling."""
+    """Convert a published checkpoint (.pt) to safetensors with metadata: family, grid, tokenizer, sampling."""
     dtype = None if args.dtype == "same" else DTYPES[args.dtype]
     with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
@@ -210,7 +210,7 @@ def run_convert(args: argparse.Namespace) -> None:
         print(f"  {key}: {value if len(value) < 100 else value[:99] + '…'}")
 
 
-# -- pieces ----------------------------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> MicroBatches:
@@ -218,7 +218,7 @@ def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan,
 
 
 def _draw(model: ImageModel, micro_batches: MicroBatches, plans: list[CachePlan], kind: str) -> list[Run]:
-    """The same images once for each plan, in parts where all at once are too many."""
+    """Draw the images once for each plan, in micro-batches if there are too many."""
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             _draw_micro_batch(model, micro_batch, plans, kind)
@@ -234,19 +234,19 @@ def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, s
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
-    """The rows there are of a picture, codes rows cols, and below them grey: H W 3."""
+    """A picture of the rows drawn so far, codes rows cols, with grey below: H W 3."""
     preview = Preview(model.tokenizer, model.info.grid.rows)
     preview.lines = list(codes[None].unbind(1))
     return preview.pictures()[0]
 
 
 def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
-    """The runs take turns line by line, so that their times compare."""
+    """The plans take turns line by line, so that their times are comparable."""
     graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
-    given: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
+    kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
     drawing = [
         generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
-        for plan, above, more in zip(plans, micro_batch.above, given, strict=True)
+        for plan, above, more in zip(plans, micro_batch.above, kwargs, strict=True)
     ]
     total = len(plans) * model.info.grid.rows * model.info.grid.cols * micro_batch.prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
@@ -263,8 +263,8 @@ def _load(args: argparse.Namespace) -> ImageModel:
     if device == "cpu" and (note := limit_threads()):
         print(f"note: {note}.", file=sys.stderr)
     model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
-    pack(model.decoder)  # on the CPU alone, where it halves the time of a step
-    return replace(model, info=_sized(args, model.info))
+    pack(model.decoder)  # on the CPU only, where it halves the time of a step
+    return replace(model, info=_with_size(args, model.info))
 
 
 def _files(args: argparse.Namespace) -> ModelFiles:
@@ -283,22 +283,22 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def _free(device: str) -> int | None:
-    """Bytes that could be taken there; None where nobody tells."""
+    """Free bytes on the device; None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     return free_memory() if device == "cpu" else None
 
 
-def _how_many(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: int, room: int, device: str) -> str:
-    """How many images fit into `room` bytes, as far as anybody would draw at once."""
+def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: int, room: int, device: str) -> str:
+    """How many images fit into `room` bytes, up to MAX_IMAGES."""
 
     def needed(images: int) -> int:
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device)
 
     if needed(1) > room:
         return "none"
-    count = max_batch_size(room, MANY, needed)
-    return f"{count} or more" if count == MANY else str(count)
+    count = max_batch_size(room, MAX_IMAGES, needed)
+    return f"{count} or more" if count == MAX_IMAGES else str(count)
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
@@ -310,12 +310,12 @@ def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
         return None
     rows, _, cols = args.grid.partition("x")
     if not (rows.isdigit() and cols.isdigit()):
-        raise UserError(f"grid: '{args.grid}' is not a size; write rows x columns, for example 24x24.")
+        raise UserError(f"grid: '{args.grid}' is not a grid; write rows x columns, for example 24x24.")
     return int(rows), int(cols)
 
 
-def _sized(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
-    """The model with the size that was asked for, of those it draws."""
+def _with_size(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
+    """The model with the size that was requested, if any."""
     if args.pixels is None:
         return info
     width, _, height = args.pixels.partition("x")
@@ -325,15 +325,15 @@ def _sized(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
-    given = {
+    changes = {
         k: getattr(args, k)
         for k in ("policy", "budget", "anchors", "recent", "release", "storage")
         if getattr(args, k) is not None
     }
     plan = PRESETS[args.preset]
-    if args.policy is not None:  # the preset's release was made for its own policy
+    if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
-    return replace(plan, **given)
+    return replace(plan, **changes)
 
 
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
@@ -342,31 +342,31 @@ def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
 
 
 def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
-    """What --class or --text and --images ask for, one row an image."""
+    """The prompt of --class or --text and --images, one row per image."""
     info = model.info
     if args.images < 1:
-        raise UserError(f"images: {args.images} is none; choose 1 or more.")
+        raise UserError(f"images: {args.images} is out of range; choose 1 or more.")
     if args.at_once < 0:
-        raise UserError(f"at-once: {args.at_once} is none; choose 1 or more, or 0 for all.")
+        raise UserError(f"at-once: {args.at_once} is out of range; choose 1 or more, or 0 for all.")
     if info.own_tokenizer:
         if not args.texts:
-            raise UserError(f"text: {info.name} draws what a text says; add --text 'a red fox in the snow'.")
+            raise UserError(f"text: {info.name} draws from texts; add --text 'a red fox in the snow'.")
         prompt = model.prompt(args.texts, args.negative)
     elif info.text:
         if not args.texts or not args.text_encoder:
             raise UserError(
-                f"text: {info.name} draws what a text says; add --text 'a red fox in the snow' and --text-encoder "
+                f"text: {info.name} draws from texts; add --text 'a red fox in the snow' and --text-encoder "
                 "PATH, the folder of google/flan-t5-xl."
             )
         prompt = text.prompt(args.texts, text.find_text_encoder(args.text_encoder), negative=args.negative)
     else:
-        asked = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
-        prompt = class_prompt([library.class_label(info, name) for name in asked], tuple(asked))
+        names = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
+        prompt = class_prompt([library.class_label(info, name) for name in names], tuple(names))
     return prompt.repeat(args.images)
 
 
-def _out(given: Path | None, name: str) -> Path:
-    path = given or Path("out") / name
+def _out(out: Path | None, name: str) -> Path:
+    path = out or Path("out") / name
     if path.is_dir():
         path = path / name
     if path.suffix.lower() != ".png":
@@ -374,8 +374,8 @@ def _out(given: Path | None, name: str) -> Path:
     return path
 
 
-def _enlarged(pictures: Tensor, size: int) -> tuple[int, int]:
-    """Height and width that `to_image` gives a picture, so that a map drawn over it has crisp cells."""
+def _enlarged_size(pictures: Tensor, size: int) -> tuple[int, int]:
+    """Height and width after `to_image`, so that a heatmap over the picture has crisp cells."""
     height, width = pictures.shape[1:3]
     factor = max(1, size // max(height, width))
     return height * factor, width * factor
@@ -384,10 +384,10 @@ def _enlarged(pictures: Tensor, size: int) -> tuple[int, int]:
 def _describe(plan: CachePlan, info: ModelInfo) -> str:
     if not plan.evicts(info.grid):
         return "full cache"
-    unusual = plan.release != CachePlan(plan.policy).release
+    other_release = plan.release != CachePlan(plan.policy).release
     return (
         f"{plan.budget} of {info.grid.rows} lines, {plan.policy}"
-        + (f", {plan.release}" if unusual else "")
+        + (f", {plan.release}" if other_release else "")
         + (", 8 bits" if plan.storage == "int8" else "")
     )
 
@@ -401,18 +401,18 @@ def _cache_mib(run: Run) -> float:
     return run.lines[0].cache_bytes / MIB
 
 
-def _remark(run: Run) -> str:
+def _measurements(run: Run) -> str:
     return f"{_cache_mib(run):.1f} MiB of keys and values, {run.tokens_per_second:.0f} tokens/s"
 
 
 def _summary(run: Run) -> str:
-    return f"{_remark(run)}, at most {run.held:.0f} image tokens held after a line, {run.seconds:.1f} s"
+    return f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a line, {run.seconds:.1f} s"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m linear_core",
-        description="Autoregressive image generation that keeps only a few lines of the key-value cache.",
+        description="Autoregressive image generation that keeps only a few lines of the KV cache.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -420,66 +420,73 @@ def _parser() -> argparse.ArgumentParser:
     group = model.add_argument_group("model")
     group.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
     group.add_argument(
-        "--model", default=library.BUNDLED, metavar="PATH", help="decoder's file or folder; default: the bundled model"
+        "--model",
+        default=library.BUNDLED,
+        metavar="PATH",
+        help="file or folder of the decoder; default: the bundled model",
     )
-    group.add_argument("--tokenizer", metavar="FILE", help="VQ tokenizer that belongs to it, where it is not beside it")
-    group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, where neither the file nor its name tells")
+    group.add_argument("--tokenizer", metavar="FILE", help="its VQ tokenizer, if it is not next to it")
+    group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")
     group.add_argument(
-        "--pixels", metavar="WIDTHxHEIGHT", help="the picture's size, for models with a choice (Lumina-mGPT)"
+        "--pixels", metavar="WIDTHxHEIGHT", help="picture size, for models that offer a choice (Lumina-mGPT)"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES], help="numbers of decoder and cache (default: auto)"
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
 
     cache = argparse.ArgumentParser(add_help=False)
-    group = cache.add_argument_group("cache", "the preset's values, unless given")
+    group = cache.add_argument_group("cache", "default: the preset's values")
     group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
-    group.add_argument("--policy", choices=list(POLICIES), help="what decides which tokens stay")
-    group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that survive a line's end")
-    group.add_argument("--anchors", type=int, metavar="TOKENS", help="first image tokens that always stay")
-    group.add_argument("--recent", type=int, metavar="LINES", help="newest whole lines that always stay")
+    group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
+    group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that are kept")
+    group.add_argument("--anchors", type=int, metavar="TOKENS", help="number of first image tokens that always stay")
+    group.add_argument("--recent", type=int, metavar="LINES", help="number of newest whole lines that always stay")
     group.add_argument(
         "--release",
         choices=["auto", *RELEASES],
-        help="victims vanish (strict), stay until overwritten (lazy) "
-        "or go on in a neighbour (fold); auto: fold for policy fold, strict for others",
+        help="evicted tokens vanish (strict), stay until they are overwritten (lazy) or are merged into the nearest "
+        "kept one (fold); auto: fold for policy fold, strict for others",
     )
-    group.add_argument("--storage", choices=STORAGES, help="as computed (full) or in 8 bits a number (int8)")
+    group.add_argument("--storage", choices=STORAGES, help="keys and values as computed (full) or in 8 bits (int8)")
 
     sample = argparse.ArgumentParser(add_help=False)
-    group = sample.add_argument_group("sampling", "the model's own defaults, unless given")
+    group = sample.add_argument_group("sampling", "default: the model's own settings")
     group.add_argument(
         "--class", dest="classes", action="append", metavar="NAME", help="class name or number; repeat for more"
     )
     group.add_argument("--text", dest="texts", action="append", metavar="TEXT", help="what to draw; repeat for more")
-    group.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from, for all texts")
-    group.add_argument("--text-encoder", metavar="PATH", help="for LlamaGen: FLAN-T5-XL's folder or file")
-    group.add_argument("--images", type=int, default=1, metavar="N", help="images of each class or text (default: 1)")
+    group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt of guidance, for all texts")
+    group.add_argument("--text-encoder", metavar="PATH", help="for LlamaGen: folder or file of FLAN-T5-XL")
+    group.add_argument("--images", type=int, default=1, metavar="N", help="images per class or text (default: 1)")
     group.add_argument(
-        "--at-once", type=int, default=0, metavar="N", help="draw at most N images together; 0: all (default)"
+        "--at-once", type=int, default=0, metavar="N", help="draw at most N images at once; 0: all (default)"
     )
     group.add_argument(
         "--step",
         default="eager",
-        choices=STEPS,
-        help="how a token is computed: as it is (eager), or recorded as a CUDA graph, as the end of a line then is too "
-        "(graph)",
+        choices=STEP_KINDS,
+        help="run every token eagerly (eager), or capture token and line end as CUDA graphs (graph)",
     )
-    group.add_argument("--seed", type=int, metavar="N", help="image i draws from seed N + i (default: 0)")
-    group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical 2 to 5")
+    group.add_argument("--seed", type=int, metavar="N", help="image i uses seed N + i (default: 0)")
+    group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical: 2 to 5")
     group.add_argument(
         "--guidance-interval", type=int, metavar="TOKENS", help="image tokens after which guidance ends; -1: never"
     )
-    group.add_argument("--temperature", type=float, help="0: greedy; typical 1")
-    group.add_argument("--top-k", type=int, metavar="CODES", help="draw from the likeliest codes only; 0: all")
-    group.add_argument("--top-p", type=float, metavar="MASS", help="draw from this much probability only; 1: all")
+    group.add_argument("--temperature", type=float, help="0: greedy; typical: 1")
+    group.add_argument("--top-k", type=int, metavar="CODES", help="sample from the most likely codes only; 0: all")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="MASS",
+        help="sample from the smallest set of codes with this probability; 1: all",
+    )
 
     output = argparse.ArgumentParser(add_help=False)
     group = output.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="FILE.png", help="where to write (default: in ./out)")
+    group.add_argument("--out", type=Path, metavar="FILE.png", help="file to write (default: in ./out)")
     group.add_argument(
-        "--size", type=int, default=288, metavar="PIXELS", help="enlarge pictures up to this (default: 288)"
+        "--size", type=int, default=288, metavar="PIXELS", help="enlarge pictures up to this size (default: 288)"
     )
 
     def add(
@@ -489,23 +496,27 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    everything = [model, cache, sample, output]
-    demo = add("demo", run_compare, everything, "compare on the bundled model, with a picture")
+    parents = [model, cache, sample, output]
+    demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
     demo.set_defaults(out=Path("out") / "demo.png", judge=True)
-    add("generate", run_generate, everything, "draw images").add_argument(
-        "--heatmap", action="store_true", help="draw what the cache kept over the picture"
+    add("generate", run_generate, parents, "draw images").add_argument(
+        "--heatmap", action="store_true", help="overlay what the cache kept"
     )
-    add("compare", run_compare, everything, "full cache against a few lines, same seeds").set_defaults(judge=False)
-    add("plan", run_plan, [model, cache, sample], "memory before anything is loaded")
+    add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
+    add("plan", run_plan, [model, cache, sample], "memory of the cache, without loading a model")
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )
-    into = add("convert", run_convert, [], "published checkpoint (.pt) to safetensors with metadata")
-    into.add_argument("source", metavar="SRC", help="decoder or VQ tokenizer, as published (.pt) or safetensors")
-    into.add_argument("target", metavar="DST.safetensors", help="what to write; never overwritten")
-    into.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, where neither the file nor its name tells")
-    into.add_argument("--tokenizer", metavar="NAME", help="file of codes of a decoder (default: the published one)")
-    into.add_argument("--dtype", default="same", choices=["same", *DTYPES], help="number format (default: as it is)")
+    conversion = add("convert", run_convert, [], "published checkpoint (.pt) to safetensors with metadata")
+    conversion.add_argument("source", metavar="SRC", help="decoder or VQ tokenizer, as published (.pt) or safetensors")
+    conversion.add_argument(
+        "target", metavar="DST.safetensors", help="file to write; an existing one is never overwritten"
+    )
+    conversion.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")
+    conversion.add_argument(
+        "--tokenizer", metavar="NAME", help="file name of a decoder's VQ tokenizer (default: the published one)"
+    )
+    conversion.add_argument("--dtype", default="same", choices=["same", *DTYPES], help="default: as in the file")
     return parser
 
 

@@ -1,19 +1,19 @@
-"""The border between a bug and a message."""
+"""Errors that users see."""
 
-LONGEST = 1000  # letters of a message
+MAX_LENGTH = 1000  # characters of a message
 
 
 class UserError(Exception):
     """Shown to the user as it is: one sentence that names the file or setting, what was found and what to do.
 
-    What it quotes may come from a stranger's file: it stays one line of letters, and not an endless one.
+    It may quote a stranger's file, so it is reduced to one line of printable characters of limited length.
     """
 
     def __init__(self, sentence: str):
-        shown = "".join(letter if letter.isprintable() else " " for letter in sentence[:LONGEST])
-        super().__init__(shown + "…" * (len(sentence) > LONGEST))
+        shown = "".join(c if c.isprintable() else " " for c in sentence[:MAX_LENGTH])
+        super().__init__(shown + "…" * (len(sentence) > MAX_LENGTH))
 
 
 def quoted(name: str) -> str:
-    """A name out of a file, short enough to leave room for what is wrong with it."""
+    """A name from a file in quotes, shortened to leave room for the rest of the message."""
     return f"'{name}'" if len(name) <= 120 else f"'{name[:80]}…{name[-20:]}'"

@@ -1,14 +1,14 @@
-"""Events: what people are told while an image grows. No torch at run time.
+"""Events: what a run reports while an image is drawn. No torch at run time.
 
-`generate` yields one Line per row; its tensors are on the host already. A Trace turns lines into JSON: one Started, a
-Row with nothing but what has changed for each line, one Finished. These are what the widget in web/ is told while it
-happens (event `linear_ar.line`) and what it reads afterwards (the node's `ui`); replayed, they give every line's share
-and, for the first image, what each layer and head held. web/state.js uses these field names, and a test holds it to.
+`generate` yields one Line per row, with tensors that are on the host already. A Trace turns lines into JSON: one
+Started, then for each line a Row with only what has changed, and one Finished. The widget in web/ gets them live (event
+`linear_ar.line`) and afterwards (the node's `ui`). Replayed, they give every line's shares and, for the first image,
+what each layer and head held. web/state.js uses these field names, and a test compares the two.
 
-A batch that does not fit is drawn in parts, and each part is told of as a run of its own; what the node keeps
-afterwards is one run with all images, as if drawn at once, whose `cache_bytes` are those of the largest part.
+A batch that does not fit is drawn in micro-batches, each reported as a run of its own. What the node keeps afterwards
+is one run with all images, as if drawn at once; its `cache_bytes` are those of the largest micro-batch.
 
-Numbers travel as base64 of little-endian uint16 or uint8, rows of arrays in C order.
+Numbers travel as base64 of little-endian uint16 or uint8, arrays in C order.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 EVENT = "linear_ar.line"
 IMAGES = 4  # images of a batch whose shares are sent
-HEAD_BYTES = 1 << 19  # evictions of every layer and head are sent while a whole run's stay below this, else by layer
-NONE = 0xFFFF  # fills up lists of evictions of unequal length
+HEAD_BYTES = 1 << 19  # evictions are sent per head up to this size for a whole run, else per layer
+NONE = 0xFFFF  # pads lists of evictions of unequal length
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Line:
     """One finished row of every image of the batch.
 
     row         0-based
-    rows        rows the image will have
+    rows        rows of the image
     tokens      codes of this row, int64 B cols
     share       share of layers and heads that see each image token once victims have been chosen, float32 B rows cols;
-                0 for what is evicted or not there yet. A lazy victim is seen until the next line overwrites it.
+                0 if it is evicted or not drawn yet. A lazy victim counts until the next line overwrites it.
     held        image tokens held per head after the line, mean over layers, heads and images
-    seconds     time since the previous line
+    seconds     since the previous line
     cache_bytes keys and values, as allocated
     by_head     which image tokens (end-of-line tokens included) each layer and head of the first image holds: bool
                 L H rows*stride
-    replayed    the row was given and fed again, not drawn
-    stands      how many tokens each image token stands for where it is held, mean over those layers and heads, float32
+    replayed    the row was given and fed, not drawn
+    stands      how many tokens each image token's slot stands for, mean over the layers and heads that hold it, float32
                 B rows cols; None unless victims are folded
     """
 
@@ -62,15 +62,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Started:
-    """What a run is, before its first line.
+    """Description of a run, before its first line.
 
-    run         tells this run from others of the same node
-    stride      tokens a line takes, end-of-line token included
-    images      images of the batch; `shown` of them have their shares sent
-    columns     images side by side in the preview picture
-    detail      "heads": evictions are sent for each layer and head of the first image; "layers": a share by layer is
-    lines       lines that survive a line's end (all of them with the full cache)
-    cache_bytes keys and values as allocated; `full_bytes` what all lines would take
+    run         identifies this run among others of the same node
+    stride      tokens per line, end-of-line token included
+    images      images of the batch; shares are sent for `shown` of them
+    columns     images next to each other in the preview picture
+    detail      "heads": evictions are sent for each layer and head of the first image; "layers": a share per layer
+    lines       lines that are kept when a line has ended (all of them with the full cache)
+    cache_bytes keys and values as allocated; `full_bytes`: of a cache for all lines
     """
 
     run: str
@@ -96,20 +96,21 @@ class Started:
 
 @dataclass(frozen=True)
 class Row:
-    """What one line changed. Cell c of image i is cell i*rows*cols + c.
+    """What one line changed. Cell c of image i has number i*rows*cols + c.
 
     tokens    uint16 images cols: the codes of this row
-    cells     uint16 N: cells whose share is not what it was
+    cells     uint16 N: cells whose share has changed
     shares    uint8 N: their new share of layers and heads, 255 for all
-    evicted   uint16 layers heads n: image tokens that each head of the first image held after the line before, or that
-              are of this line, and that it does not hold now. Unequal numbers are filled up with 65535. Empty unless
-              the run's detail is "heads". The picture's last token is never fed, so the last line names it.
-    by_layer  uint8 layers N', N' the number of `cells` of the first image: their share of that layer's heads. Empty
-              unless the run's detail is "layers".
-    merged    uint16 M: cells that do not stand for as many tokens as before; empty unless victims are folded
-    stands    uint16 M: how many each stands for now where it is held, mean over those layers and heads, in eighths
-    seconds   time since the line before
-    tokens_per_second  of all images together, this line alone
+    evicted   uint16 layers heads n: image tokens that each head of the first image held after the previous line, or
+              that belong to this line, and that it no longer holds. Lists of unequal length are padded with 65535.
+              Empty unless the run's detail is "heads". The picture's last token is never fed, so the last line lists
+              it.
+    by_layer  uint8 layers N', N' being the number of `cells` of the first image: their share of that layer's heads.
+              Empty unless the run's detail is "layers".
+    merged    uint16 M: cells whose slots stand for another number of tokens than before; empty unless victims fold
+    stands    uint16 M: that number, mean over the layers and heads that hold the cell, in eighths
+    seconds   since the previous line
+    tokens_per_second  of all images together, for this line
     """
 
     run: str
@@ -135,7 +136,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Picture:
-    """The preview that comes next shows so many lines. Told while it happens, and not part of a trace."""
+    """The next preview picture shows `lines` lines. Sent live only; not part of a trace."""
 
     run: str
     lines: int
@@ -144,7 +145,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Finished:
-    """How the run went. `rows` were drawn or replayed: fewer than the image has where it was told to stop early."""
+    """Totals of the run. `rows` were drawn or replayed: fewer than the image has if it was stopped early."""
 
     run: str
     rows: int
@@ -155,7 +156,7 @@ class Finished:
 
 
 class Trace:
-    """Lines in, events out. `events` is all of them so far, as JSON."""
+    """Turns lines into events. `events` are all of them so far, as JSON objects."""
 
     def __init__(self, started: Started):
         self.started = started
@@ -171,14 +172,14 @@ class Trace:
         return self.events[-1]
 
     def add(self, line: Line) -> dict[str, Any]:
-        """The event of one more line."""
+        """Add a line and return its event."""
         run = self.started
         share = (line.share[: run.shown] * 255).round().byte().flatten()
         layers = self._layers(line)
         changed = share > 0 if self._shares is None else share != self._shares
         if layers is not None:
-            some = layers > 0 if self._layered is None else layers != self._layered
-            changed[: run.rows * run.cols] |= some.any(0)
+            by_layer = layers > 0 if self._layered is None else layers != self._layered
+            changed[: run.rows * run.cols] |= by_layer.any(0)
         cells = changed.nonzero()[:, 0]
         merged, stands = self._merged(line)
         seconds = max(line.seconds, 1e-9)
@@ -208,7 +209,7 @@ class Trace:
         return self.latest
 
     def finish(self) -> dict[str, Any]:
-        """The last event. Speed is that of the rows drawn."""
+        """Add and return the last event. Its speed is that of the rows drawn, without replayed ones."""
         drawn = [row for row in self._rows if not row.replayed]
         seconds = sum(row.seconds for row in drawn)
         tokens = len(drawn) * self.started.cols * self.started.images
@@ -224,15 +225,15 @@ class Trace:
         stride = self.started.stride
         before = line.by_head.new_zeros(line.by_head.shape) if self._by_head is None else self._by_head.clone()
         before[..., line.row * stride : (line.row + 1) * stride] = True
-        gone = before & ~line.by_head
-        counts = gone.sum(-1)
-        most = int(counts.max())
-        numbers = gone.nonzero()[:, 2].tolist()
-        if most * counts.numel() == len(numbers):
+        evicted = before & ~line.by_head
+        counts = evicted.sum(-1)
+        longest = int(counts.max())
+        numbers = evicted.nonzero()[:, 2].tolist()
+        if longest * counts.numel() == len(numbers):
             return pack(numbers)
         lists, start = [], 0
         for count in counts.flatten().tolist():
-            lists += numbers[start : start + count] + [NONE] * (most - count)
+            lists += numbers[start : start + count] + [NONE] * (longest - count)
             start += count
         return pack(lists)
 
@@ -240,7 +241,7 @@ class Trace:
         if line.stands is None:
             return "", ""
         stands = (line.stands[: self.started.shown] * 8).round().clamp(max=NONE).int().flatten()
-        # A token stands for itself until something is folded into it, and for nothing once it is gone.
+        # A token stands for itself until something is folded into its slot, and for nothing once it is evicted.
         changed = stands > 8 if self._stands is None else (stands != self._stands) & ((stands > 8) | (self._stands > 8))
         self._stands = stands
         cells = changed.nonzero()[:, 0]
@@ -256,7 +257,7 @@ class Trace:
 
 
 def detail(layers: int, heads: int, tokens: int) -> str:
-    """'heads' where the evictions of a whole run fit into HEAD_BYTES: at most every token leaves every head once."""
+    """'heads' if the evictions of a whole run fit into HEAD_BYTES (every token leaves every head at most once)."""
     return "heads" if 2 * layers * heads * tokens <= HEAD_BYTES else "layers"
 
 
@@ -269,7 +270,7 @@ def pack(numbers: Iterable[int], kind: str = "H") -> str:
 
 
 def unpack(text: str, kind: str = "H") -> list[int]:
-    """The numbers that `pack` put into `text`."""
+    """The numbers that `pack` encoded."""
     packed = array(kind)
     packed.frombytes(base64.b64decode(text, validate=True))
     if sys.byteorder == "big":
@@ -278,13 +279,13 @@ def unpack(text: str, kind: str = "H") -> list[int]:
 
 
 def pack_codes(codes: Tensor) -> str:
-    """Codes B rows cols as text: "images x rows x cols : base64 of uint16". web/state.js writes the same."""
+    """Codes B rows cols as text, "images x rows x cols : base64 of uint16". web/state.js writes the same."""
     images, rows, cols = codes.shape
     return f"{images}x{rows}x{cols}:{pack(codes.flatten().tolist())}"
 
 
 def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:
-    """(images, rows, cols) and the codes of what `pack_codes` wrote. Raises ValueError for anything else."""
+    """(images, rows, cols) and the codes that `pack_codes` encoded. Raises ValueError for anything else."""
     sizes, _, data = text.partition(":")
     images, rows, cols = map(int, sizes.split("x"))
     codes = unpack(data)

@@ -1,4 +1,4 @@
-"""Grid: where a token stands. Integers only."""
+"""Grid: a picture's tokens in raster order. Integers only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 
 from .errors import UserError
 
-Row = TypeVar("Row")  # a number, or a tensor of one
+Row = TypeVar("Row")  # int, or a tensor of one element
 
 
 @dataclass(frozen=True)
 class Grid:
-    """`rows` lines of `cols` codes. The image follows `prompt` tokens of condition, in raster order.
+    """`rows` lines of `cols` codes, in raster order, after `prompt` tokens of conditioning.
 
-    Models that end each row with a token of its own (Lumina-mGPT) name it in `eol`; it is part of the line.
+    eol  the token that ends each line in models that have one (Lumina-mGPT); it is part of the line
     """
 
     rows: int
@@ -24,20 +24,20 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1:
-            raise UserError(f"grid: {self.rows} x {self.cols} tokens is no picture; both sides must be 1 or more.")
+            raise UserError(f"grid: {self.rows} x {self.cols} tokens is not a picture; both sides must be 1 or more.")
 
     @property
     def stride(self) -> int:
-        """Tokens a line."""
+        """Tokens per line."""
         return self.cols + (self.eol is not None)
 
     @property
     def tokens(self) -> int:
-        """Tokens the image takes, end-of-line tokens included."""
+        """Tokens of the image, end-of-line tokens included."""
         return self.rows * self.stride
 
     def after(self, prompt: int) -> Grid:
-        """The same grid behind `prompt` tokens of condition."""
+        """The same grid after `prompt` tokens of conditioning."""
         return replace(self, prompt=prompt)
 
     def index(self, row: Row, column: int = 0) -> Row:
@@ -47,5 +47,5 @@ class Grid:
         return index
 
     def tokens_fed(self, column: int) -> int:
-        """How many tokens are fed when the code at `column` is known: itself, and behind a line's last code its end."""
+        """Tokens that are fed once the code at `column` is known: 1, or 2 if an end-of-line token follows."""
         return self.stride - column if column + 1 == self.cols else 1

@@ -1,4 +1,4 @@
-"""Plans: frozen settings, checked when they are made, in the user's words. No torch."""
+"""Plans: frozen settings, checked when they are made, with errors in the user's words. No torch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from .grid import Grid
 
 STORAGES = ("full", "int8")
 RELEASES = ("strict", "lazy", "fold")
-# Policies under which heads keep unequal numbers of tokens. A head has room for HEADROOM times the budget, and the
-# budget is what they keep on average: shapes stay the same for all heads, at the price of room that is not used.
+# Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
+# times the budget: shapes stay the same for all heads, at the price of unused room.
 UNEVEN = frozenset({"adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"})
 HEADROOM = 2
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What the line cache keeps.
+    """What the line cache keeps. Raises UserError naming the setting that is out of range.
 
     policy   name of a policy in `linear_core.policies`
-    budget   lines of image tokens that survive a line's end
-    anchors  first image tokens that are never evicted
-    recent   newest whole lines that are never evicted
-    release  "strict": victims are invisible at once, as published; "lazy": a victim stays visible until the next line
-             overwrites it, least useful first. "fold": a victim is added to the kept slot nearest to it, which then
-             stands for both. "auto": fold for the policy that chooses for it, strict for all others; what was chosen
-             replaces it. All take the same memory.
-    storage  "full": keys and values as they are computed. "int8": complete lines in 8 bits a number.
+    budget   lines of image tokens that are kept when a line has ended
+    anchors  number of first image tokens that are never evicted
+    recent   number of newest whole lines that are never evicted
+    release  "strict": victims become invisible at once, as published. "lazy": a victim stays visible until the next
+             line overwrites it, least useful first. "fold": a victim is merged into the kept slot with the nearest key,
+             which then stands for both. "auto": fold for the policy that is made for it, strict for all others; it is
+             replaced by the one chosen. All take the same memory.
+    storage  "full": keys and values in the dtype they were computed in. "int8": complete lines in 8 bits.
     """
 
     policy: str = "line"
@@ -45,7 +45,7 @@ class CachePlan:
         if self.anchors < 0:
             raise UserError(f"anchors: {self.anchors} is negative; choose 0 or more.")
         if self.recent < 0:
-            raise UserError(f"recent: {self.recent} lines is negative; choose 0 or more.")
+            raise UserError(f"recent: {self.recent} is negative; choose 0 or more.")
         if self.release not in RELEASES:
             raise UserError(f"release: '{self.release}' is unknown; choose one of auto, {', '.join(RELEASES)}.")
         if self.storage not in STORAGES:
@@ -54,7 +54,7 @@ class CachePlan:
     def lines(self, grid: Grid) -> int:
         """Lines of image tokens that each head has room for: the budget and the line being written.
 
-        Policies that share the budget out unevenly have room for HEADROOM times the budget.
+        Policies under which heads keep unequal numbers get room for HEADROOM times the budget.
         """
         kept = self.budget * (HEADROOM if self.policy in UNEVEN else 1)
         return grid.rows if self.policy == "full" else min(kept + 1, grid.rows)
@@ -64,7 +64,7 @@ class CachePlan:
         return self.policy != "full" and self.budget + 1 < grid.rows
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError where the protected tokens alone exceed the budget on this grid."""
+        """Raise UserError if the protected tokens alone exceed the budget on this grid."""
         protected = self.anchors + self.recent * grid.stride
         if self.evicts(grid) and protected > self.budget * grid.stride:
             raise UserError(
@@ -73,7 +73,7 @@ class CachePlan:
             )
 
     def share(self, grid: Grid) -> float:
-        """The budget as a share of the image's tokens, as papers give it: 4 of 24 lines is 1/6."""
+        """The budget as a share of the image's tokens, as papers state it: 4 of 24 lines is 1/6."""
         return 1.0 if self.policy == "full" else min(self.budget / grid.rows, 1.0)
 
 
@@ -88,15 +88,15 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """How tokens are drawn.
+    """How tokens are sampled. Raises UserError naming the setting that is out of range.
 
-    seed               image i of a batch draws from seed + i, whatever the batch
-    guidance           classifier-free guidance scale; 1 or less means none (and half the work)
-    guidance_interval  image tokens after which guidance ends and its half of the batch is dropped; -1: never.
-                       The same number as LlamaGen's cfg_interval.
-    temperature        0 is greedy
-    top_k              codes that may be drawn; 0: all
-    top_p              probability mass that may be drawn; 1: all
+    seed               image i of a batch uses seed + i, whatever the batch
+    guidance           classifier-free guidance scale; 1 or less: none, at half the cost
+    guidance_interval  image tokens after which guidance ends and its half of the batch is dropped; -1: never. The same
+                       number as LlamaGen's cfg_interval.
+    temperature        0: greedy
+    top_k              sample from the most likely codes only; 0: all
+    top_p              sample from the smallest set of codes with this probability; 1: all
     """
 
     seed: int = 0
@@ -112,31 +112,32 @@ class SamplePlan:
         if not 0 <= self.temperature <= 100:
             raise UserError(f"temperature: {self.temperature} is out of range; choose 0 (greedy) to 100.")
         if self.top_k < 0:
-            raise UserError(f"top-k: {self.top_k} is negative; choose 0 for all codes, or 1 and more.")
+            raise UserError(f"top-k: {self.top_k} is negative; choose 0 for all codes, or 1 or more.")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p: {self.top_p} is out of range; choose more than 0, up to 1 for all codes.")
+            raise UserError(f"top-p: {self.top_p} is out of range; choose more than 0 and at most 1 (all codes).")
         if self.guidance_interval < -1:
             raise UserError(
-                f"guidance interval: {self.guidance_interval} is out of range; choose -1 for the whole image."
+                f"guidance interval: {self.guidance_interval} is out of range; choose -1 (the whole image) or more."
             )
 
     @property
     def guided(self) -> bool:
+        """Whether there is guidance at all."""
         return self.guidance > 1
 
     def guides(self, token: int) -> bool:
-        """Whether image token number `token` is drawn with guidance. LlamaGen counts from the second token."""
+        """Whether image token number `token` is sampled with guidance. LlamaGen counts from the second token."""
         return self.guided and (self.guidance_interval < 0 or token - 1 <= self.guidance_interval)
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The sizes that decide a cache's memory; a model states its own."""
+    """The sizes that decide a cache's memory; each model states its own."""
 
     layers: int
     heads: int  # key heads
     head_dim: int
-    prompt: int  # slots the prompt takes
+    prompt: int  # slots of the prompt
     bytes_per_element: int
 
     def line_bytes(self, grid: Grid, rows: int) -> int:
@@ -144,9 +145,9 @@ class CacheShape:
         return 2 * self.layers * rows * self.heads * self.head_dim * grid.stride * self.bytes_per_element
 
     def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
-        """Keys and values of the whole cache, as allocated before the first token."""
+        """Keys and values of the whole cache for `rows` sequences, as allocated before the first token."""
         slots = self.prompt + plan.lines(grid) * grid.stride
         heads = 2 * self.layers * rows * self.heads  # keys and values
-        if plan.storage == "int8":  # a byte a number, one number to scale them; the line being written in full besides
+        if plan.storage == "int8":  # a byte per element, a scale per slot, and the line being written in full
             return heads * slots * (self.head_dim + self.bytes_per_element) + self.line_bytes(grid, rows)
         return heads * slots * self.head_dim * self.bytes_per_element

@@ -1,13 +1,13 @@
-"""Sizes of pictures that a model with a choice of them was trained on. Integers only, in pixels: width, height."""
+"""Picture sizes of models that offer a choice. Integers only, in pixels: width, height."""
 
 from __future__ import annotations
 
 from functools import cache
 from math import log
 
-PIXELS = 16  # of a token, along each side
-STEP = 32  # Lumina-mGPT's sides are multiples of this
-ASPECT = 4  # at most, either way
+PIXELS = 16  # per token, along each side
+STEP = 32  # sides of Lumina-mGPT's pictures are multiples of it
+ASPECT = 4  # the highest aspect ratio, either way
 
 Size = tuple[int, int]
 
@@ -16,9 +16,9 @@ Size = tuple[int, int]
 def sizes(side: int) -> tuple[Size, ...]:
     """Every size of a Lumina-mGPT whose square picture has `side` pixels, the widest first.
 
-    As large as they may be: no more area than the square's, but with another step on both sides they would have. These
-    are the crops that the training pictures were brought to (generate_crop_size_list in
-    lumina_mgpt/data/item_processor.py of github.com/Alpha-VLLM/Lumina-mGPT).
+    The largest sizes of at most the square's area: adding a step to both sides would exceed it. These are the crops of
+    the training pictures (generate_crop_size_list in lumina_mgpt/data/item_processor.py of
+    github.com/Alpha-VLLM/Lumina-mGPT).
     """
     area = (side // STEP) ** 2
     return tuple(
@@ -30,5 +30,5 @@ def sizes(side: int) -> tuple[Size, ...]:
 
 
 def nearest(size: Size, among: tuple[Size, ...]) -> list[Size]:
-    """`among`, those first whose shape is most like `size`'s."""
+    """`among`, sorted by how close their aspect ratio is to that of `size`."""
     return sorted(among, key=lambda one: abs(log(one[0] / one[1] / (size[0] / size[1]))))

@@ -157,9 +157,8 @@ def _find(name: str) -> Path:
     if path is None:
         there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
         places = " or ".join(str(Path(folder) / name) for folder in there)
-        raise UserError(
-            f"{places}: there is no such file; {published.download_hint(name) or 'put it there, or choose another'}."
-        )
+        hint = published.download_hint(name) or "put it there, or choose another file"
+        raise UserError(f"{places}: there is no such file; {hint}.")
     return Path(path)
 
 

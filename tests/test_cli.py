@@ -94,7 +94,7 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     assert main(["models", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "landscapes: 24 x 24 tokens, 12 classes" in out and "broken.safetensors: left out" in out
+    assert "landscapes: 24 x 24 tokens, 12 classes" in out and "broken.safetensors: skipped" in out
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,9 @@ def _ask(session: Any, file: Remote, target: Path, hub: str) -> _Source:
     stated = headers.get("X-Linked-Etag" if large else "ETag", "").removeprefix("W/").strip('"').lower()
     size = headers.get("X-Linked-Size" if large else "Content-Length", "")
     commit = headers.get("X-Repo-Commit", "")
-    wanted = file.repository.revision
-    if wanted and commit != wanted:
-        raise UserError(f"{url}: the hub answered for commit '{commit}', not {wanted}; nothing was downloaded.")
+    revision = file.repository.revision
+    if revision and commit != revision:
+        raise UserError(f"{url}: the hub answered for commit '{commit}', not {revision}; nothing was downloaded.")
     if file.sha256 and large and stated != file.sha256:
         raise UserError(f"{url}: the hub's file has hash {stated}, expected {file.sha256}; nothing was downloaded.")
     expected = file.sha256 or stated

@@ -1,7 +1,7 @@
-"""Teacher forcing: what a cache expects of pictures that are there already.
+"""Teacher forcing: the logits that a cache gives for existing pictures.
 
-Lines are fed whole (`Decoder.feed`), which gives every token exactly what it would have seen token by token, in a
-fraction of the time. Nothing is drawn, so every cache sees the same tokens and differences are the cache's alone.
+Lines are fed whole (`Decoder.feed`), so that every token sees exactly what it would have seen token by token, in a
+fraction of the time. Nothing is sampled: every cache sees the same tokens, and differences come from the cache alone.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ def forced_lines(
     prompt: Any,
     codes: Tensor,
     plan: CachePlan,
-    look: Callable[[int, LineCache], None] = lambda row, cache: None,
+    observe: Callable[[int, LineCache], None] = lambda row, cache: None,
     reads: frozenset[str] = frozenset(),
 ) -> Iterator[Tensor]:
-    """For each line of `codes` B rows cols, the logits that its codes are drawn from under the plan: float32 B cols V.
+    """For each line of `codes` B rows cols, the logits of its codes under the plan: float32 B cols V.
 
-    `look` is shown the cache after each line, before anything is evicted. `reads` is what it needs to find there. What
-    a line's end token would have been expected with is left out, as nobody draws it.
+    observe  called with the row and the cache after each line, before anything is evicted
+    reads    what `observe` needs to find in the cache
+
+    The logits of end-of-line tokens are left out, because those tokens are never sampled.
     """
     grid = (prompt.grid or decoder.grid).after(prompt.length)
     plan.check(grid)
@@ -45,13 +47,13 @@ def forced_lines(
     lines = codes.to(decoder.device)
     if grid.eol is not None:
         lines = F.pad(lines, (0, 1), value=grid.eol)
-    first = decoder.prefill(prompt, cache)[:, None]  # those after token n - 1 are of token n
+    first = decoder.prefill(prompt, cache)[:, None]  # the logits after token n - 1 are those of token n
     cache.extend()
     for row in range(grid.rows):
-        others = decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
-        yield torch.cat([first, others], 1)[:, : grid.cols]
-        first = others[:, -1:]
-        look(row, cache)
+        logits = decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
+        yield torch.cat([first, logits], 1)[:, : grid.cols]
+        first = logits[:, -1:]
+        observe(row, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, rotate)
 
@@ -60,10 +62,11 @@ def forced_lines(
 def shared_probability(
     decoder: Decoder, prompt: Any, codes: Tensor, plan: CachePlan, sample: SamplePlan
 ) -> Iterator[Tensor]:
-    """For each line of `codes`, how much of every code's probability the plan shares with the full cache: B cols.
+    """For each line of `codes`, how much of each code's distribution the plan shares with the full cache: float32 B
+    cols.
 
-    1: what is drawn next has the same probabilities under both, given the same codes so far; 0: no code is possible
-    under both. That is 1 minus the total variation distance of the distributions that `sample` draws from.
+    1: given the same codes so far, the next code has the same distribution under both; 0: no code is possible under
+    both. Equals 1 minus the total variation distance of the distributions that `sample` draws from.
     """
     images = prompt.rows
     prompt = prompt.to(decoder.device)
@@ -80,7 +83,7 @@ def shared_probability(
 
 
 def probabilities(scores: Tensor, temperature: float) -> Tensor:
-    """What `sample_codes` draws each code with: float32 B V."""
+    """The probabilities with which `sample_codes` draws: float32 B V."""
     if temperature == 0:
         return F.one_hot(scores.argmax(-1), scores.shape[-1]).float()
     return (scores.float() / temperature).softmax(-1)

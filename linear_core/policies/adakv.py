@@ -17,10 +17,10 @@ FLOOR = 0.2
 def adakv(policy: Policy) -> Policy:
     """Ada-KV: the heads of a layer share one budget. Wraps a policy whose scores are comparable across heads.
 
-    Paper: Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", arXiv 2407.11550. Score:
-    the policy's own. Budgets: a layer keeps its best tokens, whichever head they belong to; a fifth of the budget is
-    spread evenly first (the paper's safeguard). Recomputed at every line; protected tokens come first. Reads: what the
-    policy reads.
+    Paper: Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", arXiv 2407.11550.
+    Score: the policy's own.
+    Budgets: a layer keeps its best tokens, whichever head they belong to; a fifth of the budget is spread evenly first
+    (the paper's safeguard). Recomputed at every line; protected tokens come first. Reads: what the policy reads.
     """
     return replace(policy, keep=keep)
 

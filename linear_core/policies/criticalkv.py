@@ -17,9 +17,10 @@ def criticalkv(policy: Policy) -> Policy:
     """CriticalKV: half of the budget by score, half by the effect on the attention output. Wraps an attention score.
 
     Paper: Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective", arXiv
-    2502.03805. Score: the best tokens by the policy's own score, half of the budget, come first; the others are ranked
-    by (score + 1e-4) times the size of the value. The paper takes the L1 norm of the value after the output projection,
-    which a policy does not see; here it is the L2 norm of the value itself. Reads: what the policy reads.
+    2502.03805.
+    Score: the best tokens by the policy's own score, half of the budget, come first; the others are ranked by (score +
+    1e-4) times the size of the value. The paper takes the L1 norm of the value after the output projection, which a
+    policy does not see; here it is the L2 norm of the value itself. Reads: what the policy reads.
     """
 
     def score(view: View) -> Tensor:

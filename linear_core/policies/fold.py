@@ -11,11 +11,11 @@ def fold(view: View) -> Tensor:
     """The policy made for folding: release the token that a more important one can replace at the least cost.
 
     Our own, not in the paper: Ward's criterion of hierarchical clustering with importance as mass (J. H. Ward,
-    "Hierarchical grouping to optimize an objective function", 1963). Score: the minimum over all more important image
-    tokens of a b / (a + b) times the squared distance of the keys, where a and b are the importance of the two
-    (`View.importance`): the variance of keys within a slot that merging the pair would add. Only into a more important
-    token, because one of two near tokens has to stay; in a tie the older counts as more important. Reads: ahead.
-    Defaults: 4 anchors, 1 recent line, release "fold".
+    "Hierarchical grouping to optimize an objective function", 1963).
+    Score: the minimum over all more important image tokens of a b / (a + b) times the squared distance of the keys,
+    where a and b are the importance of the two (`View.importance`): the variance of keys within a slot that merging the
+    pair would add. Only into a more important token, because one of two near tokens has to stay; in a tie the older
+    counts as more important. Reads: ahead. Defaults: 4 anchors, 1 recent line, release "fold".
     """
     # Sorted by importance, so that a token may only fold into those before it; image tokens come before all others.
     importance = view.importance().masked_fill(~view.candidates(), 0.0)

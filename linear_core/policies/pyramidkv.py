@@ -3,8 +3,8 @@
 Paper: Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 2406.02069.
 Score: `snapkv`'s.
 Budgets: linear from the first layer to the last, as published: the last has 1/20 of the mean and the first has 2 minus
-that, but none less than the protected tokens. That attention narrows with depth was found in language models.
-Reads: queries.
+that, but none less than the protected tokens. That attention narrows with depth was found in language models. Reads:
+queries.
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ LAMBDA = 0.1
 def rkv(view: View) -> Tensor:
     """R-KV: keep tokens that matter to the last queries and whose keys are not redundant.
 
-    Paper: Cai et al., "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv 2505.24133. Score:
-    lambda * importance - (1 - lambda) * redundancy, with lambda 0.1 as in its README. Importance: mean over the last 8
-    queries of the softmax over image tokens only, max-pooled with kernel 7 by index. Redundancy: softmax over tokens of
-    the mean cosine similarity with the other keys; of the keys more similar than 0.5, the newest is not counted. The
-    published code takes the first sample's keys for the whole batch; here each row and head has its own. Reads:
-    queries.
+    Paper: Cai et al., "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv 2505.24133.
+    Score: lambda * importance - (1 - lambda) * redundancy, with lambda 0.1 as in its README.
+    Importance: mean over the last 8 queries of the softmax over image tokens only, max-pooled with kernel 7 by index.
+    Redundancy: softmax over tokens of the mean cosine similarity with the other keys; of the keys more similar than
+    0.5, the newest is not counted. The published code takes the first sample's keys for the whole batch; here each row
+    and head has its own. Reads: queries.
     """
     outside = ~view.candidates()
     importance = view.attention(lambda p: p.mean(2), last=WINDOW, image_only=True)

@@ -18,8 +18,8 @@ def stratified(policy: Policy) -> Policy:
 
     Papers: "HeadKV", arXiv 2605.20600, evicts by strata, and "AdaptiveMassSegment", arXiv 2605.23200, gives each
     segment of a text a minimum. Neither defines a stratum of a picture: here the lines drawn so far are cut into 8
-    bands of equal height, which get equal parts of half the budget. Score: the policy's own; the best tokens of each
-    band, up to its quota, come first. Reads: what the policy reads.
+    bands of equal height, which get equal parts of half the budget.
+    Score: the policy's own; the best tokens of each band, up to its quota, come first. Reads: what the policy reads.
     """
 
     def score(view: View) -> Tensor:

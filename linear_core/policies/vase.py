@@ -18,10 +18,11 @@ def vase(policy: Policy) -> Policy:
     """VaSE: tokens with large values stay, and the others are sampled. Wraps an attention score.
 
     Paper: "VaSE", arXiv 2606.03928, of which we know the abstract: never evict the few tokens with abnormally long
-    values; sample what is evicted instead of taking the lowest scores. Score: the 1 % of a head's image tokens with the
-    longest values come first. The others are sampled without replacement in proportion to the policy's score: its
-    logarithm plus Gumbel noise. How many are spared and what the sampling is proportional to are our reading. The noise
-    is a hash of layer, head, token and line, the same for every row of the batch. Reads: what the policy reads.
+    values; sample what is evicted instead of taking the lowest scores.
+    Score: the 1 % of a head's image tokens with the longest values come first. The others are sampled without
+    replacement in proportion to the policy's score: its logarithm plus Gumbel noise. How many are spared and what the
+    sampling is proportional to are our reading. The noise is a hash of layer, head, token and line, the same for every
+    row of the batch. Reads: what the policy reads.
     """
 
     def score(view: View) -> Tensor:

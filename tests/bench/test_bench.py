@@ -72,7 +72,7 @@ def test_speed_writes_to_a_name_or_a_file(tiny, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("main", "out", "words"),
-    [(speed.main, "no/name", "'no/name' is neither a name nor a file; end its name in .json."),
+    [(speed.main, "no/name", "'no/name' is neither a name nor a file; end a file's name in .json."),
      (speed.main, "{0}/text/x.json", "the folder {0}/text cannot be made"),
      (speed.main, "{0}/folder.json", "{0}/folder.json is a folder"),
      (paper_table.main, "{0}/folder.json", "{0}/folder.json is a folder"),

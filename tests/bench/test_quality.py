@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from bench import quality
 from bench.forced import FULL, drift, forced_logits, reference
-from bench.report import Field, bars
+from bench.report import bars
+from bench.rows import Field
 from bench.uncertainty import frechet, frechet_excess, half_width, ratio_interval, share_interval
 from linear_core.checkpoints.library import ModelFiles
 from linear_core.plan import CachePlan, SamplePlan

@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,30 @@ def test_one_file_speaks_to_comfyui():
 def test_a_wrong_import_of_a_node_is_seen(file, text, wrong):
     """The check above would notice, and lets the right ones pass."""
     assert len(node_complaints(ROOT / "nodes" / file, text)) == wrong
+
+
+def imported_from_bench(text: str) -> set[str]:
+    """Modules of bench/ that a file of it imports, wherever the import stands, for readers of types too."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "bench":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bench."):
+            found.add(node.module.removeprefix("bench."))
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("bench.") for a in node.names if a.name.startswith("bench.")}
+    return found
+
+
+def test_bench_has_no_import_circle():
+    """A report knows its data, the lab knows the report; nothing knows the lab but what measures with it."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "bench").glob("*.py"))}
+    known = {name: imported_from_bench(text) for name, text in texts.items()}
+    assert "report" in known["quality"], "imports are seen"
+    TopologicalSorter(known).prepare()
+    known["report"] |= imported_from_bench("if TYPE_CHECKING:\n    from bench.quality import Lab")
+    with pytest.raises(CycleError):
+        TopologicalSorter(known).prepare()
 
 
 def test_the_pack_imports_nothing_until_it_is_asked():
