@@ -48,13 +48,18 @@ def test_compare_measures_what_plan_promises(
     assert Image.open(tmp_path / "c.png").width > 288
 
 
-def test_the_demo_measures_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--class", "desert day", "--size", "96", "--out", str(tmp_path / "d.png")]) == 0
+def test_the_demo_measures_what_it_says(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = library.ModelFiles(small_model, library.find_tokenizer(small_model))
+    monkeypatch.setattr(library, "bundled_files", lambda: files)
+    few = ["--policy", "random", "--budget", "1", "--anchors", "0", "--recent", "0"]
+    assert main(["demo", "--class", "desert day", *few, "--size", "96", "--out", str(tmp_path / "d.png")]) == 0
     told = capsys.readouterr().out
     overlap = re.search(
-        r"79% less cache\. Given the same tokens, the next one's probabilities overlap by (\d+)% with", told
+        r"\d+% less cache\. Given the same tokens, the next one's probabilities overlap by (\d+)% with", told
     )
-    assert overlap and 90 < int(overlap[1]) < 100
+    assert overlap and 50 < int(overlap[1]) < 100
     assert "differ in places" in told and "of the codes are the same" not in told
 
 

@@ -58,10 +58,10 @@ def test_speed_says_what_was_not_recorded(how, tiny, monkeypatch, capsys):
     assert full == {"step": why} and few == {"step": why, "line's end": why}
 
 
-SHORT = ["--device", "cpu", "--models", "landscapes", "--plans", "line:2"]
+SHORT = ["--device", "cpu", "--models", "tiny", "--plans", "line:2"]
 
 
-def test_speed_writes_to_a_name_or_a_file(monkeypatch, capsys, tmp_path):
+def test_speed_writes_to_a_name_or_a_file(tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(speed, "RESULTS", tmp_path / "results")
     for out, path in (("short", "results/speed-short.json"), (str(tmp_path / "a" / "b.json"), "a/b.json")):
         told = ["--images", "1", "--repeat", "1", "--lines", "1", "--out", out]
@@ -93,7 +93,7 @@ def test_where_nothing_can_be_written_nothing_is_measured(main, out, words, monk
 
 
 @pytest.mark.parametrize("how", [["--lines", "3"], []])
-def test_speed_keeps_what_was_measured_before_it_was_stopped(how, monkeypatch, capsys, tmp_path):
+def test_speed_keeps_what_was_measured_before_it_was_stopped(how, tiny, monkeypatch, capsys, tmp_path):
     """Of a whole batch size and, of the next, what there was by then: here two of its three lines, or images."""
     prepared, drawn = speed.Ours.prepare, speed.Ours.picture
     count = {"prepare": 0, "picture": 0}

@@ -118,7 +118,7 @@ def test_a_whole_model_with_one_other_shape(shape: list[object], key: str, scrat
 
 
 @pytest.mark.parametrize("layout", ["llamagen", "llamagen pt", "janus bin", "lumina", "anole", "t5"])
-@settings(fuzz, max_examples=60)
+@settings(fuzz, max_examples=30)
 @given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6), data=st.data())
 def test_a_few_other_bytes(
     layout: str, places: list[tuple[float, int]], data: st.DataObject, made: dict[str, Path], scratch: Path
@@ -160,7 +160,7 @@ def test_any_config(layout: str, config: object, name: str, made: dict[str, Path
 
 
 @pytest.mark.parametrize("layout", bad_files.INDEXES)
-@settings(fuzz, max_examples=60)
+@settings(fuzz, max_examples=30)
 @given(index=JSON, names=st.none() | st.lists(st.text(max_size=12) | JSON, max_size=3))
 def test_any_index(
     layout: str, index: object, names: list[object] | None, made: dict[str, Path], scratch: Path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.nodes.test_nodes import NODES, comfy, object_info  # noqa: F401 (fixtures)
+from tests.nodes.test_nodes import LINEAR, NODES, comfy, object_info  # noqa: F401 (fixtures)
 from tests.nodes.test_workflows import SCHEMAS, read, to_api, widgets
 from tests.nodes.values import DYNAMIC, Case, declared, host, nested
+from tests.tiny import cut_down
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
+LIBRARY = LINEAR["checkpoints.library"]
 
 
 def runs_anywhere(path: Path) -> bool:
@@ -250,8 +253,19 @@ class Prompt:
         return (F.interpolate(pictures, scale_factor=given["scale_by"]).movedim(1, 3),)
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """The bundled model with a sixth of its layers, under its own name: prompts ask for that."""
+    folder = tmp_path_factory.mktemp("assets")
+    shutil.copy(LIBRARY.bundled_files().tokenizer, folder)
+    cut_down(folder / LIBRARY.bundled_files().decoder.name, grid=24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LIBRARY, "ASSETS", folder)
+        yield
+
+
 @pytest.mark.parametrize("path", RUNNABLE, ids=release_and_name)
-def test_a_saved_prompt_runs(path):
+def test_a_saved_prompt_runs(path, one_layer):
     prompt = read(path)
     running = Prompt(prompt)
     for key, node in prompt.items():

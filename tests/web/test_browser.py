@@ -35,14 +35,16 @@ def chromium():
 @pytest.mark.skipif(bool(missing()), reason=missing() or "never")
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
 @pytest.mark.parametrize("version", dev.frontends())
-def test_the_widgets_in_the_page(version, renderer, chromium, tmp_path):
+def test_the_widgets_in_the_page(version, renderer, chromium):
     """tests/web/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
     if not (page_of(version) / "index.html").is_file():
         pytest.skip(f"there is no page {version}: {page_of(version)}")
-    shots = Path(os.environ.get("LINEAR_SHOTS", tmp_path)) / version
-    shots.mkdir(parents=True, exist_ok=True)
+    shots = []
+    if folder := os.environ.get("LINEAR_SHOTS"):
+        shots = ["--shots", Path(folder) / version]
+        shots[1].mkdir(parents=True, exist_ok=True)
     with replaying(page_of(version)) as url:
-        run = ("widget.mjs", url, renderer, "--shots", shots)
+        run = ("widget.mjs", url, renderer, *shots)
         status, lines, console = script(*run, chromium=chromium, seconds=SECONDS)
     checks = [json.loads(line) for line in lines]
     last = checks[-1] if checks else "nothing"
