@@ -46,6 +46,7 @@ from bench.uncertainty import frechet, frechet_excess, half_width, share_interva
 from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model
 from linear_core.errors import UserError
 from linear_core.loop.generate import Run, generate
+from linear_core.loop.threads import limit_threads
 from linear_core.pictures.preview import decode
 from linear_core.plan import CachePlan
 from linear_core.policies import POLICIES
@@ -468,6 +469,8 @@ def main() -> None:
         args.seeds = SEEDS[:2]
     try:
         files = ModelFiles(args.model, find_tokenizer(args.model)) if args.model else bundled_files()
+        if note := limit_threads():
+            print(f"note: {note}.", file=sys.stderr)
         lab = Lab(files, args.out, tuple(args.grid) if args.grid else None)
         run(lab, args)
     except UserError as error:

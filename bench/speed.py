@@ -52,6 +52,7 @@ from linear_core.loop.generate import draw, end_line, evict, generate
 from linear_core.loop.graph import Captured, CapturedEnd, CapturedStep
 from linear_core.loop.memory import run_bytes
 from linear_core.loop.sampling import Noise
+from linear_core.loop.threads import limit_threads
 from linear_core.models.packed import pack
 from linear_core.plan import STORAGES, CachePlan
 from linear_core.policies import POLICIES, get_policy
@@ -388,6 +389,8 @@ def main() -> int:
     if "kernel" in args.attention and (why := no_kernel(torch.device(args.device), DTYPES[args.dtype])):
         parser.error(f"--attention: the kernel cannot be used because {why}.")
     torch.manual_seed(0)
+    if args.device == "cpu" and (note := limit_threads()):
+        print(f"note: {note}. Timings taken next to other programs prove little.", file=sys.stderr)
     about = circumstances(args.device)
     if "kernel" in args.attention:
         about["triton"] = import_module("triton").__version__
