@@ -1,16 +1,16 @@
-"""The line cache for people who stay with transformers: a Cache to pass to a model.
+"""The line cache for transformers: a Cache to pass to a model.
 
     cache = LineCache(model, grid=(24, 24), plan=CachePlan(budget=4))
     model.generate(**inputs, generation_mode="image", cache=cache)
 
-Before transformers 5.24 the argument is called `past_key_values`; CACHE_ARGUMENT is its name in the version installed.
+Before transformers 5.24 the argument is called `past_key_values`; CACHE_ARGUMENT is its name in the installed version.
 
-transformers hands a cache keys and values and attends by itself. A line cache must also see the queries, and attention
-must see what each slot weighs, so the model is switched to an attention of ours, registered under NAME: `update` marks
-the keys with their cache, and where attention meets such keys it reads the slots instead. For all other keys, and for
-the prompt, it is transformers' own "sdpa". Keys, values, policies and the choice of victims are those of the loop.
+transformers gives a cache the keys and values, and computes attention itself. A line cache must also see the queries,
+and attention must see the weight of each slot. So the model is switched to an attention function of ours, registered as
+NAME: `update` marks the keys with their cache, and for marked keys attention reads the slots instead. For all other
+keys, and for the prompt, it is transformers' own "sdpa". Cache, policies and eviction are the loop's own.
 
-Works with transformers 4.57 and with 5.5 and newer (5.4 draws no Janus images, with any cache).
+Works with transformers 4.57 and with 5.5 and newer (5.4 generates no Janus images, with any cache).
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ except ImportError as error:
     ) from error
 
 NAME = "line_cache"
-# transformers renamed the argument everywhere at once, so one function tells.
+# transformers renamed the argument everywhere at once, so one function shows which name is in use.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what else some models add to their attention
+FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models add to attention
 
 
 class LineCache(Cache):
     """Keys and values of one image per row of the batch: the prompt, `plan.budget` lines and the one being written.
 
-    model  a transformers model with a Llama-like decoder in it; its attention is switched to NAME
-    grid   rows and columns of the image's tokens, or a Grid where lines end with a token of their own
+    model  a transformers model that contains a Llama-like decoder; its attention is switched to NAME
+    grid   rows and columns of the image's tokens, or a Grid if lines end with a token of their own
     plan   policy, budget, anchors, recent lines, release
 
-    The first forward is the prompt, all of it. What its last token does not see is padding, which no image token sees
-    either; what masks say later is not read. From then on every token is an image token: one at a time, or several of
-    one line. Guidance that doubles the batch needs nothing more. `reset` before the next image.
+    The first forward pass is the whole prompt. Tokens that its last token does not see are padding, and no image token
+    sees them either; later masks are ignored. Every token after that is an image token: one at a time, or several of
+    one line. Guidance that doubles the batch needs nothing else. Call `reset` before the next image.
 
-    Where several query heads share a key head, policies are shown the mean of their queries.
+    If several query heads share a key head, policies see the mean of their queries.
 
-    `slots` is the cache itself once the prompt is in, with `index` L B H S: the tokens held. Raises UserError where the
-    model, the grid or the order of tokens does not fit.
+    `slots` is the cache itself, once the prompt is in; its `index` L B H S says which tokens are held. Raises UserError
+    if the model, the grid or the order of tokens does not fit.
     """
 
     def __init__(self, model: nn.Module, grid: tuple[int, int] | Grid, plan: CachePlan):
-        super().__init__(layers=[])  # they are kept together, and every method that would look at them is below
+        super().__init__(layers=[])  # ours are kept together, and every method that would read this list is below
         self.grid, self.plan, self.policy = _grid(grid), plan, get_policy(plan.policy)
         plan.check(self.grid)
         self._decoder = _switch(model, self.grid)
@@ -80,11 +80,11 @@ class LineCache(Cache):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the image; the next forward is a prompt."""
+        """Drop the image; the next forward pass is a prompt."""
         self.slots: Slots | None = None
         self._fed: int | None = None  # image tokens so far; None until the prompt is in
-        self._index = self._column = torch.empty(0, dtype=torch.int64)  # of the image tokens in this forward
-        self._announced = self._attended = 0  # layers of this forward
+        self._index = self._column = torch.empty(0, dtype=torch.int64)  # of the image tokens in this forward pass
+        self._announced = self._attended = 0  # layers of this forward pass
 
     @property
     def _held(self) -> Slots:
@@ -96,12 +96,12 @@ class LineCache(Cache):
         """Keys and values as allocated; 0 before the prompt."""
         return 0 if self.slots is None else self.slots.nbytes
 
-    # -- what transformers asks --------------------------------------------------------------------------------------
+    # -- what transformers calls --------------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values B H T D of a layer's new tokens, rotated. They return marked, for `attend` to find us."""
+        """Take a layer's new keys, rotated, and values, B H T D; return them marked, so that `attend` finds us."""
         if layer_idx != self._announced:
             raise UserError(
                 f"cache: layer {layer_idx} comes where layer {self._announced} is due; a forward was broken off, or "
@@ -119,11 +119,11 @@ class LineCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens so far, held or not: positions go on from here."""
+        """Tokens so far, held or not: positions continue from here."""
         return 0 if self._fed is None else self._held.grid.prompt + self._fed
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys a mask would have to speak of. transformers 4 gives the new tokens' places, 5 their number."""
+        """Number of keys that a mask would cover. transformers 4 passes the new tokens' positions, 5 their number."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.get_seq_length() + new, 0
 
@@ -139,7 +139,7 @@ class LineCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return False  # what was written over is gone
+        return False  # overwritten tokens are gone
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -161,10 +161,10 @@ class LineCache(Cache):
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
 
-    # -- a forward ---------------------------------------------------------------------------------------------------
+    # -- a forward pass ----------------------------------------------------------------------------------------------
 
     def _begin(self, k: Tensor, v: Tensor) -> None:
-        """Decide what the tokens of this forward are, and end a line that is complete."""
+        """Find out where the tokens of this forward pass belong; evict if a line is complete."""
         if (found := self._decoder.config._attn_implementation) != NAME:
             raise UserError(
                 f"model: its attention was changed to '{found}' after the LineCache was made; make a new one after the "
@@ -200,7 +200,7 @@ class LineCache(Cache):
             slots.advance(self._index, self._column)
 
     def _open(self, k: Tensor, v: Tensor) -> None:
-        """Allocate for the prompt whose keys and values these are."""
+        """Allocate the slots; k, v are those of the prompt."""
         rows, heads, prompt, dim = k.shape
         if v.shape != k.shape:
             raise UserError(f"model: keys have {dim} numbers a head and values {v.shape[3]}; a line cache needs equal.")
@@ -229,14 +229,14 @@ class LineCache(Cache):
     ) -> tuple[Tensor, None]:
         """Write one layer's k, v B H T D to its slots and attend with q B Q T D, Q a multiple of H -> B T Q D."""
         if dropout:
-            raise UserError("model: it is in training mode; call model.eval() before drawing.")
+            raise UserError("model: it is in training mode; call model.eval() before generating.")
         if foreign := [name for name in FOREIGN if kwargs.get(name) is not None]:
             raise UserError(f"model: its attention uses {foreign[0]}, which a line cache does not know.")
         slots, layer = self._held, self._attended
         if k.device != slots.bias.device:
             raise UserError(f"model: its layers lie on {slots.bias.device} and {k.device}; put them on one device.")
         if self._fed is None:
-            slots.write_prompt(layer, k, v, _words(mask, k))
+            slots.write_prompt(layer, k, v, _prompt_weights(mask, k))
             out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
         else:
             out = self._attend_slots(layer, _scaled(q, scaling), k, v)
@@ -258,11 +258,11 @@ class LineCache(Cache):
         return out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).contiguous()
 
     def _rotate(self, queries: Tensor, lines: int) -> Tensor:
-        """Rotated queries L B H C D as if they stood so many lines later."""
+        """Rotated queries L B H C D as they would be so many lines further down."""
         return _rotated(self._decoder, queries, lines * self.grid.stride)
 
     def _end(self) -> None:
-        """Every layer has its tokens."""
+        """Finish the forward pass: every layer has its tokens."""
         self._announced = self._attended = 0
         if self._fed is None:
             self._held.extend()
@@ -276,18 +276,18 @@ class LineCache(Cache):
 def line_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention that the model is switched to: a LineCache's for its keys, transformers' "sdpa" for any others."""
+    """The attention function of the model: a LineCache's own for its keys, transformers' "sdpa" for all others."""
     cache = getattr(key, "line_cache", None)
     if cache is not None:
         return cache.attend(module, query, key, value, attention_mask, **kwargs)
-    # A forward hands on what it does not know, so a cache under another name ends here, unused.
+    # Models pass on arguments that they do not know, so a cache under another name arrives here, unused.
     if unknown := [name for name, given in kwargs.items() if isinstance(given, LineCache)]:
         raise UserError(f"cache: this model takes its cache as {CACHE_ARGUMENT}=, not as {unknown[0]}=.")
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, line_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # or a prompt would get no mask at all
+AttentionMaskInterface.register(NAME, sdpa_mask)  # without it the prompt would get no mask
 
 
 def _grid(given: tuple[int, int] | Grid) -> Grid:
@@ -301,7 +301,7 @@ def _grid(given: tuple[int, int] | Grid) -> Grid:
 
 
 def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
-    """Give the decoder inside `model` our attention; returns the decoder. Raises UserError where it cannot work."""
+    """Switch the decoder inside `model` to our attention and return it. Raises UserError if that cannot work."""
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text] if text else []
@@ -324,19 +324,19 @@ def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
 
 
 def _rotated(decoder: PreTrainedModel, queries: Tensor, tokens: int) -> Tensor:
-    """Rotated queries L B H C D as if they stood so many tokens later: the model's own rotation, once more.
+    """Rotated queries L B H C D as they would be so many tokens later: the model's own rotation, applied once more.
 
-    transformers keeps one of this form beside most decoders with RoPE. For others this raises; `_rotates` asks first.
+    Most decoders with RoPE have a function of this form in their module. For others this raises; `_rotates` finds out.
     """
     rotary, rotate = decoder.rotary_emb, sys.modules[type(decoder).__module__].apply_rotary_pos_emb
     cos, sin = rotary(queries, torch.full((1, 1), tokens, device=queries.device))
-    turned, _ = rotate(flat := queries.flatten(0, 1), flat, cos, sin)
-    # Some rotations also lengthen, which must not happen twice.
-    return turned.view_as(queries) / getattr(rotary, "attention_scaling", 1.0)
+    rotated, _ = rotate(flat := queries.flatten(0, 1), flat, cos, sin)
+    # Some rotations also scale, which must not happen twice.
+    return rotated.view_as(queries) / getattr(rotary, "attention_scaling", 1.0)
 
 
 def _rotates(decoder: PreTrainedModel) -> bool:
-    """Whether `_rotated` works with this decoder. One query is tried, as models differ in names, order and sizes."""
+    """Whether `_rotated` works with this decoder. Tried on one query, as models differ in names, order and sizes."""
     text = decoder.config
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     try:
@@ -346,8 +346,8 @@ def _rotates(decoder: PreTrainedModel) -> bool:
     return True
 
 
-def _words(mask: Tensor | None, k: Tensor) -> Tensor:
-    """Which prompt tokens are no padding, as weights B P: those that the last one sees.
+def _prompt_weights(mask: Tensor | None, k: Tensor) -> Tensor:
+    """Weights B P of the prompt's tokens: 1 if the last token sees them, 0 for padding.
 
     mask  B 1 P P, bool or added to the scores; None: causal
     """
@@ -360,6 +360,6 @@ def _words(mask: Tensor | None, k: Tensor) -> Tensor:
 
 
 def _scaled(q: Tensor, scaling: float | None) -> Tensor:
-    """Queries that give the model's scores when divided by the root of their size, as the core does."""
+    """Queries scaled so that dividing by the root of the head size, as the core does, gives the model's scores."""
     usual = q.shape[-1] ** -0.5
     return q if scaling is None or math.isclose(scaling, usual, rel_tol=1e-6) else q * (scaling / usual)

@@ -1,4 +1,4 @@
-"""ComfyUI's side of the fence: folders, devices, memory, progress. Nothing else here imports comfy or the server."""
+"""All calls into ComfyUI: folders, devices, memory, progress. No other file here imports comfy or the server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def register_folder() -> None:
 
 
 def filenames(folder: str = FOLDER) -> list[str]:
-    """The files of the model folders, as the widgets list them."""
+    """The files in the model folders, as the widgets list them."""
     return folder_paths.get_filename_list(folder)
 
 
@@ -52,7 +52,7 @@ def folders(folder: str = FOLDER) -> list[str]:
 
 
 def full_path(name: str, folder: str = FOLDER) -> str | None:
-    """Where the file is that a widget named; None where there is none. Never outside the model folders."""
+    """The path of the file that a widget names; None if there is none. Never outside the model folders."""
     return folder_paths.get_full_path(folder, name)
 
 
@@ -86,7 +86,7 @@ class Layers:
 
 
 class CastingLayers(Layers):
-    """The same where the large matrices are kept in fewer bits than they are used in."""
+    """The same layers for large matrices that are stored in fewer bits than they are computed in."""
 
     class Linear(Layers.Linear):
         comfy_cast_weights = True
@@ -96,12 +96,12 @@ WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2":
 
 
 def device_type() -> str:
-    """Of the device that models compute on: "cpu", "cuda", …"""
+    """Type of the device that models compute on: "cpu", "cuda", …"""
     return str(management.get_torch_device().type)
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 where ComfyUI finds it quick, float32 on a CPU; what the user forced on the command line goes first."""
+    """bfloat16 where ComfyUI considers it fast, float32 on a CPU; a dtype forced on the command line wins."""
     wanted = management.unet_dtype(management.get_torch_device(), supported_dtypes=[torch.bfloat16, torch.float32])
     return wanted if wanted in (torch.bfloat16, torch.float16) else torch.float32
 
@@ -116,29 +116,29 @@ def managed(module: nn.Module) -> ModelPatcher:
 
 
 def managed_text_encoder(module: nn.Module) -> ModelPatcher:
-    """The same for a text encoder, which goes where ComfyUI puts those."""
+    """The same for a text encoder, on the device that ComfyUI uses for those."""
     holder = nn.ModuleList([module])  # ComfyUI writes down the device on it, and transformers' modules refuse
     return ModelPatcher(holder, management.text_encoder_device(), management.text_encoder_offload_device())
 
 
 def unload(model: ModelPatcher) -> None:
-    """Take `model` off the device, and nothing else."""
+    """Unload `model` from the device, and nothing else."""
     others = [m for m in management.current_loaded_models if m.model is not model]
     management.free_memory(1e32, model.load_device, others)
 
 
 def load(*models: ModelPatcher, memory: int) -> None:
-    """Bring `models` to the device, with room for `memory` bytes beside them."""
+    """Load `models` onto the device, and leave `memory` bytes free besides them."""
     management.load_models_gpu(list(models), memory_required=memory)
 
 
 def free_memory() -> int:
-    """Bytes that could be taken on the device."""
+    """Free memory of the device, in bytes."""
     return int(management.get_free_memory(management.get_torch_device()))
 
 
 def room(*models: ModelPatcher) -> int:
-    """Bytes that a run could take beside `models`, with everything else off the device that ComfyUI can take off."""
+    """Memory for a run besides `models`, in bytes, once ComfyUI has unloaded everything else that it can."""
     device = management.get_torch_device()
     if device.type == "cpu":
         return free_memory()  # models are in the computer's memory wherever they are used
@@ -148,7 +148,7 @@ def room(*models: ModelPatcher) -> int:
 
 
 def to_intermediate(picture: Tensor) -> Tensor:
-    """An IMAGE where ComfyUI keeps what travels between nodes."""
+    """An IMAGE on the device where ComfyUI keeps the outputs of nodes."""
     return picture.to(management.intermediate_device())
 
 
@@ -196,8 +196,8 @@ def preview(node_id: str, picture: Image.Image) -> None:
         server.send_sync(kind, (("JPEG", picture, None), who), server.client_id)
 
 
-def tell(event: str, data: dict[str, Any]) -> None:
-    """Send an event to the page that queued the prompt; one queued without a page has nobody to tell."""
+def send_event(event: str, data: dict[str, Any]) -> None:
+    """Send an event to the page that queued the prompt, if a page did."""
     server = PromptServer.instance
     if server.client_id is not None:
         server.send_sync(event, data, server.client_id)

@@ -35,7 +35,7 @@ SIZE = 384  # pixels of a preview's longer side, at most, unless it is larger by
 
 
 def _widget(name: str) -> Any:
-    """A type without a socket that web/line_cache.js draws."""
+    """A widget type without a socket, drawn by web/line_cache.js."""
 
     @io.comfytype(io_type=name)
     class Widget(io.ComfyTypeI):
@@ -50,12 +50,12 @@ VIEW, COMPARE, MEMORY = _widget("LINEAR_VIEW"), _widget("LINEAR_COMPARE"), _widg
 
 
 def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
-    """How many the cache holds, and how many places each one's prompt takes."""
+    """How many sequences the cache holds, and how many slots the prompt of each one takes."""
     return (2 * prompt.rows, prompt.max_length) if sample.guided else (prompt.rows, prompt.length)
 
 
 def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
-    """What a run is, in the words of the events. `at_once` of its images are in the cache together, by default all."""
+    """The event that describes a run. `at_once` of its images are in the cache together, by default all."""
     decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows
     rows, places = _sequences(sample, prompt.select(range(at_once or images)))
     shape = decoder.cache_shape(places)
@@ -82,7 +82,7 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
 
 
 def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, images: int | None = None) -> int:
-    """Bytes a run takes beside the weights, a preview included; `images` of the prompt's at once, by default all."""
+    """Bytes that a run takes besides the weights, preview included, for `images` of the prompt at once, or all."""
     info = model.image.info
     images = images or prompt.rows
     rows, places = _sequences(sample, prompt)
@@ -93,10 +93,10 @@ def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, im
 
 
 class Live:
-    """Tells the page of a run while it happens, and of the whole of it afterwards.
+    """Sends a run to the page: row by row while it is generated, and as a whole afterwards.
 
-    `beside` are the lines of another run, appended to as they come: the preview shows that one on the left.
-    `part` of `parts`: a batch that does not fit is drawn in several, each of which the page sees as a run of its own.
+    `beside` are the lines of another run, which grows meanwhile; the preview shows that one on the left. `part` of
+    `parts`: a batch that does not fit is generated in parts, and the page sees each part as a run of its own.
     """
 
     def __init__(
@@ -117,55 +117,55 @@ class Live:
         self.progress = host.Progress(parts * self.rows, node_id)
         self.trace = Trace(started(model, plan, sample, prompt))
         self.lines: list[Line] = []
-        self._tell(self.trace.latest)
-        self.painter = PreviewWorker(self._paint, self._show, self.rows, host.Interrupted)
+        self._send(self.trace.latest)
+        self.worker = PreviewWorker(self._render, self._show, self.rows, host.Interrupted)
 
     def add(self, line: Line) -> None:
-        """Tell of one more row. Raises ComfyUI's interrupt when the user pressed Stop."""
+        """Send one more row. Raises ComfyUI's interrupt if the user pressed Stop."""
         self.lines.append(line)
-        self.painter.submit(self._job(), len(self.lines))
-        self.painter.check()
+        self.worker.submit(self._job(), len(self.lines))
+        self.worker.check()
         self.progress.update(self.before + len(self.lines), self.text)
-        self._tell(self.trace.add(line))
+        self._send(self.trace.add(line))
 
     def finish(self) -> None:
-        """The last picture and the last event; `shown` is then what the node leaves on the page (its `ui`)."""
-        picture = self.painter.final(self._job())
+        """Send the final picture and the last event; `shown` is then what stays on the page (the node's `ui`)."""
+        picture = self.worker.final(self._job())
         if picture is not None:
             self._show(picture, len(self.lines))
-        self._tell(self.trace.finish())
+        self._send(self.trace.finish())
         self.shown = left(self.trace, None if self.beside is not None else picture)
 
-    def become(self, trace: Trace, lines: list[Line]) -> None:
-        """Tell of another run in place of this one, with its picture."""
+    def replace_run(self, trace: Trace, lines: list[Line]) -> None:
+        """Send another run in place of this one, with its picture."""
         for event in trace.events:
-            self._tell(event)
-        self.painter.close()
-        self.painter.stopped = None  # where the thread was told of Stop: it has been heard
-        picture = self.painter.final([tuple(lines)])
+            self._send(event)
+        self.worker.close()
+        self.worker.stopped = None  # a Stop that the thread saw has been handled
+        picture = self.worker.final([tuple(lines)])
         if picture is not None:
             self._show(picture, len(lines), trace)
 
     def close(self) -> None:
-        self.painter.close()
+        self.worker.close()
 
     def _job(self) -> list[tuple[Line, ...]]:
         return [tuple(lines) for lines in (self.beside, self.lines) if lines is not None]
 
-    def _paint(self, runs: list[tuple[Line, ...]]) -> Image.Image:
+    def _render(self, runs: list[tuple[Line, ...]]) -> Image.Image:
         sheets = [sheet(_pictures(self.tokenizer, lines, self.rows)) for lines in runs]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
     def _show(self, picture: Image.Image, lines: int, trace: Trace | None = None) -> None:
-        self._tell(asdict(Picture((trace or self.trace).started.run, lines)))
+        self._send(asdict(Picture((trace or self.trace).started.run, lines)))
         host.preview(self.node_id, picture)
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        host.tell(EVENT, {"node": self.node_id, **event})
+    def _send(self, event: dict[str, Any]) -> None:
+        host.send_event(EVENT, {"node": self.node_id, **event})
 
 
 def left(trace: Trace, picture: Image.Image | None) -> dict[str, Any]:
-    """What a node leaves on the page (its `ui`): all events, and the picture where it shows one."""
+    """What stays on the page (a node's `ui`): all events, and the picture if the node shows one."""
     return {"linear_ar": trace.events} | (
         {} if picture is None else {"linear_ar_picture": [host.keep_for_the_page(picture)]}
     )
@@ -181,11 +181,11 @@ def draw(
     above: Tensor | None = None,
     stop_after: int = 0,
 ) -> tuple[list[Run], Started, dict[str, Any]]:
-    """Draw with each of `plans` at the same time, and tell the page: of the last one, with the first on its left.
+    """Generate with each of `plans` at the same time. The page sees the last one, with the first on its left.
 
-    `above` are lines that stay, `stop_after` lines after which to stop (0: none). A batch that does not fit the host's
-    memory, or for which it runs out, is drawn in parts. Returns the runs, what the last one was, and what the node
-    leaves on the page.
+    `above` are lines to keep; `stop_after` is the number of lines after which to stop (0: never). A batch that does not
+    fit into memory, or for which memory runs out, is generated in parts. Returns the runs, the event that describes the
+    last one, and what stays on the page.
     """
     image = model.image
 
@@ -194,7 +194,7 @@ def draw(
 
     at_once = max_batch_size(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
     micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
-    told: list[list[Line]] = []  # by part, as the page was told of the last plan
+    done: list[list[Line]] = []  # by part: the lines of the last plan that were sent
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
@@ -220,7 +220,7 @@ def draw(
                 micro_batch.prompt,
                 node_id,
                 beside,
-                part=len(told),
+                part=len(done),
                 parts=len(micro_batches),
             )
             try:
@@ -231,29 +231,29 @@ def draw(
                     if lines[-1].row + 1 == stop_after:
                         break
                 live.finish()
-            except host.Interrupted:  # the page gets the rows that all pictures so far have, to go on from
-                if told and live.lines and len(plans) == 1:
-                    at_once = max(len(part[0].tokens) for part in told)
-                    live.become(*_as_one(model, plans[-1], sample, prompt, at_once, [*told, live.lines]))
+            except host.Interrupted:  # the page gets the rows that all images have, to continue from
+                if done and live.lines and len(plans) == 1:
+                    at_once = max(len(part[0].tokens) for part in done)
+                    live.replace_run(*_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines]))
                 raise
             finally:
                 for lines in drawing:
                     lines.close()  # they hold the key-value caches
                 live.close()
-            told.append(live.lines)
+            done.append(live.lines)
             for why in {each.why for each in graphs if each.why}:
                 log.warning("LineAR: %s", why)
     shown, trace = live.shown, live.trace
     if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
-        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, told)
+        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done)
         trace.finish()
-        picture = live.painter.final([tuple(lines)]) if len(plans) == 1 else None
+        picture = live.worker.final([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
     return micro_batches.runs, trace.started, shown
 
 
 def _graphs(decoder: Any, runs: int) -> list[Graphs]:
-    """One for each run where the environment asks: they are tried on no GPU yet, so nobody gets them unasked."""
+    """CUDA graphs for each run, if the environment asks for them: not tried on a GPU yet, so off by default."""
     asked = os.environ.get(STEP, "eager")
     if asked not in ("eager", "graph"):
         raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
@@ -263,7 +263,7 @@ def _graphs(decoder: Any, runs: int) -> list[Graphs]:
 def _as_one(
     model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int, parts: list[list[Line]]
 ) -> tuple[Trace, list[Line]]:
-    """Parts of a batch, the first ones of `prompt`, as one run of the lines that they all have."""
+    """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
     trace = Trace(started(model, plan, sample, prompt.select(range(len(lines[0].tokens))), at_once))
@@ -284,7 +284,7 @@ def _columns(images: int) -> int:
 
 
 def sheet(pictures: Tensor, size: int = SIZE) -> Image.Image:
-    """Pictures B H W 3 as one image, as square as can be, whole pixels enlarged."""
+    """Pictures B H W 3 as one image, as square as possible, enlarged by a whole factor."""
     columns = _columns(len(pictures))
     rows = math.ceil(len(pictures) / columns)
     blank = pictures.new_zeros(rows * columns - len(pictures), *pictures.shape[1:])
@@ -300,7 +300,7 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def kept_codes(text: str) -> Tensor:
-    """The codes that the widget hands back: int64 B rows cols."""
+    """The codes that the widget sent back: int64 B rows cols."""
     try:
         sizes, codes = unpack_codes(text)
     except ValueError as error:

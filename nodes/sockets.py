@@ -1,4 +1,4 @@
-"""What travels between the nodes, and the sockets it travels through."""
+"""What nodes pass to each other, and the types of their sockets."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ TOKENS = io.Custom("LINEAR_TOKENS")
 
 @dataclass(frozen=True)
 class Model:
-    """An image model whose two networks are in ComfyUI's care."""
+    """An image model whose two networks are managed by ComfyUI."""
 
     image: ImageModel
     decoder: host.ModelPatcher
     tokenizer: host.ModelPatcher
 
     def with_grid(self, grid: Grid | None) -> Model:
-        """The same where it is asked for a picture of this grid; None: its own."""
+        """The model with the grid that a prompt asks for; None: its own."""
         return replace(self, image=replace(self.image, info=self.image.info.with_grid(grid)))
 
     def picture_bytes(self, rows: int, cols: int) -> int:
-        """Room for decoding one picture of rows x cols tokens: about twelve feature maps of the widest level."""
+        """Bytes for decoding one picture of rows x cols tokens: about twelve feature maps of the widest level."""
         config = self.image.tokenizer.config
         return 12 * rows * cols * config.factor**2 * config.decoder_widths[-1] * 4
 
     def pictures(self, codes: Tensor) -> Tensor:
-        """Codes B rows cols as an IMAGE, float32 B H W 3: as many at a time as half of the free memory takes."""
+        """Codes B rows cols as an IMAGE, float32 B H W 3: as many at a time as fit into half of the free memory."""
         images, rows, cols = codes.shape
         each = self.picture_bytes(rows, cols)
         host.load(self.tokenizer, memory=each)

@@ -765,7 +765,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "end_line(slots, self.policy, row, self._rotate)",
         "transformers: a line ahead",
     ),
-    ("hf.py", "v, _words(mask, k))", "v, torch.ones(k.shape[0], k.shape[2]))", "transformers: padding is visible"),
+    (
+        "hf.py",
+        "v, _prompt_weights(mask, k))",
+        "v, torch.ones(k.shape[0], k.shape[2]))",
+        "transformers: padding is visible",
+    ),
     ("hf.py", "q, k, v, mask, scaling", "q, k, v, None, scaling", "transformers: a prompt attends to its padding"),
     ("hf.py", "mean = grouped.mean(2)", "mean = grouped[:, :, 0]", "transformers: one query head scores for all"),
     ("hf.py", "_scaled(q, scaling), k, v", "q, k, v", "transformers: the model's scale is ignored"),

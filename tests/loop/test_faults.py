@@ -62,7 +62,7 @@ class Fault(Exception):
 
 
 def inside(path: str):
-    """A function or method of the pack as the host has it: who owns it, and its name. 'nodes.host:tell'."""
+    """A function or method of the pack as the host has it: who owns it, and its name. 'nodes.host:send_event'."""
     module, _, names = path.partition(":")
     *owners, name = names.split(".")
     return reduce(getattr, owners, importlib.import_module(f"{PACK}.{module}")), name
@@ -195,8 +195,8 @@ STAGES = [
     ("linear_core.cache.line_cache:fold", 1),
     ("linear_core.cache.line_cache:LineCache.share_held", 6),
     ("linear_core.events:Trace.add", 4),
-    ("nodes.host:tell", 0),
-    ("nodes.host:tell", 6),
+    ("nodes.host:send_event", 0),
+    ("nodes.host:send_event", 6),
     ("nodes.host:Progress.__init__", 0),
     ("nodes.host:Progress.update", 3),
     ("nodes.host:load", 0),
@@ -220,8 +220,8 @@ def test_an_error_in_every_stage(small, path, after):  # noqa: F811
 @pytest.mark.parametrize(
     ("path", "after"),
     [
-        ("nodes.live:Live._paint", 0),
-        ("nodes.live:Live._paint", 1),
+        ("nodes.live:Live._render", 0),
+        ("nodes.live:Live._render", 1),
         ("linear_core.tokenizers.tokenizer:VQTokenizer.decode", 0),
         ("nodes.host:Layers.Conv2d.forward", 3),
         ("nodes.host:Layers.GroupNorm.forward", 3),
@@ -251,13 +251,13 @@ def test_stop_in_the_last_picture_is_heard():
         def paint(job, error=error):
             raise error
 
-        painter = PreviewWorker(paint, lambda picture, lines: None, ROWS, Stop)
+        worker = PreviewWorker(paint, lambda picture, lines: None, ROWS, Stop)
         if isinstance(error, Stop):
             with pytest.raises(Stop):
-                painter.final(1)
+                worker.final(1)
         else:
-            assert painter.final(1) is None
-        assert not painter.thread.is_alive()
+            assert worker.final(1) is None
+        assert not worker.thread.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_a_kind_of_step_that_there_is_not(one, comfy, monkeypatch):  # noqa: F81
 
 
 def test_offers_are_dropped_while_a_picture_is_made():
-    """A painter that is busy takes nothing, and offering never blocks; the last picture is always made."""
+    """A worker that is busy takes nothing, and offering never blocks; the last picture is always made."""
     go, asked = threading.Event(), []
 
     def paint(job):
@@ -222,39 +222,39 @@ def test_offers_are_dropped_while_a_picture_is_made():
         return Image.new("RGB", (1, 1), (job, 0, 0))
 
     shown = []
-    painter = live.PreviewWorker(paint, lambda picture, lines: shown.append(lines), 64)
-    painter.pause = 0
+    worker = live.PreviewWorker(paint, lambda picture, lines: shown.append(lines), 64)
+    worker.pause = 0
     begun = time.perf_counter()
-    assert painter.submit(1, 1)
-    assert [painter.submit(number, number) for number in range(2, 50)] == [False] * 48
+    assert worker.submit(1, 1)
+    assert [worker.submit(number, number) for number in range(2, 50)] == [False] * 48
     assert time.perf_counter() - begun < 30 and shown == []
     go.set()
-    assert painter.final(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
-    assert not painter.thread.is_alive()
+    assert worker.final(99).getpixel((0, 0)) == (99, 0, 0) and asked == [1, 99] and shown == [1]
+    assert not worker.thread.is_alive()
 
 
 @pytest.mark.parametrize(("seconds", "cost"), [(80.0, 0.1), (8.0, 0.06), (2.0, 0.01), (300.0, 5.0)])
 def test_pictures_take_their_share_of_the_time_spread_over_the_run(seconds, cost):
     """A run of 64 even lines, whose whole picture costs so much: no more than is allowed, and some late in the run."""
-    painter = live.PreviewWorker(lambda job: None, lambda picture, lines: None, 64)
-    painter.close()
+    worker = live.PreviewWorker(lambda job: None, lambda picture, lines: None, 64)
+    worker.close()
     at, pictures = 0.0, []
     for lines in range(1, 65):
         now = seconds * lines / 64
         if now >= at:
             took = cost * lines / 64
             pictures.append(lines)
-            at = now + took + painter._wait(took, now + took, lines)
-    most = painter.allowance + painter.share * seconds
-    assert painter.spent <= most + cost, "one picture may go beyond it"
+            at = now + took + worker._wait(took, now + took, lines)
+    most = worker.allowance + worker.share * seconds
+    assert worker.spent <= most + cost, "one picture may go beyond it"
     if seconds < 100:
         assert len(pictures) >= 8 and pictures[-1] > 48
 
 
 def test_a_preview_that_fails_does_not_end_the_run(caplog):
-    painter = live.PreviewWorker(lambda job: 1 / 0, lambda picture, lines: None, 64)
-    assert painter.submit(1, 1)
-    painter.thread.join(5)
+    worker = live.PreviewWorker(lambda job: 1 / 0, lambda picture, lines: None, 64)
+    assert worker.submit(1, 1)
+    worker.thread.join(5)
     assert "no preview" in caplog.text
-    painter.check()
-    painter.close()
+    worker.check()
+    worker.close()
