@@ -224,8 +224,9 @@ await check("a reload draws the same picture from what the node left behind", as
   const kept = page.waitForResponse(/\/view\?filename=linear_/);
   await queue();
   await Promise.all([kept, end()]);
-  await until(colours, ({ seen }) => seen > 60, "a picture is shown");
-  const before = await colours();
+  await says(String.raw`^row 24/24`);
+  let before = await colours(); // of the finished picture: it may still be on its way
+  await until(colours, (now) => { const settled = now.seen > 60 && now.seen === before.seen && now.mean === before.mean; before = now; return settled; }, "the picture is finished", () => page.waitForTimeout(1000));
   const graph = await page.evaluate(() => JSON.stringify(window.app.graph.serialize()));
   await load();
   await page.evaluate(async (graph) => { await window.app.loadGraphData(JSON.parse(graph)); window.node = window.app.graph.nodes?.find((n) => n.type === "LineAR_Generate") ?? window.app.graph._nodes.find((n) => n.type === "LineAR_Generate"); }, graph);
