@@ -1,7 +1,7 @@
 """dev.py without a network: what it decides, the commands it builds, and what it refuses to touch."""
 
-import importlib.metadata
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,9 +130,11 @@ def test_a_torch_that_is_there_stays(present, stays, venv, monkeypatch, started)
 
 
 def test_installed_asks_the_interpreter():
-    found = dev.installed(Path(sys.executable))
-    for name in ("pytest", "pytest-xdist", "numpy"):
-        assert found[name] == importlib.metadata.version(name)
+    """All of its packages, as its pip lists them; this process may know more, as setuptools adds its own."""
+    command = [sys.executable, "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    known = dict(line.split("==") for line in listed)
+    assert dev.installed(Path(sys.executable)) == {constraints.normal(name): known[name] for name in known}
 
 
 def test_an_environment_that_is_made_anew_leaves_the_others_in_its_folder_alone(tmp_path, started):
