@@ -20,7 +20,7 @@ from .checkpoints.library import ImageModel, ModelFiles
 from .errors import UserError
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
-from .loop.graph import Graphs
+from .loop.graph import Graphs, use_graphs
 from .loop.memory import free_memory, max_batch_size, run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.threads import limit_threads
@@ -35,7 +35,7 @@ from .prompts import Prompt, class_prompt
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
-STEP_KINDS = ("eager", "graph")
+STEP_KINDS = ("auto", "eager", "graph")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MAX_IMAGES = 4096  # at once; counting stops here
 JUDGED = 6  # images of the demo that are compared at most, because each is computed twice more
@@ -242,7 +242,9 @@ def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
 
 def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
     """The plans take turns line by line, so that their times are comparable."""
-    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
+    sequences = micro_batch.prompt.rows * (2 if micro_batch.sample.guided else 1)
+    use = use_graphs(kind, model.decoder.device, sequences)
+    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if use else []
     kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
     drawing = [
         generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
@@ -464,9 +466,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--step",
-        default="eager",
+        default="auto",
         choices=STEP_KINDS,
-        help="run every token eagerly (eager), or capture token and line end as CUDA graphs (graph)",
+        help="run every token eagerly (eager), capture token and line end as CUDA graphs (graph), or do so on the GPUs "
+        "where that was measured to be faster (auto, the default; none has been measured yet)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="image i uses seed N + i (default: 0)")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical: 2 to 5")

@@ -187,7 +187,23 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "own = torch.arange(first, first + queries.shape[2],",
         "a line's end asks the device for its number",
     ),
-    ("cache/attention.py", 'get(SWITCH, "sdpa")', 'get(SWITCH, "kernel")', "kernel: taken by who did not ask"),
+    (
+        "cache/attention.py",
+    (
+        "cache/attention.py",
+        'if wins("kernel", gpu_name(device), rows) else',
+        'if device.type == "cuda" else',
+        "kernel: taken by who did not ask",
+    ),
+    (
+        "cache/attention.py",
+        "            return None\n        raise",
+        "            pass\n        raise",
+        "defaults: an error to who did not ask",
+    ),
+    ("loop/graph.py", 'asked == "auto" and', 'asked != "eager" or', "defaults: graphs although switched off"),
+    ("defaults.py", "gpu.startswith(win.gpu) and ", "", "defaults: what another GPU measured"),
+    ("defaults.py", "<= sequences <= win.sequences[1]", "<= sequences", "defaults: batches that were not measured"),
     ("cache/attention.py", 'if device.type != "cuda" or', "if", "kernel: taken to the CPU"),
     (
         "cache/attention.py",

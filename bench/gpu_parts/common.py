@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.gpu import Ask
-from bench.machine import Peak, circumstances, copy_bandwidth, resident, spread, synchronize, timed
+from bench.machine import Peak, circumstances, resident, spread, synchronize, timed
 from bench.shapes import SHAPES, ModelShape, count
 from bench.speed import Ours, sampled_rows
 from linear_core.cache.attention import no_kernel
@@ -72,8 +72,10 @@ def name_of(plan: CachePlan, grid: Grid) -> str:
 
 
 def bandwidth_of(ask: Ask) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
-    return copy_bandwidth(ask.device, 2**22 if ask.dry else 2**30)
+    """Bytes read and written per second by a copy that no cache of a GPU holds."""
+    source = torch.ones(2**20 if ask.dry else 2**29, dtype=DTYPE, device=ask.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(ask, lambda: target.copy_(source))
 
 
 def why_no_kernel(ask: Ask, dtype: torch.dtype = DTYPE) -> str:

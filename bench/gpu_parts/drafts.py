@@ -43,12 +43,11 @@ def drawn(ask: Ask, model: Any, images: int, drafts: int, step: str, plain: dict
     graphs = Graphs(model.decoder.step, evict) if step == "graph" else None
     draw = partial(generate, model.decoder, prompt, CachePlan("fold", 4, recent=0), sample)
     above = torch.zeros(1, 21, 24, dtype=torch.int64) if ask.dry else None
-    for counted in (False, True)[ask.dry :]:
+    for _ in range(1 if ask.dry else 2):
         synchronize(ask.device)
         started = time.perf_counter()
         lines = list(draw(above=above, **(graphs.kwargs if graphs else {})))
         taken = time.perf_counter() - started
-    assert counted
     codes = torch.stack([line.tokens for line in lines], 1)
     plain.setdefault(images, codes)
     told = [passes for line in lines if (passes := getattr(line, "passes", None)) is not None]

@@ -1,4 +1,4 @@
-"""The paper's efficiency table: measured where it fits this GPU's memory, extrapolated from smaller batches elsewhere."""
+"""The paper's efficiency table: measured where it fits this GPU's memory, else extrapolated from a smaller batch."""
 
 from __future__ import annotations
 

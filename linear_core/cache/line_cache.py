@@ -39,7 +39,7 @@ class LineCache:
         reads: frozenset[str] = frozenset(),
         static: bool = False,
     ):
-        self.kernel = kernel(device, dtype)  # for single queries; None: PyTorch's attention
+        self.kernel = kernel(device, dtype, rows)  # for single queries; None: PyTorch's attention
         self.static = static  # read all slots from the first token on, so that every step has the same shape
         self.shape, self.rows, self.grid, self.plan = shape, rows, grid, plan
         layers, heads, head_dim, stride = shape.layers, shape.heads, shape.head_dim, grid.stride
