@@ -189,8 +189,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/attention.py",
-    (
-        "cache/attention.py",
         'if wins("kernel", gpu_name(device), rows) else',
         'if device.type == "cuda" else',
         "kernel: taken by who did not ask",

@@ -123,15 +123,31 @@ def test_a_measurement_that_fails_costs_itself_alone():
 def test_the_command_goes_through_the_parts(monkeypatch, tmp_path, capfd):
     """In processes of their own, one that works and one that does not exist yet."""
     monkeypatch.setattr(gpu, "PARTS", tuple(part for part in PARTS if part.name in ("card", "scales")))
-    assert gpu.main(["--dry", "--minutes", "64", "--out", str(tmp_path), "--commit", "abc"]) == 0
+    assert gpu.main(["--dry", "--out", str(tmp_path), "--commit", "abc"]) == 0
     document = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     card, scales = document["parts"]
-    assert (card["state"], scales["state"]) == ("done", "not in this version") and card["slice"] == 120
+    assert (card["state"], scales["state"]) == ("done", "not in this version") and card["seconds"] < 120
     assert [result["what"] for result in card["results"]][:2] == ["card", "copy"]
     assert document["circumstances"]["commit"] == "abc" and document["dry"]
     assert "scales (not in this version)" in capfd.readouterr().out
     assert gpu.main(["--table", str(tmp_path / "gpu.json")]) == 0
     assert "A dry run" in capfd.readouterr().out
+
+
+def test_time_that_is_left_over_goes_to_the_next(monkeypatch, tmp_path):
+    """A part that hangs has had its own time and what others left, and no more; it is named, and the exit status is 1."""
+    given = []
+
+    def supervise(command, seconds, log):
+        given.append(seconds - gpu.MARGIN)
+        return ("out of time", "File x, line 3") if "batch" in command else ("", "")
+
+    monkeypatch.setattr(gpu, "supervise", supervise)
+    monkeypatch.setattr(gpu, "PARTS", tuple(gpu.Part(name, n, "") for name, n in (("card", 10), ("batch", 20))))
+    assert gpu.main(["--minutes", "4", "--out", str(tmp_path)]) == 1
+    assert given == [pytest.approx(5, abs=0.2), pytest.approx(15, abs=0.4)]
+    card, batch = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["parts"]
+    assert (card["state"], batch["state"], batch["error"]) == ("done", "out of time", "File x, line 3")
 
 
 def test_lines_that_were_cut_off_are_left_out(tmp_path):
