@@ -25,7 +25,12 @@ def published(document: dict[str, Any]) -> Result | None:
 
 
 def bars(document: dict[str, Any]) -> list[Result]:
-    """The bars of one H100 or H200: what was wanted, what was found, whether it was met (None: not measured)."""
+    """The bars of one H100 or H200: what was wanted, what was found, whether it was met (None: not measured).
+
+    A dry run has none.
+    """
+    if document.get("dry"):
+        return []
     batch, latency = results(document, "batch"), results(document, "latency")
     sixth = [r for r in batch if r.get("plan") == "line 4/24"] or [r for r in batch if "line" in r.get("plan", "")]
     told: list[Result] = []
@@ -76,8 +81,9 @@ def table(document: dict[str, Any]) -> str:
             numbers = (r["step_ms"]["median"], ".2f"), (r["images_per_second"], ".2f"), (r.get("peak_gb"), ".1f")
             shown = [_number(*number) for number in (*numbers, (beside, ".1f"))]
             lines.append(f"| {r['model']} | {r['images']} | {r['plan']} | {how} | {' | '.join(shown)} |")
-    lines += ["", "| bar | wanted | found | met |", "|---|---|---|---|"]
-    for one in document.get("bars") or bars(document):
+    told = bars(document)
+    lines += ["", "| bar | wanted | found | met |", "|---|---|---|---|"] if told else []
+    for one in told:
         met = {None: "not measured", True: "yes", False: "no"}[one["met"]]
         lines.append(f"| {one['bar']} | {one['wanted']} | {_number(one['found'], '.3g')} | {met} |")
     unfinished = [f"{p['name']} ({p['state']})" for p in document["parts"] if p["state"] != "done"]

@@ -135,7 +135,7 @@ def test_the_command_goes_through_the_parts(monkeypatch, tmp_path, capfd):
 
 
 def test_time_that_is_left_over_goes_to_the_next(monkeypatch, tmp_path):
-    """A part that hangs has had its own time and what others left, and no more; it is named, and the exit status is 1."""
+    """A part that hangs has had its own time and what others left, no more; it is named, and the exit status is 1."""
     given = []
 
     def supervise(command, seconds, log):
