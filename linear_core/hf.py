@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from types import SimpleNamespace
+from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +58,12 @@ NAME = "line_cache"
 # transformers renamed the argument everywhere at once, so one function shows which name is in use.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models add to attention
+PASSING = ("_model", "_decoder", "_handle", "policy", "_reads")  # what belongs to a running program
+REPLACES_CACHES = ("PREFIX_TUNING", "CARTRIDGE")  # peft's names
 NO_MODEL = "cache: it was loaded without its model; call attach(model) first."
 PREFIX_TUNING = (
     "prefix tuning (peft) replaces it with a full cache of its own; use prompt tuning or LoRA, or no line cache."
 )
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _uncompiled(function: Function) -> Function:
-    """Not traced by torch.compile: a compiled model would be compiled anew for each size and count that is read."""
-    left_out: Function = torch.compiler.disable(function)
-    return left_out
 
 
 class LineCache(Cache):
@@ -104,6 +101,8 @@ class LineCache(Cache):
         self.attach(model)
 
     def _choose(self) -> None:
+        self._handle = torch.tensor(next(NUMBERS))  # a tensor, as a compiled model would be compiled anew for a number
+        CACHES[int(self._handle)] = self
         self.policy = get_policy(self.plan.policy)
         self._reads = self.policy.reads | ({"ahead"} if self.plan.release == "fold" else set())
 
@@ -178,10 +177,11 @@ class LineCache(Cache):
             memo[id(shared)] = shared
         memo[id(self)] = copied = object.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied._choose()
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_model", "_decoder", "policy", "_reads")}
+        return {k: v for k, v in self.__dict__.items() if k not in PASSING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -190,16 +190,22 @@ class LineCache(Cache):
 
     # -- what transformers calls --------------------------------------------------------------------------------------
 
-    @_uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys, rotated, and values, B H T D; return them marked, so that `attend` finds us."""
+        if not torch.compiler.is_compiling():
+            self._announce(layer_idx)
+        key_states.line_cache = self  # type: ignore[attr-defined]  # the mark by which `line_attention` finds us
+        return key_states, value_states
+
+    def _announce(self, layer: int) -> None:
+        """A layer's keys are on their way to `attend`."""
         if self._decoder is None:
             raise UserError(NO_MODEL)
-        if layer_idx != self._announced:
+        if layer != self._announced:
             raise UserError(
-                f"cache: layer {layer_idx} comes where layer {self._announced} is due; a forward was broken off, or "
+                f"cache: layer {layer} comes where layer {self._announced} is due; a forward was broken off, or "
                 "not every layer keeps keys; call reset() and begin the image again."
             )
         if self._announced != self._attended:
@@ -213,15 +219,11 @@ class LineCache(Cache):
                 "last change."
             )
         self._announced += 1
-        key_states.line_cache = self  # type: ignore[attr-defined]  # the mark by which `line_attention` finds us
-        return key_states, value_states
 
-    @_uncompiled
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far, held or not: positions continue from here."""
         return self._prompted + self._fed
 
-    @_uncompiled
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Number of keys that a mask would cover. transformers 4 passes the new tokens' positions, 5 their number."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
@@ -318,27 +320,29 @@ class LineCache(Cache):
 
     # -- a forward pass ----------------------------------------------------------------------------------------------
 
-    @_uncompiled
     def attend(
         self,
-        module: nn.Module,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        *,
-        dropout: float = 0.0,
+        positions: Tensor | None = None,
         scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Write one layer's k, v B H T D to its slots and attend with q B Q T D, Q a multiple of H -> B T Q D."""
+        covered: int | None = None,
+    ) -> Tensor:
+        """Write one layer's k, v B H T D to its slots and attend with q B Q T D, Q a multiple of H -> B T Q D.
+
+        mask       of the prompt: B 1 T S, bool or added to the scores; None: causal
+        positions  B T, where the tokens stand, if that is known
+        covered    tokens that the mask was made for, if they are too few
+        """
         layer = self._attended
         if layer == 0:
             try:
-                self._check(k, v, mask, dropout, kwargs)
+                self._check(k, v, mask, positions, covered)
                 self._place(k)
             except UserError:
-                self._announced = 0  # nothing has been written: another forward pass may take this one's place
+                self._announced = 0  # nothing has been written
                 raise
             self._begin(k)
         if self.slots is not None and k.device != (device := self.slots.bias.device):
@@ -347,36 +351,33 @@ class LineCache(Cache):
             keys, values = self._append(layer, k, v)
             if self.slots is not None:
                 self.slots.write_prompt(layer, keys, values, _prompt_weights(mask, keys))
-            out, _ = sdpa_attention_forward(module, q, keys, values, mask, scaling=scaling, **kwargs)
+            shared = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1])
+            out: Tensor = sdpa_attention_forward(shared, q, keys, values, mask, scaling=scaling)[0]
         else:
             out = self._attend_slots(layer, _scaled(q, scaling), k, v)
         self._attended += 1
         if self._attended == self._layers:
             self._end()
-        return out, None
+        return out
 
-    def _check(self, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, given: dict[str, Any]) -> None:
-        """Refuse what a line cache cannot serve, whatever the tokens are."""
+    def _check(self, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None, covered: int | None) -> None:
+        """Refuse what a line cache cannot serve, wherever the tokens belong."""
+        if getattr(_peft(self._model), "peft_type", None) in REPLACES_CACHES:
+            raise UserError(f"cache: a line cache does not work with it, as {PREFIX_TUNING}")
         if torch.is_grad_enabled() and k.requires_grad:
             raise UserError("cache: slots are written over, so gradients are lost; decode under torch.no_grad().")
-        if dropout:
-            raise UserError("model: it is in training mode; call model.eval() before generating.")
-        if foreign := [name for name in FOREIGN if given.get(name) is not None]:
-            raise UserError(f"model: its attention uses {foreign[0]}, which a line cache does not know.")
-        if second := [name for name, value in given.items() if isinstance(value, Cache) and value is not self]:
-            raise UserError(f"cache: another cache comes beside it, as {second[0]}=; {PREFIX_TUNING}")
         if v.shape != k.shape:
             raise UserError(
                 f"model: keys have {k.shape[3]} numbers a head and values {v.shape[3]}; a line cache needs equal."
             )
-        if (covered := getattr(mask, "covered", None)) is not None:
+        if covered is not None:
             raise UserError(
                 f"attention_mask: it ends after {covered} tokens, and with these there are "
                 f"{self.get_seq_length() + k.shape[2]}; call reset() before another prompt, or pass the mask of all "
                 "tokens so far."
             )
         if self._resumed and self.slots is not None and mask is None:
-            self._check_position(given.get("position_ids"))
+            self._check_position(positions)
         self._resumed = False
 
     def _check_position(self, positions: Tensor | None) -> None:
@@ -533,17 +534,58 @@ class RefusedAttribute(UserError, AttributeError):
     """A sentence for who reads the attribute, and a plain no for `hasattr`."""
 
 
+def _unsuited(cache: LineCache, given: dict[str, Any]) -> str:
+    """What a line cache cannot serve among the arguments that a model gives to its attention; empty if it can."""
+    if given.get("dropout"):
+        return "model: it is in training mode; call model.eval() before generating."
+    if foreign := [name for name in FOREIGN if given.get(name) is not None]:
+        return f"model: its attention uses {foreign[0]}, which a line cache does not know."
+    if second := [name for name, value in given.items() if isinstance(value, Cache) and value is not cache]:
+        return f"cache: another cache comes beside it, as {second[0]}=; {PREFIX_TUNING}"
+    return ""
+
+
 def line_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function of the model: a LineCache's own for its keys, transformers' "sdpa" for all others."""
-    cache = getattr(key, "line_cache", None)
-    if cache is not None:
-        return cache.attend(module, query, key, value, attention_mask, **kwargs)
-    # Models pass on arguments that they do not know, so a cache under another name arrives here, unused.
-    if unknown := [name for name, given in kwargs.items() if isinstance(given, LineCache)]:
-        raise UserError(f"cache: this model takes its cache as {CACHE_ARGUMENT}=, not as {unknown[0]}=.")
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    cache: LineCache | None = getattr(key, "line_cache", None)
+    if cache is None:
+        # Models pass on arguments that they do not know, so a cache under another name arrives here, unused.
+        if unknown := [name for name, given in kwargs.items() if isinstance(given, LineCache)]:
+            raise UserError(f"cache: this model takes its cache as {CACHE_ARGUMENT}=, not as {unknown[0]}=.")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if why := _unsuited(cache, kwargs):
+        cache._announced = cache._attended  # nothing has been written
+        raise UserError(why)
+    covered = getattr(attention_mask, "covered", None)
+    given = query, key, value, attention_mask, kwargs.get("position_ids"), kwargs.get("scaling"), covered
+    if torch.compiler.is_compiling():
+        return torch.ops.linear_core.line_attention(cache._handle, *given), None
+    return cache.attend(*given), None
+
+
+# A compiled model calls the cache without looking inside: what it read there, it would be compiled anew for.
+CACHES: WeakValueDictionary[int, LineCache] = WeakValueDictionary()
+NUMBERS = itertools.count()
+
+
+@torch.library.custom_op(
+    "linear_core::line_attention",
+    mutates_args=(),
+    schema="(Tensor handle, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? positions, float? scaling, "
+    "SymInt? covered) -> Tensor",
+)
+def _compiled_attention(handle: Tensor, *given: Any) -> Tensor:
+    cache = CACHES[int(handle)]
+    cache._announce(cache._attended)
+    return cache.attend(*given)
+
+
+@_compiled_attention.register_fake
+def _(handle: Tensor, q: Tensor, *given: Any) -> Tensor:
+    rows, heads, count, dim = q.shape
+    return q.new_empty(rows, count, heads, dim)
 
 
 def line_mask(*args: Any, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -581,13 +623,14 @@ def _length(prompt: int) -> int:
 
 
 def _peft(model: nn.Module | None) -> Any:
-    """The settings of the adapter that is in use, if peft has wrapped the model."""
-    return getattr(model, "active_peft_config", None)
+    """The settings of the adapter that is in use, if peft has wrapped the model or is generating with it."""
+    wrapper = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
+    return getattr(model, "active_peft_config", None) or getattr(wrapper, "active_peft_config", None)
 
 
 def _switch(model: nn.Module, grid: Grid) -> PreTrainedModel:
     """Switch the decoder inside `model` to our attention and return it. Raises UserError if that cannot work."""
-    if getattr(_peft(model), "peft_type", None) in ("PREFIX_TUNING", "CARTRIDGE"):
+    if getattr(_peft(model), "peft_type", None) in REPLACES_CACHES:
         raise UserError(f"model: a line cache cannot serve it, as {PREFIX_TUNING}")
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None

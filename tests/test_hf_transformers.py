@@ -271,7 +271,7 @@ def loaded(past: LineCache, what: Subject) -> LineCache:
 @pytest.mark.parametrize("fed", [None, 3, 2 * SIDE + 3, SIDE * SIDE + 2])
 @pytest.mark.parametrize("copied", [copy.deepcopy, loaded])
 def test_a_copy_goes_on_by_itself(plan, fed, copied):
-    """From within the prompt, the image or its closing tokens, a copy goes on as the cache does, and leaves it alone."""
+    """From within the prompt, the image or its closing tokens, a copy goes on as the cache does, and by itself."""
     what = subject("shared")
     past = LineCache(what.model, (SIDE, SIDE), plan, prompt=9)
     tokens = some_tokens(2, SIDE * SIDE + 4)
@@ -376,7 +376,7 @@ def test_guidance_in_generate(plan, negative):
 
 
 def test_a_compiled_decoder():
-    """Prompts of many lengths, image after image: the logits are those of the decoder as it is, and it is compiled once."""
+    """Prompts of many lengths, image after image: the logits of the decoder as it is, which is compiled once."""
     layer = peaky(LlamaForCausalLM(transformers.LlamaConfig(**text_sizes(4, layers=1))))
     what = Subject(layer, layer.model, layer.get_input_embeddings(), layer.get_input_embeddings(), layer.lm_head)
     torch.compiler.reset()
