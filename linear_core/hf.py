@@ -484,7 +484,8 @@ class LineCache(Cache):
     def _attend_slots(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slots, groups = self._held, q.shape[1] // k.shape[1]
         grouped = q.unflatten(1, (-1, groups))  # B H G T D
-        queries, mean = grouped.flatten(2, 3), grouped.mean(2)
+        queries = grouped.flatten(2, 3)
+        mean = grouped.mean(2)
         if self._stage == "closing":
             loose = self._append(layer, k, v)
             keys, values, bias = slots.read(layer)
