@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..defaults import wins
 from ..errors import UserError
+from .look_ahead import upcast
 from .storage import RawSlots
 
 ATTENTIONS = ("sdpa", "kernel")
@@ -24,7 +25,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
     A bias of shape B H S holds for all queries; B H T S gives each query its own.
     """
-    if q.shape[2] == 1 and bias.ndim == 3 and q.device.type == "cpu":
+    # Not float16: products overflow there, up to where sdpa, which keeps them in float32, is finite.
+    if q.shape[2] == 1 and bias.ndim == 3 and q.device.type == "cpu" and q.dtype != torch.float16:
         return _attend_one(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
 
@@ -87,7 +89,8 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor
     queries B H C D (of the tokens at index `first`, `first` + 1, …), keys B H S D, bias and index B H S
     -> float32 B H C S.
     """
-    scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
+    products = upcast(queries) @ upcast(keys).transpose(-1, -2)  # which overflow in float16
+    scores = products.float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
     own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)
     later = index[:, :, None] > own[:, None]
     return scores.masked_fill(later, float("-inf")).softmax(-1)
