@@ -191,7 +191,10 @@ def kind_from_name(name: str) -> str | None:
 def pixels_from_name(name: str, kind: str) -> int | None:
     """The side of the pictures, in pixels, that a decoder's file name states (c2i_XL_384: 384); None without one.
 
-    Only sizes published for this `kind` count, and a name with two of them is ambiguous: None.
+    Only sizes published for this `kind` count, and a name with two of them is ambiguous: None. So is a number in a name
+    that says neither `kind` nor px: it may count steps, or pictures.
     """
+    if kind_from_name(name) != kind and not re.search(r"\d{3}(?:px|pixels)(?![a-z])", name.lower()):
+        return None
     found = {int(n) for n in re.findall(r"(?<!\d)(\d{3})(?!\d)", name)} & set(PIXELS[kind])
     return found.pop() if len(found) == 1 else None
