@@ -122,16 +122,14 @@ class ImageModel:
     @cached_property
     def origin(self) -> Origin:
         """What prompts for this model mean: prompts of models with the same meaning can be exchanged."""
-        info, meaning = self.info, []
+        info = self.info
         if not info.text:
-            meaning = ["classes", *(info.classes or (info.name, str(info.config.classes)))]
-        elif info.own_tokenizer:
-            file = self.text_tokenizer_file
-            vocabulary = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else info.name
-            meaning = ["tokens", info.family.name, str(info.grid.eol), vocabulary]
-        else:
-            meaning = ["features", str(info.config.caption_dim)]
-        return Origin(info.name, tuple(meaning))
+            return Origin(info.name, ("classes", *(info.classes or (info.name, str(info.config.classes)))))
+        if not info.own_tokenizer:
+            return Origin(info.name, ("features",))  # the decoder asks how many
+        file = self.text_tokenizer_file
+        vocabulary = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else info.name
+        return Origin(info.name, ("tokens", info.family.name, str(info.grid.eol), vocabulary))
 
     @cached_property
     def codebook(self) -> str:
@@ -146,11 +144,10 @@ class ImageModel:
         """Raise UserError for a prompt that was made for another model."""
         theirs, ours = prompt.origin, self.origin
         if theirs is not None and theirs.meaning != ours.meaning:
-            name = theirs.model or "a text encoder"
+            name = theirs.model or "models with a text encoder"
+            other = f"another {name}" if name == ours.model else f"{name}, not for {ours.model}"
             kind = "Text Prompt" if self.info.text else "Class Prompt"
-            same = f", whose {ours.meaning[0]} are others" if theirs.meaning[0] == ours.meaning[0] else ""
-            other = f"another {ours.model}" if name == ours.model else f"{name}, not {ours.model}"
-            raise UserError(f"prompt: it was made for {other}{same}; connect a {kind} that is made with this model.")
+            raise UserError(f"prompt: it was made for {other}; connect a {kind} made with {ours.model}.")
         self.decoder.check(prompt)
 
 

@@ -100,7 +100,7 @@ LUMINA = {
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
 TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
-TEXT_ENCODER = "flan-t5-xl"
+TEXT_ENCODER, FEATURES = "flan-t5-xl", 2048  # FEATURES: per token, in every published model
 
 
 def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
