@@ -363,8 +363,6 @@ def _load(args: argparse.Namespace) -> ImageModel:
 
 def _files(args: argparse.Namespace) -> ModelFiles:
     if args.model == library.BUNDLED:
-        if args.tokenizer:
-            raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
         return library.bundled_files()
     tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
     return ModelFiles(Path(args.model), tokenizer)
@@ -481,15 +479,20 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
         raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
     _device(args)
     plan = _cache_plan(args)
-    info = _with_size(args, library.read_info(_files(args).decoder, _grid(args)))
+    decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+    info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
     plan.check(info.grid)
+    if drawing:
+        _files(args)
     return info
 
 
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
     """Refuse options that do not apply to the model, and ask for those that it needs."""
     guided = _sample_plan(args, info).guided
+    if args.tokenizer and args.model == library.BUNDLED:
+        raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
     if not info.text:
         if args.texts:
             raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
@@ -580,14 +583,14 @@ class Writer:
         self.problem = ""
         self.spare: Path | None = None
         folder = paths[0].parent
-        file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-        if file is not None:
-            raise UserError(f"out: {file} is a file, so {paths[0]} cannot be in it; choose another folder.")
-        if taken := next((path for path in paths if path.is_dir()), None):
-            raise UserError(f"out: {taken} is a folder; choose another name.")
         part = max(paths, key=lambda path: len(path.name))
         part = part.with_name(part.name + ".part")
         try:
+            file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+            if file is not None:
+                raise UserError(f"out: {file} is a file, so {paths[0]} cannot be in it; choose another folder.")
+            if taken := next((path for path in paths if path.is_dir()), None):
+                raise UserError(f"out: {taken} is a folder; choose another name.")
             folder.mkdir(parents=True, exist_ok=True)
             part.touch()
             part.unlink()
@@ -653,8 +656,8 @@ def _say(line: str, stream: TextIO | None = None) -> None:
 
 def _out(out: Path | None, name: str) -> Path:
     path = out or Path("out") / name
-    if path.is_dir():
-        path = path / name
+    with suppress(OSError):  # what is wrong with it is told before anything is drawn (Writer)
+        path = path / name if path.is_dir() else path
     if path.suffix.lower() != ".png":
         raise UserError(f"out: {path} is not a PNG file; end its name in .png.")
     return path
