@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
+from ..linear_core.events import codebooks_of
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from .live import VIEW, draw, kept_codes
@@ -181,6 +182,9 @@ def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> 
     if not rows:
         return None
     if view:
+        if codebooks_of(str(view)) - {model.image.codebook}:
+            name = model.image.info.name
+            raise UserError(f"view: the rows kept on the node are not of {name}; press 'Start over' on the node.")
         codes = kept_codes(str(view))
     elif tokens is None:
         raise UserError(f"keep_rows: there is no image to take {rows} rows from; connect tokens, or set it to 0.")
