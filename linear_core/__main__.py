@@ -143,7 +143,11 @@ def run_generate(args: argparse.Namespace) -> None:
 def run_compare(args: argparse.Namespace) -> None:
     """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
     info = _checked(args)
-    few, sample, out = _cache_plan(args), _sample_plan(args, info), _out(args.out, "compare.png")
+    few, sample, out = (
+        _cache_plan(args),
+        _sample_plan(args, info),
+        _out(args.out, "demo.png" if args.judge else "compare.png"),
+    )
     images = args.images * len(args.classes or args.texts or _demo_classes(info))
     if 3 * images * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
         raise UserError(f"size: {images} pictures at {args.size} pixels make too large a sheet; choose a lower --size.")
@@ -787,7 +791,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parents = [model, cache, sample, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
-    demo.set_defaults(out=Path("out") / "demo.png", judge=True)
+    demo.set_defaults(judge=True)  # not of an option: those belong to all commands
     add("generate", run_generate, parents, "draw images").add_argument(
         "--heatmap", action="store_true", help="overlay what the cache kept"
     )

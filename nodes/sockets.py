@@ -74,12 +74,12 @@ class Tokens:
         if self.codebook != image.tokenizer.config.codes:
             raise UserError(
                 f"tokens: they come from {self.model}, whose codebook has {self.codebook} codes, but {image.info.name} "
-                f"has {image.tokenizer.config.codes}; connect tokens and model that belong together."
+                f"has {image.tokenizer.config.codes}; connect its model, or encode the image with {image.info.name}."
             )
         if self.meaning and self.meaning != image.codebook:
             raise UserError(
                 f"tokens: they come from {self.model}, whose codes stand for other pieces of images than those of "
-                f"{image.info.name}; connect tokens and model that belong together."
+                f"{image.info.name}; connect its model, or encode the image with this one."
             )
 
 

@@ -154,6 +154,15 @@ def test_stop_twice_while_drawing(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_every_command_has_a_file_of_its_own(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("demo", "compare", "generate"):
+        assert main([command, str(small_model), "--class", "desert day"]) == 0
+    assert pictures(tmp_path / "out").keys() == {"demo", "compare", "small"}
+
+
 # -- nobody listens, and nowhere to write ------------------------------------------------------------------------------
 
 
