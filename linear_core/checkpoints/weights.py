@@ -171,11 +171,8 @@ def shards(folder: Path) -> tuple[Path, ...]:
     numbered = [(p, found) for p in files if (found := SHARD.fullmatch(p.stem))]
     if numbered:
         first, found = next(((p, f) for p, f in numbered if p.suffix.lower() == ".safetensors"), numbered[0])
-        count = int(found[3])
-        if count > 1000:  # more than any model has; a name can claim anything
-            raise UserError(f"{first}: is one of {count} files by its name, which no model has; download it again.")
-        every = [first.with_name(f"{found[1]}-{n:05d}-of-{found[3]}{first.suffix}") for n in range(1, count + 1)]
-        return tuple(every)
+        names = (f"{found[1]}-{n:05d}-of-{found[3]}{first.suffix}" for n in range(1, int(found[3]) + 1))
+        return tuple(first.with_name(name) for name in names)
     if len(files) == 1:
         return (files[0],)
     raise UserError(
