@@ -9,6 +9,7 @@ from . import startup  # first, as importing the others takes seconds
 import argparse
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
-from .errors import UserError
+from .errors import UserError, quoted
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs
@@ -384,7 +385,7 @@ def _checked_device(name: str) -> str:
     """Raises UserError for a device that does not exist, or not on this computer."""
     kind = name.partition(":")[0]
     if kind not in DEVICES:
-        raise UserError(f"device: '{name}' is unknown; choose one of auto, {', '.join(DEVICES)}.")
+        raise UserError(f"device: {quoted(name)} is unknown; choose one of auto, {', '.join(DEVICES)}.")
     try:
         torch.empty(1, device=name)
     except Exception as error:  # each device has exceptions of its own
@@ -419,20 +420,18 @@ def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
 def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
     if args.grid is None:
         return None
-    rows, _, cols = args.grid.partition("x")
-    if not (rows.isdigit() and cols.isdigit()):
-        raise UserError(f"grid: '{args.grid}' is not a grid; write rows x columns, for example 24x24.")
-    return int(rows), int(cols)
+    if not (sides := re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", args.grid)):
+        raise UserError(f"grid: {quoted(args.grid)} is not a grid; write rows x columns, for example 24x24.")
+    return int(sides[1]), int(sides[2])
 
 
 def _with_size(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
     """The model with the size that was requested, if any."""
     if args.pixels is None:
         return info
-    width, _, height = args.pixels.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UserError(f"pixels: '{args.pixels}' is not a size; write width x height, for example 832x1216.")
-    return info.with_size((int(width), int(height)))
+    if not (sides := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", args.pixels)):
+        raise UserError(f"pixels: {quoted(args.pixels)} is not a size; write width x height, for example 832x1216.")
+    return info.with_size((int(sides[1]), int(sides[2])))
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:

@@ -297,6 +297,10 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--text-encoder", "flan"], ["text-encoder: landscapes draws classes"]),
         (["--tokenizer", "vq.pt"], ["tokenizer: the bundled model comes with its own"]),
         (["--pixels", "96x96"], ["size: landscapes does not draw", "only one size"]),
+        (["--grid", "²x³"], ["grid: '²x³' is not a grid"]),
+        (["--grid", "9" * 5000 + "x2"], ["is not a grid"]),
+        (["--pixels", "0x96"], ["pixels: '0x96' is not a size"]),
+        (["--class", "9" * 5000], ["class: landscapes has no class"]),
         (["--class", "goldfish"], ["class: landscapes has no class 'goldfish'"]),
     ],
 )  # fmt: skip

@@ -168,14 +168,14 @@ def class_label(info: ModelInfo, name: str) -> int:
     if wanted.lower() in lowered:
         return lowered.index(wanted.lower())
     count = info.config.classes
-    if wanted.isdecimal() and int(wanted) < count:
+    if wanted.isdecimal() and len(wanted) < 10 and int(wanted) < count:
         return int(wanted)
     some = (
         ", ".join(info.classes[:12]) + (", …" if len(info.classes) > 12 else "")
         if info.classes
         else f"0 to {count - 1}"
     )
-    raise UserError(f"class: {info.name} has no class '{name}'; choose one of {some}.")
+    raise UserError(f"class: {info.name} has no class {quoted(name)}; choose one of {some}.")
 
 
 def read_info(path: str | Path, grid: tuple[int, int] | None = None) -> ModelInfo:

@@ -129,11 +129,19 @@ class UnreadDict(Unread):
         return {}
 
 
+class UnreadList(Unread):
+    def __new__(cls, *args: object) -> Any:
+        return []
+
+
+CONTAINERS = {"defaultdict": UnreadDict, "AttributeDict": UnreadDict, "deque": UnreadList}
+
+
 def stand_ins(names: Iterable[str]) -> list[Any]:
     """A class for each of `names`, "module name" as in a pickle, that torch takes for what is called so."""
     found: list[Any] = []
     for module, _, name in (each.partition(" ") for each in names):
-        kind = UnreadDict if name in ("defaultdict", "AttributeDict") else Unread
+        kind = CONTAINERS.get(name, Unread)
         module = "builtins" if module == "__builtin__" else module
         found.append(type(name, (kind,), {"__module__": module, "__qualname__": name}))
     return found

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import UserError, quoted
-from .untrusted import check_archive, check_header, inside, read_json, stand_ins
+from .untrusted import NotWeightsAlone, check_archive, check_header, inside, read_json, stand_ins
 
 CHUNK_BYTES = 2**28
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -276,6 +276,8 @@ def _readable(path: Path, what: str) -> Iterator[None]:
         reasons = [line for line in lines if line and "weights_only" not in line and "Weights only" not in line]
         reason = reasons[0] if reasons else type(error).__name__
         advice = getattr(error, "advice", "download it again or choose another file")
+        if reason.startswith("Can only"):  # torch, of kinds of objects that it does not make
+            advice = NotWeightsAlone.advice
         raise UserError(f"{path.name}: not {what} ({reason}); {advice}.") from error
 
 

@@ -170,6 +170,8 @@ BESIDE: dict[str, Any] = {
     "arguments": argparse.Namespace(path=pathlib.PurePosixPath("x"), ema=np.float64(1)),
     "a namespace": SimpleNamespace(a=1),
     "a default dictionary": collections.defaultdict(list, a=[1]),
+    "a queue": collections.deque([1, 2], 5),
+    "a class": SimpleNamespace,
     "a frozen set": frozenset({1}),
     "bytes": b"abc",
     "no bytes": b"",
