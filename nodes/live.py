@@ -78,6 +78,7 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
         recent=plan.recent,
         cache_bytes=shape.bytes(grid, plan, rows),
         full_bytes=shape.bytes(grid, CachePlan("full"), rows),
+        codebook=model.image.codebook,
     )
 
 

@@ -122,6 +122,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     # people
+    "startup": (set(), set()),  # before anything that takes seconds to import, or may be missing
     "__main__": ({"*"}, TENSORS | {"numpy", "PIL", "tqdm", "safetensors"}),
 }
 NUMBERS = ("__init__", "errors", "grid", "sizes", "plan", "defaults", "events", "loop.memory", "checkpoints.published")

@@ -28,6 +28,7 @@ class ModelInfo:
     weight_bytes  size on disk
     tokenizer     file name of its VQ tokenizer, without suffix; "": it comes with the model
     sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
+    context       most tokens of prompt and image together; 0: not limited by the model
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelInfo:
     weight_bytes: int
     tokenizer: str = ""
     sizes: tuple[Size, ...] = ()
+    context: int = 0
 
     @property
     def text(self) -> bool:
