@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
-from .sockets import MODEL, TOKENS, Model, Tokens, connected
+from .inputs import checked
+from .sockets import MODEL, TOKENS, Model, Tokens
 
 
 class Decode(io.ComfyNode):
@@ -31,8 +32,8 @@ class Decode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Model, tokens: Tokens) -> io.NodeOutput:
-        connected(model=model, tokens=tokens)
         tokenizer, info = model.image.tokenizer, model.image.info
         if tokens.codebook != tokenizer.config.codes:
             raise UserError(

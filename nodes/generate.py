@@ -10,8 +10,9 @@ from torch import Tensor
 from ..linear_core.errors import UserError
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
+from .inputs import checked
 from .live import VIEW, draw, kept_codes
-from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens, connected
+from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 OWN = -1  # in place of a number: what the model was published with
@@ -89,6 +90,7 @@ class Generate(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=65536,
+                    optional=True,
                     advanced=True,
                     tooltip="Number of tokens after which guidance ends, which then halves compute and cache. -1: "
                     "never. LlamaGen calls it cfg_interval.",
@@ -131,6 +133,7 @@ class Generate(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Model,
@@ -148,7 +151,6 @@ class Generate(io.ComfyNode):
         stop_after: int = 0,
         view: str | None = None,
     ) -> io.NodeOutput:
-        connected(model=model, cache=cache, prompt=prompt, **({} if tokens is None else {"tokens": tokens}))
         model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}

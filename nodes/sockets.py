@@ -8,11 +8,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.checkpoints.library import ImageModel
-from ..linear_core.errors import UserError
 from ..linear_core.grid import Grid
 from ..linear_core.pictures.preview import decode
 from ..linear_core.plan import CachePlan
-from ..linear_core.prompts import Prompt
 from . import host
 
 MODEL = io.Custom("LINEAR_MODEL")
@@ -66,21 +64,3 @@ class Tokens:
     plan: CachePlan
     cache_bytes: int
     seconds: float
-
-
-TAKES = {
-    "model": (Model, "Load AR Model"),
-    "cache": (CachePlan, "Line Cache"),
-    "prompt": (Prompt, "Class Prompt or Text Prompt"),
-    "tokens": (Tokens, "Generate or Encode Image"),
-    "image": (Tensor, "a node that outputs images"),
-}
-
-
-def connected(**inputs: object) -> None:
-    """Raises UserError where an input is not what comes through its socket: a workflow may hold a value in its place,
-    which ComfyUI lets pass."""
-    for name, value in inputs.items():
-        kind, source = TAKES[name]
-        if not isinstance(value, kind):
-            raise UserError(f"{name}: found the value {str(value)[:40]!r} instead of a connection; connect {source}.")

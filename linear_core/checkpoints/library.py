@@ -280,12 +280,17 @@ def is_tokenizer(weights: Weights) -> bool:
 def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
     rename = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
+    brings_its_own = rename is not None
     top = taming_top_level(weights.tensors) if rename is None else None  # Chameleon's
     if top is not None:
         rename = partial(rename_key, top=top)
     ours = {key: rename(key) if rename else key for key in weights.tensors}
     shapes = {name: shape for key, shape in weights.shapes.items() if (name := ours[key]) is not None}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+        if brings_its_own:  # no other will do, so there is nothing to choose
+            raise weights.problem(
+                "the weights of the model's own image tokenizer are missing; download all of its files again."
+            )
         raise weights.problem(
             f"is not a VQ tokenizer that LineAR supports ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."
