@@ -18,7 +18,7 @@ import sys
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,7 @@ class Started:
     detail      "heads": evictions are sent for each layer and head of the first image; "layers": a share per layer
     lines       lines that are kept when a line has ended (all of them with the full cache)
     cache_bytes keys and values as allocated; `full_bytes`: of a cache for all lines
+    list_index  which of the node's runs within one prompt: ComfyUI runs a node once for each entry of a list
     """
 
     run: str
@@ -92,6 +93,7 @@ class Started:
     cache_bytes: int
     full_bytes: int
     kind: str = "started"
+    list_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -292,3 +294,28 @@ def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:
     if min(images, rows, cols) < 1 or len(codes) != images * rows * cols:
         raise ValueError(f"{len(codes)} codes are not {sizes}")
     return (images, rows, cols), codes
+
+
+class Kept(NamedTuple):
+    """Codes that the widget hands back: of the run with this list index, which had this seed; None: of every run."""
+
+    list_index: int | None
+    seed: int | None
+    sizes: tuple[int, int, int]  # images, rows, cols
+    codes: list[int]
+
+
+def unpack_kept(text: str) -> list[Kept]:
+    """What the widget keeps of a node's runs, that of the run it shows first. web/state.js writes it.
+
+    Of one run "codes", as `pack_codes` has them; of several "list index @ seed | codes ; ...". Raises ValueError for
+    anything else.
+    """
+    kept = []
+    for part in text.split(";"):
+        which, bar, codes = part.rpartition("|")
+        list_index, at, seed = which.partition("@")
+        if bar and not (list_index.isdecimal() and at and seed.isdecimal() and int(seed) < 1 << 64):
+            raise ValueError(f"'{which[:40]}' names no run")
+        kept.append(Kept(*((int(list_index), int(seed)) if bar else (None, None)), *unpack_codes(codes)))
+    return kept

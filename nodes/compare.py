@@ -97,7 +97,7 @@ class Compare(io.ComfyNode):
         (full, few), begun, shown = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
         pictures = [model.pictures(run.tokens) for run in (full, few)]
         shown["linear_ar_pairs"] = [
-            [host.keep_for_the_page(to_image(picture.cpu(), SIZE)) for picture in pair]
+            [host.keep_for_the_page(to_image(picture.cpu(), SIZE)) | {"run": begun.run} for picture in pair]
             for pair in zip(*pictures, strict=True)
         ]
         label = f"{cache.budget} of {info.grid.rows} lines"

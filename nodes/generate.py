@@ -11,7 +11,7 @@ from ..linear_core.errors import UserError
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from .inputs import checked
-from .live import VIEW, draw, kept_codes
+from .live import VIEW, draw, first_rows, kept_codes
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -155,11 +155,12 @@ class Generate(io.ComfyNode):
         image, info = model.image, model.image.info
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
+        above, own_seed = _above(tokens, keep_rows, view, model)
+        seed = seed if own_seed is None else own_seed
         sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, **asked)
         cache.check(info.grid)
         image.decoder.check(prompt)
         prompt = prompt.repeat(batch_size)
-        above = _above(tokens, keep_rows, view, model)
         node = cls.hidden.unique_id
         (run,), _, shown = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
         return io.NodeOutput(
@@ -177,24 +178,21 @@ class Generate(io.ComfyNode):
         )
 
 
-def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> Tensor | None:
-    """The rows that stay: of the run that the widget shows, where it hands one back, else of `tokens`."""
+def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> tuple[Tensor | None, int | None]:
+    """The rows that stay: of the run that the widget shows, where it hands one back, else of `tokens`.
+
+    And the seed of the run that they are from, where the widget says so.
+    """
     if not rows:
-        return None
+        return None, None
     if view:
-        codes = kept_codes(str(view))
-    elif tokens is None:
+        return kept_codes(str(view), rows)
+    if tokens is None:
         raise UserError(f"keep_rows: there is no image to take {rows} rows from; connect tokens, or set it to 0.")
-    elif tokens.codebook != model.image.info.config.codes:
+    if tokens.codebook != model.image.info.config.codes:
         raise UserError(
             f"tokens: they come from {tokens.model}, whose codebook has {tokens.codebook} codes, but "
             f"{model.image.info.name} has {model.image.info.config.codes}; encode the image with "
             f"{model.image.info.name}."
         )
-    else:
-        codes = tokens.codes
-    if codes.shape[1] < rows:
-        raise UserError(
-            f"keep_rows: {rows} rows are to be kept, but there are only {codes.shape[1]}; choose fewer rows."
-        )
-    return codes[:, :rows]
+    return first_rows(tokens.codes, rows), None

@@ -41,6 +41,7 @@ class Host:
         self.stop_where = ""  # the name of the only thread that is told; empty: whichever asks first
         self.stops = 0
         self.free = 2**30
+        self.context: Any = None  # of the node that runs: its list_index, where it runs for each entry of a list
         folder_names_and_paths.clear()
 
     def stop_if_asked(self) -> None:
@@ -280,6 +281,8 @@ def modules() -> dict[str, ModuleType]:
         "comfy.ops": ops,
         "comfy.utils": utils,
         "comfy.model_patcher": patcher,
+        "comfy_execution.utils": module("comfy_execution.utils", get_executing_context=lambda: host.context),
+        "comfy_execution": module("comfy_execution"),
         "comfy_api": module("comfy_api", feature_flags=flags),
         "comfy_api.feature_flags": flags,
         "comfy_api.latest": module("comfy_api.latest", io=io, ComfyExtension=ComfyExtension),

@@ -199,6 +199,66 @@ await check("at every width all can be read and pressed: while rows come, stoppe
   await fits("fits-row");
 });
 
+await check("a node that runs for each entry of a list: one run is shown, any can be chosen, and Reroll is of that one", async () => {
+  const shown = () => page.evaluate(() => {
+    const view = window.node.widgets.find((w) => w.linearView).linearView;
+    return { run: view.state.run.run, lines: view.state.lines.length, codes: view.state.lines.map((line) => [...line.tokens]), picture: view.pictures.get(view.state.run.run)?.lines, seed: view.state.run.seed };
+  });
+  const which = page.getByText(/^run \d\/3$/);
+  const [before, next] = ["previous run", "next run"].map((name) => page.getByRole("button", { name }));
+  await post("/test/list", { entries: 3 });
+  const kept = page.waitForResponse(/\/view\?filename=/);
+  await queue();
+  await Promise.all([kept, end()]);
+  await says("^row 24/24 · ");
+  assert.equal(await which.innerText(), "run 3/3");
+  await painted();
+  const [last, third] = [await shown(), await colours()];
+  await shot("runs");
+  await before.click();
+  await until(colours, (now) => now.seen > 60 && now.mean !== third.mean, "the second run has a picture of its own");
+  assert.equal(await which.innerText(), "run 2/3");
+  const second = await shown();
+  assert.notEqual(second.run, last.run);
+  assert.notDeepEqual(second.codes, last.codes);
+  await fits("fits-runs", ["node"], WIDTHS);
+  await canvas.press("ArrowDown");
+  await listen();
+  await page.getByRole("button", { name: /^Reroll from row 13/ }).click();
+  assert.equal(await end(), "execution_success");
+  const inputs = Object.values((await (await fetch(url + "/test/prompts")).json()).at(-1)).find((n) => n.class_type === "LineAR_Generate").inputs;
+  const [first, ...others] = inputs.view.split(";");
+  assert.equal(inputs.keep_rows, 12);
+  assert.match(first, new RegExp(`^1@${inputs.seed}[|]1x12x24:`));
+  const bytes = Buffer.from(first.split(":")[1], "base64");
+  assert.deepEqual([...new Uint16Array(bytes.buffer, bytes.byteOffset, 12 * 24)], second.codes.slice(0, 12).flat(), "rows of the picture that is shown");
+  assert.deepEqual(others.map((part) => part.split(":")[0]), [`0@${second.seed - 1}|1x23x24`, `2@${second.seed + 1}|1x23x24`]);
+  await page.getByText("next run keeps rows 1–12 of run 2").waitFor();
+  await page.getByText("run 2/3").waitFor(); // the run that was chosen, afterwards too
+  await page.getByRole("button", { name: "Start over" }).click();
+  await post("/test/hold", { row: 9 });
+  await queue();
+  await says(String.raw`^row 9/24`);
+  assert.equal(await which.count(), 0, "a new prompt: its first run");
+  await post("/test/hold", { row: 24 });
+  await says(String.raw`^row 24/24`);
+  await post("/test/hold", { row: 9 }); // of the second
+  await page.getByText("run 2/2").waitFor();
+  await before.click();
+  await says("^row 24/24 · ");
+  assert.equal(await page.getByRole("button", { name: /^Reroll/ }).count(), 0, "not while others are drawn");
+  await next.click();
+  await says(String.raw`^row 9/24`);
+  await post("/test/list", { entries: 1 });
+  await post("/test/go", {});
+  assert.equal(await end(), "execution_success");
+  await page.getByText("run 2/3").waitFor();
+  await queue();
+  assert.equal(await end(), "execution_success");
+  await says("^row 24/24 · ");
+  assert.equal(await which.count(), 0);
+});
+
 await check("Compare: both grow under one slider, then each pair of the batch", async () => {
   await build("LineAR_Compare");
   const slide = page.locator("canvas[role=slider]");
