@@ -17,7 +17,7 @@ import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptRu
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
 const viewOf = (node) => node?.widgets?.find((/** @type {any} */ widget) => widget.linearView)?.linearView;
-const allViews = () => everyNode(app.rootGraph ?? app.graph).map(viewOf).filter(Boolean);
+const allViews = () => allNodes().map(viewOf).filter(Boolean);
 
 /** What the schemas say: sizes of every model's cache, how it samples by itself, and the presets. */
 const known = { /** @type {Record<string, any>} */ models: {}, /** @type {Record<string, any>} */ presets: {} };
@@ -179,34 +179,67 @@ const widgetValue = (/** @type {any} */ node, /** @type {string} */ name) => nod
 /** The link into an input. @param {any} node @param {string} name */
 function linkInto(node, name) {
   const slot = node?.graph ? (node.inputs ?? []).findIndex((/** @type {any} */ i) => i.name === name) : -1;
-  return slot < 0 ? null : node.getInputLink(slot);
+  if (slot < 0) return null;
+  if (!node.subgraph) return node.getInputLink(slot);
+  // Asked for its links, a subgraph tells of those inside it.
+  const links = node.graph.links?.values?.() ?? Object.values(node.graph.links ?? {});
+  return [...links].find((link) => link?.target_slot === slot && String(link.target_id) === String(node.id)) ?? null;
 }
 
 /** Whether a widget's value comes through its socket. @param {any} node @param {string} name */
 const isLinked = (node, name) => !!linkInto(node, name);
 
-/** The node that an input comes from, through reroutes. @param {any} node @param {string} name */
+/** Every node of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
+const everyNode = (graph) => (graph?.nodes ?? graph?._nodes ?? []).flatMap((/** @type {any} */ node) => [node, ...everyNode(node.subgraph)]);
+const allNodes = () => everyNode(app.rootGraph ?? app.graph);
+
+/**
+ * Where the links into an input begin, through reroutes, into subgraphs and out of them: a node, and the name of its own
+ * input where that is not linked any further. null: they end nowhere. @param {any} node @param {string | undefined} name
+ * @returns {{ node: any, name?: string } | null}
+ */
 function origin(node, name) {
-  for (let hops = 0; hops < 20; hops++) {
+  for (let hops = 0; node && name && hops < 40; hops++) {
     const link = linkInto(node, name);
-    const from = link && node.graph.getNodeById(link.origin_id);
-    if (!from || from.type !== "Reroute") return from ?? null;
+    if (!link) return { node, name };
+    if (Number(link.origin_id) === SUBGRAPH_INPUT) {
+      const outside = allNodes().filter((each) => each.subgraph === node.graph); // several: each may bring something else
+      [node, name] = [outside.length === 1 ? outside[0] : null, node.graph.inputs?.[link.origin_slot]?.name];
+      continue;
+    }
+    let [from, slot, graph] = [node.graph.getNodeById(link.origin_id), link.origin_slot, node.graph];
+    while (from?.subgraph) {
+      graph = from.subgraph;
+      const inner = graph.getLink?.(graph.outputs?.[slot]?.linkIds?.[0]);
+      [from, slot] = [inner && graph.getNodeById(inner.origin_id), inner?.origin_slot];
+    }
+    if (from?.type !== "Reroute") return from ? { node: from } : null;
     [node, name] = [from, from.inputs?.[0]?.name];
   }
   return null;
 }
 
-/** Every node of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
-const everyNode = (graph) => (graph?.nodes ?? graph?._nodes ?? []).flatMap((/** @type {any} */ node) => [node, ...everyNode(node.subgraph)]);
+const SUBGRAPH_INPUT = -10; // what the page says in place of a node's id
+const OFF = [2, 4]; // modes of a node that is muted or bypassed
+
+/** What an input gets when the graph runs; undefined where only the run can tell. Known is what stands in a widget, and
+ * what a node brings through a link that does nothing but hold a value. @param {any} node @param {string} name */
+function valueOf(node, name) {
+  const from = origin(node, name);
+  if (!from || from.name) return from?.name && widgetValue(from.node, from.name);
+  const values = (from.node.widgets ?? []).filter((/** @type {any} */ w) => w.name !== "control_after_generate");
+  const holds = values.length === 1 && (from.node.type === "PrimitiveNode" || values[0].name === "value");
+  return holds && !OFF.includes(from.node.mode) && !isLinked(from.node, values[0].name) ? values[0].value : undefined;
+}
 
 const LOADER = "LineAR_LoadModel";
 
 /** What the schema says of the model that a node draws with; undefined where the graph leaves that open. @param {any} node */
 function modelOf(node) {
-  const from = origin(node, "model");
-  const loaders = everyNode(app.rootGraph ?? app.graph).filter((each) => each.type === LOADER);
-  const loader = from?.type === LOADER ? from : loaders.length === 1 ? loaders[0] : null; // a link out of a subgraph ends nowhere
-  return isLinked(loader, "model") ? undefined : known.models[widgetValue(loader, "model")];
+  const from = origin(node, "model")?.node;
+  const loaders = allNodes().filter((each) => each.type === LOADER);
+  const loader = from?.type === LOADER ? from : loaders.length === 1 ? loaders[0] : null;
+  return known.models[valueOf(loader, "model")];
 }
 
 const goesOn = (/** @type {import("./state.js").State} */ state) => !!state.run && !state.finished && !state.stopped;
@@ -257,7 +290,7 @@ class Told {
 
   /** What the model does where a widget says −1. */
   showOwn() {
-    const values = Object.fromEntries((this.node.widgets ?? []).filter((/** @type {any} */ w) => !isLinked(this.node, w.name)).map((/** @type {any} */ w) => [w.name, w.value]));
+    const values = Object.fromEntries((this.node.widgets ?? []).map((/** @type {any} */ w) => [w.name, valueOf(this.node, w.name)]));
     say(this.own, ownText(values, modelOf(this.node)?.sampling));
     this.own.hidden = !this.own.textContent;
   }
@@ -316,6 +349,8 @@ class Told {
 
 // -- Generate: the view -----------------------------------------------------------------------------------------------
 
+const LEAST = 400; // pixels of height
+
 class View extends Told {
   /** @param {any} node */
   constructor(node) {
@@ -361,7 +396,19 @@ class View extends Told {
     this.actions = el("div", { className: "row actions" }, this.reroll, this.keep, this.goOn, this.over, this.note);
     this.root = host(this.own, this.head_, this.paper.box, this.status, this.time, this.actions);
     this.modes.set("Both");
+    new ResizeObserver(() => this.fit()).observe(this.paper.box);
     this.show();
+  }
+
+  /** The narrower the node, the more lines its controls take, and the higher it gets to leave room for the picture. */
+  fit() {
+    this.least = LEAST + Math.max(0, 300 - this.paper.box.clientWidth);
+    this.root.style.setProperty("--least", `${this.least}px`);
+    if (!this.root.closest("[data-node-id]") && this.node.graph) {
+      const needed = this.node.computeSize()[1]; // the canvas gives a node no more height by itself
+      if (needed > this.node.size[1]) this.node.setSize([this.node.size[0], needed]);
+    }
+    app.canvas?.setDirty(true, true);
   }
 
   /** @param {any} event */
@@ -737,6 +784,7 @@ class Slider extends Told {
 
 // -- Line Cache: the memory line --------------------------------------------------------------------------------------
 
+const PROMPTS = ["LineAR_ClassPrompt", "LineAR_TextPrompt"];
 const FREE = { /** @type {number | null} */ bytes: null, asked: 0 };
 
 /** Free memory of the host's device, asked for now and then. */
@@ -774,27 +822,42 @@ class Memory {
     this.show();
   }
 
-  /** What the graph says, as numbers; null where it cannot be told. */
+  /** What the graph says, as numbers, and the inputs that only the run can tell: `lacking` where nothing can be said then,
+   * `unknown` where only the number of pictures cannot. */
   sizes() {
-    const nodes = everyNode(app.rootGraph ?? app.graph);
-    const user = nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type) && origin(n, "cache") === this.node) ?? nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type));
-    const loader = [origin(user, "model")].find((n) => n?.type === LOADER) ?? nodes.find((n) => n.type === LOADER);
-    const shape = known.models[widgetValue(loader, "model") ?? Object.keys(known.models)[0]];
-    const preset = widgetValue(this.node, "preset");
-    const own = (/** @type {string} */ name) => widgetValue(this.node, `preset.${name}`) ?? widgetValue(this.node, name);
+    const nodes = allNodes();
+    const users = nodes.filter((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type));
+    const user = users.find((n) => origin(n, "cache")?.node === this.node) ?? users[0];
+    const from = origin(user, "model")?.node;
+    const loader = from?.type === LOADER ? from : nodes.find((n) => n.type === LOADER);
+    const prompt = isLinked(user, "prompt") ? origin(user, "prompt")?.node : null;
+    /** @type {string[]} */
+    const missed = [];
+    /** Its value, or what is used in its place where there is no such widget or it is not known. */
+    const read = (/** @type {any} */ node, /** @type {string} */ name, /** @type {any} */ otherwise) => {
+      if (!node?.widgets?.some((/** @type {any} */ w) => w.name === name)) return otherwise;
+      const value = valueOf(node, name);
+      if (value === undefined) missed.push(name.replace(/.*\./, ""));
+      return value ?? otherwise;
+    };
+    const model = read(loader, "model", Object.keys(known.models)[0]);
+    const preset = read(this.node, "preset", "");
+    const own = (/** @type {string} */ name) => read(this.node, `preset.${name}`, undefined) ?? read(this.node, name, undefined);
     const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release") };
+    const pixels = read(prompt, "size.pixels", undefined);
+    const weight_dtype = read(loader, "weight_dtype", "default");
+    const shape = known.models[model];
+    if (missed.length) return { lacking: missed };
     if (!shape || !plan.policy || !plan.budget) return null;
-    const prompt = origin(user, "prompt");
-    const more = String(widgetValue(prompt, "more_classes") ?? "").split("\n").filter((line) => line.trim()).length;
-    const named = widgetValue(prompt, "class_name") === "(only those below)" ? 0 : 1;
-    const texts = widgetValue(prompt, "text");
+    if (isLinked(user, "prompt") && !PROMPTS.includes(prompt?.type)) missed.push("prompt");
+    const more = String(read(prompt, "more_classes", "")).split("\n").filter((line) => line.trim()).length;
+    const named = read(prompt, "class_name", "") === "(only those below)" ? 0 : 1;
+    const texts = read(prompt, "text", undefined);
     const rows = texts === undefined ? named + more : String(texts).split(/^\s*-{3,}\s*$/m).filter((part) => part.trim()).length;
-    const images = Math.max(1, rows) * (Number(widgetValue(user, "batch_size")) || 1);
-    const guidance = Number(widgetValue(user, "guidance") ?? -1);
+    const images = Math.max(1, rows) * (Number(read(user, "batch_size", 1)) || 1);
+    const guidance = Number(read(user, "guidance", -1));
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
-    const weights = shape.weights?.[widgetValue(loader, "weight_dtype") ?? "default"];
-    const grid = gridOf(shape, widgetValue(prompt, "size.pixels"));
-    return { shape, grid, plan, weights, images, each: guided ? 2 : 1 };
+    return { shape, grid: gridOf(shape, pixels), plan, weights: shape.weights?.[weight_dtype], images: missed.length ? 1 : images, each: guided ? 2 : 1, unknown: missed };
   }
 
   show() {
@@ -803,18 +866,20 @@ class Memory {
     const sizes = this.sizes();
     let text = "KV cache: choose a model to see its memory";
     let memory = { text, fits: true, share: 0 };
-    if (sizes) {
-      const { shape, grid, plan, weights = 0, images, each } = sizes;
+    if (sizes?.lacking) {
+      memory.text = `KV cache: unknown until it runs, as ${sizes.lacking.join(" and ")} ${sizes.lacking.length > 1 ? "come" : "comes"} through a link`;
+    } else if (sizes) {
+      const { shape, grid, plan, weights = 0, images, each, unknown } = sizes;
       const bytes = (/** @type {any} */ plan) => cacheBytes(shape, grid, plan, images * each);
       // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
       const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - weights;
       const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
-      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown);
     }
     if (this.status.textContent === memory.text) return;
     say(this.status, memory.text);
-    const sequences = sizes ? sizes.images * sizes.each : 0;
-    this.status.title = sizes ? `${memory.text}. ${sequences} sequence${sequences > 1 ? "s" : ""}, guidance included. A larger batch is drawn in parts.` : memory.text;
+    const sequences = sizes?.images ? sizes.images * sizes.each : 0;
+    this.status.title = sequences ? `${memory.text}. ${sequences} sequence${sequences > 1 ? "s" : ""}, guidance included. A larger batch is drawn in parts.` : memory.text;
     this.fill.style.width = `${(memory.share * 100).toFixed(1)}%`;
     this.root.shadowRoot.host.classList.toggle("tight", !memory.fits);
     this.fill.parentElement.classList.toggle("tight", !memory.fits);
@@ -892,7 +957,7 @@ app.registerExtension({
 
   getCustomWidgets() {
     return {
-      LINEAR_VIEW: widgetOf(View, 400, true),
+      LINEAR_VIEW: widgetOf(View, LEAST, true),
       LINEAR_COMPARE: widgetOf(Slider, 280, true),
       LINEAR_MEMORY: widgetOf(Memory, 44, false),
     };

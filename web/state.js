@@ -393,10 +393,13 @@ export function gridOf(own, size) {
 /**
  * "KV cache 5.1 MiB of 24.3 MiB, −79 % · weights 3.0 GB · room for 40 pictures at once", and whether the batch fits.
  * @param {number} bytes @param {number} full @param {number} weights @param {number | null} fitting  pictures that fit; null: not known
- * @param {number} images
+ * @param {number} images  @param {string[]} unknown  inputs that decide how many there are, and come through a link; then
+ *   the numbers are those of one picture
  */
-export function memoryText(bytes, full, weights, fitting, images, most = 512) {
-  const parts = [`KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB, −${Math.round((1 - bytes / full) * 100)} %` : ", everything kept")];
+export function memoryText(bytes, full, weights, fitting, images, unknown = [], most = 512) {
+  const each = unknown.length ? " a picture" : "";
+  const parts = [`KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB${each}, −${Math.round((1 - bytes / full) * 100)} %` : `${each}, everything kept`)];
+  if (unknown.length) parts.push(`${unknown.join(" and ")} unknown until it runs`);
   if (weights) parts.push(`weights ${(weights / 1e9).toFixed(2)} GB`);
   const fits = fitting === null || images <= fitting;
   if (fitting === 0) parts.push("too little memory is free for one picture");

@@ -187,6 +187,8 @@ test("memory before anything runs", () => {
   assert.equal(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");
+  assert.match(memoryText(few, full, 0, 9, 1, ["batch_size"]).text, /^KV cache 2.1 MiB of 10.1 MiB a picture, −79 % · batch_size unknown until it runs · room for 9 pictures at once$/);
+  assert.equal(memoryText(full, full, 0, null, 1, ["text", "batch_size"]).text, "KV cache 10.1 MiB a picture, everything kept · text and batch_size unknown until it runs");
 });
 
 test("the module is pure: it imports nothing and touches no page", () => {

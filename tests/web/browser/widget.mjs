@@ -47,6 +47,70 @@ await check("the memory line follows preset and batch", async () => {
   await page.evaluate(() => { window.node.widgets.find((w) => w.name === "batch_size").value = 1; });
 });
 
+await check("the memory line follows a link to a value, and says what only the run can tell", async () => {
+  const read = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean));
+  const tells = (pattern) => until(read, (now) => pattern.test(now), String(pattern));
+  const size = (text) => Number(/cache ([\d.]+)/.exec(text)[1]);
+  const one = size(await tells(/cache [\d.]{3} MiB/)); // of one picture again
+  const four = (text) => Math.abs(size(text) / one - 4) < 0.2;
+  /** Connect a node that is made on the spot. */
+  const link = (type, to = "batch_size", node = "node") => page.evaluate(([type, to, node]) => {
+    const { app, LiteGraph } = window;
+    for (const name of ["Holds", "Computes"]) {
+      class Made extends LiteGraph.LGraphNode {
+        constructor() {
+          super(name);
+          this.addOutput("INT", "INT");
+          this.addWidget("number", "value", 4, () => {}, {});
+          if (name === "Computes") this.addWidget("number", "other", 1, () => {}, {});
+        }
+      }
+      if (!LiteGraph.registered_node_types[`test/${name}`]) LiteGraph.registerNodeType(`test/${name}`, Made);
+    }
+    const from = (window.from = LiteGraph.createNode(type));
+    app.graph.add(from);
+    from.connect(0, window[node], window[node].inputs.findIndex((i) => i.name === to));
+    const value = from.widgets?.[0];
+    if (type === "PrimitiveNode") value.value = to === "batch_size" ? 4 : value.value;
+  }, [type, to, node]);
+  const cut = () => page.evaluate(() => window.app.graph.remove(window.from));
+  for (const type of ["test/Holds", "PrimitiveNode"]) {
+    await link(type);
+    assert.ok(four(await until(read, four, `${type} is followed`)));
+    await page.evaluate(() => { window.from.mode = 2; });
+    await tells(/^KV cache [\d.]+ MiB of [\d.]+ MiB a picture, −\d+ % · batch_size unknown until it runs/);
+    assert.equal(size(await read()), one);
+    await cut();
+    await tells(/^KV cache [\d.]+ MiB of [\d.]+ MiB, /);
+  }
+  await link("test/Computes");
+  await tells(/a picture, −\d+ % · batch_size unknown until it runs/);
+  await shot("unknown");
+  await cut();
+  await link("test/Holds");
+  const inside = await page.evaluate(() => {
+    const { app, node } = window;
+    if (!app.graph.convertToSubgraph) return false;
+    window.outer = app.graph.convertToSubgraph(new Set([node])).node;
+    return true;
+  });
+  if (inside) {
+    assert.ok(four(await until(read, four, "into a subgraph")));
+    await page.evaluate(() => { window.from.widgets[0].value = 1; });
+    await until(read, (text) => size(text) === one, "into a subgraph, changed");
+    await page.evaluate(() => {
+      const { app, from, outer } = window;
+      from.widgets[0].value = 4;
+      window.deeper = app.graph.convertToSubgraph(new Set([from])).node;
+    });
+    assert.ok(four(await until(read, four, "out of a subgraph")));
+  }
+  await build("LineAR_Generate");
+  await link("test/Computes", "preset", "cache").catch(() => {});
+  if (await page.evaluate(() => window.from.outputs[0].links?.length)) await tells(/^KV cache: unknown until it runs, as preset comes through a link$/);
+  await build("LineAR_Generate");
+});
+
 await check("what −1 stands for is told as far as the model is known, and nothing else is saved for it", async () => {
   const own = async () => (await page.locator(".own").first().isVisible()) ? text(".own") : "";
   const set = (name, value) => page.evaluate(([name, value]) => { window.node.widgets.find((w) => w.name === name).value = value; }, [name, value]);
