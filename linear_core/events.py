@@ -317,5 +317,6 @@ def unpack_kept(text: str) -> list[Kept]:
         list_index, at, seed = which.partition("@")
         if bar and not (list_index.isdecimal() and at and seed.isdecimal() and int(seed) < 1 << 64):
             raise ValueError(f"'{which[:40]}' names no run")
-        kept.append(Kept(*((int(list_index), int(seed)) if bar else (None, None)), *unpack_codes(codes)))
+        sizes, numbers = unpack_codes(codes)
+        kept.append(Kept(int(list_index), int(seed), sizes, numbers) if bar else Kept(None, None, sizes, numbers))
     return kept

@@ -6,7 +6,7 @@ import { checks, openPage, until } from "./page.mjs";
 const [url, renderer, ...more] = process.argv.slice(2);
 const option = (name, otherwise) => (more.includes(name) ? more[more.indexOf(name) + 1] : otherwise);
 const shots = option("--shots", "");
-const { page, problems, post, load, build, widen, faults, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark") });
+const { page, problems, post, load, build, widen, faults, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark"), height: 1000 });
 const { check, shot } = checks(page, painted, shots && ((name) => `${shots}/${name}-${renderer}.png`));
 
 const text = (selector) => page.locator(selector).first().innerText();
@@ -18,6 +18,8 @@ const WIDTHS = renderer === "vue" ? [220, 300, 340, 440] : [210, 220, 300, 340, 
 async function fits(name, nodes = ["node"], widths = [WIDTHS[0], 300]) {
   for (const width of widths) {
     for (const node of nodes) await widen(width, node);
+    const wide = await page.evaluate(() => window.node.size[0]);
+    assert.ok(Math.abs(wide - width) <= 10 || width < 225, `${name}: the node is ${wide} pixels wide, not ${width}`);
     await until(async () => (await painted(), await faults()), (found) => !found.length, `${name}: all is to be seen at ${width} pixels`);
     await shot(`${name}-${width}`);
   }
