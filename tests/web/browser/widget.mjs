@@ -25,6 +25,30 @@ async function fits(name, nodes = ["node"], widths = [WIDTHS[0], 300]) {
   }
 }
 
+const read = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean)); // the memory line
+const size = (text) => Number(/cache ([\d.]+)/.exec(text)[1]);
+
+/** Connect a node that is made on the spot. */
+const link = (type, to = "batch_size", node = "node") => page.evaluate(([type, to, node]) => {
+  const { app, LiteGraph } = window;
+  for (const name of ["Holds", "Computes"]) {
+    class Made extends LiteGraph.LGraphNode {
+      constructor() {
+        super(name);
+        this.addOutput("INT", "INT");
+        this.addWidget("number", "value", 4, () => {}, {});
+        if (name === "Computes") this.addWidget("number", "other", 1, () => {}, {});
+      }
+    }
+    if (!LiteGraph.registered_node_types[`test/${name}`]) LiteGraph.registerNodeType(`test/${name}`, Made);
+  }
+  const from = (window.from = LiteGraph.createNode(type));
+  app.graph.add(from);
+  from.connect(0, window[node], window[node].inputs.findIndex((i) => i.name === to));
+  const value = from.widgets?.[0];
+  if (type === "PrimitiveNode") value.value = to === "batch_size" ? 4 : value.value;
+}, [type, to, node]);
+
 /** Pictures that the page itself shows on the node, beside our widget. */
 const second = () => page.evaluate(() => document.querySelectorAll(`[data-node-id="${window.node.id}"] img`).length + (window.node.imgs?.length ?? 0));
 
@@ -40,7 +64,6 @@ await check("before a run: a hint, no controls, and the memory line", async () =
 });
 
 await check("the memory line follows preset and batch", async () => {
-  const read = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean));
   const before = await read();
   await page.evaluate(() => { window.node.widgets.find((w) => w.name === "batch_size").value = 4; });
   const four = await until(read, (now) => now !== before, "the memory line follows");
@@ -50,31 +73,9 @@ await check("the memory line follows preset and batch", async () => {
 });
 
 await check("the memory line follows a link to a value, and says what only the run can tell", async () => {
-  const read = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean));
   const tells = (pattern) => until(read, (now) => pattern.test(now), String(pattern));
-  const size = (text) => Number(/cache ([\d.]+)/.exec(text)[1]);
   const one = size(await tells(/cache [\d.]{3} MiB/)); // of one picture again
   const four = (text) => Math.abs(size(text) / one - 4) < 0.2;
-  /** Connect a node that is made on the spot. */
-  const link = (type, to = "batch_size", node = "node") => page.evaluate(([type, to, node]) => {
-    const { app, LiteGraph } = window;
-    for (const name of ["Holds", "Computes"]) {
-      class Made extends LiteGraph.LGraphNode {
-        constructor() {
-          super(name);
-          this.addOutput("INT", "INT");
-          this.addWidget("number", "value", 4, () => {}, {});
-          if (name === "Computes") this.addWidget("number", "other", 1, () => {}, {});
-        }
-      }
-      if (!LiteGraph.registered_node_types[`test/${name}`]) LiteGraph.registerNodeType(`test/${name}`, Made);
-    }
-    const from = (window.from = LiteGraph.createNode(type));
-    app.graph.add(from);
-    from.connect(0, window[node], window[node].inputs.findIndex((i) => i.name === to));
-    const value = from.widgets?.[0];
-    if (type === "PrimitiveNode") value.value = to === "batch_size" ? 4 : value.value;
-  }, [type, to, node]);
   const cut = () => page.evaluate(() => window.app.graph.remove(window.from));
   for (const type of ["test/Holds", "PrimitiveNode"]) {
     await link(type);
@@ -89,24 +90,6 @@ await check("the memory line follows a link to a value, and says what only the r
   await tells(/a picture, −\d+ % · batch_size unknown until it runs/);
   await shot("unknown");
   await cut();
-  await link("test/Holds");
-  const inside = await page.evaluate(() => {
-    const { app, node } = window;
-    if (!app.graph.convertToSubgraph) return false;
-    window.outer = app.graph.convertToSubgraph(new Set([node])).node;
-    return true;
-  });
-  if (inside) {
-    assert.ok(four(await until(read, four, "into a subgraph")));
-    await page.evaluate(() => { window.from.widgets[0].value = 1; });
-    await until(read, (text) => size(text) === one, "into a subgraph, changed");
-    await page.evaluate(() => {
-      const { app, from, outer } = window;
-      from.widgets[0].value = 4;
-      window.deeper = app.graph.convertToSubgraph(new Set([from])).node;
-    });
-    assert.ok(four(await until(read, four, "out of a subgraph")));
-  }
   await build("LineAR_Generate");
   await link("test/Computes", "preset", "cache").catch(() => {});
   if (await page.evaluate(() => window.from.outputs[0].links?.length)) await tells(/^KV cache: unknown until it runs, as preset comes through a link$/);
@@ -360,8 +343,11 @@ await check("a reload draws the same picture from what the node left behind", as
   await until(colours, (after) => Math.abs(after.mean - before.mean) < 8 && after.seen > 60, `the picture is back, ${JSON.stringify(before)}`);
 });
 
-await check("inside a subgraph the events find their widget", async () => {
+await check("inside a subgraph the events find their widget, and the memory line what comes into it and out of it", async () => {
   await build("LineAR_Generate");
+  const one = size(await until(read, (text) => /cache [\d.]{3} MiB/.test(text), "of one picture"));
+  const four = (text) => Math.abs(size(text) / one - 4) < 0.2;
+  await link("test/Holds");
   const inside = await page.evaluate(() => {
     const { app, node } = window;
     if (!app.graph.convertToSubgraph) return false;
@@ -369,6 +355,16 @@ await check("inside a subgraph the events find their widget", async () => {
     return true;
   });
   if (!inside) return;
+  await until(read, four, "into a subgraph");
+  await page.evaluate(() => { window.from.widgets[0].value = 1; });
+  await until(read, (text) => size(text) === one, "into a subgraph, changed");
+  await page.evaluate(() => {
+    const { app, from } = window;
+    from.widgets[0].value = 4;
+    window.deeper = app.graph.convertToSubgraph(new Set([from])).node;
+  });
+  await until(read, four, "out of a subgraph");
+  await page.evaluate(() => window.app.graph.remove(window.deeper));
   await painted(); // nobody opens it before it is on the screen
   await page.evaluate(() => window.app.canvas.setGraph(window.outer.subgraph));
   await placed();
