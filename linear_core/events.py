@@ -19,7 +19,7 @@ import sys
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,7 @@ class Started:
     lines       lines that are kept when a line has ended (all of them with the full cache)
     cache_bytes keys and values as allocated; `full_bytes`: of a cache for all lines
     codebook    what the codes stand for (ImageModel.codebook); "": not stated
+    list_index  which of the node's runs within one prompt: ComfyUI runs a node once for each entry of a list
     """
 
     run: str
@@ -95,6 +96,7 @@ class Started:
     full_bytes: int
     kind: str = "started"
     codebook: str = ""
+    list_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -303,3 +305,29 @@ def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:
 def codebooks_of(text: str) -> set[str]:
     """The codebooks that a text of `pack_codes`, or several in one, says its codes are from."""
     return set(re.findall(r":([0-9a-f]{16})(?![^;])", text))
+
+
+class Kept(NamedTuple):
+    """Codes that the widget hands back: of the run with this list index, which had this seed; None: of every run."""
+
+    list_index: int | None
+    seed: int | None
+    sizes: tuple[int, int, int]  # images, rows, cols
+    codes: list[int]
+
+
+def unpack_kept(text: str) -> list[Kept]:
+    """What the widget keeps of a node's runs, that of the run it shows first. web/state.js writes it.
+
+    Of one run "codes", as `pack_codes` has them; of several "list index @ seed | codes ; ...". Raises ValueError for
+    anything else.
+    """
+    kept = []
+    for part in text.split(";"):
+        which, bar, codes = part.rpartition("|")
+        list_index, at, seed = which.partition("@")
+        if bar and not (list_index.isdecimal() and at and seed.isdecimal() and int(seed) < 1 << 64):
+            raise ValueError(f"'{which[:40]}' names no run")
+        sizes, numbers = unpack_codes(codes)
+        kept.append(Kept(int(list_index), int(seed), sizes, numbers) if bar else Kept(None, None, sizes, numbers))
+    return kept

@@ -11,8 +11,9 @@ from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from . import host
+from .inputs import checked
 from .live import COMPARE, SIZE, draw, report
-from .sockets import CACHE, MODEL, PROMPT, Model, connected
+from .sockets import CACHE, MODEL, PROMPT, Model
 
 OWN = -1  # in place of a number: what the model was published with
 
@@ -70,6 +71,7 @@ class Compare(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Model,
@@ -83,7 +85,6 @@ class Compare(io.ComfyNode):
         batch_size: int,
         view: str | None = None,
     ) -> io.NodeOutput:
-        connected(model=model, cache=cache, prompt=prompt)
         model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
         if not cache.evicts(info.grid):
@@ -96,7 +97,7 @@ class Compare(io.ComfyNode):
         (full, few), begun, shown = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
         pictures = [model.pictures(run.tokens) for run in (full, few)]
         shown["linear_ar_pairs"] = [
-            [host.keep_for_the_page(to_image(picture.cpu(), SIZE)) for picture in pair]
+            [host.keep_for_the_page(to_image(picture.cpu(), SIZE)) | {"run": begun.run} for picture in pair]
             for pair in zip(*pictures, strict=True)
         ]
         label = f"{cache.budget} of {info.grid.rows} lines"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .sockets import MODEL, TOKENS, Model, Tokens, connected
+from .inputs import checked
+from .sockets import MODEL, TOKENS, Model, Tokens
 
 
 class Decode(io.ComfyNode):
@@ -30,7 +31,7 @@ class Decode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Model, tokens: Tokens) -> io.NodeOutput:
-        connected(model=model, tokens=tokens)
         tokens.check(model.image)
         return io.NodeOutput(model.pictures(tokens.codes))

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..linear_core.checkpoints.download import Fetched, download
 from ..linear_core.checkpoints.published import RELEASES, Release
 from . import host
+from .inputs import checked
 
 SCALE = 2**20  # the progress bar counts MiB
 PAUSE = 0.25  # seconds between two updates
@@ -48,6 +49,7 @@ class DownloadModel(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, release: str, with_needed: bool) -> io.NodeOutput:
         lines = []
         for chosen in _chosen(release, with_needed):
@@ -56,8 +58,10 @@ class DownloadModel(io.ComfyNode):
         return io.NodeOutput(ui={"text": ["\n".join(lines)]})
 
     @classmethod
-    def fingerprint_inputs(cls, release: str, with_needed: bool) -> str:
-        """A file that has gone is fetched again."""
+    def fingerprint_inputs(cls, release: str | None = None, with_needed: bool | None = True) -> str:
+        """A file that has gone is fetched again. What comes through a link is None here."""
+        if release not in RELEASES:
+            return ""
         return " ".join(
             str(int((_folder(chosen) / chosen.local_path(file)).exists()))
             for chosen in _chosen(release, with_needed)
@@ -80,7 +84,7 @@ class _Report:
             self.bar.update(done // SCALE, f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
 
-def _chosen(release: str, with_needed: bool) -> list[Release]:
+def _chosen(release: str, with_needed: bool | None) -> list[Release]:
     chosen = RELEASES[release]
     return [chosen, *(RELEASES[name] for name in chosen.needs if with_needed)]
 

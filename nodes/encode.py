@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
@@ -12,7 +14,8 @@ from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from ..linear_core.sizes import nearest
 from . import host
-from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens, connected
+from .inputs import checked
+from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens
 
 
 class EncodeImage(io.ComfyNode):
@@ -37,8 +40,8 @@ class EncodeImage(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: Model, image: Tensor, prompt: Prompt | None = None) -> io.NodeOutput:
-        connected(model=model, image=image, **({} if prompt is None else {"prompt": prompt}))
         info, tokenizer = model.image.info, model.image.tokenizer
         if not tokenizer.config.encoder_widths:
             raise UserError(
@@ -67,10 +70,18 @@ class EncodeImage(io.ComfyNode):
 
 def fit(image: Tensor, height: int, width: int) -> Tensor:
     """IMAGE B H W 3 -> B 3 height width: the middle of it, scaled without changing its proportions."""
-    pictures = image[..., :3].permute(0, 3, 1, 2).float()
+    scale = max(height / image.shape[1], width / image.shape[2])
+    image = _middle(_middle(image, 1, height / scale), 2, width / scale)
+    pictures = image.permute(0, 3, 1, 2)
     tall, wide = pictures.shape[2:]
-    scale = max(height / tall, width / wide)
     size = max(height, round(tall * scale)), max(width, round(wide * scale))
     pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return pictures[:, :, top : top + height, left : left + width]
+
+
+def _middle(image: Tensor, side: int, needed: float) -> Tensor:
+    """Of a side far longer than needed, the middle: a strip of 1 x 20000 pixels would be scaled to gigabytes."""
+    length = image.shape[side]
+    rest = max(0, (length - math.ceil(8 * needed)) // 2)
+    return image.narrow(side, rest, length - 2 * rest)

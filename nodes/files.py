@@ -92,6 +92,11 @@ def fingerprint(files: ModelFiles) -> str:
     return " ".join(str(number) for path in (files.decoder, files.tokenizer) for number in _state(path))
 
 
+def fingerprint_of_all() -> str:
+    """Changes when any file of the model folders does."""
+    return " ".join(str(number) for path in _checkpoints().values() for number in _state(path))
+
+
 def model_names() -> list[str]:
     return [BUNDLED_NAME, *_listed()[0]]
 

@@ -11,8 +11,9 @@ from ..linear_core.errors import UserError
 from ..linear_core.events import codebooks_of
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
-from .live import VIEW, draw, kept_codes
-from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens, connected
+from .inputs import checked
+from .live import VIEW, draw, first_rows, kept_codes
+from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 OWN = -1  # in place of a number: what the model was published with
@@ -90,6 +91,7 @@ class Generate(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=65536,
+                    optional=True,
                     advanced=True,
                     tooltip="Number of tokens after which guidance ends, which then halves compute and cache. -1: "
                     "never. LlamaGen calls it cfg_interval.",
@@ -132,6 +134,7 @@ class Generate(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Model,
@@ -149,16 +152,16 @@ class Generate(io.ComfyNode):
         stop_after: int = 0,
         view: str | None = None,
     ) -> io.NodeOutput:
-        connected(model=model, cache=cache, prompt=prompt, **({} if tokens is None else {"tokens": tokens}))
         model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
+        above, own_seed = _above(tokens, keep_rows, view, model)
+        seed = seed if own_seed is None else own_seed
         sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, **asked)
         cache.check(info.grid)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
-        above = _above(tokens, keep_rows, view, model)
         node = cls.hidden.unique_id
         (run,), _, shown = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
         return io.NodeOutput(
@@ -177,22 +180,19 @@ class Generate(io.ComfyNode):
         )
 
 
-def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> Tensor | None:
-    """The rows that stay: of the run that the widget shows, where it hands one back, else of `tokens`."""
+def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> tuple[Tensor | None, int | None]:
+    """The rows that stay: of the run that the widget shows, where it hands one back, else of `tokens`.
+
+    And the seed of the run that they are from, where the widget says so.
+    """
     if not rows:
-        return None
+        return None, None
     if view:
         if codebooks_of(str(view)) - {model.image.codebook}:
             name = model.image.info.name
             raise UserError(f"view: the rows kept on the node are not of {name}; press 'Start over' on the node.")
-        codes = kept_codes(str(view))
-    elif tokens is None:
+        return kept_codes(str(view), rows)
+    if tokens is None:
         raise UserError(f"keep_rows: there is no image to take {rows} rows from; connect tokens, or set it to 0.")
-    else:
-        tokens.check(model.image)
-        codes = tokens.codes
-    if codes.shape[1] < rows:
-        raise UserError(
-            f"keep_rows: {rows} rows are to be kept, but there are only {codes.shape[1]}; choose fewer rows."
-        )
-    return codes[:, :rows]
+    tokens.check(model.image)
+    return first_rows(tokens.codes, rows), None

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..linear_core.errors import UserError
 from ..linear_core.pictures.heatmap import heatmap, lifetime
 from . import host
-from .sockets import TOKENS, Tokens, connected
+from .inputs import checked
+from .sockets import TOKENS, Tokens
 
 LIFETIME, AFTER = "lifetime", "after a row"
 
@@ -77,19 +78,15 @@ class RetentionHeatmap(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         tokens: Tokens,
         strength: float,
         size: int,
-        show: dict[str, Any] | None = None,
+        show: dict[str, Any],
         image: Tensor | None = None,
     ) -> io.NodeOutput:
-        connected(tokens=tokens, **({} if image is None else {"image": image}))
-        if show is None:  # what ComfyUI makes of a choice that there is not
-            raise UserError(f"show: missing or unknown; choose '{LIFETIME}' or '{AFTER}'.")
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength: {strength} is out of range; choose 0 to 1.")
         if not tokens.shares.any():
             raise UserError("tokens: they record nothing of a cache, as those of Encode Image; connect Generate's.")
         share = lifetime(tokens.shares)
@@ -100,7 +97,7 @@ class RetentionHeatmap(io.ComfyNode):
             cell = math.ceil(size / max(rows, cols))
             height, width = rows * cell, cols * cell
         elif len(image) in (1, count):
-            image = image[..., :3].cpu().expand(count, -1, -1, -1)
+            image = image.cpu().expand(count, -1, -1, -1)
             height, width = image.shape[1:3]
         else:
             raise UserError(

@@ -15,6 +15,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api import feature_flags
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import BinaryEventTypes, PromptServer
 from torch import Tensor, nn
@@ -152,10 +153,16 @@ def to_intermediate(picture: Tensor) -> Tensor:
     return picture.to(management.intermediate_device())
 
 
-# -- progress --------------------------------------------------------------------------------------------------------
+# -- runs and progress -------------------------------------------------------------------------------------------------
 
 
 Interrupted = management.InterruptProcessingException
+
+
+def list_index() -> int:
+    """Which of the node's runs within one prompt this is: ComfyUI runs a node once for each entry of a list."""
+    context = get_executing_context()
+    return (context and context.list_index) or 0
 
 
 def stop_if_asked() -> None:

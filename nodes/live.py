@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
+from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_kept
 from ..linear_core.loop.generate import Run, evict, generate
 from ..linear_core.loop.graph import Graphs, use_graphs
 from ..linear_core.loop.memory import max_batch_size, run_bytes
@@ -79,6 +79,7 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
         cache_bytes=shape.bytes(grid, plan, rows),
         full_bytes=shape.bytes(grid, CachePlan("full"), rows),
         codebook=model.image.codebook,
+        list_index=host.list_index(),
     )
 
 
@@ -166,10 +167,12 @@ class Live:
 
 
 def left(trace: Trace, picture: Image.Image | None) -> dict[str, Any]:
-    """What stays on the page (a node's `ui`): all events, and the picture if the node shows one."""
-    return {"linear_ar": trace.events} | (
-        {} if picture is None else {"linear_ar_picture": [host.keep_for_the_page(picture)]}
-    )
+    """What stays on the page (a node's `ui`): all events, and the picture if there is one.
+
+    ComfyUI appends what several runs of a node leave, key by key, so a picture says of which run it is.
+    """
+    pictures = [] if picture is None else [host.keep_for_the_page(picture) | {"run": trace.started.run}]
+    return {"linear_ar": trace.events, "linear_ar_picture": pictures}
 
 
 def draw(
@@ -300,15 +303,32 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def kept_codes(text: str) -> Tensor:
-    """The codes that the widget sent back: int64 B rows cols."""
+def kept_codes(text: str, rows: int) -> tuple[Tensor | None, int | None]:
+    """The codes that the widget sent back for this run, int64 B rows cols, and the run's seed if it is not the node's.
+
+    `rows` is how many to keep of the run that the widget shows. Of the node's other runs, which are not to change, all
+    that the widget sent; None for a run that it knows nothing of.
+    """
     try:
-        sizes, codes = unpack_codes(text)
+        kept = unpack_kept(text)
     except ValueError as error:
         raise UserError(
             f"view: the rows kept on the node cannot be read ({error}); press 'Start over' on the node."
         ) from None
-    return torch.tensor(codes).view(sizes)
+    for each in kept:
+        if each.list_index in (None, host.list_index()):
+            codes = torch.tensor(each.codes).view(each.sizes)
+            return (first_rows(codes, rows) if each is kept[0] else codes), each.seed
+    return None, None
+
+
+def first_rows(codes: Tensor, rows: int) -> Tensor:
+    """The upper `rows` of pictures B rows cols."""
+    if codes.shape[1] < rows:
+        raise UserError(
+            f"keep_rows: {rows} rows are to be kept, but there are only {codes.shape[1]}; choose fewer rows."
+        )
+    return codes[:, :rows]
 
 
 def report(full: Run, few: Run, started_few: Started, label: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..linear_core.checkpoints.library import load_model
 from ..linear_core.errors import UserError
 from . import files, host
+from .inputs import checked
 from .sockets import MODEL, Model
 
 
@@ -42,6 +45,7 @@ class LoadModel(io.ComfyNode):
                     default=0,
                     min=0,
                     max=128,
+                    optional=True,
                     advanced=True,
                     tooltip="Lines of tokens per image. 0: read from the file (its metadata, or 256, 384 or 512 in its "
                     "name). Typical: 16, 24 or 32.",
@@ -51,6 +55,7 @@ class LoadModel(io.ComfyNode):
                     default=0,
                     min=0,
                     max=128,
+                    optional=True,
                     advanced=True,
                     tooltip="Tokens per line. 0: read from the file. Set both numbers or neither.",
                 ),
@@ -72,8 +77,9 @@ class LoadModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
-        cls, model: str, tokenizer: str, grid_rows: int, grid_cols: int, weight_dtype: str = "default"
+        cls, model: str, tokenizer: str, grid_rows: int = 0, grid_cols: int = 0, weight_dtype: str = "default"
     ) -> io.NodeOutput:
         if bool(grid_rows) != bool(grid_cols):
             raise UserError(
@@ -100,8 +106,17 @@ class LoadModel(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, tokenizer: str, grid_rows: int, grid_cols: int, **_: str) -> str:
-        """A file that was replaced is loaded again."""
+    def fingerprint_inputs(
+        cls,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        grid_rows: int | None = 0,
+        grid_cols: int | None = 0,
+        **_: Any,
+    ) -> str:
+        """A file that was replaced is loaded again. What comes through a link is None here, and may be any file."""
+        if model is None or tokenizer is None:
+            return files.fingerprint_of_all()
         try:
             found = files.find_files(model, tokenizer, (grid_rows, grid_cols) if grid_rows and grid_cols else None)
         except UserError:

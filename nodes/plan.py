@@ -7,9 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linear_core.errors import UserError
 from ..linear_core.plan import PRESETS, RELEASES, STORAGES, CachePlan
 from ..linear_core.policies import POLICIES
+from .inputs import checked
 from .live import MEMORY
 from .sockets import CACHE
 
@@ -102,9 +102,8 @@ class LineCache(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, preset: dict[str, Any] | None = None, memory: str | None = None) -> io.NodeOutput:
-        if preset is None:  # what ComfyUI makes of a choice that there is not
-            raise UserError(f"preset: missing or unknown; choose one of {', '.join([*PRESETS, CUSTOM])}.")
+    @checked
+    def execute(cls, preset: dict[str, Any], memory: str | None = None) -> io.NodeOutput:
         settings = dict(preset)
         name = settings.pop("preset")
         return io.NodeOutput(CachePlan(**settings) if name == CUSTOM else PRESETS[name])

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
 from . import files
-from .sockets import MODEL, PROMPT, Model, connected
+from .inputs import checked
+from .sockets import MODEL, PROMPT, Model
 
 BELOW = "(only those below)"
 
@@ -46,8 +47,8 @@ class ClassPrompt(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Model, class_name: str, more_classes: str = "") -> io.NodeOutput:
-        connected(model=model)
         if model.image.info.text:
             raise UserError(f"model: {model.image.info.name} takes text, not classes; connect it to Text Prompt.")
         names = [] if class_name == BELOW else [class_name]

@@ -12,7 +12,6 @@ from ..linear_core.errors import UserError
 from ..linear_core.grid import Grid
 from ..linear_core.pictures.preview import decode
 from ..linear_core.plan import CachePlan
-from ..linear_core.prompts import Prompt
 from . import host
 
 MODEL = io.Custom("LINEAR_MODEL")
@@ -81,21 +80,3 @@ class Tokens:
                 f"tokens: they come from {self.model}, whose codes stand for other pieces of images than those of "
                 f"{image.info.name}; connect its model, or encode the image with this one."
             )
-
-
-TAKES = {
-    "model": (Model, "Load AR Model"),
-    "cache": (CachePlan, "Line Cache"),
-    "prompt": (Prompt, "Class Prompt or Text Prompt"),
-    "tokens": (Tokens, "Generate or Encode Image"),
-    "image": (Tensor, "a node that outputs images"),
-}
-
-
-def connected(**inputs: object) -> None:
-    """Raises UserError where an input is not what comes through its socket: a workflow may hold a value in its place,
-    which ComfyUI lets pass."""
-    for name, value in inputs.items():
-        kind, source = TAKES[name]
-        if not isinstance(value, kind):
-            raise UserError(f"{name}: found the value {str(value)[:40]!r} instead of a connection; connect {source}.")

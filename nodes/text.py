@@ -13,8 +13,9 @@ from torch import nn
 from ..linear_core.checkpoints.text import prompt
 from ..linear_core.errors import UserError
 from . import files, host
+from .inputs import checked
 from .size import OWN, size_input, sized
-from .sockets import MODEL, PROMPT, Model, connected
+from .sockets import MODEL, PROMPT, Model
 
 NOT_LINKED = object()
 ACTIVATIONS = 2**28  # bytes; one text at a time takes a quarter of this
@@ -97,6 +98,7 @@ class TextPrompt(io.ComfyNode):
             return str(error)
 
     @classmethod
+    @checked
     def execute(
         cls,
         text_encoder: str,
@@ -107,8 +109,6 @@ class TextPrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         texts = [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]
         negative = negative_text.strip()
-        if model is not None:
-            connected(model=model)
         if model is not None and not model.image.info.text:
             raise UserError(f"model: {model.image.info.name} takes classes, not text; connect it to Class Prompt.")
         if model is not None and model.image.info.own_tokenizer:

@@ -19,6 +19,7 @@ from linear_core import events
 from linear_core.events import (
     NONE,
     Finished,
+    Kept,
     Line,
     Picture,
     Row,
@@ -28,6 +29,7 @@ from linear_core.events import (
     pack_codes,
     unpack,
     unpack_codes,
+    unpack_kept,
 )
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
@@ -251,6 +253,50 @@ def test_codes_as_text():
     for wrong in ("", "2x2x3", "2x2x4:" + text[6:], "axbxc:", "0x2x3:", text[:-2]):
         with pytest.raises(ValueError):
             unpack_codes(wrong)
+
+
+def test_kept_runs_as_text():
+    """Of one run its codes, of several each with its list index and seed; anything else is an error."""
+    one, other = pack_codes(torch.arange(6).view(1, 2, 3)), pack_codes(torch.arange(3).view(1, 1, 3))
+    assert unpack_kept(one) == [Kept(None, None, (1, 2, 3), [*range(6)])]
+    kept = unpack_kept(f"2@{2**64 - 1}|{one};0@7|{other}")
+    assert [each[:3] for each in kept] == [(2, 2**64 - 1, (1, 2, 3)), (0, 7, (1, 1, 3))]
+    for wrong in (
+        f"2|{one}",
+        f"@7|{one}",
+        f"2@|{one}",
+        f"-1@7|{one}",
+        f"2@7|{one};",
+        f"2@{2**64}|{one}",
+        f"a@b|{one}",
+        "|",
+    ):
+        with pytest.raises(ValueError):
+            unpack_kept(wrong)
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node was not found; it packs rows to keep with web/state.js")
+def test_javascript_keeps_rows_of_several_runs():
+    """What the widget hands back of three runs is read here: of one the rows asked for, of the others all but one."""
+    lines, told = trace("class", "line", "strict")
+    run, *rest = told.events
+    told_of_all = []
+    for i in range(3):
+        told_of_all.append({**run, "run": str(i), "list_index": i, "seed": 5 + i})
+        told_of_all += [{**event, "run": str(i)} for event in rest]
+    script = (
+        f"import {{ keptTextOfRuns, reduceRuns }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
+        "import { readFileSync } from 'node:fs';"
+        "const runs = JSON.parse(readFileSync(0)).reduce(reduceRuns, []);"
+        "console.log(keptTextOfRuns(runs, 1, 2, 99, false));"
+    )
+    command = ["node", "--input-type=module", "-e", script]
+    out = subprocess.run(command, input=json.dumps(told_of_all), capture_output=True, text=True, check=True)
+    kept = unpack_kept(out.stdout.strip())
+    codes = torch.stack([line.tokens for line in lines], 1)
+    assert [each[:3] for each in kept] == [(1, 99, (2, 2, 5)), (0, 5, (2, 5, 5)), (2, 7, (2, 5, 5))]
+    for each in kept:
+        assert torch.equal(torch.tensor(each.codes).view(each.sizes), codes[:, : each.sizes[1]])
 
 
 def test_javascript_knows_the_fields():

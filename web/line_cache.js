@@ -12,12 +12,12 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, draw, layout } from "./draw.js";
-import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptText, memoryText, ownText, picturesThatFit, reduce, replay, runBytes, statusText } from "./state.js";
+import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptRun, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduceRuns, replayRuns, runBytes, statusText } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
 const viewOf = (node) => node?.widgets?.find((/** @type {any} */ widget) => widget.linearView)?.linearView;
-const allViews = () => everyNode(app.rootGraph ?? app.graph).map(viewOf).filter(Boolean);
+const allViews = () => allNodes().map(viewOf).filter(Boolean);
 
 /** What the schemas say: sizes of every model's cache, how it samples by itself, and the presets. */
 const known = { /** @type {Record<string, any>} */ models: {}, /** @type {Record<string, any>} */ presets: {} };
@@ -179,34 +179,86 @@ const widgetValue = (/** @type {any} */ node, /** @type {string} */ name) => nod
 /** The link into an input. @param {any} node @param {string} name */
 function linkInto(node, name) {
   const slot = node?.graph ? (node.inputs ?? []).findIndex((/** @type {any} */ i) => i.name === name) : -1;
-  return slot < 0 ? null : node.getInputLink(slot);
+  if (slot < 0) return null;
+  if (!node.subgraph) return node.getInputLink(slot);
+  // Asked for its links, a subgraph tells of those inside it.
+  const links = node.graph.links?.values?.() ?? Object.values(node.graph.links ?? {});
+  return [...links].find((link) => link?.target_slot === slot && String(link.target_id) === String(node.id)) ?? null;
 }
 
 /** Whether a widget's value comes through its socket. @param {any} node @param {string} name */
 const isLinked = (node, name) => !!linkInto(node, name);
 
-/** The node that an input comes from, through reroutes. @param {any} node @param {string} name */
+/** Every node of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
+const everyNode = (graph) => (graph?.nodes ?? graph?._nodes ?? []).flatMap((/** @type {any} */ node) => [node, ...everyNode(node.subgraph)]);
+const allNodes = () => everyNode(app.rootGraph ?? app.graph);
+
+/**
+ * Where the links into an input begin, through reroutes, into subgraphs and out of them: a node, and the name of its own
+ * input where that is not linked any further. null: they end nowhere. @param {any} node @param {string | undefined} name
+ * @returns {{ node: any, name?: string } | null}
+ */
 function origin(node, name) {
-  for (let hops = 0; hops < 20; hops++) {
+  for (let hops = 0; node && name && hops < 40; hops++) {
     const link = linkInto(node, name);
-    const from = link && node.graph.getNodeById(link.origin_id);
-    if (!from || from.type !== "Reroute") return from ?? null;
+    if (!link) return { node, name };
+    if (Number(link.origin_id) === SUBGRAPH_INPUT) {
+      const outside = allNodes().filter((each) => each.subgraph === node.graph); // several: each may bring something else
+      [node, name] = [outside.length === 1 ? outside[0] : null, node.graph.inputs?.[link.origin_slot]?.name];
+      continue;
+    }
+    let [from, slot, graph] = [node.graph.getNodeById(link.origin_id), link.origin_slot, node.graph];
+    while (from?.subgraph) {
+      graph = from.subgraph;
+      const inner = graph.getLink?.(graph.outputs?.[slot]?.linkIds?.[0]);
+      [from, slot] = [inner && graph.getNodeById(inner.origin_id), inner?.origin_slot];
+    }
+    if (from?.type !== "Reroute") return from ? { node: from } : null;
     [node, name] = [from, from.inputs?.[0]?.name];
   }
   return null;
 }
 
-/** Every node of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
-const everyNode = (graph) => (graph?.nodes ?? graph?._nodes ?? []).flatMap((/** @type {any} */ node) => [node, ...everyNode(node.subgraph)]);
+const SUBGRAPH_INPUT = -10; // what the page says in place of a node's id
+const OFF = [2, 4]; // modes of a node that is muted or bypassed
+
+/** What an input gets when the graph runs; undefined where only the run can tell. Known is what stands in a widget, and
+ * what a node brings through a link that does nothing but hold a value. @param {any} node @param {string} name */
+function valueOf(node, name) {
+  const from = origin(node, name);
+  if (!from || from.name) return from?.name && widgetValue(from.node, from.name);
+  const values = (from.node.widgets ?? []).filter((/** @type {any} */ w) => w.name !== "control_after_generate");
+  const holds = values.length === 1 && (from.node.type === "PrimitiveNode" || values[0].name === "value");
+  return holds && !OFF.includes(from.node.mode) && !isLinked(from.node, values[0].name) ? values[0].value : undefined;
+}
 
 const LOADER = "LineAR_LoadModel";
 
 /** What the schema says of the model that a node draws with; undefined where the graph leaves that open. @param {any} node */
 function modelOf(node) {
-  const from = origin(node, "model");
-  const loaders = everyNode(app.rootGraph ?? app.graph).filter((each) => each.type === LOADER);
-  const loader = from?.type === LOADER ? from : loaders.length === 1 ? loaders[0] : null; // a link out of a subgraph ends nowhere
-  return isLinked(loader, "model") ? undefined : known.models[widgetValue(loader, "model")];
+  const from = origin(node, "model")?.node;
+  const loaders = allNodes().filter((each) => each.type === LOADER);
+  const loader = from?.type === LOADER ? from : loaders.length === 1 ? loaders[0] : null;
+  return known.models[valueOf(loader, "model")];
+}
+
+const goesOn = (/** @type {import("./state.js").State} */ state) => !!state.run && !state.finished && !state.stopped;
+
+/** A picture that a node left behind. @param {any} ref */
+const askPicture = ({ filename, subfolder, type }) => api.fetchApi(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+
+/** Buttons that go to the one before and the one after, and between them which one it is.
+ * @param {string} what @param {(step: number) => void} turn */
+function pager(what, turn) {
+  const button = (/** @type {string} */ sign, /** @type {string} */ label, /** @type {number} */ step) => el("button", { type: "button", textContent: sign, title: label, "aria-label": label, onclick: () => turn(step) });
+  const count = el("span", { className: "quiet" });
+  const group = el("div", { className: "group", hidden: true }, button("‹", `previous ${what}`, -1), count, button("›", `next ${what}`, 1));
+  /** @param {number} at @param {number} of @param {string} [name] */
+  const tell = (at, of, name = "") => {
+    group.hidden = of < 2;
+    count.textContent = `${name}${at + 1}/${of}`;
+  };
+  return { group, tell };
 }
 
 // -- what both views share --------------------------------------------------------------------------------------------
@@ -216,9 +268,13 @@ class Told {
   /** @param {any} node */
   constructor(node) {
     this.node = node;
-    this.state = EMPTY;
+    /** @type {import("./state.js").State[]} */
+    this.states = []; // the node's runs in one prompt: one for each entry, where it gets a list
+    this.at = 0; // the run that is shown
+    this.wanted = -1; // the run that was chosen; -1: the last
+    this.staying = false; // it was chosen while others were still to come
     this.kept = ""; // the widget's value
-    this.pending = 0;
+    this.pending = new Map();
     this.own = el("div", { className: "status quiet own" });
   }
 
@@ -234,28 +290,54 @@ class Told {
 
   /** What the model does where a widget says −1. */
   showOwn() {
-    const values = Object.fromEntries((this.node.widgets ?? []).filter((/** @type {any} */ w) => !isLinked(this.node, w.name)).map((/** @type {any} */ w) => [w.name, w.value]));
+    const values = Object.fromEntries((this.node.widgets ?? []).map((/** @type {any} */ w) => [w.name, valueOf(this.node, w.name)]));
     say(this.own, ownText(values, modelOf(this.node)?.sampling));
     this.own.hidden = !this.own.textContent;
   }
 
+  /** The run that is shown. */
+  get state() {
+    return this.states[this.at] ?? EMPTY;
+  }
+
+  /** The run that is drawn, or was drawn last. */
+  get last() {
+    return this.states.at(-1) ?? EMPTY;
+  }
+
+  /** Whether the run that is shown goes on. */
   get running() {
-    return !!this.state.run && !this.state.finished && !this.state.stopped;
+    return goesOn(this.state);
+  }
+
+  /** Whether any run of the node goes on. */
+  get busy() {
+    return goesOn(this.last);
   }
 
   /** @param {any} event */
   event(event) {
-    const before = this.state.run?.run;
-    this.state = reduce(this.state, event);
-    if (event.kind === "started" || this.state.run?.run !== before) this.fresh();
+    const before = this.last.run?.run;
+    this.states = reduceRuns(this.states, event);
+    if (event.kind === "started" && !event.list_index) this.staying = false;
+    if (!this.staying) this.at = this.states.length - 1;
+    if (!this.staying && (event.kind === "started" || this.last.run?.run !== before)) this.fresh();
     this.show();
   }
 
-  /** A preview of the host as a picture; null where it is none, or a newer one has come meanwhile. @param {Blob} blob */
-  async newest(blob) {
-    const number = ++this.pending;
+  /** All runs that the node left behind; the one that was chosen is shown, or the last. @param {any[]} events */
+  replaced(events) {
+    this.states = replayRuns(events);
+    this.at = this.states.length - 1;
+    if (this.wanted >= 0 && this.wanted < this.at) this.at = this.wanted;
+  }
+
+  /** A picture of a run; null where it is none, or a newer one has come meanwhile. @param {Blob} blob @param {string} run */
+  async newest(blob, run) {
+    const number = (this.pending.get(run) ?? 0) + 1;
+    this.pending.set(run, number);
     const bitmap = await createImageBitmap(blob).catch(() => null);
-    if (number === this.pending) return bitmap;
+    if (number === this.pending.get(run)) return bitmap;
     bitmap?.close();
     return null;
   }
@@ -267,6 +349,8 @@ class Told {
 
 // -- Generate: the view -----------------------------------------------------------------------------------------------
 
+const LEAST = 400; // pixels of height
+
 class View extends Told {
   /** @param {any} node */
   constructor(node) {
@@ -276,10 +360,10 @@ class View extends Told {
     this.hover = -1;
     this.cut = -1;
     this.where = /** @type {[number, number]} */ ([0, 0]);
-    /** @type {ImageBitmap | null} */
-    this.picture = null;
-    this.pictured = 0; // lines the picture shows
-    this.coming = 0; // lines the next one will show
+    /** @type {Map<string, { bitmap: ImageBitmap, lines: number }>} */
+    this.pictures = new Map(); // of each run, and how many lines it shows
+    this.refs = new Map(); // finished pictures that the node left behind, until they are fetched
+    this.coming = 0; // lines the next preview will show
 
     this.paper = paper((ctx, width, height) => this.paint(ctx, width, height));
     const { canvas } = this.paper;
@@ -306,12 +390,25 @@ class View extends Told {
     this.goOn = el("button", { type: "button", textContent: "Continue", title: "draw the rest, as if it had not been stopped", onclick: () => this.again(this.state.lines.length, 0) });
     this.over = el("button", { type: "button", textContent: "Start over", title: "keep no rows: the next run draws the whole picture", onclick: () => this.startOver() });
     this.note = el("span", { className: "quiet note" });
-    this.head_ = el("div", { className: "row wraps" }, this.modes.group, el("div", { className: "group" }, this.layer, this.head));
+    this.runs = pager("run", (step) => this.turn(step));
+    this.head_ = el("div", { className: "row wraps" }, this.modes.group, this.runs.group, el("div", { className: "group" }, this.layer, this.head));
     this.time = el("div", { className: "row" }, this.play, this.scrub, this.moment);
     this.actions = el("div", { className: "row actions" }, this.reroll, this.keep, this.goOn, this.over, this.note);
     this.root = host(this.own, this.head_, this.paper.box, this.status, this.time, this.actions);
     this.modes.set("Both");
+    new ResizeObserver(() => this.fit()).observe(this.paper.box);
     this.show();
+  }
+
+  /** The narrower the node, the more lines its controls take, and the higher it gets to leave room for the picture. */
+  fit() {
+    this.least = LEAST + Math.max(0, 300 - this.paper.box.clientWidth);
+    this.root.style.setProperty("--least", `${this.least}px`);
+    if (!this.root.closest("[data-node-id]") && this.node.graph) {
+      const needed = this.node.computeSize()[1]; // the canvas gives a node no more height by itself
+      if (needed > this.node.size[1]) this.node.setSize([this.node.size[0], needed]);
+    }
+    app.canvas?.setDirty(true, true);
   }
 
   /** @param {any} event */
@@ -322,8 +419,7 @@ class View extends Told {
 
   fresh() {
     this.stop();
-    Object.assign(this, { cut: -1, hover: -1, pictured: 0, coming: 0, look: { row: -1, layer: -1, head: -1 } });
-    this.picture = null;
+    Object.assign(this, { cut: -1, hover: -1, look: { row: -1, layer: -1, head: -1 } });
     const { run } = this.state;
     const options = (/** @type {any} */ select, /** @type {string} */ name, /** @type {number} */ count) =>
       select.replaceChildren(...[-1, ...Array(count).keys()].map((i) => el("option", { value: String(i), textContent: i < 0 ? `all ${name}s` : `${name} ${i + 1}` })));
@@ -336,27 +432,44 @@ class View extends Told {
   load(output) {
     const events = output?.linear_ar;
     if (!events?.length) return;
-    const same = this.state.run?.run === events[0].run && !this.state.partial;
-    this.state = replay(events);
-    if (!same) this.fresh();
-    const [ref] = output.linear_ar_picture ?? [];
-    if (ref) void this.fetch(ref);
+    const { run, partial } = this.state;
+    this.replaced(events);
+    this.refs = new Map((output.linear_ar_picture ?? []).map((/** @type {any} */ ref, /** @type {number} */ i) => [ref.run ?? this.states[i]?.run.run, ref]));
+    if (partial || run?.run !== this.state.run?.run) this.fresh();
+    void this.fetch();
     this.show();
   }
 
-  /** @param {any} ref */
-  async fetch(ref) {
-    const answer = await api.fetchApi(`/view?${new URLSearchParams(ref)}`);
-    if (answer.ok) await this.setPicture(await answer.blob(), this.state.lines.length);
+  /** The finished picture of the run that is shown. */
+  async fetch() {
+    const { run, lines } = this.state;
+    const ref = this.refs.get(run?.run);
+    this.refs.delete(run?.run);
+    const answer = ref && (await askPicture(ref));
+    if (answer?.ok) await this.setPicture(await answer.blob(), lines.length, run.run);
   }
 
-  /** A preview of the host. @param {Blob} blob @param {number} [lines] */
-  async setPicture(blob, lines = this.coming) {
-    const bitmap = await this.newest(blob);
+  /** A preview of the host, or a finished picture. @param {Blob} blob @param {number} [lines] @param {string} [run] */
+  async setPicture(blob, lines = this.coming, run = this.last.run?.run ?? "") {
+    const bitmap = await this.newest(blob, run);
     if (!bitmap) return;
-    this.picture?.close();
-    this.picture = bitmap;
-    this.pictured = lines;
+    this.pictures.get(run)?.bitmap.close();
+    this.pictures.set(run, { bitmap, lines });
+    for (const [other, { bitmap }] of this.pictures) {
+      if (this.states.some((state) => state.run?.run === other)) continue; // else of an earlier prompt
+      this.pictures.delete(other);
+      this.pending.delete(other);
+      bitmap.close();
+    }
+    this.show();
+  }
+
+  /** Another of the node's runs. @param {number} step */
+  turn(step) {
+    this.wanted = this.at = (this.at + step + this.states.length) % this.states.length;
+    this.staying = this.busy;
+    this.fresh();
+    void this.fetch();
     this.show();
   }
 
@@ -378,9 +491,9 @@ class View extends Told {
 
   /** @param {PointerEvent} event */
   point(event) {
-    if (!this.state.run || !this.at) return;
+    if (!this.state.run || !this.place) return;
     const [x, y] = this.paper.point(event);
-    const cell = cellAt(this.at, x, y);
+    const cell = cellAt(this.place, x, y);
     this.setHover(cell);
     this.where = /** @type {[number, number]} */ ([x, y]);
     if (cell >= 0) this.tell(cell, x, y);
@@ -398,9 +511,9 @@ class View extends Told {
 
   /** A row to draw anew from. @param {PointerEvent} event */
   choose(event) {
-    if (this.running || !this.at || !this.state.lines.length) return;
-    const cell = cellAt(this.at, ...this.paper.point(event));
-    this.setCut(cell < 0 ? -1 : Math.floor((cell % (this.at.rows * this.at.cols)) / this.at.cols));
+    if (this.busy || !this.place || !this.state.lines.length) return;
+    const cell = cellAt(this.place, ...this.paper.point(event));
+    this.setCut(cell < 0 ? -1 : Math.floor((cell % (this.place.rows * this.place.cols)) / this.place.cols));
   }
 
   /** @param {number} row */
@@ -412,7 +525,7 @@ class View extends Told {
 
   /** @param {KeyboardEvent} event */
   key(event) {
-    if (!this.state.run || this.running) return;
+    if (!this.state.run || this.busy) return;
     const { rows } = this.state.run;
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 4, PageUp: -4 }[event.key];
     if (step) {
@@ -427,12 +540,14 @@ class View extends Told {
 
   /** Queue a run that keeps rows of this one. @param {number} rows @param {number} stop @param {boolean} [anew] */
   async again(rows, stop, anew = false) {
-    const text = keptText(this.state, rows);
+    const seed = anew ? Math.floor(Math.random() * 2 ** 32) : this.state.run.seed;
+    const text = keptTextOfRuns(this.states, this.at, rows, seed, isLinked(this.node, "seed"));
     if (!text) return;
     this.kept = text;
+    this.wanted = this.states.length > 1 ? this.at : -1;
     setWidget(this.node, "keep_rows", rows);
     setWidget(this.node, "stop_after", stop);
-    setWidget(this.node, "seed", anew ? Math.floor(Math.random() * 2 ** 32) : this.state.run.seed);
+    setWidget(this.node, "seed", seed);
     this.show();
     const control = this.node.widgets?.find((/** @type {any} */ w) => w.name === "control_after_generate");
     const was = control?.value;
@@ -472,11 +587,13 @@ class View extends Told {
     const lines = state.lines.length;
     const can = canChoose(state);
     const after = !!lines && !this.running;
+    const free = after && !this.busy; // to draw anew
+    this.runs.tell(this.at, this.states.length, "run ");
     this.empty.hidden = !!state.run;
     this.head_.hidden = this.status.hidden = !state.run;
     say(this.status, statusText(state));
     this.paper.canvas.setAttribute("aria-label", `${statusText(state)}. Arrow keys choose a row to draw anew from.`);
-    this.paper.canvas.classList.toggle("pick", after);
+    this.paper.canvas.classList.toggle("pick", free);
     this.layer.hidden = !can.layers;
     this.head.hidden = !can.heads;
     this.layer.parentElement.classList.toggle("later", !after);
@@ -490,18 +607,19 @@ class View extends Told {
     this.moment.textContent = `after row ${row}`;
     this.play.textContent = this.timer ? "❚❚" : "▶";
     const keptNow = keptRows(this.kept) && widgetValue(this.node, "keep_rows") > 0;
-    this.actions.classList.toggle("later", !after && !keptNow);
-    this.reroll.hidden = !after || state.partial;
+    this.actions.classList.toggle("later", !free && !keptNow);
+    this.reroll.hidden = !free || state.partial;
     this.reroll.disabled = this.cut < 1;
     this.reroll.textContent = this.cut > 0 ? `Reroll from row ${this.cut + 1}` : "Reroll";
     this.reroll.title = this.cut > 0 ? `keep rows 1 to ${this.cut}, draw the rest with a new seed` : "click a row of the picture first, or choose one with the arrow keys";
-    const partly = after && !state.partial && lines < state.run.rows;
+    const partly = free && !state.partial && lines < state.run.rows;
     this.keep.hidden = !partly || !state.stopped || !!state.finished;
     this.keep.textContent = `Keep ${lines} row${lines > 1 ? "s" : ""}`;
     this.keep.title = "send the rows finished so far on through the graph, as a picture cut off there";
     this.goOn.hidden = !partly;
     this.over.hidden = !keptNow;
-    this.note.textContent = keptNow ? `next run keeps rows 1–${widgetValue(this.node, "keep_rows")}` : after && this.cut < 1 && !state.partial && !partly ? "click a row to draw anew from there" : "";
+    const which = this.states.length > 1 && keptNow ? keptRun(this.kept) : -1;
+    this.note.textContent = keptNow ? `next run keeps rows 1–${widgetValue(this.node, "keep_rows")}${which < 0 ? "" : ` of run ${which + 1}`}` : free && this.cut < 1 && !state.partial && !partly ? "click a row to draw anew from there" : "";
     if (!this.paper.tip.hidden && this.hover >= 0) this.tell(this.hover, ...this.where);
     this.paper.redraw();
   }
@@ -510,19 +628,20 @@ class View extends Told {
   paint(ctx, width, height) {
     const { state, look } = this;
     if (!state.run) return;
-    this.at = layout(width, height, state.run);
+    this.place = layout(width, height, state.run);
+    const { bitmap: picture = null, lines: pictured = 0 } = this.pictures.get(state.run.run) ?? {};
     const done = look.row < 0 ? state.lines.length : look.row + 1;
     const shown = held(state, look);
     draw(ctx, {
-      at: this.at,
+      at: this.place,
       theme: themeOf(this.root),
       mode: /** @type {any} */ (state.partial ? "image" : this.mode),
       held: shown,
       done: state.partial ? (state.lines.at(-1)?.row ?? -1) + 1 : done,
-      drawn: state.partial ? this.pictured || state.run.rows : this.pictured,
+      drawn: state.partial ? pictured || state.run.rows : pictured,
       running: this.running,
-      picture: this.picture,
-      size: this.picture ? { width: this.picture.width, height: this.picture.height } : undefined,
+      picture,
+      size: picture ? { width: picture.width, height: picture.height } : undefined,
       hover: this.hover,
       cut: this.cut,
     });
@@ -540,9 +659,9 @@ class Slider extends Told {
   /** @param {any} node */
   constructor(node) {
     super(node);
-    this.at = 0.5; // where the two meet, as a share of the picture's width
+    this.split = 0.5; // where the two meet, as a share of the picture's width
     this.number = 0;
-    /** @type {[ImageBitmap, ImageBitmap][]} */
+    /** @type {[ImageBitmap, ImageBitmap, string][]} */ // and the run that they are of
     this.pairs = [];
     /** @type {ImageBitmap | null} */
     this.live = null;
@@ -558,20 +677,18 @@ class Slider extends Told {
       const step = { ArrowRight: 0.05, ArrowLeft: -0.05, Home: -1, End: 1 }[event.key];
       if (!step) return;
       event.preventDefault();
-      this.slide(this.at + step);
+      this.slide(this.split + step);
     });
-    this.back = el("button", { type: "button", textContent: "‹", "aria-label": "previous picture", onclick: () => this.turn(-1) });
-    this.next = el("button", { type: "button", textContent: "›", "aria-label": "next picture", onclick: () => this.turn(1) });
-    this.count = el("span", { className: "quiet" });
+    this.pictures = pager("picture", (step) => this.turn(step));
     this.status = el("div", { className: "status", role: "status" });
     this.empty = el("div", { className: "empty" }, "The same seeds twice: with the full cache on the left, with a few lines on the right.");
     this.paper.box.append(this.empty);
-    this.root = host(this.own, this.paper.box, el("div", { className: "row wraps" }, this.status, el("div", { className: "group" }, this.back, this.count, this.next)));
+    this.root = host(this.own, this.paper.box, el("div", { className: "row wraps" }, this.status, this.pictures.group));
     this.show();
   }
 
   fresh() {
-    this.pairs.flat().forEach((bitmap) => bitmap.close());
+    this.pairs.forEach(([full, few]) => [full, few].forEach((bitmap) => bitmap.close()));
     this.pairs = [];
     this.live?.close();
     this.live = null;
@@ -581,21 +698,20 @@ class Slider extends Told {
   /** @param {any} output */
   async load(output) {
     if (!output?.linear_ar_pairs) return;
-    this.state = replay(output.linear_ar ?? []);
-    const number = ++this.pending;
-    const pairs = await Promise.all(output.linear_ar_pairs.map((/** @type {any[]} */ pair) => Promise.all(pair.map(async (ref) => {
-      const answer = await api.fetchApi(`/view?${new URLSearchParams(ref)}`);
-      return createImageBitmap(await answer.blob());
-    })))).catch(() => null);
-    if (!pairs || number !== this.pending) return;
+    this.replaced(output.linear_ar ?? []);
+    const bitmap = async (/** @type {any} */ ref) => createImageBitmap(await (await askPicture(ref)).blob());
+    const number = (this.pending.get("pairs") ?? 0) + 1;
+    this.pending.set("pairs", number);
+    const pairs = await Promise.all(output.linear_ar_pairs.map(async (/** @type {any[]} */ [full, few]) => [await bitmap(full), await bitmap(few), few.run])).catch(() => null);
+    if (!pairs || number !== this.pending.get("pairs")) return;
     this.fresh();
     this.pairs = /** @type {any} */ (pairs);
-    this.show();
+    this.turn(0);
   }
 
   /** @param {Blob} blob */
   async setPicture(blob) {
-    const bitmap = await this.newest(blob);
+    const bitmap = await this.newest(blob, "");
     if (!bitmap) return;
     this.live?.close();
     this.live = bitmap;
@@ -604,21 +720,22 @@ class Slider extends Told {
 
   /** @param {number} share */
   slide(share) {
-    this.at = Math.min(1, Math.max(0, share));
+    this.split = Math.min(1, Math.max(0, share));
     this.paper.redraw();
   }
 
   /** @param {number} step */
   turn(step) {
     this.number = (this.number + step + this.pairs.length) % this.pairs.length;
+    const run = this.states.findIndex((state) => state.run.run === this.pairs[this.number][2]);
+    this.at = run < 0 ? this.states.length - 1 : run; // its text and its numbers go with the picture
     this.show();
   }
 
   show() {
     const { length } = this.pairs;
     this.empty.hidden = !!this.state.run || length > 0;
-    this.back.hidden = this.next.hidden = this.count.hidden = length < 2;
-    this.count.textContent = `${this.number + 1}/${length}`;
+    this.pictures.tell(this.number, length);
     say(this.status, statusText(this.state));
     this.paper.redraw();
   }
@@ -633,7 +750,7 @@ class Slider extends Told {
     const scale = Math.min(width / w, height / h);
     const box = (this.box = { width: w * scale, height: h * scale, x: (width - w * scale) / 2, y: (height - h * scale) / 2 });
     ctx.imageSmoothingEnabled = scale * Math.max(1, window.devicePixelRatio) < 1;
-    const split = Math.round(w * this.at);
+    const split = Math.round(w * this.split);
     const [left, right, offset] = pair ? [pair[0], pair[1], 0] : [this.live, this.live, w];
     if (split > 0) ctx.drawImage(left, 0, 0, split, h, box.x, box.y, split * scale, box.height);
     if (split < w) ctx.drawImage(right, offset + split, 0, w - split, h, box.x + split * scale, box.y, (w - split) * scale, box.height);
@@ -657,16 +774,17 @@ class Slider extends Told {
       ctx.fillText(text, x + 6, y + 9.5);
     };
     const below = wide + wideRight + 18 > box.width; // no room for both side by side
-    if (this.at > 0.1) label(words[0], box.x + 6, box.y + 6, wide);
-    if (this.at < 0.9) label(words[1], box.x + box.width - wideRight - 6, below ? box.y + box.height - 24 : box.y + 6, wideRight);
+    if (this.split > 0.1) label(words[0], box.x + 6, box.y + 6, wide);
+    if (this.split < 0.9) label(words[1], box.x + box.width - wideRight - 6, below ? box.y + box.height - 24 : box.y + 6, wideRight);
     ctx.strokeStyle = theme.border;
     ctx.strokeRect(box.x - 0.5, box.y - 0.5, box.width + 1, box.height + 1);
-    this.paper.canvas.setAttribute("aria-valuenow", String(Math.round(this.at * 100)));
+    this.paper.canvas.setAttribute("aria-valuenow", String(Math.round(this.split * 100)));
   }
 }
 
 // -- Line Cache: the memory line --------------------------------------------------------------------------------------
 
+const PROMPTS = ["LineAR_ClassPrompt", "LineAR_TextPrompt"];
 const FREE = { /** @type {number | null} */ bytes: null, asked: 0 };
 
 /** Free memory of the host's device, asked for now and then. */
@@ -704,27 +822,42 @@ class Memory {
     this.show();
   }
 
-  /** What the graph says, as numbers; null where it cannot be told. */
+  /** What the graph says, as numbers, and the inputs that only the run can tell: `lacking` where nothing can be said then,
+   * `unknown` where only the number of pictures cannot. */
   sizes() {
-    const nodes = everyNode(app.rootGraph ?? app.graph);
-    const user = nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type) && origin(n, "cache") === this.node) ?? nodes.find((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type));
-    const loader = [origin(user, "model")].find((n) => n?.type === LOADER) ?? nodes.find((n) => n.type === LOADER);
-    const shape = known.models[widgetValue(loader, "model") ?? Object.keys(known.models)[0]];
-    const preset = widgetValue(this.node, "preset");
-    const own = (/** @type {string} */ name) => widgetValue(this.node, `preset.${name}`) ?? widgetValue(this.node, name);
+    const nodes = allNodes();
+    const users = nodes.filter((n) => ["LineAR_Generate", "LineAR_Compare"].includes(n.type));
+    const user = users.find((n) => origin(n, "cache")?.node === this.node) ?? users[0];
+    const from = origin(user, "model")?.node;
+    const loader = from?.type === LOADER ? from : nodes.find((n) => n.type === LOADER);
+    const prompt = isLinked(user, "prompt") ? origin(user, "prompt")?.node : null;
+    /** @type {string[]} */
+    const missed = [];
+    /** Its value, or what is used in its place where there is no such widget or it is not known. */
+    const read = (/** @type {any} */ node, /** @type {string} */ name, /** @type {any} */ otherwise) => {
+      if (!node?.widgets?.some((/** @type {any} */ w) => w.name === name)) return otherwise;
+      const value = valueOf(node, name);
+      if (value === undefined) missed.push(name.replace(/.*\./, ""));
+      return value ?? otherwise;
+    };
+    const model = read(loader, "model", Object.keys(known.models)[0]);
+    const preset = read(this.node, "preset", "");
+    const own = (/** @type {string} */ name) => read(this.node, `preset.${name}`, undefined) ?? read(this.node, name, undefined);
     const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release") };
+    const pixels = read(prompt, "size.pixels", undefined);
+    const weight_dtype = read(loader, "weight_dtype", "default");
+    const shape = known.models[model];
+    if (missed.length) return { lacking: missed };
     if (!shape || !plan.policy || !plan.budget) return null;
-    const prompt = origin(user, "prompt");
-    const more = String(widgetValue(prompt, "more_classes") ?? "").split("\n").filter((line) => line.trim()).length;
-    const named = widgetValue(prompt, "class_name") === "(only those below)" ? 0 : 1;
-    const texts = widgetValue(prompt, "text");
+    if (isLinked(user, "prompt") && !PROMPTS.includes(prompt?.type)) missed.push("prompt");
+    const more = String(read(prompt, "more_classes", "")).split("\n").filter((line) => line.trim()).length;
+    const named = read(prompt, "class_name", "") === "(only those below)" ? 0 : 1;
+    const texts = read(prompt, "text", undefined);
     const rows = texts === undefined ? named + more : String(texts).split(/^\s*-{3,}\s*$/m).filter((part) => part.trim()).length;
-    const images = Math.max(1, rows) * (Number(widgetValue(user, "batch_size")) || 1);
-    const guidance = Number(widgetValue(user, "guidance") ?? -1);
+    const images = Math.max(1, rows) * (Number(read(user, "batch_size", 1)) || 1);
+    const guidance = Number(read(user, "guidance", -1));
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
-    const weights = shape.weights?.[widgetValue(loader, "weight_dtype") ?? "default"];
-    const grid = gridOf(shape, widgetValue(prompt, "size.pixels"));
-    return { shape, grid, plan, weights, images, each: guided ? 2 : 1 };
+    return { shape, grid: gridOf(shape, pixels), plan, weights: shape.weights?.[weight_dtype], images: missed.length ? 1 : images, each: guided ? 2 : 1, unknown: missed };
   }
 
   show() {
@@ -733,18 +866,20 @@ class Memory {
     const sizes = this.sizes();
     let text = "KV cache: choose a model to see its memory";
     let memory = { text, fits: true, share: 0 };
-    if (sizes) {
-      const { shape, grid, plan, weights = 0, images, each } = sizes;
+    if (sizes?.lacking) {
+      memory.text = `KV cache: unknown until it runs, as ${sizes.lacking.join(" and ")} ${sizes.lacking.length > 1 ? "come" : "comes"} through a link`;
+    } else if (sizes) {
+      const { shape, grid, plan, weights = 0, images, each, unknown } = sizes;
       const bytes = (/** @type {any} */ plan) => cacheBytes(shape, grid, plan, images * each);
       // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
       const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - weights;
       const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
-      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown);
     }
     if (this.status.textContent === memory.text) return;
     say(this.status, memory.text);
-    const sequences = sizes ? sizes.images * sizes.each : 0;
-    this.status.title = sizes ? `${memory.text}. ${sequences} sequence${sequences > 1 ? "s" : ""}, guidance included. A larger batch is drawn in parts.` : memory.text;
+    const sequences = sizes?.images ? sizes.images * sizes.each : 0;
+    this.status.title = sequences ? `${memory.text}. ${sequences} sequence${sequences > 1 ? "s" : ""}, guidance included. A larger batch is drawn in parts.` : memory.text;
     this.fill.style.width = `${(memory.share * 100).toFixed(1)}%`;
     this.root.shadowRoot.host.classList.toggle("tight", !memory.fits);
     this.fill.parentElement.classList.toggle("tight", !memory.fits);
@@ -822,7 +957,7 @@ app.registerExtension({
 
   getCustomWidgets() {
     return {
-      LINEAR_VIEW: widgetOf(View, 400, true),
+      LINEAR_VIEW: widgetOf(View, LEAST, true),
       LINEAR_COMPARE: widgetOf(Slider, 280, true),
       LINEAR_MEMORY: widgetOf(Memory, 44, false),
     };
@@ -839,7 +974,7 @@ app.registerExtension({
     api.addEventListener(EVENT, ({ detail }) => view(detail.node)?.event(detail));
     api.addEventListener("b_preview_with_metadata", ({ detail }) => void view(detail.nodeId)?.setPicture(detail.blob));
     api.addEventListener("executed", ({ detail }) => void view(detail.node, detail.display_node)?.load(detail.output));
-    const stopped = () => allViews().forEach((each) => each.running && each.event({ kind: "stopped" }));
+    const stopped = () => allViews().forEach((each) => each.busy && each.event({ kind: "stopped" }));
     api.addEventListener("execution_interrupted", stopped);
     api.addEventListener("execution_error", stopped);
   },

@@ -8,7 +8,7 @@
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index"],
   "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held"]
@@ -56,6 +56,26 @@ export function reduce(state, event) {
 
 /** The state after all of `events`, such as a node's `ui` holds. @param {any[]} events */
 export const replay = (events) => events.reduce(reduce, EMPTY);
+
+/**
+ * The runs of a node within one prompt, one event later: ComfyUI runs a node once for each entry of a list. A run that is
+ * drawn in parts starts again with each; the first run of a prompt puts an end to those of the one before.
+ * @param {State[]} runs @param {any} event @returns {State[]}
+ */
+export function reduceRuns(runs, event) {
+  if (event.kind !== "started") return [...runs.slice(0, -1), reduce(runs.at(-1) ?? EMPTY, event)];
+  const before = runs.filter((state) => state.run && indexOf(state) < (event.list_index ?? 0));
+  return [...before, reduce(EMPTY, event)];
+}
+
+/** Which of its node's runs this is, from 0. @param {State} state */
+export const indexOf = (state) => state.run?.list_index ?? 0;
+
+/** All runs that a node left behind, which ComfyUI puts one after the other. @param {any[]} events @returns {State[]} */
+export function replayRuns(events) {
+  const starts = events.flatMap((event, i) => (event.kind === "started" ? [i] : []));
+  return starts.map((start, i) => replay(events.slice(start, starts[i + 1])));
+}
 
 /** @param {any} event @returns {Line} */
 function decode(event) {
@@ -284,8 +304,28 @@ export function keptText(state, rows) {
   return `${images}x${rows}x${cols}:${packed(codes)}${of ? `:${of}` : ""}`;
 }
 
-/** How many lines a kept text holds. @param {unknown} text */
-export const keptRows = (text) => Number(/^\d+x(\d+)x\d+:/.exec(String(text ?? ""))?.[1] ?? 0);
+/**
+ * The same of a node that runs several times, or whose seed comes through a link: "list index @ seed | lines to keep" of
+ * the run that is shown, then of the others all that can be kept, with their own seeds, so that they stay as they are.
+ * @param {State[]} runs @param {number} shown  which of them @param {number} rows  to keep of it
+ * @param {number} seed  for the rest of it @param {boolean} linked  whether the node gets its seed through a link
+ */
+export function keptTextOfRuns(runs, shown, rows, seed, linked) {
+  const text = keptText(runs[shown], rows);
+  if (!text || (runs.length < 2 && !linked)) return text;
+  const others = runs.filter((_, i) => i !== shown).map((state) => ({ state, rows: Math.min(state.lines.length, state.run.rows - 1) }));
+  const parts = others.map(({ state, rows }) => [indexOf(state), state.run.seed, keptText(state, rows)]).filter((part) => part[2]);
+  return [[indexOf(runs[shown]), seed, text], ...parts].map(([index, seed, kept]) => `${index}@${wholeSeed(seed)}|${kept}`).join(";");
+}
+
+/** A seed in full; the largest were rounded up, beyond what a seed can be. @param {number} seed */
+const wholeSeed = (seed) => (seed < 2 ** 64 ? BigInt(seed) : 2n ** 64n - 1n);
+
+/** Which run a kept text is about; -1 where the node has only one. @param {unknown} text */
+export const keptRun = (text) => Number(/^(\d+)@/.exec(String(text ?? ""))?.[1] ?? -1);
+
+/** How many lines a kept text holds, of the run that it is about. @param {unknown} text */
+export const keptRows = (text) => Number(/^(?:\d+@\d+\|)?\d+x(\d+)x\d+:/.exec(String(text ?? ""))?.[1] ?? 0);
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
@@ -354,10 +394,13 @@ export function gridOf(own, size) {
 /**
  * "KV cache 5.1 MiB of 24.3 MiB, −79 % · weights 3.0 GB · room for 40 pictures at once", and whether the batch fits.
  * @param {number} bytes @param {number} full @param {number} weights @param {number | null} fitting  pictures that fit; null: not known
- * @param {number} images
+ * @param {number} images  @param {string[]} unknown  inputs that decide how many there are, and come through a link; then
+ *   the numbers are those of one picture
  */
-export function memoryText(bytes, full, weights, fitting, images, most = 512) {
-  const parts = [`KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB, −${Math.round((1 - bytes / full) * 100)} %` : ", everything kept")];
+export function memoryText(bytes, full, weights, fitting, images, unknown = [], most = 512) {
+  const each = unknown.length ? " a picture" : "";
+  const parts = [`KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB${each}, −${Math.round((1 - bytes / full) * 100)} %` : `${each}, everything kept`)];
+  if (unknown.length) parts.push(`${unknown.join(" and ")} unknown until it runs`);
   if (weights) parts.push(`weights ${(weights / 1e9).toFixed(2)} GB`);
   const fits = fitting === null || images <= fitting;
   if (fitting === 0) parts.push("too little memory is free for one picture");

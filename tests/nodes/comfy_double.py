@@ -41,6 +41,7 @@ class Host:
         self.stop_where = ""  # the name of the only thread that is told; empty: whichever asks first
         self.stops = 0
         self.free = 2**30
+        self.context: Any = None  # of the node that runs: its list_index, where it runs for each entry of a list
         folder_names_and_paths.clear()
 
     def stop_if_asked(self) -> None:
@@ -67,11 +68,12 @@ class Input:
     always: dict[str, Any] = {}  # noqa: RUF012 (never written to)
 
     def __init__(self, id: str, *, optional: bool = False, extra_dict: dict[str, Any] | None = None, **options: Any):
-        self.id, self.optional, self.extra, self.options = id, optional, extra_dict or {}, options
+        self.id, self.optional, self.extra, self.given = id, optional, extra_dict or {}, options
+        vars(self).update(options)
 
     def told(self) -> list[Any]:
         names = {"dynamic_prompts": "dynamicPrompts"}
-        options = {names.get(k, k): v for k, v in self.options.items() if v is not None}
+        options = {names.get(k, k): v for k, v in self.given.items() if v is not None}
         return [self.io_type, {**self.always, **options, **self.extra}]
 
 
@@ -103,11 +105,11 @@ class _DynamicInput(Input):
 
     def __init__(self, id: str, options: list[Any], **more: Any):
         super().__init__(id, **more)
-        self.choices = options
+        self.options = options
 
     def told(self) -> list[Any]:
         name, options = super().told()
-        return [name, {**options, "options": [{"key": c.key, "inputs": inputs(c.inputs)} for c in self.choices]}]
+        return [name, {**options, "options": [{"key": c.key, "inputs": inputs(c.inputs)} for c in self.options]}]
 
 
 class Option:
@@ -149,7 +151,7 @@ def execute(node: type[ComfyNode], **inputs: Any) -> NodeOutput:
     """What a node puts out, inputs that are not given at their defaults."""
     known = {entry.id: entry for entry in node.GET_SCHEMA().inputs}
     assert set(inputs) <= set(known), "an input that the node does not have"
-    defaults = {name: entry.options["default"] for name, entry in known.items() if "default" in entry.options}
+    defaults = {name: entry.given["default"] for name, entry in known.items() if "default" in entry.given}
     return node.execute(**{**defaults, **inputs})
 
 
@@ -279,6 +281,8 @@ def modules() -> dict[str, ModuleType]:
         "comfy.ops": ops,
         "comfy.utils": utils,
         "comfy.model_patcher": patcher,
+        "comfy_execution.utils": module("comfy_execution.utils", get_executing_context=lambda: host.context),
+        "comfy_execution": module("comfy_execution"),
         "comfy_api": module("comfy_api", feature_flags=flags),
         "comfy_api.feature_flags": flags,
         "comfy_api.latest": module("comfy_api.latest", io=io, ComfyExtension=ComfyExtension),

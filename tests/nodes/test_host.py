@@ -257,6 +257,52 @@ def test_a_model_file_that_changes_between_two_runs(server):
     assert complaints(server.log) == []
 
 
+def test_a_list_of_pictures_and_one_of_them_drawn_anew(server):
+    """ComfyUI runs Encode Image and Generate once for each: three runs are told apart, Reroll changes its own."""
+    prompt = prompt_of(WORKFLOWS / "api" / "first_image.json", 9009)
+    kinds = {node["class_type"]: key for key, node in prompt.items()}
+    drawing, model = kinds["LineAR_Generate"], [kinds["LineAR_LoadModel"], 0]
+    prompt |= {
+        "noise": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 96, "height": 96, "batch_size": 3, "color": 0x336699},
+        },
+        "list": {"class_type": "RebatchImages", "inputs": {"images": ["noise", 0], "batch_size": 1}},
+        "codes": {"class_type": "LineAR_EncodeImage", "inputs": {"model": model, "image": ["list", 0]}},
+    }
+    given = prompt[drawing]["inputs"]
+    given |= {"tokens": ["codes", 0], "keep_rows": 20, "guidance": 1.0}
+    del given["guidance_interval"]
+
+    def runs() -> list[list[str]]:
+        messages, end = finish(server, prompt)
+        assert end["type"] == "execution_success", end
+        told = [
+            m["data"]
+            for m in messages
+            if isinstance(m, dict) and m["type"] == "executed" and m["data"]["node"] == drawing
+        ]
+        events = told[-1]["output"]["linear_ar"]
+        starts = [event for event in events if event["kind"] == "started"]
+        assert [event["list_index"] for event in starts] == [0, 1, 2]
+        assert [ref["run"] for ref in told[-1]["output"]["linear_ar_picture"]] == [event["run"] for event in starts]
+        return [[e["tokens"] for e in events if e["kind"] == "row" and e["run"] == start["run"]] for start in starts]
+
+    def kept(run: list[str], rows: int) -> str:
+        codes = [code for row in run[:rows] for code in unpack(row)]
+        return f"1x{rows}x{ROWS}:{pack(codes)}"
+
+    before = runs()
+    seed = given["seed"]
+    given["view"] = ";".join(
+        [f"1@4711|{kept(before[1], 20)}", *(f"{i}@{seed}|{kept(before[i], ROWS - 1)}" for i in (0, 2))]
+    )
+    after = runs()
+    assert after[0] == before[0] and after[2] == before[2]
+    assert after[1][:20] == before[1][:20] and after[1] != before[1]
+    assert complaints(server.log) == []
+
+
 # -- what strangers send -----------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,60 @@ def test_the_same_rows_again_and_a_new_rest(small, one):  # noqa: F811
     assert torch.equal(first.codes[:, :5], whole.codes[:, :5]), "what the widget hands back goes first"
 
 
+def listed(comfy, entries, **settings):  # noqa: F811
+    """Generate run once for each entry of a list, as ComfyUI does: its outputs, and what all runs leave on the page."""
+    outputs = []
+    for index, entry in enumerate(entries):
+        comfy.context = SimpleNamespace(list_index=index)
+        outputs.append(NODES["LineAR_Generate"].execute(**settings | entry))
+    comfy.context = None
+    uis = [output.ui for output in outputs]
+    return [output.result[0] for output in outputs], {key: [y for x in uis for y in x[key]] for key in uis[0]}
+
+
+def test_a_node_that_runs_for_each_entry_of_a_list(small, one, comfy, monkeypatch):  # noqa: F811
+    """Events, picture and kept rows say of which run they are; what is drawn anew of one leaves the others alone."""
+    settings = {
+        "cache": CachePlan(),
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "batch_size": 1,
+        "guidance": 2.0,
+        **one,
+    }
+    entries = [{"seed": seed, "prompt": run("ClassPrompt", model=small, class_name=name)[0]}
+               for seed, name in ((5, "alpine dawn"), (2**64 - 1, "ocean day"), (7, "desert day"))]  # fmt: skip
+    drawn, left = listed(comfy, entries, **settings)
+    starts = [event for event in left["linear_ar"] if event["kind"] == "started"]
+    assert [event["list_index"] for event in starts] == [0, 1, 2]
+    assert [ref["run"] for ref in left["linear_ar_picture"]] == [event["run"] for event in starts]
+    assert len({ref["filename"] for ref in left["linear_ar_picture"]}) == 3
+
+    pack = events.pack_codes
+    kept = [
+        f"1@99|{pack(drawn[1].codes[:, :3])}",
+        *(f"{i}@{entries[i]['seed']}|{pack(drawn[i].codes[:, :-1])}" for i in (0, 2)),
+    ]
+    again, _ = listed(comfy, entries, **settings, keep_rows=3, view=";".join(kept))
+    assert torch.equal(again[0].codes, drawn[0].codes) and torch.equal(again[2].codes, drawn[2].codes)
+    (alone,) = run("Generate", **settings | entries[1] | {"seed": 99}, tokens=drawn[1], keep_rows=3)
+    assert torch.equal(again[1].codes, alone.codes) and not torch.equal(alone.codes, drawn[1].codes)
+    assert torch.equal(alone.codes[:, :3], drawn[1].codes[:, :3])
+
+    stopped = [
+        f"1@{2**64 - 1}|{pack(drawn[1].codes[:, :3])}",
+        f"0@5|{pack(drawn[0].codes[:, :-1])}",
+    ]  # before the third
+    rest, _ = listed(comfy, entries, **settings, keep_rows=3, view=";".join(stopped))
+    assert all(torch.equal(ours.codes, whole.codes) for ours, whole in zip(rest, drawn, strict=True))
+    with pytest.raises(UserError, match="keep_rows: 4 rows are to be kept, but there are only 3"):
+        listed(comfy, entries[:2], **settings, keep_rows=4, view=";".join(stopped))
+
+    monkeypatch.setattr(live.PreviewWorker, "final", lambda *_: None)  # of one run there may be no picture
+    assert listed(comfy, entries[:2], **settings)[1]["linear_ar_picture"] == []
+
+
 def test_a_picture_cut_off(small, one):  # noqa: F811
     """stop_after draws so many rows, and with as many kept it draws none; both decode."""
     settings = {"cache": CachePlan(), "guidance": 1.0, "seed": 5, **one}

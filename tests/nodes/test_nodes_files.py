@@ -68,12 +68,12 @@ def test_a_broken_model_is_listed_and_hides_no_other(models: Path) -> None:
     assert {"mine.safetensors", "noise.pt", *(f"broken {n}" for n in range(5))} <= set(names)
     own = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0}  # LlamaGen's, of classes
     assert files.model_facts()["mine.safetensors"]["sampling"] == own and files.class_names()
-    schema = json.dumps(NODES["LineAR_LoadModel"].GET_SCHEMA().inputs[0].options["options"])
+    schema = json.dumps(NODES["LineAR_LoadModel"].GET_SCHEMA().inputs[0].options)
     assert "noise.pt" in schema
     load = NODES["LineAR_LoadModel"]
     for name in set(names) - {"mine.safetensors", files.BUNDLED_NAME}:
         with pytest.raises(UserError, match=r"index\.json|config\.json|noise|no config"):
-            load.execute(name, "automatic", 0, 0)
+            load.execute(model=name, tokenizer="automatic")
         load.fingerprint_inputs(name, "automatic", 0, 0)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models import official_janus
 from tests.nodes import comfy_double
@@ -108,6 +109,19 @@ def test_mistakes_with_texts(comfy: Host) -> None:
     (prompt,) = run("ClassPrompt", model=bundled, class_name="ocean day").result
     with pytest.raises(UserError, match="connect a Text Prompt"):
         run("Generate", model=load(), cache=CachePlan(), prompt=prompt)
+
+
+@pytest.mark.parametrize("prefix", ["gen_vision_model.", "gen_vision_model.quantize."])
+def test_a_folder_without_the_weights_of_its_own_tokenizer(comfy: Host, prefix: str) -> None:
+    """There is no other tokenizer to choose: what helps is to fetch the files again, automatic or not."""
+    path = comfy.models / "ar_image" / "chat" / "Janus-1.3B" / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}, path, {"format": "pt"})
+    for tokenizer in ("automatic", "chat/Janus-1.3B"):
+        with pytest.raises(
+            UserError, match=r"^Janus-1\.3B: .*own image tokenizer are missing; download all of its files"
+        ):
+            load(model="chat/Janus-1.3B", tokenizer=tokenizer)
 
 
 def test_a_batch_that_does_not_fit_is_drawn_in_parts(comfy: Host) -> None:

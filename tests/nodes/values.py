@@ -1,4 +1,5 @@
-"""Values that a stranger's workflow may bring: for every widget of every node out of range, of the wrong type, missing.
+"""Values that a stranger's workflow may bring: for every widget of every node out of range, of the wrong type, missing;
+and whatever other nodes may bring through a link, which ComfyUI holds to nothing.
 
 One graph has every node; a case changes one value in it. `host` says what becomes of a value in ComfyUI before a node
 runs, as test_host.py finds it in a real one; test_values.py does without.
@@ -10,8 +11,13 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 SCHEMAS = json.loads((Path(__file__).parents[1] / "fixtures" / "object_info.json").read_text(encoding="utf-8"))
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
@@ -165,3 +171,99 @@ def nested(node: str, given: dict[str, Any]) -> dict[str, Any]:
             inner = {key.partition(".")[2]: value for key, value in given.items() if key.startswith(f"{name}.")}
             made[name] = {name: given[name], **inner}
     return made
+
+
+# -- through links -----------------------------------------------------------------------------------------------------
+
+TYPED = {  # by type of input: what is taken, and for what; `given` is what the graph above has there
+    "INT": lambda given: [
+        (given, given), (np.int64(given), given), (np.int32(given).astype(np.int16), given), (float(given), given),
+        (np.float32(given), given), (str(given), given), (f" {given}.0 ", given), (torch.tensor(given), given),
+        (torch.tensor(float(given), dtype=torch.bfloat16), given), (np.array(given), given), (Fraction(given), given),
+        (Decimal(given), given),
+    ],
+    "FLOAT": lambda given: [
+        (given, given), (np.float64(given), given), (np.float32(given), float(np.float32(given))), (str(given), given),
+        (f"{given:e}", given), (torch.tensor(given, dtype=torch.float64), given), (np.array(given), given),
+        (Fraction(given), given), (Decimal(given), given), (np.int8(1), 1.0), (1, 1.0), ("1", 1.0),
+        (torch.tensor(1), 1.0),
+    ],
+    "COMBO": lambda given: [(given, given), (np.str_(given), given), (np.array(given), given)],
+    "BOOLEAN": lambda given: [
+        *((value, True) for value in (True, 1, 1.0, np.True_, np.int64(1), torch.tensor(True), "true", " True ")),
+        *((value, False) for value in (False, 0, np.False_, torch.tensor(0), "false", "FALSE")),
+    ],
+    "STRING": lambda given: [
+        (given, given), (np.str_("a fox"), "a fox"), (7, "7"), (2.5, "2.5"), (np.int64(7), "7"),
+        ("a \ud800 fox", "a ? fox"),
+    ],
+    DYNAMIC: lambda given: [],
+}  # fmt: skip
+NO_NUMBER = [
+    "three", "", "nan", "1e999", "0x10", "9" * 5000, "-" + "9" * 40, b"5", True, np.True_, torch.tensor(True),
+    float("nan"), float("inf"), np.float32("nan"), 10**400, -(10**400), 1j, np.complex64(1), torch.tensor(1j),
+    torch.tensor(float("nan")),
+    torch.zeros((), device="meta"), torch.tensor([5]), np.array([5]), torch.zeros(1, 4, 4, 3), torch.zeros(2),
+    np.array([1, 2]), np.array(["5"]), np.datetime64("2026-11-26"), [1, 2, 3], [5], (5,), {}, {"samples":
+    torch.zeros(1)}, object(), print,
+]  # fmt: skip
+WORDS = [
+    7,
+    True,
+    2.5,
+    [1, 2, 3],
+    ["a"],
+    ("a",),
+    {},
+    b"a",
+    torch.zeros(3),
+    torch.tensor(7),
+    np.array([1]),
+    object(),
+    print,
+]
+NO_TEXT = [True, [1, 2, 3], ["a fox"], ("a fox",), {}, b"a fox", torch.zeros(3), np.array(["a"]), 1j, object(), print]
+UNLIKE = {
+    "INT": [2.5, "2.5", np.float32(0.5), torch.tensor(1.5), Fraction(1, 3), Decimal("0.1"), *NO_NUMBER],
+    "FLOAT": NO_NUMBER,
+    "COMBO": ["no such thing", "", "a\0b", "\ud800", *WORDS],
+    "BOOLEAN": ["maybe", "", 7, -1, 0.5, float("nan"), [True], {}, torch.zeros(3), "yes", object()],
+    "STRING": NO_TEXT,
+    DYNAMIC: ["no such thing", "", *WORDS],
+}
+
+
+def pictures(high: int = 12, wide: int = 10) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """IMAGEs as other nodes make them, and what they are to a node of ours."""
+    one = torch.linspace(0, 1, high * wide * 3).view(1, high, wide, 3)
+    more = one * 1.2 - 0.1  # as bicubic resampling may leave it
+    return [
+        (one, one), (one.half(), one.half().float()), (one.bfloat16(), one.bfloat16().float()), (one.double(), one),
+        (torch.cat([one, one[..., :1]], -1), one), (more, more.clamp(0, 1)), (one.flip(2).flip(2), one),
+        (one.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3), one), ((one > 0.5), (one > 0.5).float()),
+        ((one > 0.5).byte(), (one > 0.5).float()), (one[:, :1, :1], one[:, :1, :1]), (one[:, :, :1], one[:, :, :1]),
+    ]  # fmt: skip
+
+
+def no_pictures() -> list[Any]:
+    one = torch.linspace(0, 1, 192).view(1, 8, 8, 3)
+    spoilt = one.clone()
+    spoilt[0, 3, 3, 1] = float("nan")
+    endless = one.clone()
+    endless[0, 3, 3, 1] = float("-inf")
+    return [
+        one[0], one[..., 0], one[..., 0, 0], one[None], one[..., :1], one[..., :2], one.repeat(1, 1, 1, 2), one[:0],
+        one[:, :0], one[:, :, :0], one[..., :0], one.permute(0, 3, 1, 2), spoilt, endless, one * 255, (one *
+        255).byte(),
+        one * 4 - 2, one - 1, one.to(torch.complex64), one.numpy(), [one], [one, one], (one,), {"samples": one},
+        torch.tensor(0.5),
+        "picture.png", 7, True, object(),
+    ]  # fmt: skip
+
+
+def sockets() -> Iterator[tuple[str, str, str, Any, bool]]:
+    """Node, name, type, options and whether it is required, of every input that takes a link, the inner ones too."""
+    for node, given in GRAPH.items():
+        for name, kind, options, required in declared(SCHEMAS[node]["input"], given):
+            if not options.get("socketless"):
+                yield node, name, kind, options, required

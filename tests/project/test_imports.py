@@ -263,6 +263,7 @@ def test_numbers_run_without_torch():
 SHARED = {
     "nodes.host",
     "nodes.files",
+    "nodes.inputs",
     "nodes.live",
     "nodes.size",
     "nodes.sockets",

@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptText, memoryText, ownText, picturesThatFit, reduce, replay, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, replay, replayRuns, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -14,6 +14,7 @@ const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toStri
 const started = {
   kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
   detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB, codebook: "",
+  list_index: 0,
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
@@ -137,6 +138,38 @@ test("lines to keep travel as text", () => {
   assert.equal(keptRows(of), 2);
 });
 
+/** The events of one of a node's runs, for an entry of a list. */
+const entry = (index, ...more) => [{ ...started, run: `r${index}`, list_index: index, seed: 7 + index }, ...[first, second, ...more].map((event) => ({ ...event, run: `r${index}` }))];
+
+test("a node that runs for each entry of a list: every run is kept, live and afterwards", () => {
+  const events = [...entry(0, finished), ...entry(1, finished), ...entry(2)];
+  const live = events.reduce(reduceRuns, []);
+  assert.deepEqual(live.map((state) => [state.run.run, state.lines.length, !!state.finished]), [["r0", 2, true], ["r1", 2, true], ["r2", 2, false]]);
+  assert.deepEqual(replayRuns(events), live);
+  assert.deepEqual(replayRuns(entry(0)), [replay(entry(0))]);
+  const parts = [...entry(0), ...entry(1), { ...started, run: "second part", list_index: 1 }].reduce(reduceRuns, []);
+  assert.deepEqual(parts.map((state) => state.run.run), ["r0", "second part"], "a run in parts starts again with each");
+  assert.deepEqual(reduceRuns(live, { ...started, run: "next prompt" }).map((state) => state.run.run), ["next prompt"]);
+  const { list_index: _, ...before } = started; // as earlier versions tell it
+  assert.deepEqual(reduceRuns(live, before).map((state) => state.run.run), ["a"]);
+  assert.ok(reduceRuns(live, { kind: "stopped" })[2].stopped && !reduceRuns(live, { kind: "stopped" })[1].stopped);
+  assert.deepEqual(reduceRuns([], { kind: "stopped" }).length, 1);
+});
+
+test("lines to keep of one of several runs: the others stay as they are, with their own seeds", () => {
+  const runs = [...entry(0, finished), ...entry(1, finished), ...entry(2)].reduce(reduceRuns, []);
+  const text = keptTextOfRuns(runs, 1, 1, 99, false);
+  assert.deepEqual(text.split(";").map((part) => part.split(":")[0]), ["1@99|2x1x3", "0@7|2x2x3", "2@9|2x2x3"]);
+  assert.equal(keptRun(text), 1);
+  assert.equal(keptRows(text), 1);
+  assert.equal(keptTextOfRuns([runs[1]], 0, 2, 99, false), keptText(runs[1], 2), "of one run nothing else is said");
+  assert.equal(keptRun(keptText(runs[1], 2)), -1);
+  assert.equal(keptTextOfRuns([runs[0]], 0, 2, 99, true), `0@99|${keptText(runs[0], 2)}`, "unless its seed is not the node's to set");
+  assert.equal(keptTextOfRuns(runs, 1, 3, 99, false), "");
+  assert.match(keptTextOfRuns([runs[0]], 0, 1, 2 ** 64 - 2 ** 11, true), /^0@18446744073709549568[|]/);
+  assert.match(keptTextOfRuns([runs[0]], 0, 1, 2 ** 64, true), /^0@18446744073709551615[|]/);
+});
+
 test("memory before anything runs", () => {
   const shape = { layers: 6, heads: 6, head_dim: 32, prompt: 1, bytes_per_element: 4 };
   const full = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "full", budget: 4 }, 2);
@@ -157,6 +190,8 @@ test("memory before anything runs", () => {
   assert.equal(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");
+  assert.match(memoryText(few, full, 0, 9, 1, ["batch_size"]).text, /^KV cache 2.1 MiB of 10.1 MiB a picture, −79 % · batch_size unknown until it runs · room for 9 pictures at once$/);
+  assert.equal(memoryText(full, full, 0, null, 1, ["text", "batch_size"]).text, "KV cache 10.1 MiB a picture, everything kept · text and batch_size unknown until it runs");
 });
 
 test("the module is pure: it imports nothing and touches no page", () => {

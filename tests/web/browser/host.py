@@ -14,6 +14,7 @@ import json
 import struct
 import sys
 import uuid
+from array import array
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Replay:
         self.stop = asyncio.Event()
         self.hold = asyncio.Event()  # POST /test/hold: wait after that row, until the next or POST /test/go
         self.hold_after = 10**9
+        self.entries = 1  # POST /test/list: entries of the list that the node gets, for each of which it runs
         self.playing: set[asyncio.Task] = set()
         self.files = {name: data for run in self.fixture["runs"].values() for name, data in run["files"].items()}
 
@@ -79,6 +81,7 @@ class Replay:
                 "/history": self.json({}),
                 "/test/hold": self.post_hold,
                 "/test/go": self.post_go,
+                "/test/list": self.post_list,
             },
         }
         for method, table in routes.items():
@@ -188,6 +191,10 @@ class Replay:
         self.hold.set()
         return web.json_response({})
 
+    async def post_list(self, request: web.Request) -> web.Response:
+        self.entries = (await request.json())["entries"]
+        return web.json_response({})
+
     async def interrupt(self, _: web.Request) -> web.Response:
         self.hold_after = 10**9
         self.stop.set()
@@ -222,7 +229,7 @@ class Replay:
             new = next((i for i, n in asked["prompt"].items() if n["class_type"] == node["class_type"]), None)
             ids[old] = new if new is not None else old
         outputs, before = {}, 0.0
-        for at, data in run["frames"]:
+        for at, data in listed(run["frames"], self.entries, list(self.files)):
             await asyncio.sleep(min(max(at - before, 0.001), STEP))
             before = at
             if "binary" in data:
@@ -251,6 +258,46 @@ class Replay:
             "outputs": outputs,
             "status": {"status_str": "success", "completed": True},
         }
+
+
+def listed(frames: list, entries: int, pictures: list[str]) -> list:
+    """The messages of a node that gets a list: its run once for each entry, then what all of them left, one after another.
+
+    Each run has a name, a seed, codes and, afterwards, a picture of its own.
+    """
+    if entries == 1:
+        return frames
+    kinds = [data.get("data", {}).get("kind") for _, data in frames]
+    first, last = kinds.index("started"), kinds.index("finished") + 1
+    end = next(i for i, (_, data) in enumerate(frames) if data.get("type") == "executed")
+    at, executed = frames[end]
+    output = executed["data"]["output"]
+    several: dict[str, list] = {key: [] for key in output}
+    runs = []
+    for entry in range(entries):
+        runs += [[at, of_entry(data, entry)] for at, data in frames[first:last]]
+        several["linear_ar"] += of_entry(output["linear_ar"], entry)
+        name = f"{output['linear_ar'][0]['run']}-{entry}"
+        several["linear_ar_picture"].append({"filename": pictures[entry], "subfolder": "", "type": "temp", "run": name})
+    executed = {**executed, "data": {**executed["data"], "output": several}}
+    return [*frames[:first], *runs, *frames[last:end], [at, executed], *frames[end + 1 :]]
+
+
+def of_entry(data: Any, entry: int) -> Any:
+    """A message of the run for the first entry as one of another entry."""
+    if isinstance(data, list):
+        return [of_entry(item, entry) for item in data]
+    if not isinstance(data, dict):
+        return data
+    data = {key: of_entry(value, entry) for key, value in data.items()}
+    if "run" in data:
+        data["run"] += f"-{entry}"
+    if data.get("kind") == "started":
+        data |= {"list_index": entry, "seed": data["seed"] + entry}
+    if data.get("kind") == "row":
+        codes = array("H", base64.b64decode(data["tokens"]))
+        data["tokens"] = base64.b64encode(array("H", ((code + entry) % 1024 for code in codes))).decode()
+    return data
 
 
 IDS = {"node", "display_node", "node_id", "display_node_id", "real_node_id", "parent_node_id"}

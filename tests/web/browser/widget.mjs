@@ -6,7 +6,7 @@ import { checks, openPage, until } from "./page.mjs";
 const [url, renderer, ...more] = process.argv.slice(2);
 const option = (name, otherwise) => (more.includes(name) ? more[more.indexOf(name) + 1] : otherwise);
 const shots = option("--shots", "");
-const { page, problems, post, load, build, widen, faults, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark") });
+const { page, problems, post, load, build, widen, faults, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark"), height: 1000 });
 const { check, shot } = checks(page, painted, shots && ((name) => `${shots}/${name}-${renderer}.png`));
 
 const text = (selector) => page.locator(selector).first().innerText();
@@ -18,10 +18,36 @@ const WIDTHS = renderer === "vue" ? [220, 300, 340, 440] : [210, 220, 300, 340, 
 async function fits(name, nodes = ["node"], widths = [WIDTHS[0], 300]) {
   for (const width of widths) {
     for (const node of nodes) await widen(width, node);
+    const wide = await page.evaluate(() => window.node.size[0]);
+    assert.ok(Math.abs(wide - width) <= 10 || width < 225, `${name}: the node is ${wide} pixels wide, not ${width}`);
     await until(async () => (await painted(), await faults()), (found) => !found.length, `${name}: all is to be seen at ${width} pixels`);
     await shot(`${name}-${width}`);
   }
 }
+
+const read = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean)); // the memory line
+const size = (text) => Number(/cache ([\d.]+)/.exec(text)[1]);
+
+/** Connect a node that is made on the spot. */
+const link = (type, to = "batch_size", node = "node") => page.evaluate(([type, to, node]) => {
+  const { app, LiteGraph } = window;
+  for (const name of ["Holds", "Computes"]) {
+    class Made extends LiteGraph.LGraphNode {
+      constructor() {
+        super(name);
+        this.addOutput("INT", "INT");
+        this.addWidget("number", "value", 4, () => {}, {});
+        if (name === "Computes") this.addWidget("number", "other", 1, () => {}, {});
+      }
+    }
+    if (!LiteGraph.registered_node_types[`test/${name}`]) LiteGraph.registerNodeType(`test/${name}`, Made);
+  }
+  const from = (window.from = LiteGraph.createNode(type));
+  app.graph.add(from);
+  from.connect(0, window[node], window[node].inputs.findIndex((i) => i.name === to));
+  const value = from.widgets?.[0];
+  if (type === "PrimitiveNode") value.value = to === "batch_size" ? 4 : value.value;
+}, [type, to, node]);
 
 /** Pictures that the page itself shows on the node, beside our widget. */
 const second = () => page.evaluate(() => document.querySelectorAll(`[data-node-id="${window.node.id}"] img`).length + (window.node.imgs?.length ?? 0));
@@ -38,13 +64,36 @@ await check("before a run: a hint, no controls, and the memory line", async () =
 });
 
 await check("the memory line follows preset and batch", async () => {
-  const read = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean));
   const before = await read();
   await page.evaluate(() => { window.node.widgets.find((w) => w.name === "batch_size").value = 4; });
   const four = await until(read, (now) => now !== before, "the memory line follows");
   const number = (t) => Number(/cache ([\d.]+)/.exec(t)[1]);
   assert.ok(Math.abs(number(four) / number(before) - 4) < 0.2, `${before} → ${four}`);
   await page.evaluate(() => { window.node.widgets.find((w) => w.name === "batch_size").value = 1; });
+});
+
+await check("the memory line follows a link to a value, and says what only the run can tell", async () => {
+  const tells = (pattern) => until(read, (now) => pattern.test(now), String(pattern));
+  const one = size(await tells(/cache [\d.]{3} MiB/)); // of one picture again
+  const four = (text) => Math.abs(size(text) / one - 4) < 0.2;
+  const cut = () => page.evaluate(() => window.app.graph.remove(window.from));
+  for (const type of ["test/Holds", "PrimitiveNode"]) {
+    await link(type);
+    assert.ok(four(await until(read, four, `${type} is followed`)));
+    await page.evaluate(() => { window.from.mode = 2; });
+    await tells(/^KV cache [\d.]+ MiB of [\d.]+ MiB a picture, −\d+ % · batch_size unknown until it runs/);
+    assert.equal(size(await read()), one);
+    await cut();
+    await tells(/^KV cache [\d.]+ MiB of [\d.]+ MiB, /);
+  }
+  await link("test/Computes");
+  await tells(/a picture, −\d+ % · batch_size unknown until it runs/);
+  await shot("unknown");
+  await cut();
+  await build("LineAR_Generate");
+  await link("test/Computes", "preset", "cache").catch(() => {});
+  if (await page.evaluate(() => window.from.outputs[0].links?.length)) await tells(/^KV cache: unknown until it runs, as preset comes through a link$/);
+  await build("LineAR_Generate");
 });
 
 await check("what −1 stands for is told as far as the model is known, and nothing else is saved for it", async () => {
@@ -199,6 +248,66 @@ await check("at every width all can be read and pressed: while rows come, stoppe
   await fits("fits-row");
 });
 
+await check("a node that runs for each entry of a list: one run is shown, any can be chosen, and Reroll is of that one", async () => {
+  const shown = () => page.evaluate(() => {
+    const view = window.node.widgets.find((w) => w.linearView).linearView;
+    return { run: view.state.run.run, lines: view.state.lines.length, codes: view.state.lines.map((line) => [...line.tokens]), picture: view.pictures.get(view.state.run.run)?.lines, seed: view.state.run.seed };
+  });
+  const which = page.getByText(/^run \d\/3$/);
+  const [before, next] = ["previous run", "next run"].map((name) => page.getByRole("button", { name }));
+  await post("/test/list", { entries: 3 });
+  const kept = page.waitForResponse(/\/view\?filename=/);
+  await queue();
+  await Promise.all([kept, end()]);
+  await says("^row 24/24 · ");
+  assert.equal(await which.innerText(), "run 3/3");
+  await painted();
+  const [last, third] = [await shown(), await colours()];
+  await shot("runs");
+  await before.click();
+  await until(colours, (now) => now.seen > 60 && now.mean !== third.mean, "the second run has a picture of its own");
+  assert.equal(await which.innerText(), "run 2/3");
+  const second = await shown();
+  assert.notEqual(second.run, last.run);
+  assert.notDeepEqual(second.codes, last.codes);
+  await fits("fits-runs", ["node"], WIDTHS);
+  await canvas.press("ArrowDown");
+  await listen();
+  await page.getByRole("button", { name: /^Reroll from row 13/ }).click();
+  assert.equal(await end(), "execution_success");
+  const inputs = Object.values((await (await fetch(url + "/test/prompts")).json()).at(-1)).find((n) => n.class_type === "LineAR_Generate").inputs;
+  const [first, ...others] = inputs.view.split(";");
+  assert.equal(inputs.keep_rows, 12);
+  assert.match(first, new RegExp(`^1@${inputs.seed}[|]1x12x24:`));
+  const bytes = Buffer.from(first.split(":")[1], "base64");
+  assert.deepEqual([...new Uint16Array(bytes.buffer, bytes.byteOffset, 12 * 24)], second.codes.slice(0, 12).flat(), "rows of the picture that is shown");
+  assert.deepEqual(others.map((part) => part.split(":")[0]), [`0@${second.seed - 1}|1x23x24`, `2@${second.seed + 1}|1x23x24`]);
+  await page.getByText("next run keeps rows 1–12 of run 2").waitFor();
+  await page.getByText("run 2/3").waitFor(); // the run that was chosen, afterwards too
+  await page.getByRole("button", { name: "Start over" }).click();
+  await post("/test/hold", { row: 9 });
+  await queue();
+  await says(String.raw`^row 9/24`);
+  assert.equal(await which.count(), 0, "a new prompt: its first run");
+  await post("/test/hold", { row: 24 });
+  await says(String.raw`^row 24/24`);
+  await post("/test/hold", { row: 9 }); // of the second
+  await page.getByText("run 2/2").waitFor();
+  await before.click();
+  await says("^row 24/24 · ");
+  assert.equal(await page.getByRole("button", { name: /^Reroll/ }).count(), 0, "not while others are drawn");
+  await next.click();
+  await says(String.raw`^row 9/24`);
+  await post("/test/list", { entries: 1 });
+  await post("/test/go", {});
+  assert.equal(await end(), "execution_success");
+  await page.getByText("run 2/3").waitFor();
+  await queue();
+  assert.equal(await end(), "execution_success");
+  await says("^row 24/24 · ");
+  assert.equal(await which.count(), 0);
+});
+
 await check("Compare: both grow under one slider, then each pair of the batch", async () => {
   await build("LineAR_Compare");
   const slide = page.locator("canvas[role=slider]");
@@ -234,8 +343,11 @@ await check("a reload draws the same picture from what the node left behind", as
   await until(colours, (after) => Math.abs(after.mean - before.mean) < 8 && after.seen > 60, `the picture is back, ${JSON.stringify(before)}`);
 });
 
-await check("inside a subgraph the events find their widget", async () => {
+await check("inside a subgraph the events find their widget, and the memory line what comes into it and out of it", async () => {
   await build("LineAR_Generate");
+  const one = size(await until(read, (text) => /cache [\d.]{3} MiB/.test(text), "of one picture"));
+  const four = (text) => Math.abs(size(text) / one - 4) < 0.2;
+  await link("test/Holds");
   const inside = await page.evaluate(() => {
     const { app, node } = window;
     if (!app.graph.convertToSubgraph) return false;
@@ -243,6 +355,16 @@ await check("inside a subgraph the events find their widget", async () => {
     return true;
   });
   if (!inside) return;
+  await until(read, four, "into a subgraph");
+  await page.evaluate(() => { window.from.widgets[0].value = 1; });
+  await until(read, (text) => size(text) === one, "into a subgraph, changed");
+  await page.evaluate(() => {
+    const { app, from } = window;
+    from.widgets[0].value = 4;
+    window.deeper = app.graph.convertToSubgraph(new Set([from])).node;
+  });
+  await until(read, four, "out of a subgraph");
+  await page.evaluate(() => window.app.graph.remove(window.deeper));
   await painted(); // nobody opens it before it is on the screen
   await page.evaluate(() => window.app.canvas.setGraph(window.outer.subgraph));
   await placed();
