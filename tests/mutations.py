@@ -946,7 +946,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("events.py", "if row.row + 1 < row.rows)", ")", "told: the last line counts as held"),
     ("events.py", " and int(seed) < 1 << 64", "", "kept: seeds of any size"),
     ("events.py", "list_index.isdecimal() and at and", "at and", "kept: rows of a run without a number"),
-    ("checkpoints/library.py", "if brings_its_own:", "if False:", "loading: told to choose a tokenizer there is not"),
+    ("checkpoints/library.py", "if own is not None:", "if False:", "loading: told to choose a tokenizer there is not"),
     # -- files from strangers
     ("checkpoints/untrusted.py", ' or ".." in parts', "", "loading: names lead up"),
     ("checkpoints/untrusted.py", " or PureWindowsPath(name).anchor", "", "loading: names lead to a drive"),

@@ -103,6 +103,6 @@ def test_a_tokenizer_as_the_hub_has_it_is_listed_and_found(models: Path, monkeyp
         assert f"tokenizers/{name}" in files.tokenizer_names()
         assert f"tokenizers/{name}" not in files.model_names()
         for choice in (files.AUTOMATIC, f"tokenizers/{name}", f"tokenizers\\{name}"):
-            model = NODES["LineAR_LoadModel"].execute("c2i_B_256.pt", choice, 0, 0).result[0]
+            model = NODES["LineAR_LoadModel"].execute(model="c2i_B_256.pt", tokenizer=choice).result[0]
             assert model.image.files.tokenizer == folder
         folder.rename(models.parent / name)
