@@ -228,10 +228,11 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
             f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
             f"{info.config.codes}; choose the tokenizer that belongs to the model."
         )
-    if files.tokenizer.stem == info.tokenizer or info.config.codes != published.CODES:
+    other_kind = tokenizer.config.kind != published.VQ_KINDS.get(info.tokenizer, "vqgan")
+    if not other_kind and (_stem(files.tokenizer) == info.tokenizer or info.config.codes != published.CODES):
         return
     ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(files.tokenizer.stem)
-    other = files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
+    other = other_kind or files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
     if tokenizer.config.factor != published.FACTOR or other:
         raise UserError(
             f"{files.tokenizer.name}: is another model's tokenizer; {files.decoder.name} draws the codes of "
@@ -250,15 +251,20 @@ def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, amo
     if info.family.vq is not None:
         return decoder
     stem = info.tokenizer
-    next_to_it = (decoder.with_name(stem + suffix) for suffix in SUFFIXES)
+    next_to_it = (decoder.with_name(stem + suffix) for suffix in (*SUFFIXES, ""))
     for path in (*next_to_it, *among):
-        if path.stem == stem and path.is_file():
+        if _stem(path) == stem and path.exists():
             return path
     source = published.download_hint(stem)
     raise UserError(
         f"{decoder.with_name(stem + SUFFIXES[0])}: there is no such file, but {decoder.name} needs this tokenizer; "
         + (f"{source}, or choose another." if source else "put it there or choose another.")
     )
+
+
+def _stem(path: Path) -> str:
+    """The name of a file without its suffix, or of a folder, which may have a dot in it."""
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:

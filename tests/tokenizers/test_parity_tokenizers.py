@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from linear_core.checkpoints import library
 from linear_core.checkpoints.convert import convert
 from linear_core.checkpoints.library import load_tokenizer
+from linear_core.checkpoints.published import EMU35_VQ
 from linear_core.errors import UserError
 from linear_core.tokenizers.network import SpatialNorm
 from linear_core.tokenizers.tokenizer import IBQ, VQTokenizer, read_config
@@ -131,3 +134,13 @@ def test_a_codebook_that_does_not_fit(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "emu3.safetensors")
     with pytest.raises(UserError, match=r"emu3.safetensors: .*entries of 3 numbers pass layers of 4 channels"):
         load_tokenizer(tmp_path / "emu3.safetensors")
+
+
+@pytest.mark.parametrize("name", ["Emu3.5-VisionTokenizer.safetensors", "Emu3.5-VisionTokenizer"])
+def test_a_tokenizer_is_found_beside_its_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file, or as the folder that was published; a dot in its name is no suffix."""
+    info = SimpleNamespace(family=SimpleNamespace(vq=None), tokenizer=EMU35_VQ)
+    monkeypatch.setattr(library, "read_info", lambda path, grid=None: info)
+    (tmp_path / "Emu3-VisionTokenizer").mkdir()
+    (tmp_path / name).touch()
+    assert library.find_tokenizer(tmp_path / "Emu3.5-Image") == tmp_path / name
