@@ -1019,6 +1019,18 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("tokenizers/tokenizer.py", "width < 4 or", "", "loading: channels that do not divide"),
     ("tokenizers/tokenizer.py", "if not all((codes, code_dim, z)):", "if False:", "loading: a tokenizer of nothing"),
+    ("tokenizers/tokenizer.py", "code_dim != z:", "False:", "loading: entries that do not fit layers in time"),
+    ("tokenizers/tokenizer.py", 'if self.config.kind == "ibq" else', "if False else", "tokenizer: IBQ's codes"),
+    ("tokenizers/tokenizer.py", "(codes, code_dim) == IBQ", "False", "tokenizer: IBQ is not recognised"),
+    (
+        "tokenizers/network.py",
+        "repeat_interleave(wide, -1)",
+        "repeat(1, 1, 1, wide)",
+        "tokenizer: another place's norm",
+    ),
+    ("tokenizers/still.py", "tensor[:, :, -2:].sum(2), ", "tensor[:, :, :2].sum(2), ", "tokenizer: padded in front"),
+    ("tokenizers/still.py", "both.chunk(2)", "(both.chunk(2)[0], entries)", "tokenizer: norms read other entries"),
+    ("checkpoints/convert.py", "target.transform(weights", "(weights", "converting: weights as they are published"),
     ("checkpoints/families/llamagen.py", " or len(names) != config.classes", "", "loading: any number of class names"),
     (
         "checkpoints/families/llamagen.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..prompts import Prompt
 from ..prompts.tokenizer import TextTokenizer
-from ..tokenizers.layouts import rename_key, taming_top_level
-from ..tokenizers.tokenizer import VQConfig, VQTokenizer
+from ..tokenizers.layouts import rename_key, taming_top_level, transform
+from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
 from .families import Family, ModelInfo, janus, llamagen, lumina
-from .weights import SUFFIXES, KeyMap, Target, Weights, all_except, load_into, model_path, read_weights
+from .weights import SUFFIXES, KeyMap, Target, Weights, load_into, model_path, read_weights
 
 FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
 
-# What a VQ tokenizer's file contains besides its weights: a counter and losses of training.
-VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
+# What a VQ tokenizer's file contains besides its weights: counters, losses and running averages of training.
+VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.", "ema_")
+VQ_COUNTER = ".num_batches_tracked"  # of batch norms
+VQ_FAMILY = "{}-vq"  # family in a converted file's metadata, for each of KINDS
 
 
 @dataclass(frozen=True)
@@ -234,10 +236,11 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
             f"{files.tokenizer.name}: makes {tokenizer.config.factor} pixels a side of each code, but "
             f"{files.decoder.name} needs {info.pixels}; choose the tokenizer that belongs to the model."
         )
-    if files.tokenizer.stem == info.tokenizer or info.config.codes != published.CODES:
+    other_kind = tokenizer.config.kind != published.VQ_KINDS.get(info.tokenizer, "vqgan")
+    if not other_kind and (_stem(files.tokenizer) == info.tokenizer or info.config.codes != published.CODES):
         return
     ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(files.tokenizer.stem)
-    other = files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
+    other = other_kind or files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
     if tokenizer.config.factor != info.pixels or other:
         raise UserError(
             f"{files.tokenizer.name}: is another model's tokenizer; {files.decoder.name} draws the codes of "
@@ -256,15 +259,20 @@ def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, amo
     if info.family.vq is not None:
         return decoder
     stem = info.tokenizer
-    next_to_it = (decoder.with_name(stem + suffix) for suffix in SUFFIXES)
+    next_to_it = (decoder.with_name(stem + suffix) for suffix in (*SUFFIXES, ""))
     for path in (*next_to_it, *among):
-        if path.stem == stem and path.is_file():
+        if _stem(path) == stem and path.exists():
             return path
     source = published.download_hint(stem)
     raise UserError(
         f"{decoder.with_name(stem + SUFFIXES[0])}: there is no such file, but {decoder.name} needs this tokenizer; "
         + (f"{source}, or choose another." if source else "put it there or choose another.")
     )
+
+
+def _stem(path: Path) -> str:
+    """The name of a file without its suffix, or of a folder, which may have a dot in it."""
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:
@@ -287,25 +295,28 @@ def is_tokenizer(weights: Weights) -> bool:
 
 def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
-    rename = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
-    top = taming_top_level(weights.tensors) if rename is None else None  # Chameleon's
-    if top is not None:
-        rename = partial(rename_key, top=top)
-    ours = {key: rename(key) if rename else key for key in weights.tensors}
-    shapes = {name: shape for key, shape in weights.shapes.items() if (name := ours[key]) is not None}
+    own = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
+    names = ((key, own(key) if own else key) for key in weights.tensors)
+    keys = {key: name for key, name in names if name is not None and not name.endswith(VQ_COUNTER)}
+    top = taming_top_level(keys.values())
+    targets = {key: Target(rename_key(name, top), transform=transform(name)) for key, name in keys.items()}
+    shapes = {target.name: weights.shapes[key] for key, target in targets.items()}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
         raise weights.problem(
             f"is not a VQ tokenizer that LineAR supports ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."
         )
+    family = weights.metadata.get("family", "")
+    kind = next((kind for kind in KINDS if family == VQ_FAMILY.format(kind)), "")
     try:
-        config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNNORMALIZED)
+        config = read_vq_config(shapes, normalized=top is None and family != UNNORMALIZED, kind=kind)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
-    wanted = all_except(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
+    unread = (*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
 
     def key_map(key: str) -> Target | None:
-        return None if (name := ours[key]) is None else wanted(name)
+        target = targets.get(key)
+        return None if target is None or target.name.startswith(unread) else target
 
     return config, key_map
 

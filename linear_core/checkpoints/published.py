@@ -99,6 +99,8 @@ LUMINA = {
 }  # fmt: skip
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
+MOVQ, EMU3_VQ, EMU35_VQ = "movqgan_270M", "Emu3-VisionTokenizer", "Emu3.5-VisionTokenizer"
+VQ_KINDS = {MOVQ: "movq", EMU3_VQ: "emu3", EMU35_VQ: "ibq"}  # kinds of tokenizers; all others are "vqgan"
 TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
 TEXT_ENCODER = "flan-t5-xl"
 

@@ -92,7 +92,8 @@ class Family:
     describe           header and requested grid (rows, cols) -> ModelInfo; UserError for a broken checkpoint
     build              sizes, grid and layers -> the decoder, on the current device
     target             key of the file and sizes -> its target in the decoder; None: not read
-    vq                 key of the file -> its name in VQTokenizer; None: not of the tokenizer. For files that contain it
+    vq                 key of the file -> its key in a file of the tokenizer alone; None: not the tokenizer's. For
+                       files that contain it
     prompt             text tokenizer, texts, negative prompt ("": none) and model -> one row per text; None: prompts
                        are classes, or come from a text encoder
     tokenizer_files    possible paths of the text tokenizer, relative to the model's folder, the most likely first
