@@ -7,10 +7,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..linear_core.checkpoints.families import ModelInfo
-from ..linear_core.checkpoints.families.lumina import SIDES
-from ..linear_core.sizes import sizes
+from ..linear_core.checkpoints.families.lumina import SIDES, SIDES_2
+from ..linear_core.sizes import Size, sizes
 
 OWN = "the model's own"
+SIZES: dict[str, tuple[Size, ...]] = {
+    **{f"of Lumina-mGPT {side}": sizes(side) for side in SIDES},
+    "of Lumina-mGPT 2.0": tuple(size for side in SIDES_2 for size in sizes(side)),
+}
 
 
 def _written(width: int, height: int) -> str:
@@ -21,18 +25,18 @@ def size_input() -> io.Input:
     """First which model, then one of the sizes that it draws: nothing else can be chosen."""
     options = [
         io.DynamicCombo.Option(
-            f"of Lumina-mGPT {side}",
+            name,
             [
                 io.Combo.Input(
                     "pixels",
-                    options=[_written(*size) for size in sizes(side)],
-                    default=_written(side, side),
+                    options=[_written(*size) for size in drawn],
+                    default=next(_written(*size) for size in drawn if size[0] == size[1]),
                     tooltip="Width x height in pixels, from the widest to the tallest: the sizes that the model was "
                     "trained on.",
                 )
             ],
         )
-        for side in SIDES
+        for name, drawn in SIZES.items()
     ]
     return io.DynamicCombo.Input(
         "size",
