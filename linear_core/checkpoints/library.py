@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..prompts import Prompt
+from ..prompts.tiktoken import TiktokenTokenizer
 from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.layouts import rename_key, taming_top_level, transform
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
@@ -63,7 +64,7 @@ class ImageModel:
         found = next((path for path in paths if path.is_file()), paths[0])
         if not found.is_file() and (source := published.download_hint(self.info.family.tokenizer_release)):
             raise UserError(f"{found}: there is no such file, but {self.info.name} needs it to read texts; {source}.")
-        return TextTokenizer(found)
+        return (TiktokenTokenizer if found.suffix == ".tiktoken" else TextTokenizer)(found)
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
         """One image per text, guided away from `negative`; for models with a text tokenizer of their own.
