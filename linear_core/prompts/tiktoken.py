@@ -114,3 +114,19 @@ def _splitter() -> Any:
             "pip install tokenizers."
         ) from error
     return Split(Regex(WORDS), "isolated")
+
+
+class QwenTokenizer(TextTokenizer):
+    """A tokenizer.json of this vocabulary, with texts split as published.
+
+    transformers' conversion of Emu3 writes GPT-2's pattern and no normal form into it: a hyphen, a bracket, a line break
+    or a composed accent then gives other ids than the model was trained with.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        from tokenizers import normalizers, pre_tokenizers
+
+        self._tokenizer.normalizer = normalizers.NFC()
+        by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_splitter(), by_byte])

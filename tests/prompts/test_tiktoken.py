@@ -8,13 +8,14 @@ that occur in the texts, with their ranks; here others fill the gaps, which no t
 from __future__ import annotations
 
 import json
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import pytest
 
 from linear_core.errors import UserError
-from linear_core.prompts.tiktoken import TiktokenTokenizer
+from linear_core.prompts.tiktoken import QwenTokenizer, TiktokenTokenizer
+from linear_core.prompts.tokenizer import TextTokenizer
 
 TEXTS = (
     "a cat",
@@ -94,3 +95,27 @@ def test_a_missing_list_of_visual_tokens(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(lines: list[str], names: list[str], problem: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=problem):
         TiktokenTokenizer(write(tmp_path, lines, names))
+
+
+def test_transformers_conversion_is_split_as_published(tmp_path: Path) -> None:
+    """A tokenizer.json with GPT-2's pattern, which by itself gives other ids for some of the texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    recorded = json.loads(FIXTURE.read_text())
+    tokens = {b64decode(token): rank for token, rank in recorded["tokens"].items()}
+    splits = [(token[:n], token[n:]) for token in tokens for n in range(1, len(token))]  # in order of rank
+    merges = [tuple(map(visible, pair)) for pair in splits if all(part in tokens for part in pair)]
+    made = Tokenizer(models.BPE(vocab={visible(token): rank for token, rank in tokens.items()}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.save(str(tmp_path / "tokenizer.json"))
+    theirs, ours = (kind(tmp_path / "tokenizer.json") for kind in (TextTokenizer, QwenTokenizer))
+    plain = slice(0, -1)  # the last text has special tokens
+    assert [ours.ids(text) for text in TEXTS[plain]] == recorded["ids"][plain]
+    assert sum(theirs.ids(text) != ids for text, ids in zip(TEXTS[plain], recorded["ids"][plain], strict=True)) > 1
+
+
+def visible(token: bytes) -> str:
+    """A token as byte-level tokenizers write it: the letters of GPT-2 for its bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return "".join(chr(byte if byte in plain else 256 + others.index(byte)) for byte in token)
