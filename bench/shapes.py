@@ -24,7 +24,7 @@ LLAMAGEN = {  # layers, width, heads, feed-forward
     "XXL": (48, 1536, 24, 4096),
     "3B": (24, 3200, 32, 8704),
 }
-CHAMELEON = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, 1e-5, qk_norm=True)
+CHAMELEON = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, 1e-5, qk_norm="layer")
 EOL = 8799  # of Lumina-mGPT, counted from code 0
 PROMPT_TOKENS = 48  # about what a sentence takes as a chat
 

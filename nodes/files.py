@@ -100,7 +100,7 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
     except UserError:  # choosing it says what is wrong
         return None
     weights = {name: decoder_bytes(info, dtype, kept) for name, kept in host.WEIGHT_DTYPES.items()}
-    grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride}
+    grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride, "pixels": info.pixels}
     guided = int(info.defaults.guided)
     run = {"codes": info.config.codes, "device": host.device_type()}
     sampling = {name: getattr(info.defaults, name) for name in SAMPLING}

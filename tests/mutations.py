@@ -447,7 +447,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "the prompt counts as token 0",
     ),
     # -- attention and what a policy sees
-    ("cache/attention.py", "q.shape[-1] ** -0.5 + bias", "q.shape[-1] ** -0.5", "the bias is ignored while decoding"),
+    (
+        "cache/attention.py",
+        "q.shape[-1] ** -0.5 + bias[:, :, None]",
+        "q.shape[-1] ** -0.5",
+        "the bias is ignored while decoding",
+    ),
     ("cache/attention.py", " + bias.float()[:, :, None]", "", "the bias is ignored in scores"),
     (
         "cache/attention.py",
@@ -803,7 +808,33 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "halves turn backwards",
     ),
     ("models/blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
-    ("models/blocks.py", "self.k_norm(qk[1])", "qk[1]", "keys are not normalised"),
+    ("models/blocks.py", "self.k_norm(k)", "k", "keys are not normalised"),
+    ("models/llama.py", "self.head_dim or self.width", "self.width", "groups: a head size of its own is not heard"),
+    ("cache/attention.py", "return weights.mean(2) if group > 1 else", "return", "groups: one query head is asked"),
+    (
+        "cache/view.py",
+        "stack_groups(queries, queries.shape[2] // self.keys.shape[2])",
+        "queries[:, :, :: queries.shape[2] // self.keys.shape[2]]",
+        "groups: one query head looks ahead",
+    ),
+    (
+        "loop/memory.py",
+        "shape.heads * shape.group * grid.stride",
+        "shape.heads * grid.stride",
+        "groups: the plan forgets query heads",
+    ),
+    (
+        "checkpoints/weights.py",
+        "first = one * sum(self.shares[: self.part])",
+        "first = one * self.part",
+        "groups: keys are loaded into queries",
+    ),
+    (
+        "checkpoints/library.py",
+        "if info.sizes and tokenizer.config.factor",
+        "if False and tokenizer.config.factor",
+        "loading: a VQ tokenizer of other pixels per code",
+    ),
     ("models/blocks.py", "torch.stack([-sin, sin], -1)", "torch.stack([sin, -sin], -1)", "pairs turn backwards"),
     ("models/llama.py", "v[row], weight)", "v[row], torch.ones_like(weight))", "image tokens see padding"),
     (
@@ -949,7 +980,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("checkpoints/weights.py", ".is_floating_point():", ".dtype:", "loading: whole numbers pass for weights"),
     (
         "checkpoints/weights.py",
-        "if counts[t.name, t.part] > 1 or t.parts != parts[t.name]]",
+        "if counts[t.name, t.part] > 1 or t.shares != shares[t.name]]",
         "if False]",
         "loading: two names",
     ),
@@ -972,7 +1003,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "loading: as many layers as a name says",
     ),
     ("checkpoints/library.py", "if size < 1]", "if size < -1]", "loading: models of no size"),
-    ("checkpoints/library.py", "config.width % config.heads or", "", "loading: heads that do not divide"),
+    (
+        "checkpoints/library.py",
+        " or (dim == of_width and config.width % config.heads)",
+        "",
+        "loading: heads that do not divide",
+    ),
     ("checkpoints/text.py", "check_finite(weights, key, tensor)", "pass", "loading: NaN in a text encoder"),
     ("prompts/t5.py", " or layers > len(ours)", "", "loading: as many blocks as a name says"),
     (

@@ -136,10 +136,13 @@ def _check_sizes(weights: Weights, config: Any) -> None:
         raise weights.problem(f"has an impossible size: {empty[0]} is {sizes[empty[0]]}; download it again.")
     if config.layers > len(weights.tensors):
         raise weights.problem(f"names a layer {config.layers - 1} but holds only {len(weights.tensors)} weights.")
-    if config.width % config.heads or config.width // config.heads % 4:  # RoPE rotates pairs, by row and by column
-        raise weights.problem(
+    of_width = config.width // config.heads
+    if (dim := getattr(config, "head_dim", of_width)) % 4 or (dim == of_width and config.width % config.heads):
+        raise weights.problem(  # RoPE rotates pairs, by row and by column
             f"a width of {config.width} cannot be divided into {config.heads} heads; download it again."
         )
+    if config.heads % (keys := getattr(config, "key_heads", config.heads)):
+        raise weights.problem(f"{config.heads} heads cannot share {keys} key heads; download it again.")
 
 
 def family_of(weights: Weights) -> Family:
@@ -229,11 +232,16 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
             f"{info.config.codes}; choose the tokenizer that belongs to the model."
         )
     other_kind = tokenizer.config.kind != published.VQ_KINDS.get(info.tokenizer, "vqgan")
+    if info.sizes and tokenizer.config.factor != info.pixels and not other_kind:
+        raise UserError(
+            f"{files.tokenizer.name}: makes {tokenizer.config.factor} pixels a side of each code, but "
+            f"{files.decoder.name} needs {info.pixels}; choose the tokenizer that belongs to the model."
+        )
     if not other_kind and (_stem(files.tokenizer) == info.tokenizer or info.config.codes != published.CODES):
         return
     ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(files.tokenizer.stem)
     other = other_kind or files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
-    if tokenizer.config.factor != published.FACTOR or other:
+    if tokenizer.config.factor != info.pixels or other:
         raise UserError(
             f"{files.tokenizer.name}: is another model's tokenizer; {files.decoder.name} draws the codes of "
             f"{info.tokenizer}: choose that one"

@@ -119,8 +119,8 @@ def _splitter() -> Any:
 class QwenTokenizer(TextTokenizer):
     """A tokenizer.json of this vocabulary, with texts split as published.
 
-    transformers' conversion of Emu3 writes GPT-2's pattern and no normal form into it: a hyphen, a bracket, a line break
-    or a composed accent then gives other ids than the model was trained with.
+    transformers' conversion of Emu3 writes GPT-2's pattern and no normal form into it: a hyphen, a bracket, a line
+    break or a composed accent then gives other ids than the model was trained with.
     """
 
     def __init__(self, path: Path):

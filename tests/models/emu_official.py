@@ -46,7 +46,7 @@ def write_words(folder: Path, stem: str = "emu3", codes: int = CODES) -> None:
 def decoder(
     width: int = 48, heads: int = 6, keys: int = 2, dim: int = 8, norms: bool = False, codes: int = CODES
 ) -> dict[str, Tensor]:
-    """State dict in BAAI's layout, two layers; `norms` as in Emu3.5. Attention is peaky, so that every token is felt."""
+    """State dict in BAAI's layout, two layers; `norms` as in Emu3.5. Attention is peaky: every token is felt."""
     hidden, words, source = 64, FIRST + codes, torch.Generator().manual_seed(0)
 
     def draw(*shape: int, deviation: float, mean: float = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ours equals transformers' Emu3 and, for Emu3.5's kind, its Qwen3, on small random weights in the published layouts."""
+"""Ours equals transformers' Emu3 and, for Emu3.5's kind, its Qwen3, on small random weights as they are published."""
 
 from __future__ import annotations
 

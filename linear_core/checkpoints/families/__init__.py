@@ -29,6 +29,7 @@ class ModelInfo:
     weight_bytes  size on disk
     tokenizer     file name of its VQ tokenizer, without suffix; "": it comes with the model
     sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
+    pixels        per token, along each side
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelInfo:
     weight_bytes: int
     tokenizer: str = ""
     sizes: tuple[Size, ...] = ()
+    pixels: int = PIXELS
 
     @property
     def text(self) -> bool:
@@ -64,13 +66,13 @@ class ModelInfo:
                     else "it has only one size, so leave this to the model."
                 )
             )
-        return self.with_grid(replace(self.grid, rows=height // PIXELS, cols=width // PIXELS))
+        return self.with_grid(replace(self.grid, rows=height // self.pixels, cols=width // self.pixels))
 
     def with_grid(self, grid: Grid | None) -> ModelInfo:
         """The model with the grid of a prompt; None: its own. Raises UserError for a grid that it does not draw."""
         if grid is None:
             return self
-        size = grid.cols * PIXELS, grid.rows * PIXELS
+        size = grid.cols * self.pixels, grid.rows * self.pixels
         if size not in self.sizes or grid.eol != self.grid.eol:
             raise UserError(
                 f"prompt: it asks for {size[0]} x {size[1]} pixels and was not made for {self.name}; connect this "

@@ -27,8 +27,11 @@ RENAMED = {
 }
 
 
-def layer_target(layer: str, name: str, kind: str) -> Target:
-    """Target of a weight: `layer` is layers.N, `name` what follows it in the file, `kind` weight or bias."""
+def layer_target(layer: str, name: str, kind: str, group: int = 1) -> Target:
+    """Target of a weight: `layer` is layers.N, `name` what follows it in the file, `kind` weight or bias.
+
+    group  query heads that share a key head
+    """
     if part := re.fullmatch(r"self_attn\.([qkv])_proj", name):
-        return Target(f"{layer}.attention.wqkv.{kind}", QKV.index(part[1]), len(QKV))
+        return Target(f"{layer}.attention.wqkv.{kind}", QKV.index(part[1]), (group, 1, 1))
     return Target(f"{layer}.{RENAMED.get(name, name)}.{kind}")

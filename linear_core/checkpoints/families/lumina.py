@@ -77,10 +77,10 @@ def target(key: str, config: Any) -> Target | None:
         if found := re.fullmatch(pattern, key):
             return Target(found.expand(name), transform=partial(transform, config=config))
     if found := re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.(weight|bias)", key):
-        return layer_target(*found.groups())
+        return layer_target(found[1], found[2], found[3])
     if found := re.fullmatch(r"(layers\.\d+\.attention)\.w([qkv])\.weight", key):
         transform = _unchanged if found[2] == "v" else _halves
-        return Target(f"{found[1]}.wqkv.weight", QKV.index(found[2]), len(QKV), partial(transform, config=config))
+        return Target(f"{found[1]}.wqkv.weight", QKV.index(found[2]), (1, 1, 1), partial(transform, config=config))
     return None
 
 
@@ -107,7 +107,7 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             vocabulary=vocabulary,
             eps=number(settings, "rms_norm_eps", 1e-5),
             rope_base=number(section(settings, "rope_parameters") or settings, "rope_theta", 10000.0),
-            qk_norm=True,
+            qk_norm="layer",
             first_code=first_code,
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
