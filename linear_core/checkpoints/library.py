@@ -231,12 +231,12 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
             f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
             f"{info.config.codes}; choose the tokenizer that belongs to the model."
         )
-    other_kind = tokenizer.config.kind != published.VQ_KINDS.get(info.tokenizer, "vqgan")
-    if info.sizes and tokenizer.config.factor != info.pixels and not other_kind:
+    if info.sizes and tokenizer.config.factor != info.pixels:
         raise UserError(
             f"{files.tokenizer.name}: makes {tokenizer.config.factor} pixels a side of each code, but "
             f"{files.decoder.name} needs {info.pixels}; choose the tokenizer that belongs to the model."
         )
+    other_kind = tokenizer.config.kind != published.VQ_KINDS.get(info.tokenizer, "vqgan")
     if not other_kind and (_stem(files.tokenizer) == info.tokenizer or info.config.codes != published.CODES):
         return
     ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(files.tokenizer.stem)
