@@ -19,10 +19,10 @@ from ..tokenizers.layouts import rename_key, taming_top_level, transform
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, janus, llamagen, lumina
+from .families import Family, ModelInfo, emu, janus, llamagen, lumina
 from .weights import SUFFIXES, KeyMap, Target, Weights, load_into, model_path, read_weights
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
+FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
@@ -63,7 +63,7 @@ class ImageModel:
         found = next((path for path in paths if path.is_file()), paths[0])
         if not found.is_file() and (source := published.download_hint(self.info.family.tokenizer_release)):
             raise UserError(f"{found}: there is no such file, but {self.info.name} needs it to read texts; {source}.")
-        return TextTokenizer(found)
+        return self.info.family.open_tokenizer(found)
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
         """One image per text, guided away from `negative`; for models with a text tokenizer of their own.
@@ -152,7 +152,7 @@ def family_of(weights: Weights) -> Family:
             return family
     raise weights.problem(
         f"is not an image decoder that LineAR supports ({_looks_like(weights.shapes)}); choose a "
-        f"{' or '.join(family.name for family in FAMILIES)} model."
+        f"{' or '.join(dict.fromkeys(family.name for family in FAMILIES))} model."
     )
 
 

@@ -52,17 +52,18 @@ def reference(kind: str) -> dict[str, np.ndarray]:
 
 
 @cache
-def weights(kind: str) -> Weights:
-    """State dict in the published layout: level 0 is the full resolution in both halves."""
+def weights(kind: str, widths: tuple[int, ...] = WIDTHS) -> Weights:
+    """State dict in the published layout: level 0 is the full resolution in both halves. Others than WIDTHS are not
+    recorded."""
     code_dim, z = CODE_DIM[kind], Z[kind]
     layers = Layers(SEED, code_dim if kind != "ibq" else 0)
     conv, norm, residual = layers.conv, layers.norm, layers.residual
-    last = len(WIDTHS) - 1
+    last = len(widths) - 1
 
     def middle(name: str) -> None:
-        residual(f"{name}.block_1", WIDTHS[-1], WIDTHS[-1])
-        layers.attention(f"{name}.attn_1", WIDTHS[-1])
-        residual(f"{name}.block_2", WIDTHS[-1], WIDTHS[-1])
+        residual(f"{name}.block_1", widths[-1], widths[-1])
+        layers.attention(f"{name}.attn_1", widths[-1])
+        residual(f"{name}.block_2", widths[-1], widths[-1])
 
     def level(name: str, inner: int, outer: int, count: int, lowest: bool, resample: str) -> None:
         for i in range(count):
@@ -87,21 +88,21 @@ def weights(kind: str) -> Weights:
         for i in range(2):
             conv_in_time(f"{name}.time_conv.{i}.conv.conv", time)
 
-    conv("encoder.conv_in", WIDTHS[0], 3, 3)
-    for i, width in enumerate(WIDTHS):
+    conv("encoder.conv_in", widths[0], 3, 3)
+    for i, width in enumerate(widths):
         resample = "downsample" if i < last else ""
-        level(f"encoder.down.{i}", WIDTHS[max(i - 1, 0)], width, BLOCKS, i == last, resample)
+        level(f"encoder.down.{i}", widths[max(i - 1, 0)], width, BLOCKS, i == last, resample)
     middle("encoder.mid")
-    norm("encoder.norm_out", WIDTHS[-1])
-    conv("encoder.conv_out", z, WIDTHS[-1], 3)
+    norm("encoder.norm_out", widths[-1])
+    conv("encoder.conv_out", z, widths[-1], 3)
 
-    conv("decoder.conv_in", WIDTHS[-1], z, 3)
+    conv("decoder.conv_in", widths[-1], z, 3)
     middle("decoder.mid")
-    for i, width in enumerate(WIDTHS):
-        inner = WIDTHS[min(i + 1, last)]
+    for i, width in enumerate(widths):
+        inner = widths[min(i + 1, last)]
         level(f"decoder.up.{i}", inner, width, BLOCKS + 1, i == last, "upsample" if i else "")
-    norm("decoder.norm_out", WIDTHS[0])
-    conv("decoder.conv_out", 3, WIDTHS[0], 3)
+    norm("decoder.norm_out", widths[0])
+    conv("decoder.conv_out", 3, widths[0], 3)
 
     layers.codebook(CODES, code_dim, 0.4 if kind != "emu3" else 0.2)
     if kind == "emu3":

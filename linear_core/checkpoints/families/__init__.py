@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class Family:
                        files that contain it
     prompt             text tokenizer, texts, negative prompt ("": none) and model -> one row per text; None: prompts
                        are classes, or come from a text encoder
+    open_tokenizer     reads the text tokenizer at a path; raises UserError naming the file
     tokenizer_files    possible paths of the text tokenizer, relative to the model's folder, the most likely first
     tokenizer_release  name of the release with the tokenizer, if not the model's own
     prompt_slots       slots of a typical prompt of a sentence or two, to plan memory before the text is known
@@ -108,6 +110,7 @@ class Family:
     target: Callable[[str, Any], Target | None]
     vq: Callable[[str], str | None] | None = None
     prompt: Callable[[TextTokenizer, Sequence[str], str, ModelInfo], Prompt] | None = None
+    open_tokenizer: Callable[[Path], TextTokenizer] = TextTokenizer
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
     tokenizer_release: str = ""
     prompt_slots: int = 32

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import re
 
+from torch import Tensor
+
+from ...models.lumina import LuminaConfig
 from ..weights import Target
 
 QKV = ("q", "k", "v")  # share one matrix here
+
+
+def rows_of_codes(head: Tensor, config: LuminaConfig) -> Tensor:
+    """The output head's rows for codes. Nothing else is drawn, so the others, mostly nine tenths, are not read."""
+    return head[config.first_code : config.first_code + config.codes]
+
+
 RENAMED = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",

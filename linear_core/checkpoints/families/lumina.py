@@ -30,7 +30,7 @@ from .. import published
 from ..families import Family, ModelInfo
 from ..untrusted import number, read_json, section
 from ..weights import Target, Weights
-from .llama import QKV, layer_target
+from .llama import QKV, layer_target, rows_of_codes
 
 SIDES = (512, 768, 1024)  # pixels of Lumina-mGPT's square pictures
 ANOLE_GRID = Grid(32, 32)  # the only one it draws
@@ -44,16 +44,11 @@ SIDES_2, PIXELS_2 = (768, 512), 8  # the usual side first
 def recognises(weights: Weights) -> bool:
     """By the LayerNorms of queries and keys; other models have RMSNorms there, which have no bias."""
     names = weights.tensors
-    return "model.layers.0.self_attn.q_norm.bias" in names or "layers.0.attention.q_normalization.bias" in names
+    return "model.layers.0.self_attn.q_norm.bias" in names or "layers.0.attention.q_normalization.weight" in names
 
 
 def _unchanged(tensor: Tensor, config: LuminaConfig) -> Tensor:
     return tensor
-
-
-def _rows_of_codes(head: Tensor, config: LuminaConfig) -> Tensor:
-    """The output head's rows for codes. Nothing else is drawn, so the others, nine tenths, are not read."""
-    return head[config.first_code : config.first_code + config.codes]
 
 
 def _every_head(norm: Tensor, config: LuminaConfig) -> Tensor:
@@ -76,11 +71,11 @@ def _halves_for_every_head(norm: Tensor, config: LuminaConfig) -> Tensor:
 # head where transformers rotates halves. The rest of a layer is as in every Llama.
 KEYS = (
     (r"model\.(embed_tokens|norm)\.weight", r"\1.weight", _unchanged),
-    (r"lm_head\.weight", "lm_head.weight", _rows_of_codes),
+    (r"lm_head\.weight", "lm_head.weight", rows_of_codes),
     (r"model\.(layers\.\d+)\.self_attn\.([qk]_norm\.\w+)", r"\1.attention.\2", _every_head),
     (r"tok_embeddings\.weight", "embed_tokens.weight", _unchanged),
     (r"norm\.weight", "norm.weight", _unchanged),
-    (r"output\.weight", "lm_head.weight", _rows_of_codes),
+    (r"output\.weight", "lm_head.weight", rows_of_codes),
     (r"(layers\.\d+\.attention\.[qk]_norm)alization\.(\w+)", r"\1.\2", _halves_for_every_head),
     (r"(layers\.\d+\.(?:attention\.wo|feed_forward\.w\d|attention_norm|ffn_norm)\.weight)", r"\1", _unchanged),
 )
