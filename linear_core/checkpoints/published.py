@@ -99,10 +99,7 @@ LUMINA = {
     )
 }  # fmt: skip
 LUMINA_2 = "Lumina-mGPT-2.0"
-LUMINAS_2 = {
-    name: Repository(f"Alpha-VLLM/{name}", None, "Apache-2.0")
-    for name in (LUMINA_2, "Lumina-mGPT-2.0-Omni")
-}
+LUMINAS_2 = {name: Repository(f"Alpha-VLLM/{name}", None, "Apache-2.0") for name in (LUMINA_2, "Lumina-mGPT-2.0-Omni")}
 MOVQGAN = Repository("ai-forever/MoVQGAN", None, "none stated")
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
@@ -113,7 +110,7 @@ TEXT_ENCODER = "flan-t5-xl"
 
 
 def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
-    return Release(path.removesuffix(".pt").removesuffix(".ckpt"), "ar_image", (Remote(repository, path, gigabytes),), needs)
+    return Release(path.rpartition(".")[0], "ar_image", (Remote(repository, path, gigabytes),), needs)
 
 
 def _janus(name: str, *weights: tuple[str, float]) -> Release:
