@@ -32,14 +32,15 @@ class DownloadModel(io.ComfyNode):
                     "release",
                     options=list(RELEASES),
                     tooltip=f"What to download. {sizes}. c2i models take classes, the other models text; vq files are "
-                    "tokenizers. Licences: Lumina-mGPT, Anole and vqgan are not for commercial use (Chameleon Research "
-                    "License); Janus: DeepSeek Model License; the rest: MIT or Apache-2.0.",
+                    "tokenizers. Licences: Lumina-mGPT-7B, Anole and vqgan are not for commercial use (Chameleon "
+                    "Research License); Janus: DeepSeek Model License; movqgan_270M, which Lumina-mGPT 2.0 needs: none "
+                    "stated; the rest: MIT or Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",
                     default=True,
-                    tooltip="Also download what the model depends on: its tokenizers (0.3 GB) and, for t2i, the text "
-                    "encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
+                    tooltip="Also download what the model depends on: its tokenizers (0.3 or 1.1 GB) and, for t2i, the "
+                    "text encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
                 ),
             ],
             outputs=[],

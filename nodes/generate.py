@@ -65,7 +65,8 @@ class Generate(io.ComfyNode):
                     min=OWN,
                     max=65536,
                     tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
-                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000).",
+                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0 "
+                    "4096).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -103,7 +104,7 @@ class Generate(io.ComfyNode):
                     "keep_rows",
                     default=0,
                     min=0,
-                    max=127,
+                    max=255,
                     optional=True,
                     advanced=True,
                     tooltip="Number of rows, from the top, to take from tokens (with Reroll: from the run shown below) "
@@ -114,7 +115,7 @@ class Generate(io.ComfyNode):
                     "stop_after",
                     default=0,
                     min=0,
-                    max=128,
+                    max=256,
                     optional=True,
                     advanced=True,
                     tooltip="Stop after this many rows; the image is cut off there. 0: generate all rows.",

@@ -312,6 +312,12 @@ def test_the_memory_of_the_7b() -> None:
     info = ModelInfo("7B", lumina.FAMILY_2, SEVEN_B, SQUARE, (), SamplePlan(), 0)
     weights = {name: library.decoder_bytes(info, torch.bfloat16, k) for name, k in kept.items()}
     assert {name: round(size / 1e9, 1) for name, size in weights.items()} == {"bfloat16": 14.5, "fp8": 8.0}
+    fits = {}
     for name, plan in PLANS.items():
-        for k in kept:
-            print(name, k, (weights[k] + run_bytes(shape, SQUARE, plan, 2, 16384)) / 2**30)
+        for k, size in weights.items():
+            taken = (size + run_bytes(shape, SQUARE, plan, 2, 16384)) / 2**30
+            fits[name, k] = next((card for card in (12, 16, 24) if taken <= card - 1), None)
+    assert fits == {
+        ("full", "bfloat16"): None, ("full", "fp8"): 24, ("1/6", "bfloat16"): 24, ("1/6", "fp8"): 16,
+        ("1/12", "bfloat16"): 24, ("1/12", "fp8"): 12,
+    }  # fmt: skip
