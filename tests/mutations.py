@@ -809,6 +809,24 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("models/blocks.py", "+ self.bias[:, None]", "", "norms of heads lose their bias"),
     ("models/blocks.py", "self.k_norm(k)", "k", "keys are not normalised"),
+    (
+        "checkpoints/families/lumina.py",
+        "second = vocabulary >= FIRST_CODE_2",
+        "second = vocabulary > FIRST_CODE_2",
+        "Lumina-mGPT 2.0 is taken for 1.0",
+    ),
+    (
+        "checkpoints/families/lumina.py",
+        'for name in ("bos_token", "eos_token"):',
+        'for name in ("eos_token", "bos_token"):',
+        "Lumina-mGPT 2.0: a text begins with its end",
+    ),
+    (
+        "checkpoints/families/__init__.py",
+        "size = grid.cols * self.pixels",
+        "size = grid.cols * PIXELS",
+        "a prompt's size at 16 pixels a token",
+    ),
     ("models/llama.py", "self.head_dim or self.width", "self.width", "groups: a head size of its own is not heard"),
     ("cache/attention.py", "return weights.mean(2) if group > 1 else", "return", "groups: one query head is asked"),
     (
