@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..defaults import wins
 from ..errors import UserError
+from .look_ahead import upcast
 from .storage import RawSlots
 
 ATTENTIONS = ("sdpa", "kernel")
@@ -31,7 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     if group > 1:  # the queries of a group stand side by side like tokens, so that no key is copied or read twice
         q = stack_groups(q, group)
         bias = bias if bias.ndim == 3 else bias.repeat(1, 1, group, 1)
-    if q.shape[2] == group and bias.ndim == 3 and q.device.type == "cpu":
+    # Not float16: products overflow there, up to where sdpa, which keeps them in float32, is finite.
+    if q.shape[2] == group and bias.ndim == 3 and q.device.type == "cpu" and q.dtype != torch.float16:
         out = _attend_one(q, k, v, bias)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
@@ -53,22 +56,31 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return weights.to(v.dtype) @ v
 
 
-def kernel(device: torch.device | str, dtype: torch.dtype) -> Kernel | None:
+def kernel(device: torch.device | str, dtype: torch.dtype, rows: int) -> Kernel | None:
     """Our own single-query kernel if LINEAR_ATTENTION=kernel; None means PyTorch's attention.
 
-    The user chooses it by name. It is never chosen by timing, or the same seed could draw another picture another day.
-    Raises UserError if it is requested but cannot run here.
+    Users choose it by name; otherwise a table in `defaults.py` decides, for a batch of `rows` sequences. It is never
+    chosen by timing, or the same seed could draw another picture another day. Raises UserError if it is requested but
+    cannot run here.
     """
-    name = os.environ.get(SWITCH, "sdpa")
+    device = torch.device(device)
+    name = os.environ.get(SWITCH) or ("kernel" if wins("kernel", gpu_name(device), rows) else "sdpa")
     if name not in ATTENTIONS:
         raise UserError(f"{SWITCH}: '{name}' is unknown; set it to sdpa or kernel.")
     if name == "sdpa":
         return None
-    if why := no_kernel(torch.device(device), dtype):
+    if why := no_kernel(device, dtype):
+        if SWITCH not in os.environ:
+            return None
         raise UserError(f"{SWITCH}: the kernel cannot be used because {why}; set it to sdpa or leave it unset.")
     from .kernel import attend_one
 
     return attend_one
+
+
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as PyTorch gives it; empty if the device is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def no_kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -93,8 +105,9 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor
     -> float32 B H C S, mean over the query heads that share a key head.
     """
     group = queries.shape[1] // keys.shape[1]
-    scores = (stack_groups(queries, group) @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5
-    scores = (scores + bias.float()[:, :, None]).unflatten(2, (group, -1))
+    products = upcast(stack_groups(queries, group)) @ upcast(keys).transpose(-1, -2)  # which overflow in float16
+    scores = products.float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
+    scores = scores.unflatten(2, (group, -1))
     own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)
     later = index[:, :, None] > own[:, None]
     weights = scores.masked_fill(later[:, :, None], float("-inf")).softmax(-1)
