@@ -73,7 +73,7 @@ class LineCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.kernel = kernel(self.bias.device, self.bias.dtype)
+        self.kernel = kernel(self.bias.device, self.bias.dtype, self.bias.shape[1])
 
     @property
     def full(self) -> bool:
