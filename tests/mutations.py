@@ -832,7 +832,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("cache/line_cache.py", '| {"kernel": None}', "", "a file holds a kernel"),
     ("cache/attention.py", " and q.dtype != torch.float16", "", "attention: float16 overflows"),
-    ("cache/attention.py", "upcast(queries) @ upcast(keys)", "queries @ keys", "line probabilities: float16 overflows"),
+    (
+        "cache/attention.py",
+        "upcast(stack_groups(queries, group)) @ upcast(keys)",
+        "stack_groups(queries, group) @ keys",
+        "line probabilities: float16 overflows",
+    ),
     # -- Llamas that draw
     (
         "models/blocks.py",
@@ -1111,7 +1116,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("tokenizers/still.py", "tensor[:, :, -2:].sum(2), ", "tensor[:, :, :2].sum(2), ", "tokenizer: padded in front"),
     ("tokenizers/still.py", "both.chunk(2)", "(both.chunk(2)[0], entries)", "tokenizer: norms read other entries"),
-    ("checkpoints/convert.py", "target.transform(weights", "(weights", "converting: weights as they are published"),
+    ("checkpoints/convert.py", "targets[key].transform(tensor)", "tensor", "converting: weights as they are published"),
     ("checkpoints/families/llamagen.py", " or len(names) != config.classes", "", "loading: any number of class names"),
     (
         "checkpoints/families/llamagen.py",
