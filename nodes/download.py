@@ -26,8 +26,17 @@ class DownloadModel(io.ComfyNode):
             description="Downloads a published model from huggingface.co into ComfyUI's model folders and checks its "
             "hash. It is the only node of this pack that uses the network, and only when it runs. Press R afterwards "
             "to refresh the file lists.",
-            search_aliases=["download", "huggingface", "fetch model", "llamagen", "janus", "lumina", "anole", "emu3",
-                            "linear"],
+            search_aliases=[
+                "download",
+                "huggingface",
+                "fetch model",
+                "llamagen",
+                "janus",
+                "lumina",
+                "anole",
+                "emu3",
+                "linear",
+            ],
             inputs=[
                 io.Combo.Input(
                     "release",

@@ -210,8 +210,8 @@ def find_text_files(name: str) -> TextFiles:
     _check_name("text_encoder", name)
     if name == NO_ENCODER:
         raise UserError(
-            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT); connect one, or choose "
-            "FLAN-T5-XL."
+            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT, Emu3); connect one, or "
+            "choose FLAN-T5-XL."
         )
     path = _text_encoders().get(_in_the_folders(name)) or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
     return find_text_encoder(path, host.t5_tokenizer())

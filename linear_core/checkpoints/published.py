@@ -2,7 +2,8 @@
 
 Numbers and names only; nothing here reads a file or uses the network. Sources: github.com/FoundationVision/LlamaGen
 (MIT), for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), github.com/deepseek-ai/Janus (code MIT,
-weights DeepSeek Model License), github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial), and
+weights DeepSeek Model License), github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial),
+Lumina-mGPT-2.0 (Apache-2.0) with github.com/ai-forever/MoVQGAN (no licence stated), and
 github.com/baaivision/Emu3 and Emu3.5 (Apache-2.0).
 """
 
@@ -98,6 +99,9 @@ LUMINA = {
         "Lumina-mGPT-7B-512", "Lumina-mGPT-7B-768", "Lumina-mGPT-7B-1024", "Lumina-mGPT-7B-768-Omni",
     )
 }  # fmt: skip
+LUMINA_2 = "Lumina-mGPT-2.0"
+LUMINAS_2 = {name: Repository(f"Alpha-VLLM/{name}", None, "Apache-2.0") for name in (LUMINA_2, "Lumina-mGPT-2.0-Omni")}
+MOVQGAN = Repository("ai-forever/MoVQGAN", None, "none stated")
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
 EMU = {name: Repository(f"BAAI/{name}", None, "Apache-2.0") for name in (
@@ -111,7 +115,9 @@ TEXT_ENCODER = "flan-t5-xl"
 
 
 def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
-    return Release(path.removesuffix(".pt"), "ar_image", (Remote(repository, path, gigabytes),), needs)
+    return Release(
+        path.removesuffix(".pt").removesuffix(".ckpt"), "ar_image", (Remote(repository, path, gigabytes),), needs
+    )
 
 
 def _janus(name: str, *weights: tuple[str, float]) -> Release:
@@ -147,6 +153,15 @@ def _emu(name: str, tokenizer: str, *gigabytes: float) -> Release:
 def _emu_tokenizer(name: str, gigabytes: float) -> Release:
     files = (("config.json", 0), ("model.safetensors", gigabytes))
     return Release(name, "ar_image", tuple(Remote(EMU[name], *file) for file in files), subfolder=name)
+
+
+def _lumina_2(name: str) -> Release:
+    """A folder of its own, with its text tokenizer."""
+    small = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json")
+    shards = (f"model-0000{n}-of-00004.safetensors" for n in range(1, 5))
+    files = (*((file, 0.0) for file in small), *zip(shards, (4.96, 4.98, 4.42, 1.40), strict=True))
+    own = tuple(Remote(LUMINAS_2[name], *file) for file in files)
+    return Release(name, "ar_image", own, (MOVQ,), subfolder=name)
 
 
 _T5_FILES = (
@@ -192,6 +207,8 @@ RELEASES: dict[str, Release] = {
             (Remote(ANOLE, "models/7b/consolidated.pth", 14.1), Remote(ANOLE, "tokenizer/text_tokenizer.json", 0)),
             (CHAMELEON_VQ,), subfolder="Anole-7b-v0.1",
         ),
+        *map(_lumina_2, LUMINAS_2),
+        _single_file(MOVQGAN, f"{MOVQ}.ckpt", 1.08),
         Release(CHAMELEON_VQ, "ar_image", (Remote(ANOLE, "tokenizer/vqgan.ckpt", 0.28, local_name="vqgan.ckpt"),)),
         *(_emu(name, EMU3_VQ, 4.94, 4.83, 5.0, 5.0, 4.83, 5.0, 4.37) for name in ("Emu3-Gen", "Emu3-Stage1")),
         _emu_tokenizer(EMU3_VQ, 1.08),

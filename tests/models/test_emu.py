@@ -152,5 +152,7 @@ def test_the_tokenizer_of_another_family(write: Callable[..., Path], tmp_path: P
     with pytest.raises(UserError, match=r"Emu3.5-VisionTokenizer: makes 16 pixels a side of each code, but Emu3-Gen n"):
         load_model(ModelFiles(folder, official.write_tokenizer(tmp_path, "ibq")))
     save_file(reference.weights("movq", official.WIDTHS["emu3"]), vq / "model.safetensors")
-    with pytest.raises(UserError, match=r"Emu3-VisionTokenizer: is another model's tokenizer; Emu3-Gen draws the codes"):
+    with pytest.raises(
+        UserError, match=r"Emu3-VisionTokenizer: is another model's tokenizer; Emu3-Gen draws the codes"
+    ):
         load_model(ModelFiles(folder, vq))

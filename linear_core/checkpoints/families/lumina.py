@@ -1,14 +1,19 @@
 """Checkpoints of Lumina-mGPT and Anole: Chameleons, in transformers' layout or, for Anole's own, in Meta's.
 
-They contain only the language model. Chameleon's VQ tokenizer is a separate file, and only one of Lumina-mGPT's
-repositories has the text tokenizer. Which sizes a model draws is stated only in its name.
+They contain only the language model. The VQ tokenizer is a separate file, and of Lumina-mGPT 1.0 only one repository
+has the text tokenizer. Which sizes a model of 1.0 draws is stated only in its name.
+
+Lumina-mGPT 2.0 is the same network, trained from scratch with another vocabulary (Qwen's) and another VQ tokenizer
+(MoVQGAN's, 8 pixels per token).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +23,12 @@ from ...grid import Grid
 from ...models.lumina import Lumina, LuminaConfig
 from ...plan import SamplePlan
 from ...prompts import Prompt
-from ...prompts.lumina import END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
+from ...prompts.lumina import BEGIN, END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
 from ...prompts.tokenizer import TextTokenizer
 from ...sizes import PIXELS, sizes
 from .. import published
 from ..families import Family, ModelInfo
-from ..untrusted import number, section
+from ..untrusted import number, read_json, section
 from ..weights import Target, Weights
 from .llama import QKV, layer_target, rows_of_codes
 
@@ -31,8 +36,13 @@ SIDES = (512, 768, 1024)  # pixels of Lumina-mGPT's square pictures
 ANOLE_GRID = Grid(32, 32)  # the only one it draws
 FIRST_CODE, CODES, EOL = 4, 8192, 8803  # as published, for files without a vocabulary_map; prompts check the ids
 
+# Lumina-mGPT 2.0: its code names these ids itself, as its codes have no names (inference_solver.py, item_processor.py).
+FIRST_CODE_2, CODES_2, EOL_2 = 155000, 16384, 151670
+SIDES_2, PIXELS_2 = (768, 512), 8  # the usual side first
+
 
 def recognises(weights: Weights) -> bool:
+    """By the LayerNorms of queries and keys; other models have RMSNorms there, which have no bias."""
     names = weights.tensors
     return "model.layers.0.self_attn.q_norm.bias" in names or "layers.0.attention.q_normalization.weight" in names
 
@@ -95,7 +105,9 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             shapes[found.name] = shape
     try:
         vocabulary, width = shapes["embed_tokens.weight"]
-        first_code, codes, eol = _ids(section(settings, "vocabulary_map"))
+        second = vocabulary >= FIRST_CODE_2 + CODES_2  # its config may still list the codes of Chameleon
+        names = section(settings, "vocabulary_map")
+        first_code, codes, eol = (FIRST_CODE_2, CODES_2, EOL_2) if second else _ids(names)
         if (last := max(first_code + codes - 1, eol)) >= vocabulary:
             raise ValueError(f"its vocabulary_map, or the usual one, ends with {last} but it has {vocabulary} tokens")
         config = LuminaConfig(
@@ -112,6 +124,8 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise weights.problem(f"its weights do not describe a Chameleon ({error}); download it again.") from error
+    if second:
+        return _lumina_2(weights, config, grid)
     meta = "tok_embeddings.weight" in weights.tensors
     if meta or "anole" in weights.name.lower():
         return _anole(weights, config, grid)
@@ -157,15 +171,49 @@ def _lumina(weights: Weights, config: LuminaConfig, requested: tuple[int, int] |
     return info.with_size((requested[1] * PIXELS, requested[0] * PIXELS)) if requested else info
 
 
+def _lumina_2(weights: Weights, config: LuminaConfig, requested: tuple[int, int] | None) -> ModelInfo:
+    side = SIDES_2[0] // PIXELS_2
+    info = ModelInfo(
+        weights.name, FAMILY_2, config, Grid(side, side, eol=EOL_2 - FIRST_CODE_2), (),
+        SamplePlan(guidance=4.0, top_k=4096), weights.nbytes, tokenizer=published.MOVQ,
+        sizes=tuple(size for side in SIDES_2 for size in sizes(side)), pixels=PIXELS_2,
+    )  # fmt: skip
+    return info.with_size((requested[1] * PIXELS_2, requested[0] * PIXELS_2)) if requested else info
+
+
 def prompt(tokenizer: TextTokenizer, texts: Sequence[str], negative: str, info: ModelInfo) -> Prompt:
     """One image per text, guided away from `negative`. Raises UserError if the tokenizer is not the model's."""
     first_code, grid = info.config.first_code, info.grid
-    check_codes(tokenizer, first_code, info.config.codes)
+    if info.family is not FAMILY_2:
+        check_codes(tokenizer, first_code, info.config.codes)
     if grid.eol is None:
         return anole_prompt(tokenizer, texts, negative)
     if tokenizer.id(END_OF_LINE) != first_code + grid.eol:
         raise UserError(f"{tokenizer.path}: its end-of-line token is not the model's; use the model's own file.")
-    return lumina_prompt(tokenizer, texts, (grid.cols * PIXELS, grid.rows * PIXELS), grid, negative)
+    begin = _begin(tokenizer.path.parent) if info.family is FAMILY_2 else BEGIN
+    size = grid.cols * info.pixels, grid.rows * info.pixels
+    return lumina_prompt(tokenizer, texts, size, grid, negative, begin)
+
+
+def _begin(folder: Path) -> str:
+    """The name of the token that begins a text: the tokenizer's "bos" or, as Qwen's has none, its "eos".
+
+    tokenizer.json does not say which they are; the other two files of a tokenizer do.
+    """
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    found = [read_json(file, "is not a tokenizer's config") for file in files if file.is_file()]
+    if not found:
+        raise UserError(
+            f"{files[0]}: there is no such file, but the model needs it to begin a text; download it again."
+        )
+    for name in ("bos_token", "eos_token"):
+        for settings in found:
+            token = settings.get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str) and token:
+                return token
+    raise UserError(f"{files[0]}: names no token that begins a text; download it again.")
 
 
 TOKENIZER_FILES = (  # next to the model, in the one Lumina-mGPT repository that has it, in Chameleon's and Anole's
@@ -185,4 +233,7 @@ FAMILY = Family(
     tokenizer_files=TOKENIZER_FILES,
     tokenizer_release=published.LUMINA_TOKENIZER,
     prompt_slots=64,
+)
+FAMILY_2 = replace(
+    FAMILY, name="Lumina-mGPT 2.0", tokenizer_files=("tokenizer.json",), tokenizer_release=published.LUMINA_2
 )
