@@ -42,8 +42,9 @@ class DownloadModel(io.ComfyNode):
                     "release",
                     options=list(RELEASES),
                     tooltip=f"What to download. {sizes}. c2i models take classes, the other models text; vq files are "
-                    "tokenizers. Licences: Lumina-mGPT, Anole and vqgan are not for commercial use (Chameleon Research "
-                    "License); Janus: DeepSeek Model License; Emu3 and Emu3.5: Apache-2.0; the rest: MIT or Apache-2.0.",
+                    "tokenizers. Licences: Lumina-mGPT 1.0, Anole and vqgan are not for commercial use (Chameleon "
+                    "Research License); movqgan_270M states none; Janus: DeepSeek Model License; the rest: MIT or "
+                    "Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",

@@ -66,8 +66,8 @@ class Generate(io.ComfyNode):
                     min=OWN,
                     max=65536,
                     tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
-                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0: 4096; "
-                    "Emu3: 2048; Emu3.5 and U0: 5120).",
+                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0: "
+                    "4096; Emu3: 2048; Emu3.5 and U0: 5120).",
                 ),
                 io.Float.Input(
                     "top_p",

@@ -28,8 +28,8 @@ class TextPrompt(io.ComfyNode):
             display_name="Text Prompt",
             category="LineAR",
             description="Sets what to generate, for text-to-image models: one image per text. Janus, Lumina-mGPT "
-            "and Emu3 read the text themselves: connect them. LlamaGen needs a text encoder, which is loaded only for new "
-            "texts and unloaded afterwards.",
+            "and Emu3 read the text themselves: connect them. LlamaGen needs a text encoder, which is loaded only for "
+            "new texts and unloaded afterwards.",
             search_aliases=[
                 "text encode",
                 "prompt",
@@ -72,9 +72,8 @@ class TextPrompt(io.ComfyNode):
                     optional=True,
                     placeholder="what to avoid (empty: the model's default)",
                     tooltip="What guidance steers away from, for all images. Empty: as the model was published (Janus: "
-                    "the prompt with its text masked out; Lumina-mGPT, Emu3.5 and U0: no text; Emu3: its authors' list of flaws; "
-                    "LlamaGen: a learned embedding). No "
-                    "effect without guidance.",
+                    "the prompt with its text masked out; Lumina-mGPT, Emu3.5 and U0: no text; Emu3: its authors' list "
+                    "of flaws; LlamaGen: a learned embedding). No effect without guidance.",
                 ),
                 size_input(),
             ],
