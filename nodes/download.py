@@ -42,9 +42,9 @@ class DownloadModel(io.ComfyNode):
                     "release",
                     options=list(RELEASES),
                     tooltip=f"What to download. {sizes}. c2i models take classes, the other models text; vq files are "
-                    "tokenizers. Licences: Lumina-mGPT 1.0, Anole and vqgan are not for commercial use (Chameleon "
-                    "Research License); movqgan_270M states none; Janus: DeepSeek Model License; the rest: MIT or "
-                    "Apache-2.0.",
+                    "tokenizers. Licences: Lumina-mGPT-7B, Anole and vqgan are not for commercial use (Chameleon "
+                    "Research License); Janus: DeepSeek Model License; movqgan_270M, which Lumina-mGPT 2.0 needs: none "
+                    "stated; the rest: MIT or Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",

@@ -105,7 +105,7 @@ class Generate(io.ComfyNode):
                     "keep_rows",
                     default=0,
                     min=0,
-                    max=127,
+                    max=255,
                     optional=True,
                     advanced=True,
                     tooltip="Number of rows, from the top, to take from tokens (with Reroll: from the run shown below) "
@@ -116,7 +116,7 @@ class Generate(io.ComfyNode):
                     "stop_after",
                     default=0,
                     min=0,
-                    max=128,
+                    max=256,
                     optional=True,
                     advanced=True,
                     tooltip="Stop after this many rows; the image is cut off there. 0: generate all rows.",

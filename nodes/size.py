@@ -44,7 +44,8 @@ def size_input() -> io.Input:
         options=[io.DynamicCombo.Option(OWN, []), *options],
         optional=True,
         tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT, Emu3 "
-        "and Emu3.5 have several: choose your model's name, then a size. Other models have no other size.",
+        "and Emu3.5 have several: choose your model's version, or the number in its name, then a size. Other models "
+        "have no other size.",
     )
 
 

@@ -115,9 +115,7 @@ TEXT_ENCODER = "flan-t5-xl"
 
 
 def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
-    return Release(
-        path.removesuffix(".pt").removesuffix(".ckpt"), "ar_image", (Remote(repository, path, gigabytes),), needs
-    )
+    return Release(path.rpartition(".")[0], "ar_image", (Remote(repository, path, gigabytes),), needs)
 
 
 def _janus(name: str, *weights: tuple[str, float]) -> Release:

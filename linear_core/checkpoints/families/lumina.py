@@ -203,9 +203,7 @@ def _begin(folder: Path) -> str:
     files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     found = [read_json(file, "is not a tokenizer's config") for file in files if file.is_file()]
     if not found:
-        raise UserError(
-            f"{files[0]}: there is no such file, but the model needs it to begin a text; download it again."
-        )
+        raise UserError(f"{files[0]}: there is no such file, but the model needs it to read texts; download it again.")
     for name in ("bos_token", "eos_token"):
         for settings in found:
             token = settings.get(name)
