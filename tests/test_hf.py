@@ -279,7 +279,7 @@ def test_a_line_fed_at_once(name, release):
     what, plan = subject(name), CachePlan("line", 2, 2, 1, release)
     tokens = some_tokens(2, SIDE * SIDE - 1)
     steps = draw(what, past := LineCache(what.model, (SIDE, SIDE), plan), LENGTHS, tokens)
-    once = draw(what, again := LineCache(what.model, (SIDE, SIDE), plan), LENGTHS, tokens[:, :0])
+    once = draw(what, again := LineCache(what.model, (SIDE, SIDE), plan, prompt=max(LENGTHS)), LENGTHS, tokens[:, :0])
     fed = 0
     for count in [SIDE] * 4 + [2, 3, 1, 5]:
         mask = torch.nn.functional.pad(words(LENGTHS)[1], (0, fed + count), value=1)
@@ -451,9 +451,9 @@ def test_end_of_line_tokens():
 # -- what must not pass in silence -------------------------------------------------------------------------------------
 
 
-def begun(name: str = "llama", fed: int = 3, grid: tuple[int, int] = (SIDE, SIDE)) -> tuple[Subject, LineCache]:
-    what = subject(name)
-    past = LineCache(what.model, grid, CachePlan(budget=2, recent=1))
+def begun(fed: int = 3, grid: tuple[int, int] = (SIDE, SIDE), **options: int) -> tuple[Subject, LineCache]:
+    what = subject("llama")
+    past = LineCache(what.model, grid, CachePlan(budget=2, recent=1), **options)
     draw(what, past, LENGTHS, some_tokens(2, fed))
     return what, past
 
@@ -472,13 +472,13 @@ def test_a_grid_that_is_not_the_models():
 
 
 def test_more_tokens_than_the_grid_has():
-    what, past = begun(fed=6, grid=(3, 2))
-    with pytest.raises(UserError, match=r"grid: 3 x 2 ends after 6 tokens, and 6 are in the cache"):
-        feed(what, past)
+    what, past = begun(fed=6, grid=(3, 2), prompt=max(LENGTHS))
+    with pytest.raises(UserError, match=r"grid: 3 x 2 ends after 6 tokens, and 6 are in the cache when 2 more come"):
+        feed(what, past, count=2)
 
 
 def test_tokens_across_a_line_end():
-    what, past = begun(fed=3)
+    what, past = begun(fed=3, prompt=max(LENGTHS))
     with pytest.raises(UserError, match=r"4 tokens come at column 3 of a line of 6.*reset\(\) before another prompt"):
         feed(what, past, count=4)
 
@@ -490,7 +490,10 @@ def test_a_second_image_without_reset():
     with pytest.raises((UserError, IndexError)):
         generate(past)
     ids, _ = words([5] * 4)
-    with torch.no_grad(), pytest.raises(UserError, match=r"call reset\(\) before another image"):
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match=r"5 tokens come at once.*call reset\(\) before another prompt"),
+    ):
         janus().model.language_model(input_ids=ids, **passed(past))
 
 
@@ -617,9 +620,11 @@ def test_attention_that_does_more():
 
 
 def test_keys_and_values_of_unequal_size():
-    past = LineCache(subject("llama").model, (SIDE, SIDE), CachePlan("full"))
+    what = subject("llama")
+    past = LineCache(what.model, (SIDE, SIDE), CachePlan("full"))
+    key, value = past.update(torch.zeros(1, 4, 3, 6), torch.zeros(1, 4, 3, 4), 0)
     with pytest.raises(UserError, match="keys have 6 numbers a head and values 4"):
-        past.update(torch.zeros(1, 4, 3, 6), torch.zeros(1, 4, 3, 4), 0)
+        line_attention(what.decoder.layers[0].self_attn, key, key, value, None)
 
 
 def test_layers_on_several_devices():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from .look_ahead import upcast
 from .storage import RawSlots
 
 ATTENTIONS = ("sdpa", "kernel")
@@ -31,7 +32,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     if group > 1:  # the queries of a group stand side by side like tokens, so that no key is copied or read twice
         q = stack_groups(q, group)
         bias = bias if bias.ndim == 3 else bias.repeat(1, 1, group, 1)
-    if q.shape[2] == group and bias.ndim == 3 and q.device.type == "cpu":
+    # Not float16: products overflow there, up to where sdpa, which keeps them in float32, is finite.
+    if q.shape[2] == group and bias.ndim == 3 and q.device.type == "cpu" and q.dtype != torch.float16:
         out = _attend_one(q, k, v, bias)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
@@ -93,8 +95,8 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor
     -> float32 B H C S, mean over the query heads that share a key head.
     """
     group = queries.shape[1] // keys.shape[1]
-    scores = (stack_groups(queries, group) @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5
-    scores = (scores + bias.float()[:, :, None]).unflatten(2, (group, -1))
+    products = upcast(stack_groups(queries, group)) @ upcast(keys).transpose(-1, -2)  # which overflow in float16
+    scores = (products.float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]).unflatten(2, (group, -1))
     own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)
     later = index[:, :, None] > own[:, None]
     weights = scores.masked_fill(later[:, :, None], float("-inf")).softmax(-1)

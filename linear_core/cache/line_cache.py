@@ -7,6 +7,7 @@ slots of the next line. Every buffer is allocated before the first token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,13 @@ class LineCache:
         # The slot that the line's token at a column is written to, for every layer, row and head.
         self.target = torch.zeros(layers, rows, heads, stride, dtype=torch.int64, device=device)
         self.extent = shape.prompt  # slots from here on were never used; a number on the host, constant within a line
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"kernel": None}  # which belongs to this machine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.kernel = kernel(self.bias.device, self.bias.dtype)
 
     @property
     def full(self) -> bool:

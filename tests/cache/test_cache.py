@@ -301,3 +301,21 @@ def test_line_probabilities_are_causal_by_index():
     ]
     expected = torch.tensor([[x / sum(line) for x in line] for line in expected])
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("size", [100.0, 300.0])
+def test_products_beyond_half_precision(size):
+    """Scores of large float16 queries and keys stay finite, in one query's attention and in line probabilities."""
+    source = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 128, generator=source).half() for n in (4, 40, 40))
+    q, k, bias = q * size, k * size, torch.zeros(2, 3, 40)
+    assert not torch.isfinite(q @ k.transpose(-1, -2)).all(), "the products are large enough"
+    exact = (q.double() @ k.double().transpose(-1, -2) / 128**0.5).softmax(-1)
+    for query, weights in zip(q.unbind(2), exact.unbind(2), strict=True):
+        got = attend(query[:, :, None], k, v, bias.half())
+        torch.testing.assert_close(
+            got[:, :, 0].double(), (weights[:, :, None] @ v.double())[:, :, 0], atol=2e-3, rtol=2e-3
+        )
+    index = torch.arange(40).expand(2, 3, -1)
+    got = attention_weights(q, k, bias.half(), index, first=40)
+    torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=1e-4)

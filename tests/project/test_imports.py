@@ -34,7 +34,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cache.storage": (set(), TENSORS),
     "cache.look_ahead": (set(), TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
-    "cache.attention": ({"errors", "cache.kernel", "cache.storage"}, TENSORS),
+    "cache.attention": ({"errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
     "cache.view": ({"grid", "cache.attention", "cache.look_ahead"}, TENSORS),
     "cache.fold": ({"cache.look_ahead", "cache.view"}, TENSORS),
     "cache.line_cache": (
@@ -80,7 +80,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
-        {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "policies", "loop.generate"},
+        {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "cache.storage", "policies", "loop.generate"},
         TENSORS | {"transformers"},
     ),
     # pictures
