@@ -818,7 +818,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("cache/line_cache.py", '| {"kernel": None}', "", "a file holds a kernel"),
     ("cache/attention.py", " and q.dtype != torch.float16", "", "attention: float16 overflows"),
-    ("cache/attention.py", "@ upcast(keys).transpose(-1, -2)  # which", "@ keys.transpose(-1, -2)  # which", "line probabilities: float16 overflows"),
+    (
+        "cache/attention.py",
+        "@ upcast(keys).transpose(-1, -2)  # which",
+        "@ keys.transpose(-1, -2)  # which",
+        "line probabilities: float16 overflows",
+    ),
     # -- Llamas that draw
     (
         "models/blocks.py",
