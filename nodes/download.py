@@ -26,7 +26,17 @@ class DownloadModel(io.ComfyNode):
             description="Downloads a published model from huggingface.co into ComfyUI's model folders and checks its "
             "hash. It is the only node of this pack that uses the network, and only when it runs. Press R afterwards "
             "to refresh the file lists.",
-            search_aliases=["download", "huggingface", "fetch model", "llamagen", "janus", "lumina", "anole", "linear"],
+            search_aliases=[
+                "download",
+                "huggingface",
+                "fetch model",
+                "llamagen",
+                "janus",
+                "lumina",
+                "anole",
+                "emu3",
+                "linear",
+            ],
             inputs=[
                 io.Combo.Input(
                     "release",
@@ -39,7 +49,7 @@ class DownloadModel(io.ComfyNode):
                 io.Boolean.Input(
                     "with_needed",
                     default=True,
-                    tooltip="Also download what the model depends on: its tokenizers (0.3 or 1.1 GB) and, for t2i, the "
+                    tooltip="Also download what the model depends on: its tokenizers (0.3 to 1.8 GB) and, for t2i, the "
                     "text encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
                 ),
             ],

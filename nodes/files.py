@@ -250,8 +250,8 @@ def find_text_files(name: str, width: int = 0) -> TextFiles:
     _check_name("text_encoder", name)
     if name == NO_ENCODER:
         raise UserError(
-            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT); connect one, or choose "
-            "FLAN-T5-XL."
+            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT, Emu3); connect one, or "
+            "choose FLAN-T5-XL."
         )
     name = _in_the_folders(name)
     listed = _text_encoders()

@@ -49,7 +49,8 @@ class Generate(io.ComfyNode):
                     step=0.1,
                     tooltip="Classifier-free guidance scale: how closely the image follows the prompt. Typical: 2 to "
                     "5. 1 or less: none, which halves compute and cache. -1: the model's own value (bundled model 3; "
-                    "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3).",
+                    "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3; Emu3 and "
+                    "U0 3; Emu3.5 2, Emu3.5-Image 5).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -66,8 +67,8 @@ class Generate(io.ComfyNode):
                     min=OWN,
                     max=65536,
                     tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
-                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0 "
-                    "4096).",
+                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0: "
+                    "4096; Emu3: 2048; Emu3.5 and U0: 5120).",
                 ),
                 io.Float.Input(
                     "top_p",

@@ -8,12 +8,14 @@ from comfy_api.latest import io
 
 from ..linear_core.checkpoints.families import ModelInfo
 from ..linear_core.checkpoints.families.lumina import SIDES, SIDES_2
-from ..linear_core.sizes import Size, sizes
+from ..linear_core.sizes import EMU3_AREAS, EMU35_SIZES, Size, emu3_sizes, sizes
 
 OWN = "the model's own"
 SIZES: dict[str, tuple[Size, ...]] = {
     **{f"of Lumina-mGPT {side}": sizes(side) for side in SIDES},
     "of Lumina-mGPT 2.0": tuple(size for side in SIDES_2 for size in sizes(side)),
+    **{f"of {name}": emu3_sizes(area) for name, area in EMU3_AREAS.items()},
+    "of Emu3.5": EMU35_SIZES,
 }
 
 
@@ -31,8 +33,7 @@ def size_input() -> io.Input:
                     "pixels",
                     options=[_written(*size) for size in drawn],
                     default=next(_written(*size) for size in drawn if size[0] == size[1]),
-                    tooltip="Width x height in pixels, from the widest to the tallest: the sizes that the model was "
-                    "trained on.",
+                    tooltip="Width x height in pixels, from the widest to the tallest: the sizes that the model draws.",
                 )
             ],
         )
@@ -42,8 +43,9 @@ def size_input() -> io.Input:
         "size",
         options=[io.DynamicCombo.Option(OWN, []), *options],
         optional=True,
-        tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT has "
-        "many: choose your model's version, or the number in its name, then a size. Other models have no other size.",
+        tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT, Emu3 "
+        "and Emu3.5 have several: choose your model's version, or the number in its name, then a size. Other models "
+        "have no other size.",
     )
 
 

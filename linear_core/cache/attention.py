@@ -106,8 +106,7 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor
     """
     group = queries.shape[1] // keys.shape[1]
     products = upcast(stack_groups(queries, group)) @ upcast(keys).transpose(-1, -2)  # which overflow in float16
-    scores = products.float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
-    scores = scores.unflatten(2, (group, -1))
+    scores = (products.float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]).unflatten(2, (group, -1))
     own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)
     later = index[:, :, None] > own[:, None]
     weights = scores.masked_fill(later[:, :, None], float("-inf")).softmax(-1)

@@ -347,10 +347,10 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
 
 
 def _storage_dtype(weight_dtype: torch.dtype | None) -> Any:
-    return weight_dtype and (lambda name, tensor: weight_dtype if _is_large(name, tensor) else None)
+    return weight_dtype and (lambda name, tensor: weight_dtype if is_large(name, tensor) else None)
 
 
-def _is_large(name: str, tensor: torch.Tensor) -> bool:
+def is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
     return name.startswith("layers.") and tensor.ndim == 2 and "norm" not in name
 

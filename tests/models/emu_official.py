@@ -104,3 +104,13 @@ def transformers_layout(weights: dict[str, Tensor], prefix: str) -> dict[str, Te
     """BAAI's keys as transformers' published files have them ("text_model.model."), or as it saves them today."""
     head = "text_model.lm_head.weight" if prefix == "text_model.model." else "lm_head.weight"
     return {head if key.startswith("lm_head") else prefix + key.removeprefix("model."): t for key, t in weights.items()}
+
+
+def write(models: Path) -> None:
+    """What a graph needs below ComfyUI's models folder: an Emu3, a small U0 and both VQ tokenizers, about 5 MB."""
+    folder = models / "ar_image"
+    write_model(folder / "Emu3-Gen", decoder(), CONFIG)
+    small = decoder(heads=4, dim=16, norms=True)
+    write_model(folder / "Xiaomi-Robotics-U0-4B", small, CONFIG | {"model_type": "UNIS"}, "unis")
+    for kind in WIDTHS:
+        write_tokenizer(folder, kind)

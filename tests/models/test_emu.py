@@ -86,6 +86,7 @@ def test_the_keys_and_values_of_one_token(write: Callable[..., Path]) -> None:
         ("U0-FlashAR", True, {}, "U0-FlashAR: is U0-FlashAR, which does not draw line by line"),
         ("Emu3-Gen", False, {"num_attention_heads": 5}, "Emu3-Gen: its weights do not describe an Emu3"),
         ("Emu3-Gen", False, {"rope_theta": "x"}, "Emu3-Gen: its weights do not describe an Emu3 .* rope_theta: 'x'"),
+        ("Emu3-Gen", False, {"text_config": 3}, "Emu3-Gen: its weights do not describe an Emu3 .* text_config: 3"),
         ("Emu3-Gen", False, {"img_token_id": 10**6}, "Emu3-Gen: its weights do not describe an Emu3 .* too few for"),
         ("Emu3-Gen", False, {"eol_token_id": 531}, "Emu3-Gen: its weights do not describe an Emu3 .* too few for"),
         ("Emu3-Gen", False, {"vocabulary_map": {"<|image token|>": 3}}, "its weights do not describe an Emu3"),

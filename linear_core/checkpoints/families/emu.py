@@ -143,13 +143,12 @@ def _sizes_of(weights: Weights) -> tuple[LuminaConfig, int]:
     """Sizes and the id of the end-of-line token."""
     if not weights.config:
         raise weights.problem("lacks the config.json that was published with it; put it into the model's folder.")
-    settings = weights.config
-    text = section(settings, "text_config") or settings
-    shapes = {}
+    settings, shapes = weights.config, {}
     for key, shape in weights.shapes.items():
         if (found := target(key, None)) is not None:
             shapes[found.name] = shape
     try:
+        text = section(settings, "text_config") or settings
         vocabulary, width = shapes["embed_tokens.weight"]
         first_code, codes, eol = _ids(settings, vocabulary)
         norm = shapes.get("layers.0.attention.q_norm.weight")
