@@ -24,7 +24,13 @@ LLAMAGEN = {  # layers, width, heads, feed-forward
     "XXL": (48, 1536, 24, 4096),
     "3B": (24, 3200, 32, 8704),
 }
-CHAMELEON = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, 1e-5, qk_norm=True)
+CHAMELEON = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, 1e-5, qk_norm="layer")
+LUMINA_2 = LuminaConfig(32, 4096, 32, 11008, 16384, 171384, 1e-5, qk_norm="layer", first_code=155000)
+EMU3 = LuminaConfig(32, 4096, 32, 14336, 32768, 184622, 1e-5, 1e6, key_heads=8, head_dim=128, first_code=151854)
+U0_4B, EMU35 = (  # the sizes of U0-4B are those of Qwen3-4B, which its number of weights agrees with
+    LuminaConfig(layers, width, heads, hidden, 131072, 282926, 1e-5, 1e6, "rms", 8, 128, first_code=151854)
+    for layers, width, heads, hidden in ((36, 2560, 32, 9728), (64, 5120, 64, 25600))
+)
 EOL = 8799  # of Lumina-mGPT, counted from code 0
 PROMPT_TOKENS = 48  # about what a sentence takes as a chat
 
@@ -94,6 +100,16 @@ def _shapes() -> list[ModelShape]:
     for pixels in (768, 1024):
         grid = Grid(pixels // 16, pixels // 16, eol=EOL)
         shapes.append(ModelShape(f"Lumina-mGPT-{pixels}", Lumina, CHAMELEON, grid, top_k, PROMPT_TOKENS))
+    for pixels in (512, 768):
+        grid, sample = Grid(pixels // 8, pixels // 8, eol=151670 - 155000), SamplePlan(guidance=4.0, top_k=4096)
+        shapes.append(ModelShape(f"Lumina-mGPT-2.0-{pixels}", Lumina, LUMINA_2, grid, sample, 64))
+    for name, config, side, sample, prompt in (
+        ("Emu3-Stage1", EMU3, 64, SamplePlan(guidance=3.0, top_k=2048), 128),
+        ("Emu3-Gen", EMU3, 90, SamplePlan(guidance=3.0, top_k=2048), 128),
+        ("Xiaomi-Robotics-U0-4B", U0_4B, 64, SamplePlan(guidance=3.0, top_k=5120), 64),
+        ("Emu3.5-Image", EMU35, 64, SamplePlan(guidance=5.0, top_k=5120), 64),
+    ):
+        shapes.append(ModelShape(name, Lumina, config, Grid(side, side, eol=-8), sample, prompt))
     return shapes
 
 

@@ -722,7 +722,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--tokenizer", metavar="FILE", help="its VQ tokenizer, if it is not next to it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")
     group.add_argument(
-        "--pixels", metavar="WIDTHxHEIGHT", help="picture size, for models that offer a choice (Lumina-mGPT)"
+        "--pixels", metavar="WIDTHxHEIGHT", help="picture size, for models that offer a choice (Lumina-mGPT, Emu3)"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument(

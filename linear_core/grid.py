@@ -14,7 +14,8 @@ Row = TypeVar("Row")  # int, or a tensor of one element
 class Grid:
     """`rows` lines of `cols` codes, in raster order, after `prompt` tokens of conditioning.
 
-    eol  the token that ends each line in models that have one (Lumina-mGPT); it is part of the line
+    eol  the token that ends each line in models that have one; it is part of the line. Counted from code 0, so it is
+         negative where it comes before the codes in the vocabulary
     """
 
     rows: int

@@ -139,6 +139,7 @@ class CacheShape:
     head_dim: int
     prompt: int  # slots of the prompt
     bytes_per_element: int
+    group: int = 1  # query heads that share a key head; does not change the cache, but what a line's end takes
 
     def line_bytes(self, grid: Grid, rows: int) -> int:
         """Keys and values of one line for `rows` sequences (images, twice with guidance)."""

@@ -112,7 +112,7 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
     except UserError:  # choosing it says what is wrong
         return None
     weights = {name: decoder_bytes(info, dtype, kept) for name, kept in host.WEIGHT_DTYPES.items()}
-    grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride}
+    grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride, "pixels": info.pixels}
     guided = int(info.defaults.guided)
     run = {"codes": info.config.codes, "device": host.device_type()}
     sampling = {name: getattr(info.defaults, name) for name in SAMPLING}
@@ -255,8 +255,8 @@ def find_text_files(name: str, width: int = 0) -> TextFiles:
     _check_name("text_encoder", name)
     if name == NO_ENCODER:
         raise UserError(
-            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT); connect one, or choose "
-            "FLAN-T5-XL."
+            "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT, Emu3); connect one, or "
+            "choose FLAN-T5-XL."
         )
     name = _in_the_folders(name)
     listed = _text_encoders()

@@ -50,7 +50,8 @@ class Generate(io.ComfyNode):
                     step=0.1,
                     tooltip="Classifier-free guidance scale: how closely the image follows the prompt. Typical: 2 to "
                     "5. 1 or less: none, which halves compute and cache. -1: the model's own value (bundled model 3; "
-                    "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3).",
+                    "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3; Emu3 and "
+                    "U0 3; Emu3.5 2, Emu3.5-Image 5).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -67,7 +68,8 @@ class Generate(io.ComfyNode):
                     min=OWN,
                     max=65536,
                     tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
-                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000).",
+                    "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0: "
+                    "4096; Emu3: 2048; Emu3.5 and U0: 5120).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -106,7 +108,7 @@ class Generate(io.ComfyNode):
                     "keep_rows",
                     default=0,
                     min=0,
-                    max=127,
+                    max=255,
                     optional=True,
                     advanced=True,
                     tooltip="Number of rows, from the top, to take from tokens (with Reroll: from the run shown below) "
@@ -117,7 +119,7 @@ class Generate(io.ComfyNode):
                     "stop_after",
                     default=0,
                     min=0,
-                    max=128,
+                    max=256,
                     optional=True,
                     advanced=True,
                     tooltip="Stop after this many rows; the image is cut off there. 0: generate all rows.",

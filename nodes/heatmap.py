@@ -63,7 +63,7 @@ class RetentionHeatmap(io.ComfyNode):
                                     "row",
                                     default=12,
                                     min=1,
-                                    max=128,
+                                    max=256,
                                     tooltip="Show what was held after this line: 1 to the number of lines (24 for the "
                                     "bundled model). Larger numbers mean the last line.",
                                 )

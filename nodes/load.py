@@ -22,7 +22,8 @@ class LoadModel(io.ComfyNode):
             category="LineAR",
             description="Loads an autoregressive image model: the decoder, which generates tokens, and the tokenizer, "
             "which turns them into pixels. The bundled model needs no download and no GPU.",
-            search_aliases=["autoregressive", "llamagen", "janus", "lumina", "load linear", "load checkpoint"],
+            search_aliases=["autoregressive", "llamagen", "janus", "lumina", "emu3", "load linear",
+                            "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model",
@@ -30,21 +31,23 @@ class LoadModel(io.ComfyNode):
                     extra_dict={"linear_ar": files.model_facts()},
                     tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others go into models/ar_image: "
                     "LlamaGen files (.safetensors or .pt) and folders of Janus (also found in models/Janus-Pro), "
-                    "Lumina-mGPT or Anole. Licences: LlamaGen MIT; Janus DeepSeek Model License; Lumina-mGPT and Anole "
-                    "not for commercial use (Chameleon Research License).",
+                    "Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. Licences: LlamaGen MIT; Janus DeepSeek "
+                    "Model License; Lumina-mGPT 2.0 Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT 7B and "
+                    "Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
                 ),
                 io.Combo.Input(
                     "tokenizer",
                     options=files.tokenizer_names(),
                     tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' finds it: the bundled one, the "
                     "one in the model's folder or named in its file, vq_ds16_c2i or vq_ds16_t2i for LlamaGen, vqgan "
-                    "for Lumina-mGPT and Anole.",
+                    "for Lumina-mGPT and Anole, movqgan_270M for Lumina-mGPT 2.0, Emu3-VisionTokenizer and "
+                    "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's).",
                 ),
                 io.Int.Input(
                     "grid_rows",
                     default=0,
                     min=0,
-                    max=128,
+                    max=256,
                     optional=True,
                     advanced=True,
                     tooltip="Lines of tokens per image. 0: read from the file (its metadata, or 256, 384 or 512 in its "
@@ -54,7 +57,7 @@ class LoadModel(io.ComfyNode):
                     "grid_cols",
                     default=0,
                     min=0,
-                    max=128,
+                    max=256,
                     optional=True,
                     advanced=True,
                     tooltip="Tokens per line. 0: read from the file. Set both numbers or neither.",

@@ -31,7 +31,7 @@ def _custom() -> list[io.Input]:
             "budget",
             default=plan.budget,
             min=1,
-            max=128,
+            max=256,
             tooltip="Lines of image tokens that the cache keeps when a line is complete. Typical: 4 of 24. Memory "
             "grows with it. With as many lines as the image has, or more, nothing is evicted.",
         ),
@@ -46,7 +46,7 @@ def _custom() -> list[io.Input]:
             "recent",
             default=plan.recent,
             min=0,
-            max=127,
+            max=255,
             tooltip="Newest complete lines, which are never evicted. Typical: 0 for 'fold'; 2 for LineAR as published.",
         ),
         io.Combo.Input(

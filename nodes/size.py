@@ -7,10 +7,16 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..linear_core.checkpoints.families import ModelInfo
-from ..linear_core.checkpoints.families.lumina import SIDES
-from ..linear_core.sizes import sizes
+from ..linear_core.checkpoints.families.lumina import SIDES, SIDES_2
+from ..linear_core.sizes import EMU3_AREAS, EMU35_SIZES, Size, emu3_sizes, sizes
 
 OWN = "the model's own"
+SIZES: dict[str, tuple[Size, ...]] = {
+    **{f"of Lumina-mGPT {side}": sizes(side) for side in SIDES},
+    "of Lumina-mGPT 2.0": tuple(size for side in SIDES_2 for size in sizes(side)),
+    **{f"of {name}": emu3_sizes(area) for name, area in EMU3_AREAS.items()},
+    "of Emu3.5": EMU35_SIZES,
+}
 
 
 def _written(width: int, height: int) -> str:
@@ -21,25 +27,25 @@ def size_input() -> io.Input:
     """First which model, then one of the sizes that it draws: nothing else can be chosen."""
     options = [
         io.DynamicCombo.Option(
-            f"of Lumina-mGPT {side}",
+            name,
             [
                 io.Combo.Input(
                     "pixels",
-                    options=[_written(*size) for size in sizes(side)],
-                    default=_written(side, side),
-                    tooltip="Width x height in pixels, from the widest to the tallest: the sizes that the model was "
-                    "trained on.",
+                    options=[_written(*size) for size in drawn],
+                    default=next(_written(*size) for size in drawn if size[0] == size[1]),
+                    tooltip="Width x height in pixels, from the widest to the tallest: the sizes that the model draws.",
                 )
             ],
         )
-        for side in SIDES
+        for name, drawn in SIZES.items()
     ]
     return io.DynamicCombo.Input(
         "size",
         options=[io.DynamicCombo.Option(OWN, []), *options],
         optional=True,
-        tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT has "
-        "many: choose the number in your model's name, then a size. Other models have no other size.",
+        tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT, Emu3 "
+        "and Emu3.5 have several: choose your model's version, or the number in its name, then a size. Other models "
+        "have no other size.",
     )
 
 

@@ -28,9 +28,9 @@ class TextPrompt(io.ComfyNode):
             node_id="LineAR_TextPrompt",
             display_name="Text Prompt",
             category="LineAR",
-            description="Sets what to generate, for text-to-image models: one image per text. Janus and Lumina-mGPT "
-            "read the text themselves: connect them. LlamaGen needs a text encoder, which is loaded only for new "
-            "texts and unloaded afterwards.",
+            description="Sets what to generate, for text-to-image models: one image per text. Janus, Lumina-mGPT "
+            "and Emu3 read the text themselves: connect them. LlamaGen needs a text encoder, which is loaded only for "
+            "new texts and unloaded afterwards.",
             search_aliases=[
                 "text encode",
                 "prompt",
@@ -40,6 +40,7 @@ class TextPrompt(io.ComfyNode):
                 "llamagen",
                 "janus",
                 "lumina",
+                "emu3",
                 "size",
                 "linear",
             ],
@@ -49,7 +50,7 @@ class TextPrompt(io.ComfyNode):
                     options=files.text_encoder_names(),
                     tooltip="For LlamaGen only: FLAN-T5-XL, as the google/flan-t5-xl folder or a single encoder file, "
                     "in models/text_encoders or models/ar_image. Download AR Model fetches it. Ignored when a model "
-                    "that reads text itself (Janus, Lumina-mGPT) is connected; 'none' will do.",
+                    "that reads text itself (Janus, Lumina-mGPT, Emu3) is connected; 'none' will do.",
                 ),
                 io.String.Input(
                     "text",
@@ -62,8 +63,8 @@ class TextPrompt(io.ComfyNode):
                 MODEL.Input(
                     "model",
                     optional=True,
-                    tooltip="The model that will generate the image, from Load AR Model. Required for Janus and "
-                    "Lumina-mGPT, whose own tokenizers read the text; optional for LlamaGen.",
+                    tooltip="The model that will generate the image, from Load AR Model. Required for Janus, "
+                    "Lumina-mGPT and Emu3, whose own tokenizers read the text; optional for LlamaGen.",
                 ),
                 io.String.Input(
                     "negative_text",
@@ -72,8 +73,8 @@ class TextPrompt(io.ComfyNode):
                     optional=True,
                     placeholder="what to avoid (empty: the model's default)",
                     tooltip="What guidance steers away from, for all images. Empty: as the model was published (Janus: "
-                    "the prompt with its text masked out; Lumina-mGPT: no text; LlamaGen: a learned embedding). No "
-                    "effect without guidance.",
+                    "the prompt with its text masked out; Lumina-mGPT, Emu3.5 and U0: no text; Emu3: its authors' list "
+                    "of flaws; LlamaGen: a learned embedding). No effect without guidance.",
                 ),
                 size_input(),
             ],

@@ -31,8 +31,8 @@ def digest(tensors: Weights) -> np.ndarray:
 class Layers:
     """A VQ-GAN's layers, drawn into the state dict `weights` one after the other."""
 
-    def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, seed: int, code_dim: int = 0):
+        self.rng, self.code_dim = np.random.default_rng(seed), code_dim
         self.weights: Weights = {}
 
     def conv(self, name: str, outer: int, inner: int, side: int = 1) -> None:
@@ -40,6 +40,11 @@ class Layers:
         self.weights[f"{name}.bias"] = draw(self.rng, (outer,), 0.1)
 
     def norm(self, name: str, channels: int) -> None:
+        """A group norm; within a MoVQ's decoder its scale and shift come from entries of `code_dim` numbers."""
+        if self.code_dim and name.startswith("decoder."):
+            self.conv(f"{name}.conv_y", channels, self.code_dim)
+            self.conv(f"{name}.conv_b", channels, self.code_dim)
+            name = f"{name}.norm_layer"
         self.weights[f"{name}.weight"] = draw(self.rng, (channels,), 0.1, mean=1.0)
         self.weights[f"{name}.bias"] = draw(self.rng, (channels,), 0.1)
 

@@ -344,7 +344,12 @@ def test_javascript_replays_the_same(case, detail):
 def test_the_memory_line_is_the_formula():
     """web/state.js says of every preset, grid and model what CacheShape.bytes and run_bytes say."""
     cases = []
-    for shape in (CacheShape(8, 8, 32, 1, 4), CacheShape(36, 20, 64, 1, 2), CacheShape(24, 32, 100, 120, 2)):
+    for shape in (
+        CacheShape(8, 8, 32, 1, 4),
+        CacheShape(36, 20, 64, 1, 2),
+        CacheShape(24, 32, 100, 120, 2),
+        CacheShape(36, 8, 128, 64, 2, group=4),
+    ):
         for grid in (Grid(24, 24), Grid(16, 16), Grid(32, 20, eol=7), Grid(3, 5)):
             for plan in [
                 *PRESETS.values(),

@@ -54,7 +54,8 @@ def janus(
     rows: int, cols: int, *, qk_norm: bool = False, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
 ) -> Janus:
     """Three heads of 8 numbers; 1-D RoPE, a codebook of 4 numbers an entry; on request norms of queries and keys."""
-    config = JanusConfig(layers, 24, 3, 32, CODES, WORDS, qk_norm=qk_norm, code_dim=4, head_hidden=20)
+    norm = "layer" if qk_norm else ""
+    config = JanusConfig(layers, 24, 3, 32, CODES, WORDS, qk_norm=norm, code_dim=4, head_hidden=20)
     model = Janus(config, Grid(rows, cols)).requires_grad_(False).eval()
     deviation = {"wqkv": 0.3, "w2": 0.1, "gen_head": 0.3, "gen_aligner": 0.5, "gen_embed": 1.0, "embed_tokens": 1.0}
     return _filled(model, deviation, seed).to(dtype)
@@ -62,8 +63,20 @@ def janus(
 
 def lumina(rows: int, cols: int, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> Lumina:
     """Three heads of 8 numbers with norms of queries and keys; codes are words 4 and on, the next one ends a line."""
-    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm=True, first_code=4)
+    config = LuminaConfig(layers, 24, 3, 32, CODES, 4 + CODES + 1, qk_norm="layer", first_code=4)
     model = Lumina(config, Grid(rows, cols, eol=CODES)).requires_grad_(False).eval()
+    return _filled(model, {"wqkv": 0.3, "w2": 0.1, "lm_head": 0.4, "embed_tokens": 1.0}, seed).to(dtype)
+
+
+def grouped(rows: int, cols: int, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> Lumina:
+    """Two key heads, each shared by two query heads, of 8 numbers where width / heads is 6; RMSNorms of the heads.
+
+    Codes come last in the vocabulary, and the token that ends a line before them.
+    """
+    config = LuminaConfig(
+        layers, 24, 4, 32, CODES, WORDS + CODES, qk_norm="rms", key_heads=2, head_dim=8, first_code=WORDS
+    )
+    model = Lumina(config, Grid(rows, cols, eol=3 - WORDS)).requires_grad_(False).eval()
     return _filled(model, {"wqkv": 0.3, "w2": 0.1, "lm_head": 0.4, "embed_tokens": 1.0}, seed).to(dtype)
 
 

@@ -354,23 +354,23 @@ export function cacheBytes(shape, grid, plan, sequences) {
 
 /**
  * Bytes of a run beside the weights, as linear_core.loop.memory.run_bytes has it; a test holds the two equal.
- * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, codes: number, device: string }} model
+ * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, group?: number, codes: number, device: string }} model
  * @param {{ rows: number, stride: number }} grid
  * @param {{ policy: string, budget: number, release?: string }} plan
  * @param {number} sequences
  */
 export function runBytes(model, grid, plan, sequences) {
-  const { heads, head_dim: dim, bytes_per_element: wide } = model;
+  const { heads, head_dim: dim, bytes_per_element: wide, group = 1 } = model;
   const held = cacheBytes(model, grid, plan, sequences);
   const line = cacheBytes({ ...model, prompt: 0 }, { rows: 1, stride: grid.stride }, { policy: "full", budget: 1 }, sequences);
-  const beside = Math.floor(held / (2 * dim * wide)) * (wide + 16) + Math.floor(line / 2);
+  const beside = Math.floor(held / (2 * dim * wide)) * (wide + 16) + Math.floor((line * group) / 2);
   const each = model.prompt + linesOf(plan, grid) * grid.stride;
-  let attention = sequences * heads * grid.stride * each * 8;
+  let attention = sequences * heads * group * grid.stride * each * 8;
   const folds = plan.release === "fold" || (plan.release === "auto" && plan.policy === "fold");
   if (folds && plan.policy !== "full" && plan.budget + 1 < grid.rows) {
     const pairs = model.device === "cpu" ? 2 ** 19 : 2 ** 25;
     const together = Math.min(sequences, Math.max(1, Math.floor(pairs / (heads * each ** 2))));
-    attention = together * heads * each * (7 * each + 8 * grid.stride) * 4;
+    attention = together * heads * each * (7 * each + 8 * group * grid.stride) * 4;
   }
   return held + beside + attention + sequences * model.codes * 32;
 }
@@ -384,10 +384,10 @@ export function picturesThatFit(/** @type {number} */ room, /** @type {(sequence
 
 /**
  * The grid of a picture of "832 x 1216" pixels; where no size is chosen, the model's own.
- * @param {{ rows: number, cols: number, stride: number }} own @param {string | undefined} size
+ * @param {{ rows: number, cols: number, stride: number, pixels?: number }} own @param {string | undefined} size
  */
 export function gridOf(own, size) {
-  const [width, height] = String(size ?? "").split(" x ").map((pixels) => Number(pixels) / 16); // 16 to a token
+  const [width, height] = String(size ?? "").split(" x ").map((pixels) => Number(pixels) / (own.pixels ?? 16));
   return width && height ? { rows: height, cols: width, stride: width + own.stride - own.cols } : own;
 }
 

@@ -1,4 +1,7 @@
-"""The only way to attention. B batch, H heads, T queries, S slots, D head size, L layers, C tokens per line."""
+"""The only way to attention.
+
+B batch, H key heads, Q query heads, T tokens, S slots, D head size, L layers, C tokens per line.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,36 @@ Kernel = Callable[[Tensor, RawSlots, RawSlots, Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention of queries B H T D over slots B H S D. `bias` is ln(weight) of each slot, -inf for an empty one.
+    """Attention of queries B Q T D over slots B H S D. `bias` is ln(weight) of each slot, -inf for an empty one.
 
-    A bias of shape B H S holds for all queries; B H T S gives each query its own.
+    Q is a multiple of H: each key head serves as many query heads, in order. A bias of shape B H S holds for all
+    queries; B H T S gives each token's its own.
     """
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # the queries of a group stand side by side like tokens, so that no key is copied or read twice
+        q = stack_groups(q, group)
+        bias = bias if bias.ndim == 3 else bias.repeat(1, 1, group, 1)
     # Not float16: products overflow there, up to where sdpa, which keeps them in float32, is finite.
-    if q.shape[2] == 1 and bias.ndim == 3 and q.device.type == "cpu" and q.dtype != torch.float16:
-        return _attend_one(q, k, v, bias)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
+    if q.shape[2] == group and bias.ndim == 3 and q.device.type == "cpu" and q.dtype != torch.float16:
+        out = _attend_one(q, k, v, bias)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
+    return out if group == 1 else out.unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def stack_groups(queries: Tensor, group: int) -> Tensor:
+    """Queries ... Q T D as ... H group*T D: those of the query heads that share a key head, one after the other."""
+    return queries.unflatten(-3, (-1, group)).flatten(-3, -2)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attend` for T = 1 as two matrix products, which read keys and values in place.
+    """`attend` for one token, and few queries of a group, as two matrix products that read keys and values in place.
 
     PyTorch's CPU kernel is built for many queries: one query takes it a fifth longer, in bfloat16 over twice as long.
     """
-    scores = (k @ q.transpose(-1, -2))[..., 0] * q.shape[-1] ** -0.5 + bias
+    scores = (k @ q.transpose(-1, -2)).transpose(-1, -2) * q.shape[-1] ** -0.5 + bias[:, :, None]
     weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
-    return weights.to(v.dtype)[:, :, None] @ v
+    return weights.to(v.dtype) @ v
 
 
 def kernel(device: torch.device | str, dtype: torch.dtype, rows: int) -> Kernel | None:
@@ -86,11 +101,13 @@ def no_kernel(device: torch.device, dtype: torch.dtype) -> str:
 def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor) -> Tensor:
     """Softmax of a line's queries over all slots, causal within the line, for one layer.
 
-    queries B H C D (of the tokens at index `first`, `first` + 1, …), keys B H S D, bias and index B H S
-    -> float32 B H C S.
+    queries B Q C D (of the tokens at index `first`, `first` + 1, …), keys B H S D, bias and index B H S
+    -> float32 B H C S, mean over the query heads that share a key head.
     """
-    products = upcast(queries) @ upcast(keys).transpose(-1, -2)  # which overflow in float16
-    scores = products.float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]
+    group = queries.shape[1] // keys.shape[1]
+    products = upcast(stack_groups(queries, group)) @ upcast(keys).transpose(-1, -2)  # which overflow in float16
+    scores = (products.float() * queries.shape[-1] ** -0.5 + bias.float()[:, :, None]).unflatten(2, (group, -1))
     own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)
     later = index[:, :, None] > own[:, None]
-    return scores.masked_fill(later, float("-inf")).softmax(-1)
+    weights = scores.masked_fill(later[:, :, None], float("-inf")).softmax(-1)
+    return weights.mean(2) if group > 1 else weights[:, :, 0]

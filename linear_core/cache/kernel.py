@@ -1,9 +1,10 @@
 """Attention of one query over the slots of a cache in a single pass: a Triton kernel for NVIDIA GPUs.
 
 Importing this module needs Triton. `attention.kernel` says when the kernel is used. B batch, H heads, S slots, D head
-size, C tokens per line.
+size, C tokens per line; Q query heads, as many for each key head. Programs of a group run side by side, so that all
+but one of them find its keys in the cache of the GPU.
 
-The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), in float32. If B H programs are too few to
+The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), in float32. If B Q programs are too few to
 fill a GPU, a head's slots are split among several programs and their partial results are reduced afterwards
 (Flash-Decoding, Dao et al. 2023).
 """
@@ -24,7 +25,7 @@ FILL = 256  # programs that fill a GPU, about two per multiprocessor
 
 
 def attend_one(q: Tensor, keys: RawSlots, values: RawSlots, bias: Tensor) -> Tensor:
-    """`attention.attend` for queries B H 1 D and bias B H S, with keys and values in their storage format.
+    """`attention.attend` for queries B Q 1 D and bias B H S, with keys and values in their storage format.
 
     Keys and values share one layout, and the last dimension of every tensor is contiguous. A query that sees nothing
     gets zeros. The split of slots follows from the shapes alone, so equal shapes give equal results.
@@ -49,7 +50,8 @@ def attend_one(q: Tensor, keys: RawSlots, values: RawSlots, bias: Tensor) -> Ten
         _attend[(heads, rows, splits)](
             out, partial, q, *keys[:3], *values[:3], keys.target, bias, head_dim**-0.5, slots, split_size,
             *q.stride()[:2], *strides, *bias.stride()[:2],
-            DIM=head_dim, WIDTH=width, BLOCK=block, LINE=line, LINE_WIDTH=triton.next_power_of_2(max(line, 1)),
+            GROUP=heads // bias.shape[1], DIM=head_dim, WIDTH=width, BLOCK=block, LINE=line,
+            LINE_WIDTH=triton.next_power_of_2(max(line, 1)),
         )  # fmt: skip
         if partial is not None:
             _reduce_splits[(heads, rows)](
@@ -70,7 +72,8 @@ def _attend(
     out, partial, q, k, k_scale, k_fresh, v, v_scale, v_fresh, target, bias, factor, slots, split_size,
     q_row, q_head, data_row, data_head, data_slot, scale_row, scale_head, fresh_row, fresh_head, fresh_token,
     target_row, target_head, bias_row, bias_head,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr, LINE_WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    LINE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One head's query over `split_size` of its slots.
 
@@ -82,6 +85,8 @@ def _attend(
     d = tl.arange(0, WIDTH)
     in_head = d < DIM
     query = tl.load(q + row * q_row + head * q_head + d, mask=in_head, other=0.0).to(tl.float32) * factor
+    row_head = row * tl.num_programs(0) + head  # of the result
+    head = head // GROUP  # from here on that of the keys
     data_offset = row * data_row + head * data_head
     k += data_offset
     v += data_offset
@@ -124,7 +129,6 @@ def _attend(
             slot_bias = tl.load(bias + slot, mask=in_line, other=float("-inf")).to(tl.float32)
             scores = tl.sum(keys * query[None, :], 1) + slot_bias
             max_score, sum_exp, acc = _online_softmax(max_score, sum_exp, acc, scores, values)
-    row_head = row * tl.num_programs(0) + head
     if partial is None:
         tl.store(out + row_head * DIM + d, acc / tl.where(sum_exp == 0, 1.0, sum_exp), mask=in_head)
     else:

@@ -57,8 +57,8 @@ class LineCache:
         self.count: Tensor | None = None
         self.survey: Tensor | None = None
         if reads & {"queries", "mass", "ahead"}:
-            # L B H C D, stored by token: written once per token, read once per line.
-            by_token = torch.zeros(layers, stride, rows, heads, head_dim, dtype=dtype, device=device)
+            # L B Q C D, stored by token: written once per token, read once per line.
+            by_token = torch.zeros(layers, stride, rows, heads * shape.group, head_dim, dtype=dtype, device=device)
             self.queries = by_token.permute(0, 2, 3, 1, 4)
         if "mass" in reads:
             self.mass = torch.zeros(slots, dtype=torch.float32, device=device)
@@ -105,7 +105,7 @@ class LineCache:
         self.index.scatter_(3, slot, index.to(torch.int32).expand_as(slot))
 
     def write(self, layer: int, column: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
-        """Write k, v, q B H T D of the tokens at `column` (int64 T)."""
+        """Write k, v B H T D and q B Q T D of the tokens at `column` (int64 T)."""
         slot = self.target[layer].index_select(2, column)
         self.keys.write(layer, slot, column, k)
         self.values.write(layer, slot, column, v)
@@ -118,14 +118,14 @@ class LineCache:
         return self.keys.read(layer, end), self.values.read(layer, end), self.bias[layer, :, :, :end]
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of queries B H T D over what `read` returns, the same for all of them: B H T D."""
+        """Attention of queries B Q T D over what `read` returns, the same for all of them: B Q T D."""
         if self.kernel is None or q.shape[2] > 1:
             return attend(q, *self.read(layer))
         end = self.end
         return self.kernel(q, self.keys.raw(layer, end), self.values.raw(layer, end), self.bias[layer, :, :, :end])
 
     def feed(self, layer: int, columns: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k, v, q B H T D of several tokens of a line at once, and return what each of their queries sees.
+        """Write k, v B H T D and q B Q T D of several tokens of a line at once, and return what each query sees.
 
         Equivalent to feeding the tokens one by one: a query sees the slots that were visible before, except those that
         the line has overwritten up to it, and then the line up to itself. Call `advance` after all layers.

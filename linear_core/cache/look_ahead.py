@@ -40,7 +40,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class LookAhead:
     """Estimated queries of coming lines, and what they attend to. L layers, B rows of the batch, H key heads, S slots,
-    D head size, Q estimated queries; all in float32 or wider.
+    D head size, Q estimated queries, those of all query heads that share the key head; all in float32 or wider.
 
     queries    L B H Q D, rotated to where they will stand and scaled by 1 / sqrt(D)
     logsumexp  L B H Q, of each query's scores: the logarithm of its softmax denominator

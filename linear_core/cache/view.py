@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid
-from .attention import attention_weights
+from .attention import attention_weights, stack_groups
 from .look_ahead import HORIZONS, LookAhead, upcast
 
 FLOOR = 0.1  # of the mean importance of an image token
@@ -25,8 +25,9 @@ class View:
     keys, values  L B H S D, keys rotated to their true positions
     bias          L B H S, ln of the slot's weight; -inf: empty
     index         int32 L B H S, index of the slot's token in the sequence; -1: empty
-    queries       L B H C D of the finished line, rotated; None unless the policy reads "queries", "mass" or "ahead"
-    mass          L B H S, attention received so far, summed over all queries; None unless the policy reads "mass"
+    queries       L B Q C D of the finished line, rotated; None unless the policy reads "queries", "mass" or "ahead".
+                  Q query heads: as many for each key head, next to each other
+    mass          L B H S, attention received so far, summed over all tokens; None unless the policy reads "mass"
     row           the line that has just finished. When a line's end is captured as a CUDA graph (`loop/graph.py`), this
                   is a tensor of one element: use it only in arithmetic and in comparisons with tensors
     layer         number of the first layer in the view
@@ -70,6 +71,8 @@ class View:
     ) -> Tensor:
         """Causal softmax of the finished line's queries, or of its `last` few, over all slots, reduced to L B H S.
 
+        Of query heads that share a key head, the mean: what a token receives from the whole group.
+
         reduce      maps one layer's float32 B H C S to B H S; layers are computed one at a time to bound memory
         image_only  leaves the prompt out of the softmax
         """
@@ -84,6 +87,7 @@ class View:
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
             queries = torch.cat([self.rotate(self.queries, n) for n in lines], 3)
+            queries = stack_groups(queries, queries.shape[2] // self.keys.shape[2])
             self._look_aheads[lines] = LookAhead.of(queries, self.keys, self.bias)
         return self._look_aheads[lines]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.llamagen import LlamaGen
-from ..tokenizers.tokenizer import VQTokenizer
+from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from . import library
 from .families import llamagen
 from .weights import KeyMap, Weights, check_finite, match_keys
@@ -91,7 +91,7 @@ def _tokenizer(
     with torch.device("meta"):
         network = VQTokenizer(config, nn)
     metadata = {
-        "family": "llamagen-vq" if config.normalized else library.UNNORMALIZED,
+        "family": _tokenizer_family(config),
         "codes": str(config.codes),
         "code_dim": str(config.code_dim),
         "factor": str(config.factor),
@@ -100,9 +100,18 @@ def _tokenizer(
     return _matching(network, weights, key_map), metadata | kept
 
 
+def _tokenizer_family(config: VQConfig) -> str:
+    if config.kind in KINDS:
+        return library.VQ_FAMILY.format(config.kind)
+    return "llamagen-vq" if config.normalized else library.UNNORMALIZED
+
+
 def _matching(network: nn.Module, weights: Weights, key_map: KeyMap) -> dict[str, Tensor]:
     targets = match_keys(network, weights, key_map)
-    return {targets[key].name: check_finite(weights, key, tensor) for key, tensor in weights.stream(targets)}
+    return {
+        targets[key].name: check_finite(weights, key, targets[key].transform(tensor))
+        for key, tensor in weights.stream(targets)
+    }
 
 
 def _write(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,24 @@ from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
-from ..tokenizers.layouts import rename_key, taming_top_level
-from ..tokenizers.tokenizer import VQConfig, VQTokenizer
+from ..tokenizers.layouts import rename_key, taming_top_level, transform
+from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, janus, llamagen, lumina
+from .families import Family, ModelInfo, emu, janus, llamagen, lumina
 from .weights import (
     NESTED,
     SUFFIXES,
     KeyMap,
     Target,
     Weights,
-    all_except,
     display_name,
     load_into,
     model_path,
     read_weights,
 )
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
+FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
@@ -53,8 +52,10 @@ MAX_IN_FRONT, MAX_WORD = 8, 64
 # tokenizers, takes the averaged one (ema) where there is one.
 ORDER = ("model", "module", "state_dict")
 
-# What a VQ tokenizer's file contains besides its weights: a counter and losses of training.
-VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
+# What a VQ tokenizer's file contains besides its weights: counters, losses and running averages of training.
+VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.", "ema_")
+VQ_COUNTER = ".num_batches_tracked"  # of batch norms
+VQ_FAMILY = "{}-vq"  # family in a converted file's metadata, for each of KINDS
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ImageModel:
         found = self.text_tokenizer_file
         if not found.is_file() and (source := published.download_hint(self.info.family.tokenizer_release)):
             raise UserError(f"{found}: there is no such file, but {self.info.name} needs it to read texts; {source}.")
-        return TextTokenizer(found)
+        return self.info.family.open_tokenizer(found)
 
     def prompt(self, texts: Sequence[str], negative: str = "") -> Prompt:
         """One image per text, guided away from `negative`; for models with a text tokenizer of their own.
@@ -273,10 +274,13 @@ def _check_sizes(weights: Weights, config: Any) -> None:
         raise weights.problem(f"has an impossible size: {empty[0]} is {sizes[empty[0]]}; download it again.")
     if config.layers > len(weights.tensors):
         raise weights.problem(f"names a layer {config.layers - 1} but holds only {len(weights.tensors)} weights.")
-    if config.width % config.heads or config.width // config.heads % 4:  # RoPE rotates pairs, by row and by column
-        raise weights.problem(
+    of_width = config.width // config.heads
+    if (dim := getattr(config, "head_dim", of_width)) % 4 or (dim == of_width and config.width % config.heads):
+        raise weights.problem(  # RoPE rotates pairs, by row and by column
             f"a width of {config.width} cannot be divided into {config.heads} heads; download it again."
         )
+    if config.heads % (keys := getattr(config, "key_heads", config.heads)):
+        raise weights.problem(f"{config.heads} heads cannot share {keys} key heads; download it again.")
 
 
 def family_of(weights: Weights) -> Family:
@@ -286,7 +290,7 @@ def family_of(weights: Weights) -> Family:
             return family
     raise weights.problem(
         f"is not an image decoder that LineAR supports ({_looks_like(weights.shapes)}); choose a "
-        f"{' or '.join(family.name for family in FAMILIES)} model."
+        f"{' or '.join(dict.fromkeys(family.name for family in FAMILIES))} model."
     )
 
 
@@ -343,10 +347,10 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
 
 
 def _storage_dtype(weight_dtype: torch.dtype | None) -> Any:
-    return weight_dtype and (lambda name, tensor: weight_dtype if _is_large(name, tensor) else None)
+    return weight_dtype and (lambda name, tensor: weight_dtype if is_large(name, tensor) else None)
 
 
-def _is_large(name: str, tensor: torch.Tensor) -> bool:
+def is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
     return name.startswith("layers.") and tensor.ndim == 2 and "norm" not in name
 
@@ -365,8 +369,13 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
             f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
             f"{info.config.codes}; choose the tokenizer that belongs to the model."
         )
-    name = display_name(files.tokenizer)
-    if _plain(name) == _plain(info.tokenizer) or info.config.codes != published.CODES:
+    if info.sizes and tokenizer.config.factor != info.pixels:
+        raise UserError(
+            f"{files.tokenizer.name}: makes {tokenizer.config.factor} pixels a side of each code, but "
+            f"{files.decoder.name} needs {info.pixels}; choose the tokenizer that belongs to the model."
+        )
+    name, same_kind = display_name(files.tokenizer), tokenizer.config.kind == _kind(info)
+    if same_kind and (_plain(name) == _plain(info.tokenizer) or info.config.codes != published.CODES):
         return
     fits = _fits(info, name, tokenizer.config)
     if not fits or any(family.recognises(read_checkpoint(files.tokenizer)) for family in FAMILIES):
@@ -382,14 +391,20 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def _kind(info: ModelInfo) -> str:
+    """The kind of a model's tokenizer: `VQConfig.kind`."""
+    return published.VQ_KINDS.get(info.tokenizer, "vqgan")
+
+
 def _fits(info: ModelInfo, name: str, config: VQConfig) -> bool:
     """Whether a tokenizer can be the one of a model with a published codebook, by its sizes and its name."""
     ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(name)
-    chameleon = info.tokenizer == published.CHAMELEON_VQ
+    normalized = _kind(info) == "vqgan" and info.tokenizer != published.CHAMELEON_VQ
     return (
         config.codes == info.config.codes
-        and config.factor == published.FACTOR
-        and config.normalized != chameleon
+        and config.factor == info.pixels
+        and config.kind == _kind(info)
+        and config.normalized == normalized
         and not (ours and theirs and ours != theirs)
     )
 
@@ -406,7 +421,7 @@ def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, amo
     if info.family.vq is not None:
         return decoder
     stem = info.tokenizer
-    next_to_it = [decoder.with_name(stem + suffix) for suffix in SUFFIXES]
+    next_to_it = [decoder.with_name(stem + suffix) for suffix in (*SUFFIXES, "")]
     candidates = list(dict.fromkeys([*next_to_it, *_next_to(decoder), *among]))
     for exact in (True, False):
         for path in candidates:
@@ -470,12 +485,11 @@ def is_tokenizer(weights: Weights) -> bool:
 def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
     own = next((family for family in FAMILIES if family.vq and family.recognises(weights)), None)
-    rename: Callable[[str], str | None] | None = own.vq if own else None
-    top = taming_top_level(weights.tensors) if rename is None else None  # Chameleon's
-    if top is not None:
-        rename = partial(rename_key, top=top)
-    ours = {key: rename(key) if rename else key for key in weights.tensors}
-    shapes = {name: shape for key, shape in weights.shapes.items() if (name := ours[key]) is not None}
+    names = ((key, own.vq(key) if own and own.vq else key) for key in weights.tensors)
+    keys = {key: name for key, name in names if name is not None and not name.endswith(VQ_COUNTER)}
+    top = taming_top_level(keys.values())
+    targets = {key: Target(rename_key(name, top), transform=transform(name)) for key, name in keys.items()}
+    shapes = {target.name: weights.shapes[key] for key, target in targets.items()}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
         if own is not None:
             raise weights.problem(
@@ -485,14 +499,17 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
             f"is not a VQ tokenizer that LineAR supports ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."
         )
+    family = weights.metadata.get("family", "")
+    kind = next((kind for kind in KINDS if family == VQ_FAMILY.format(kind)), "")
     try:
-        config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNNORMALIZED)
+        config = read_vq_config(shapes, normalized=top is None and family != UNNORMALIZED, kind=kind)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
-    wanted = all_except(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
+    unread = (*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))
 
     def key_map(key: str) -> Target | None:
-        return None if (name := ours[key]) is None else wanted(name)
+        target = targets.get(key)
+        return None if target is None or target.name.startswith(unread) else target
 
     return config, key_map
 

@@ -2,7 +2,9 @@
 
 Numbers and names only; nothing here reads a file or uses the network. Sources: github.com/FoundationVision/LlamaGen
 (MIT), for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), github.com/deepseek-ai/Janus (code MIT,
-weights DeepSeek Model License), and github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial).
+weights DeepSeek Model License), github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial),
+Lumina-mGPT-2.0 (Apache-2.0) with github.com/ai-forever/MoVQGAN (no licence stated), and
+github.com/baaivision/Emu3 and Emu3.5 (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -97,14 +99,23 @@ LUMINA = {
         "Lumina-mGPT-7B-512", "Lumina-mGPT-7B-768", "Lumina-mGPT-7B-1024", "Lumina-mGPT-7B-768-Omni",
     )
 }  # fmt: skip
+LUMINA_2 = "Lumina-mGPT-2.0"
+LUMINAS_2 = {name: Repository(f"Alpha-VLLM/{name}", None, "Apache-2.0") for name in (LUMINA_2, "Lumina-mGPT-2.0-Omni")}
+MOVQGAN = Repository("ai-forever/MoVQGAN", None, "none stated")
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
+EMU = {name: Repository(f"BAAI/{name}", None, "Apache-2.0") for name in (
+    "Emu3-Gen", "Emu3-Stage1", "Emu3-VisionTokenizer", "Emu3.5-Image", "Emu3.5", "Emu3.5-VisionTokenizer",
+)}  # fmt: skip
+
+MOVQ, EMU3_VQ, EMU35_VQ = "movqgan_270M", "Emu3-VisionTokenizer", "Emu3.5-VisionTokenizer"
+VQ_KINDS = {MOVQ: "movq", EMU3_VQ: "emu3", EMU35_VQ: "ibq"}  # kinds of tokenizers; all others are "vqgan"
 TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
 TEXT_ENCODER, FEATURES = "flan-t5-xl", 2048  # FEATURES: per token, in every published model
 
 
 def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
-    return Release(path.removesuffix(".pt"), "ar_image", (Remote(repository, path, gigabytes),), needs)
+    return Release(path.rpartition(".")[0], "ar_image", (Remote(repository, path, gigabytes),), needs)
 
 
 def _janus(name: str, *weights: tuple[str, float]) -> Release:
@@ -125,6 +136,30 @@ def _lumina(name: str) -> Release:
     )  # fmt: skip
     own = tuple(Remote(LUMINA[name], *file) for file in files)
     return Release(name, "ar_image", own, (LUMINA_TOKENIZER, CHAMELEON_VQ), subfolder=name)
+
+
+EMU_WORDS = ("config.json", "emu3.tiktoken", "emu3_vision_tokens.txt", "model.safetensors.index.json")
+
+
+def _emu(name: str, tokenizer: str, *gigabytes: float) -> Release:
+    """A folder of its own with as many shards as sizes are given; the VQ tokenizer has another."""
+    shards = (f"model-{n:05d}-of-{len(gigabytes):05d}.safetensors" for n in range(1, len(gigabytes) + 1))
+    files = (*((word, 0) for word in EMU_WORDS), *zip(shards, gigabytes, strict=True))
+    return Release(name, "ar_image", tuple(Remote(EMU[name], *file) for file in files), (tokenizer,), subfolder=name)
+
+
+def _emu_tokenizer(name: str, gigabytes: float) -> Release:
+    files = (("config.json", 0), ("model.safetensors", gigabytes))
+    return Release(name, "ar_image", tuple(Remote(EMU[name], *file) for file in files), subfolder=name)
+
+
+def _lumina_2(name: str) -> Release:
+    """A folder of its own, with its text tokenizer."""
+    small = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json")
+    shards = (f"model-0000{n}-of-00004.safetensors" for n in range(1, 5))
+    files = (*((file, 0.0) for file in small), *zip(shards, (4.96, 4.98, 4.42, 1.40), strict=True))
+    own = tuple(Remote(LUMINAS_2[name], *file) for file in files)
+    return Release(name, "ar_image", own, (MOVQ,), subfolder=name)
 
 
 _T5_FILES = (
@@ -170,7 +205,13 @@ RELEASES: dict[str, Release] = {
             (Remote(ANOLE, "models/7b/consolidated.pth", 14.1), Remote(ANOLE, "tokenizer/text_tokenizer.json", 0)),
             (CHAMELEON_VQ,), subfolder="Anole-7b-v0.1",
         ),
+        *map(_lumina_2, LUMINAS_2),
+        _single_file(MOVQGAN, f"{MOVQ}.ckpt", 1.08),
         Release(CHAMELEON_VQ, "ar_image", (Remote(ANOLE, "tokenizer/vqgan.ckpt", 0.28, local_name="vqgan.ckpt"),)),
+        *(_emu(name, EMU3_VQ, 4.94, 4.83, 5.0, 5.0, 4.83, 5.0, 4.37) for name in ("Emu3-Gen", "Emu3-Stage1")),
+        _emu_tokenizer(EMU3_VQ, 1.08),
+        *(_emu(name, EMU35_VQ, *[4.55] * 15) for name in ("Emu3.5-Image", "Emu3.5")),
+        _emu_tokenizer(EMU35_VQ, 1.82),
         Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), subfolder=TEXT_ENCODER),
     )
 }  # fmt: skip

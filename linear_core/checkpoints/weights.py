@@ -283,15 +283,26 @@ def _readable(path: Path, what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a file's weight goes: row block `part` of `parts` equal ones in the module's weight `name`.
+    """Where a file's weight goes: row block `part` of the module's weight `name`.
 
+    shares     rows of its blocks, in proportion to each other
     transform  maps the file's tensor to what is stored there
     """
 
     name: str
     part: int = 0
-    parts: int = 1
+    shares: tuple[int, ...] = (1,)
     transform: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    def parts(self) -> int:
+        return len(self.shares)
+
+    def block(self, rows: int) -> slice:
+        """This block of a weight with so many rows."""
+        one = rows // sum(self.shares)
+        first = one * sum(self.shares[: self.part])
+        return slice(first, first + one * self.shares[self.part])
 
 
 KeyMap = Callable[[str], Target | None]  # from a key of the file; None: not read
@@ -315,11 +326,11 @@ def match_keys(module: nn.Module, weights: Weights, key_map: KeyMap = Target) ->
             f"has {len(unknown)} weights this model does not have, the first is {quoted(unknown[0])}."
         )
     counts = Counter((target.name, target.part) for target in targets.values())
-    parts = {target.name: target.parts for target in targets.values()}
-    missing = sorted(name for name in expected for part in range(parts.get(name, 1)) if not counts[name, part])
+    shares = {target.name: target.shares for target in targets.values()}
+    missing = sorted(name for name in expected for part in range(len(shares.get(name, (1,)))) if not counts[name, part])
     if missing:
         raise weights.problem(f"lacks {len(missing)} of {len(expected)} weights, the first is '{missing[0]}'.")
-    if twice := [t.name for t in targets.values() if counts[t.name, t.part] > 1 or t.parts != parts[t.name]]:
+    if twice := [t.name for t in targets.values() if counts[t.name, t.part] > 1 or t.shares != shares[t.name]]:
         raise weights.problem(f"holds '{twice[0]}' twice, under two names.")
     for key, target in targets.items():
         if not weights.tensors[key].is_floating_point():
@@ -329,7 +340,8 @@ def match_keys(module: nn.Module, weights: Weights, key_map: KeyMap = Target) ->
                 "quantised."
             )
         rows, *rest = expected[target.name] or (1,)
-        shape = [rows // target.parts, *rest] if expected[target.name] else []
+        block = target.block(rows)
+        shape = [block.stop - block.start, *rest] if expected[target.name] else []
         try:
             found = list(target.transform(weights.tensors[key]).shape)
         except (RuntimeError, IndexError, ZeroDivisionError):  # it cannot even be reshaped
@@ -363,7 +375,7 @@ def load_into(
             kept = (storage_dtype(target.name, meta) if storage_dtype else None) or dtype
             loaded[target.name] = torch.empty(meta.shape, dtype=kept)
         weight = loaded[target.name]
-        part = weight.chunk(target.parts)[target.part] if target.parts > 1 else weight
+        part = weight[target.block(len(weight))] if target.parts > 1 else weight
         part.copy_(check_finite(weights, key, target.transform(tensor)))
     module.load_state_dict(loaded, assign=True)
 

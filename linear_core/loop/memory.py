@@ -24,12 +24,12 @@ def run_bytes(shape: CacheShape, grid: Grid, plan: CachePlan, rows: int, codes: 
     held = shape.bytes(grid, plan, rows)
     # Besides key and value, a slot has a bias, an index, a score and its rank; a line has its queries.
     slots = held // (2 * shape.head_dim * shape.bytes_per_element)
-    bookkeeping = slots * (shape.bytes_per_element + 4 + 4 + 8) + shape.line_bytes(grid, rows) // 2
+    bookkeeping = slots * (shape.bytes_per_element + 4 + 4 + 8) + shape.line_bytes(grid, rows) * shape.group // 2
     head_slots = shape.prompt + plan.lines(grid) * grid.stride
-    attention = rows * shape.heads * grid.stride * head_slots * 4 * 2
+    attention = rows * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
     if plan.evicts(grid) and plan.release == "fold":  # distances between slots, and look-ahead over four lines
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
-        attention = at_once * shape.heads * head_slots * (7 * head_slots + 2 * 4 * grid.stride) * 4
+        attention = at_once * shape.heads * head_slots * (7 * head_slots + 2 * 4 * shape.group * grid.stride) * 4
     logits = rows * codes * 4 * 8  # guidance, sorting and softmax make about eight copies
     return held + bookkeeping + attention + logits
 

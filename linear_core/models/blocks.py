@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Ops = ModuleType | type[Any]
-Rotate = Callable[[Tensor], Tensor]  # applies RoPE to queries and keys, 2 B H T D
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v B H T D -> B H T D
+Rotate = Callable[[Tensor], Tensor]  # applies RoPE to queries and keys, B H T D
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q B Q T D, k and v B H T D, Q a multiple of H -> B Q T D
 
 
 @lru_cache(maxsize=64)  # captured graphs read the tensors kept here
@@ -79,23 +80,47 @@ class HeadNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight[:, None] + self.bias[:, None]
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention layer: `queries` of them share `keys` key heads, in order, each of `dim` numbers.
+
+    norm  of queries and keys before they are rotated: "layer", a LayerNorm with a weight and a bias per head
+          (Chameleon); "rms", an RMSNorm with one weight for all heads (Qwen3); "": none
+    """
+
+    queries: int
+    keys: int
+    dim: int
+    norm: str = ""
+    eps: float = 1e-5  # of an RMSNorm
+
+
 class Attention(nn.Module):
     """Projections, and norms of queries and keys if the model has them. Key names are LlamaGen's."""
 
-    def __init__(self, width: int, heads: int, ops: Ops = nn, qk_norm: bool = False):
+    def __init__(self, width: int, heads: Heads, ops: Ops = nn):
         super().__init__()
         self.heads = heads
-        self.wqkv = ops.Linear(width, 3 * width, bias=False)
-        self.wo = ops.Linear(width, width, bias=False)
-        self.q_norm, self.k_norm = (HeadNorm(heads, width // heads) if qk_norm else None for _ in range(2))
+        self.wqkv = ops.Linear(width, (heads.queries + 2 * heads.keys) * heads.dim, bias=False)
+        self.wo = ops.Linear(heads.queries * heads.dim, width, bias=False)
+        self.q_norm, self.k_norm = (self._norm(count, ops) for count in (heads.queries, heads.keys))
+
+    def _norm(self, count: int, ops: Ops) -> nn.Module | None:
+        if self.heads.norm == "rms":
+            norm: nn.Module = ops.RMSNorm(self.heads.dim, eps=self.heads.eps)
+            return norm
+        return HeadNorm(count, self.heads.dim) if self.heads.norm else None
 
     def forward(self, x: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
         """x B T W."""
-        heads = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        qk, v = heads[:2], heads[2]
+        queries, keys = self.heads.queries, self.heads.keys
+        heads = self.wqkv(x).unflatten(-1, (-1, self.heads.dim)).transpose(1, 2)
+        qk, v = heads.split([queries + keys, keys], 1)
         if self.q_norm and self.k_norm:
-            qk = torch.stack([self.q_norm(qk[0]), self.k_norm(qk[1])])
-        q, k = rotate(qk)  # together, because a rotation is several operations too small to be worth a launch each
+            q, k = qk.split([queries, keys], 1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+        # Rotated together, because a rotation is several operations too small to be worth a launch each.
+        q, k = rotate(qk).split([queries, keys], 1)
         return self.wo(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -115,9 +140,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, B T W -> B T W."""
 
-    def __init__(self, width: int, heads: int, hidden: int, eps: float, ops: Ops = nn, qk_norm: bool = False):
+    def __init__(self, width: int, heads: Heads, hidden: int, eps: float, ops: Ops = nn):
         super().__init__()
-        self.attention = Attention(width, heads, ops, qk_norm)
+        self.attention = Attention(width, heads, ops)
         self.feed_forward = FeedForward(width, hidden, ops)
         self.attention_norm = ops.RMSNorm(width, eps=eps)
         self.ffn_norm = ops.RMSNorm(width, eps=eps)

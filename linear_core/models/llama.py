@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..cache.attention import attend
 from ..cache.line_cache import LineCache
 from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
-from .blocks import Block, Ops, rope_1d, rotate_halves
+from .blocks import Block, Heads, Ops, rope_1d, rotate_halves
 from .raster import Raster
 
 
@@ -28,7 +29,9 @@ class LlamaConfig:
 
     codes       number of codes that images are drawn from
     vocabulary  number of tokens of the prompt
-    qk_norm     LayerNorm of queries and keys per head, as in Chameleon
+    qk_norm     norm of queries and keys, as in `blocks.Heads`
+    key_heads   heads of keys and values, each shared by equally many of the `heads` of queries; 0: as many
+    head_dim    numbers of a head; 0: width / heads
     """
 
     layers: int
@@ -39,18 +42,24 @@ class LlamaConfig:
     vocabulary: int
     eps: float = 1e-6
     rope_base: float = 10000.0
-    qk_norm: bool = False
+    qk_norm: str = ""
+    key_heads: int = 0
+    head_dim: int = 0
 
     classes = 0  # prompts are texts
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key_heads", self.key_heads or self.heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.width // max(self.heads, 1))
+
     @property
-    def head_dim(self) -> int:
-        """Head size."""
-        return self.width // self.heads
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.key_heads
 
     def cache_shape(self, prompt: int, bytes_per_element: int) -> CacheShape:
         """One slot per token of the prompt."""
-        return CacheShape(self.layers, self.heads, self.head_dim, prompt, bytes_per_element)
+        return CacheShape(self.layers, self.key_heads, self.head_dim, prompt, bytes_per_element, self.group)
 
 
 class Llama(Raster):
@@ -62,9 +71,9 @@ class Llama(Raster):
     def __init__(self, config: LlamaConfig, grid: Grid, ops: Ops = nn):
         super().__init__(config, grid)
         self.embed_tokens = ops.Embedding(config.vocabulary, config.width)
+        heads = Heads(config.heads, config.key_heads, config.head_dim, config.qk_norm, config.eps)
         self.layers = nn.ModuleList(
-            Block(config.width, config.heads, config.hidden, config.eps, ops, config.qk_norm)
-            for _ in range(config.layers)
+            Block(config.width, heads, config.hidden, config.eps, ops) for _ in range(config.layers)
         )
         self.norm = ops.RMSNorm(config.width, eps=config.eps)
 
@@ -106,7 +115,7 @@ class Llama(Raster):
 
             def attend_prompt(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
                 cache.write_prompt(layer, k[row], v[row], weight)
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+                return attend(q, k, v, bias)
 
             x = block(x, lambda t: rotate_halves(t, table), attend_prompt)
         return self.head(self.norm(x[:, -1])).float()[row]
@@ -120,7 +129,7 @@ class Llama(Raster):
         """Logits of every image token in one pass without a cache: the reference for tests.
 
         tokens   int64 B N, end-of-line tokens included; the logits of token n depend on tokens before n
-        visible  bool L B H T+N T+N, which keys each query sees; None: causal, with padding hidden
+        visible  bool L B H T+N T+N, which keys the queries of each key head see; None: causal, with padding hidden
         Returns B T+N V; the logits of image token n are at T + n - 1.
         """
         count = prompt.length + tokens.shape[1]
@@ -130,6 +139,8 @@ class Llama(Raster):
         for block, mask in zip(self.layers, masks, strict=True):
 
             def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
+                k, v = (x.repeat_interleave(self.config.group, 1) for x in (k, v))
+                mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(self.config.group, 1)
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
             x = block(x, lambda t: rotate_halves(t, table), attend_all)

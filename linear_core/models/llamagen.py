@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
-from .blocks import Block, Ops, rope_2d, rotate_pairs
+from .blocks import Block, Heads, Ops, rope_2d, rotate_pairs
 from .raster import Raster
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # by published width
@@ -76,12 +76,13 @@ class LlamaGen(Raster):
 
     def __init__(self, config: LlamaGenConfig, grid: Grid, ops: Ops = nn):
         super().__init__(config, grid)
+        heads = Heads(config.heads, config.heads, config.width // config.heads)
         self.cls_embedding: ClassEmbedding | CaptionEmbedding = (
             ClassEmbedding(config.classes, config.width, ops) if config.classes else CaptionEmbedding(config, ops)
         )
         self.tok_embeddings = ops.Embedding(config.codes, config.width)
         self.layers = nn.ModuleList(
-            Block(config.width, config.heads, config.hidden, config.eps, ops) for _ in range(config.layers)
+            Block(config.width, heads, config.hidden, config.eps, ops) for _ in range(config.layers)
         )
         self.norm = ops.RMSNorm(config.width, eps=config.eps)
         self.output = ops.Linear(config.width, config.codes, bias=False)

@@ -3,8 +3,8 @@
 Lumina-mGPT names the picture's size twice: in words, width first, and after the begin-of-image token, height first, in
 steps of 32 pixels. The model would draw the latter tokens itself; they are given to it, so that the picture has the
 requested size. Guidance leads away from an answer to nothing: unconditional rows start at the begin-of-image token.
-Behaves as inference_solver.py of github.com/Alpha-VLLM/Lumina-mGPT, and for Anole as chameleon/inference/chameleon.py
-of github.com/facebookresearch/chameleon. Every id is looked up by name.
+Behaves as inference_solver.py of github.com/Alpha-VLLM/Lumina-mGPT and of Lumina-mGPT-2.0, and for Anole as
+chameleon/inference/chameleon.py of github.com/facebookresearch/chameleon. Every id is looked up by name.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ BEGIN, END_OF_TURN = "<s>", "<reserved08706>"
 BEGIN_IMAGE, END_OF_LINE = "<racm3:break>", "<reserved08799>"
 
 
-def lumina_prompt(tokenizer: TextTokenizer, texts: Sequence[str], size: Size, grid: Grid, negative: str = "") -> Prompt:
-    """One picture of `size` pixels and `grid` per text, guided away from `negative`, or from no text at all."""
+def lumina_prompt(
+    tokenizer: TextTokenizer, texts: Sequence[str], size: Size, grid: Grid, negative: str = "", begin: str = BEGIN
+) -> Prompt:
+    """One picture of `size` pixels and `grid` per text, guided away from `negative`, or from no text at all.
+
+    begin  name of the token that begins a text
+    """
     width, height = size
     image = [tokenizer.id(BEGIN_IMAGE), tokenizer.id(_size_token(height)), tokenizer.id(_size_token(width))]
 
     def row(text: str) -> list[int]:
         request = f"Generate an image of {width}x{height} according to the following prompt:\n{text.strip()}"
-        return [tokenizer.id(BEGIN), *tokenizer.ids(request), tokenizer.id(END_OF_TURN), *image]
+        return [tokenizer.id(begin), *tokenizer.ids(request), tokenizer.id(END_OF_TURN), *image]
 
     negatives = [row(negative) if negative else image] * len(texts)
     return token_prompt([row(text) for text in texts], tuple(texts), token_prompt(negatives), grid)

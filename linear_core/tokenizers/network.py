@@ -4,18 +4,23 @@ Widths, depth and the levels with attention are read from a state dict, so one p
 0 of `conv_blocks` is the full resolution in the encoder and the *lowest* resolution in the decoder, as in the published
 files (github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py).
 
-Every class takes `ops`, the namespace of its layers: `torch.nn`, or a host's casting layers.
+Every class takes `ops`, the namespace of its layers: `torch.nn`, or a host's casting layers. `entries` are the
+codebook's vectors, which the norms of a MoVQ's decoder read; None: ordinary norms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Ops = ModuleType | type[Any]
+Norm = Callable[[int], nn.Module]  # channels -> norm
 
 
 def groups(channels: int) -> int:
@@ -27,33 +32,63 @@ def group_norm(channels: int, ops: Ops) -> nn.Module:
     return ops.GroupNorm(groups(channels), channels, eps=1e-6, affine=True)
 
 
+class SpatialNorm(nn.Module):
+    """A group norm whose scale and shift at each place are read from the codebook entry there, as in MoVQ.
+
+    Source: github.com/ai-forever/MoVQGAN, movqgan/modules/vqvae/movq_modules.py.
+    """
+
+    def __init__(self, channels: int, code_dim: int, ops: Ops = nn):
+        super().__init__()
+        self.norm_layer = group_norm(channels, ops)
+        self.conv_y = ops.Conv2d(code_dim, channels, 1)
+        self.conv_b = ops.Conv2d(code_dim, channels, 1)
+
+    def forward(self, x: Tensor, entries: Tensor) -> Tensor:
+        """x B C H W, entries B E h w, each of which serves a square of x.
+
+        Published code enlarges `entries` to x's size first. A convolution of one pixel gives the same before, and then
+        only the rows need copies in memory.
+        """
+        rows, cols = entries.shape[2:]
+        wide = x.shape[3] // cols
+        scale, shift = (conv(entries).repeat_interleave(wide, -1)[:, :, :, None] for conv in (self.conv_y, self.conv_b))
+        return torch.addcmul(shift, self.norm_layer(x).unflatten(2, (rows, -1)), scale).flatten(2, 3)
+
+
+def _normalize(norm: nn.Module, x: Tensor, entries: Tensor | None) -> Tensor:
+    normalized: Tensor = norm(x) if entries is None else norm(x, entries)
+    return normalized
+
+
 class ResBlock(nn.Module):
     """B I H W -> B O H W."""
 
-    def __init__(self, inner: int, outer: int, ops: Ops = nn):
+    def __init__(self, inner: int, outer: int, ops: Ops = nn, norm: Norm | None = None):
         super().__init__()
-        self.norm1 = group_norm(inner, ops)
+        norm = norm or partial(group_norm, ops=ops)
+        self.norm1 = norm(inner)
         self.conv1 = ops.Conv2d(inner, outer, 3, padding=1)
-        self.norm2 = group_norm(outer, ops)
+        self.norm2 = norm(outer)
         self.conv2 = ops.Conv2d(outer, outer, 3, padding=1)
         self.nin_shortcut = ops.Conv2d(inner, outer, 1) if inner != outer else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(_normalize(self.norm1, x, entries)))
+        h = self.conv2(F.silu(_normalize(self.norm2, h, entries)))
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
     """Self-attention of one head over all H x W positions."""
 
-    def __init__(self, channels: int, ops: Ops = nn):
+    def __init__(self, channels: int, ops: Ops = nn, norm: Norm | None = None):
         super().__init__()
-        self.norm = group_norm(channels, ops)
+        self.norm = (norm or partial(group_norm, ops=ops))(channels)
         self.q, self.k, self.v, self.proj_out = (ops.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+    def forward(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        h = _normalize(self.norm, x, entries)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape_as(x)
         return x + self.proj_out(h)
@@ -80,26 +115,34 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention if the layout has it, then resampling."""
 
-    def __init__(self, inner: int, outer: int, blocks: int, attention: bool, ops: Ops, resample: str = ""):
+    def __init__(
+        self,
+        inner: int,
+        outer: int,
+        blocks: int,
+        attention: bool,
+        ops: Ops,
+        resample: str = "",
+        norm: Norm | None = None,
+    ):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(inner if i == 0 else outer, outer, ops) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(outer, ops) for _ in range(blocks if attention else 0))
+        self.res = nn.ModuleList(ResBlock(inner if i == 0 else outer, outer, ops, norm) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(outer, ops, norm) for _ in range(blocks if attention else 0))
         self.resample = resample
         if resample:
             self.add_module(resample, (Upsample if resample == "upsample" else Downsample)(outer, ops))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
         for i, block in enumerate(self.res):
-            x = block(x)
+            x = block(x, entries)
             if self.attn:
-                x = self.attn[i](x)
+                x = self.attn[i](x, entries)
         return self.get_submodule(self.resample)(x) if self.resample else x
 
 
-def _middle(channels: int, ops: Ops) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ResBlock(channels, channels, ops), AttentionBlock(channels, ops), ResBlock(channels, channels, ops)]
-    )
+def _middle(channels: int, ops: Ops, norm: Norm | None = None) -> nn.ModuleList:
+    first, last = (ResBlock(channels, channels, ops, norm) for _ in range(2))
+    return nn.ModuleList([first, AttentionBlock(channels, ops, norm), last])
 
 
 class Encoder(nn.Module):
@@ -128,22 +171,30 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features B Z h w -> picture B 3 h*f w*f in about -1..1. `widths` run from the lowest resolution up."""
+    """Features B Z h w -> picture B 3 h*f w*f in about -1..1.
 
-    def __init__(self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn):
+    widths    channels of each level, from the lowest resolution up
+    code_dim  size of a codebook entry, if the norms read them (MoVQ)
+    """
+
+    def __init__(
+        self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn, code_dim: int | None = None
+    ):
         super().__init__()
+        norm = partial(SpatialNorm, code_dim=code_dim, ops=ops) if code_dim else partial(group_norm, ops=ops)
         self.conv_in = ops.Conv2d(z, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0], ops)
+        self.mid = _middle(widths[0], ops, norm)
         last = len(widths) - 1
         self.conv_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, blocks, attention and i == 0, ops, "upsample" if i < last else "")
+            Level(widths[max(i - 1, 0)], w, blocks, attention and i == 0, ops, "upsample" if i < last else "", norm)
             for i, w in enumerate(widths)
         )
-        self.norm_out = group_norm(widths[-1], ops)
+        self.norm_out = norm(widths[-1])
         self.conv_out = ops.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        """entries  the codebook's vectors at the same places, B E h w, if the norms read them"""
         x = self.conv_in(x)
         for block in (*self.mid, *self.conv_blocks):
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = block(x, entries)
+        return self.conv_out(F.silu(_normalize(self.norm_out, x, entries)))

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .network import Decoder, Encoder, Ops, groups
+from .still import StillDecoder, StillEncoder
+
+IBQ = (131072, 256)  # codes and their size, by which its published file is known
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,24 @@ class VQConfig:
     encoder_widths: tuple[int, ...] = ()  # full resolution first; empty: the file has no encoder
     encoder_blocks: int = 0
     normalized: bool = True  # entries and features are normalised to unit length (LlamaGen, Janus)
+    kind: str = "vqgan"  # or one of KINDS
 
     @property
     def factor(self) -> int:
         """Pixels per token along each side."""
         return 2 ** (len(self.decoder_widths) - 1)
+
+    @property
+    def spatial_norm(self) -> bool:
+        """Whether the decoder's norms read the codebook entries."""
+        return self.kind in ("movq", "emu3")
+
+
+KINDS = {
+    "movq": "MoVQ: the decoder's norms read the codebook entries (Lumina-mGPT 2.0)",
+    "emu3": "a MoVQ for videos, of which only what a still picture needs is kept (Emu3)",
+    "ibq": "the code of a feature is the entry with the largest dot product, not the nearest (Emu3.5)",
+}
 
 
 class Codebook(nn.Module):
@@ -47,9 +63,13 @@ class VQTokenizer(nn.Module):
         self.compute_device: torch.device | None = None  # as in models.raster.Raster
         self.quantize = Codebook(config.codes, config.code_dim, ops)
         self.post_quant_conv = ops.Conv2d(config.code_dim, config.z, 1)
-        self.decoder = Decoder(list(config.decoder_widths), config.decoder_blocks, config.z, config.attention, ops)
+        encoder, decoder = (StillEncoder, StillDecoder) if config.kind == "emu3" else (Encoder, Decoder)
+        read = config.code_dim if config.spatial_norm else None
+        self.decoder = decoder(
+            list(config.decoder_widths), config.decoder_blocks, config.z, config.attention, ops, read
+        )
         if config.encoder_widths:
-            self.encoder = Encoder(list(config.encoder_widths), config.encoder_blocks, config.z, config.attention, ops)
+            self.encoder = encoder(list(config.encoder_widths), config.encoder_blocks, config.z, config.attention, ops)
             self.quant_conv = ops.Conv2d(config.z, config.code_dim, 1)
 
     @property
@@ -71,9 +91,10 @@ class VQTokenizer(nn.Module):
         return F.normalize(z, dim=-1) if self.config.normalized else z
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Features B h w E -> codes of the nearest entries: int64 B h w."""
+        """Features B h w E -> codes of the nearest entries, for IBQ those of the largest dot product: int64 B h w."""
         table = self.codebook()
-        return (features @ table.T * 2 - (table * table).sum(-1)).argmax(-1)
+        products = features @ table.T
+        return (products if self.config.kind == "ibq" else products * 2 - (table * table).sum(-1)).argmax(-1)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures B 3 H W in -1..1 -> codes int64 B h w. H and W are multiples of `config.factor`."""
@@ -85,7 +106,8 @@ class VQTokenizer(nn.Module):
 
     def decode_features(self, features: Tensor) -> Tensor:
         """Codebook vectors B h w E -> pictures B 3 H W."""
-        return self.decoder(self.post_quant_conv(features.permute(0, 3, 1, 2)))
+        entries = features.permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(entries), entries if self.config.spatial_norm else None)
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
@@ -93,9 +115,11 @@ def to_pixels(pictures: Tensor) -> Tensor:
     return ((pictures.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
-def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) -> VQConfig:
+def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True, kind: str = "") -> VQConfig:
     """Every size of a tokenizer file in LlamaGen's layout from its keys and shapes.
 
+    normalized  not told by shapes; those of KINDS never are
+    kind        one of KINDS, if it is known; an IBQ is otherwise known by its size alone
     Raises KeyError, ValueError or IndexError if they are not a VQ tokenizer's.
     """
 
@@ -117,6 +141,12 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) 
     z = shapes["post_quant_conv.weight"][0]
     if not all((codes, code_dim, z)):
         raise ValueError(f"{codes} codes of size {code_dim}, {z} channels")
+    if "decoder.norm_out.conv_y.weight" in shapes:
+        kind = "emu3" if "decoder.time_conv.0.weight" in shapes else "movq"
+        if kind == "emu3" and code_dim != z:
+            raise ValueError(f"entries of {code_dim} numbers pass layers of {z} channels")
+    elif not kind:
+        kind = "ibq" if not normalized and (codes, code_dim) == IBQ else "vqgan"
     return VQConfig(
         codes=codes,
         code_dim=code_dim,
@@ -126,5 +156,6 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True) 
         attention="decoder.conv_blocks.0.attn.0.q.weight" in shapes,
         encoder_widths=encoder,
         encoder_blocks=encoder_blocks,
-        normalized=normalized,
+        normalized=normalized and kind not in KINDS,
+        kind=kind,
     )

@@ -35,7 +35,7 @@ from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import class_prompt
 from tests.bench.command import last_line
-from tests.tiny import Recorder, janus, llamagen, words
+from tests.tiny import Recorder, grouped, janus, llamagen, words
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of numbers about 1
@@ -83,6 +83,27 @@ def test_it_is_softmax(slots, dim, dtype, fill, monkeypatch):
     found = attend_one(q, RawSlots(k), RawSlots(v), bias)
     assert found.dtype == dtype and found.shape == q.shape
     close(found, expected(q, k, v, bias))
+
+
+@parts
+@pytest.mark.parametrize("kind", ["full", "int8"])
+def test_query_heads_that_share_a_key_head(kind, fill, monkeypatch):
+    """As if each had a copy of its own."""
+    monkeypatch.setattr(kernel, "FILL", fill)
+    _, k, v, bias = cached(2, 3, 333, 8, torch.float32)
+    q = noise(2, 6, 1, 8, seed=6)
+    keys, values = RawSlots(k), RawSlots(v)
+    if kind == "int8":
+        target = torch.arange(40, 45, device=DEVICE).expand(2, 3, 5)
+        keys, values = (
+            RawSlots((x * 40).clamp(-127, 127).to(torch.int8), noise(2, 3, 333, 1, seed=n).abs() / 40,
+                     noise(2, 3, 5, 8, seed=n + 2), target)
+            for x, n in ((k, 7), (v, 8))
+        )  # fmt: skip
+    copies = [RawSlots(*(x if x is None else x.repeat_interleave(2, 1) for x in raw)) for raw in (keys, values)]
+    found = attend_one(q, keys, values, bias)
+    torch.testing.assert_close(found, attend_one(q, *copies, bias.repeat_interleave(2, 1)), atol=1e-6, rtol=1e-6)
+    assert (found[:, ::2] - found[:, 1::2]).abs().amax((1, 2, 3)).min() > 0.1, "the queries of a group differ"
 
 
 @parts
@@ -200,6 +221,7 @@ def test_eight_bits_and_the_line_being_written(slots, dim, stride, dtype, lazy, 
 BREAKS = [  # text that occurs once in the kernel, what it becomes, what that breaks; as in tests/mutations.py
     (".to(tl.float32) * factor", ".to(tl.float32)", "scores without the 1/sqrt(D)"),
     ("acc, scores + slot_bias, values)", "acc, scores, values)", "the bias is ignored"),
+    ("head // GROUP", "tl.minimum(head, 2)", "a group's second query head reads the next key head"),
     ("row * data_row + head", "head", "every row reads the first one's slots"),
     ("bias += row * bias_row + head * bias_head", "bias += row * bias_row", "every head has the first one's bias"),
     ("(split + 1) * split_size, slots)", "(split + 1) * split_size, slots - 1)", "the last slot is not read"),
@@ -226,6 +248,7 @@ def probe(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, bias = cached(2, 3, 600, 8, torch.float32)
     bias[..., :300] = NEVER
     bias[..., 599] = 2.0
+    pairs, copies = noise(2, 6, 1, 8, seed=6), [x.repeat_interleave(2, 1) for x in (k, v, bias)]
     target = torch.tensor([301, 420, 10, 598], device=DEVICE).expand(2, 3, 4)
     line = [noise(2, 3, 4, 8, seed=n) for n in (7, 8)]
     scales = [noise(2, 3, 600, 1, seed=n).abs() / 40 for n in (9, 10)]
@@ -238,6 +261,7 @@ def probe(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for fill in (1, 256):
         monkeypatch.setattr(module, "FILL", fill)
         close(module.attend_one(q, RawSlots(k), RawSlots(v), bias), expected(q, k, v, bias))
+        close(module.attend_one(pairs, RawSlots(k), RawSlots(v), bias), expected(pairs, *copies))
         close(module.attend_one(q, *eight, bias), expected(q, *seen, bias))
 
 
@@ -277,6 +301,7 @@ storages = pytest.mark.parametrize("storage", ["full", "int8"])
         *(("llamagen", plan, False) for plan in PLANS),
         ("llamagen", PLANS[2], True),
         *(("janus", plan, False) for plan in PLANS[1:4]),
+        ("grouped", PLANS[3], False),
     ],
     ids=str,
 )
@@ -292,7 +317,10 @@ def test_a_picture_is_the_same(kind, plan, static, storage, monkeypatch):
         torch.testing.assert_close(found, attend(q, *self.read(layer)), atol=5e-5, rtol=5e-5)
         return found
 
-    model, prompt = (llamagen(4, 3), class_prompt([1])) if kind == "llamagen" else (janus(4, 3), words([3, 5]))
+    if kind == "llamagen":
+        model, prompt = llamagen(4, 3), class_prompt([1])
+    else:
+        model, prompt = (janus if kind == "janus" else grouped)(4, 3), words([3, 5])
     plan = replace(plan, storage=storage)
     sample = SamplePlan(seed=5, guidance=2.5, guidance_interval=8)
     monkeypatch.setattr(LineCache, "attend", attend_twice)
@@ -305,7 +333,7 @@ def test_a_picture_is_the_same(kind, plan, static, storage, monkeypatch):
     plain, ours = runs
     assert plain.cache.kernel is None and ours.cache.kernel is attend_one
     for one, other in zip(plain.logits, ours.logits, strict=True):
-        torch.testing.assert_close(other, one, atol=off, rtol=off)
+        torch.testing.assert_close(other, one, atol=off, rtol=off, equal_nan=True)
     assert torch.equal(ours.tokens, plain.tokens)
 
 

@@ -22,7 +22,19 @@ from linear_core.cache.view import View
 from linear_core.plan import RELEASES, UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import class_prompt
-from tests.tiny import Recorder, Toy, caption_prompt, decode, janus, llamagen, lumina, lumina_words, policy, words
+from tests.tiny import (
+    Recorder,
+    Toy,
+    caption_prompt,
+    decode,
+    grouped,
+    janus,
+    llamagen,
+    lumina,
+    lumina_words,
+    policy,
+    words,
+)
 
 
 class Case(NamedTuple):
@@ -51,6 +63,7 @@ GRIDS = [
     Case("janus", 6, 5, 2, 3, 1),  # prompts of 6 and 4 tokens, a slot for each, positions that leave out padding
     Case("janus qk", 5, 4, 2, 2, 1),  # and queries and keys normalised
     Case("lumina", 5, 4, 2, 2, 1),  # and line ends, and unconditional rows shorter than the others
+    Case("grouped", 5, 4, 2, 2, 1),  # and two query heads for each key head
     Case("toy", 5, 4, 2, 2, 1),  # a slot for every prompt token, some of them padding
     Case("toy eol", 5, 4, 2, 2, 1),  # and an end-of-line token
 ]
@@ -62,6 +75,7 @@ RUNS = (
     + [(name, "strict", Case("toy eol", 6, 3, 2, 2, 1)) for name in POLICIES if name != "line"]
     + [(name, "lazy", Case("janus", 4, 5, 1, 1, 0)) for name in POLICIES if name != "line"]
     + [(name, "lazy", Case("lumina", 5, 3, 2, 1, 1)) for name in POLICIES if name != "line"]
+    + [(name, "lazy", Case("grouped", 5, 3, 2, 1, 1)) for name in POLICIES if name != "line"]
     + [(name, release, MAIN) for name in ("flat", "coarse") for release in RELEASES]
 )
 # Two policies full of ties, to see who goes first among equals.
@@ -84,8 +98,9 @@ def run(name: str, release: str, case: Case) -> Recorder:
         decoder, prompt = llamagen(case.rows, case.cols, text=True), caption_prompt([7, 4])
     elif case.model.startswith("janus"):
         decoder, prompt = janus(case.rows, case.cols, qk_norm=case.model == "janus qk"), words([6, 4])
-    elif case.model == "lumina":
-        decoder, prompt = lumina(case.rows, case.cols), lumina_words([6, 4])
+    elif case.model in ("lumina", "grouped"):
+        make = lumina if case.model == "lumina" else grouped
+        decoder, prompt = make(case.rows, case.cols), lumina_words([6, 4])
     else:
         decoder = Toy(case.rows, case.cols, length=4, eol=case.model == "toy eol")
         prompt = decoder.prompt([4, 2])

@@ -111,7 +111,7 @@ def write_converted_janus(folder: Path) -> None:
 
 
 def write_chameleon_vq(folder: Path, codes: int = CODES) -> None:
-    weights = lumina_reference.vq_weights((16, 32), codes=codes)
+    weights = lumina_reference.vq_weights((16,) * 5, codes=codes)
     torch.save({"state_dict": small(weights)}, folder / "vqgan.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""Small random checkpoints laid out and named as Lumina-mGPT published its own, and Chameleon its VQ.
+"""Small random checkpoints laid out and named as Lumina-mGPT 1.0 and 2.0 published their own, and Chameleon its VQ.
 
 The vocabulary has the published names. With all 8192 codes its ids are the published ones too, up to the end of what a
 picture needs; behind that come letters.
@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.models.lumina_reference import vq_weights
 
 CODES = 8192
+FIRST_2, CODES_2, EOL_2 = 155000, 16384, 151670  # of 2.0: code 0, codes, and the token that ends a line
 DIM = 128  # numbers a head
 
 
@@ -32,6 +33,14 @@ def vocabulary(codes: int = CODES, first: int = 4) -> dict[str, int]:
     names += [f"<reserved{n:05d}>" for n in reserved]
     names += [_visible(byte) for byte in range(256)]
     return {name: number for number, name in enumerate(names)}
+
+
+def vocabulary_2(eol: int = EOL_2) -> dict[str, int]:
+    """Of 2.0, whose codes have no names: what its prompts need, around the token that ends a line, and letters."""
+    names = {"<|endoftext|>": eol - 27, "<|im_end|>": eol - 25, "<racm3:break>": eol - 5, "<eoss>": eol - 4}
+    sizes = {f"<reserved{8800 + n:05d}>": eol + n for n in range(1, 65)}
+    letters = {_visible(byte): byte for byte in range(256)}
+    return letters | names | {"<reserved08706>": eol - 3, "<reserved08799>": eol} | sizes
 
 
 def _visible(byte: int) -> str:
@@ -133,6 +142,27 @@ def write_model(folder: Path, weights: dict[str, Tensor], ids: dict[str, int], *
     if words:
         tokenizer(folder / "tokenizer.json", ids)
     return folder
+
+
+def write_tokenizer_2(folder: Path, ids: dict[str, int], **settings: object) -> None:
+    """The text tokenizer of 2.0, with the file that says which token begins a text."""
+    tokenizer(folder / "tokenizer.json", ids)
+    said = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def write_2(models: Path) -> None:
+    """Lumina-mGPT 2.0 with its real vocabulary and its VQ tokenizer, both with few channels: about 50 MB."""
+    from tests.tokenizers import reference
+
+    folder, ids = models / "ar_image", vocabulary_2()
+    last = FIRST_2 + CODES_2 - 1
+    weights = {k: t.bfloat16() for k, t in decoder({"last": last}, layers=1, heads=1, dim=64).items()}
+    path = write_model(folder / "Lumina-mGPT-2.0", weights, ids, words=False)
+    write_tokenizer_2(path, ids)
+    vq = dict(reference.weights("movq", (16, 16, 16, 16)))
+    vq["quantize.embedding.weight"] = torch.randn(CODES_2, 4, generator=torch.Generator().manual_seed(0))
+    torch.save(vq, folder / "movqgan_270M.ckpt")
 
 
 def write(models: Path) -> None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from linear_core.cache.line_cache import LineCache
+from linear_core.checkpoints.families.llama import layer_target
+from linear_core.checkpoints.weights import load_into, read_weights
 from linear_core.errors import UserError
 from linear_core.grid import Grid
 from linear_core.models.blocks import HeadNorm, rope_1d, rotate_halves
+from linear_core.models.llama import Llama
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt, token_prompt
-from tests.tiny import WORDS, decode, janus, words
+from tests.tiny import WORDS, decode, grouped, janus, words
 
 FULL = CachePlan("full")
 GUIDED = SamplePlan(seed=3, guidance=2.5)
@@ -54,6 +62,40 @@ def test_queries_and_keys_are_normalised_and_then_turned() -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_heads_of_a_group_and_their_norms() -> None:
+    """Four heads of queries, two of keys and values, each of its own size; an RMSNorm with one weight for all heads."""
+    block, x, seen = grouped(4, 3).layers[0].attention, torch.randn(2, 5, 24), []
+
+    def attend(*heads: Tensor) -> Tensor:
+        seen.extend(heads)
+        return heads[0]
+
+    assert block(x, lambda t: 2 * t, attend).shape == x.shape
+    rows = block.wqkv(x).split([32, 16, 16], -1)
+    q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in rows)
+    for got, plain, norm in ((seen[0], q, block.q_norm), (seen[1], k, block.k_norm)):
+        root = (plain.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        torch.testing.assert_close(got, 2 * (plain * root).float() * norm.weight)
+    assert torch.equal(seen[2], v) and [t.shape[1] for t in seen] == [4, 2, 2]
+
+
+def test_weights_of_a_group_go_to_their_rows(tmp_path: Path) -> None:
+    """The file has matrices of its own for queries, keys and values; ours is one, of which the queries take half."""
+    fused = grouped(4, 3).layers[0].attention.wqkv
+    rows = fused.weight.split([32, 16, 16])
+    save_file(
+        {f"{part}_proj.weight": x.contiguous() for part, x in zip("qkv", rows, strict=True)}, tmp_path / "a.safetensors"
+    )
+    with torch.device("meta"):
+        again = nn.ModuleDict({"attention": nn.ModuleDict({"wqkv": nn.Linear(24, 64, bias=False)})})
+    layer = nn.ModuleDict({"x": again})
+    weights = read_weights(tmp_path / "a.safetensors")
+    load_into(layer, weights, torch.float32, lambda key: layer_target("x", f"self_attn.{key[:6]}", "weight", group=2))
+    assert torch.equal(again["attention"]["wqkv"].weight, fused.weight)
+    with pytest.raises(UserError, match=r"'k_proj.weight' is \[16, 24\] where \[21, 24\] was expected"):
+        load_into(layer, weights, torch.float32, lambda key: layer_target("x", f"self_attn.{key[:6]}", "weight"))
+
+
 def test_queries_turned_to_the_next_line() -> None:
     """As if the same queries, not yet rotated, had been rotated for a token one line further down."""
     model, grid = janus(6, 5), Grid(6, 5, eol=9)  # six tokens a line
@@ -65,16 +107,16 @@ def test_queries_turned_to_the_next_line() -> None:
     assert (here - below).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_row_does_not_feel_its_padding(qk_norm: bool) -> None:
+@pytest.mark.parametrize("make", [janus, partial(janus, qk_norm=True), grouped], ids=["janus", "norms", "grouped"])
+def test_a_row_does_not_feel_its_padding(make: Callable[..., Llama]) -> None:
     """Two prompts of different length in one batch: each gives the logits that it gives alone."""
-    model = janus(5, 4, qk_norm=qk_norm, dtype=torch.float64)
+    model = make(5, 4, dtype=torch.float64)
     batch = decode(model, words([7, 3]), CachePlan(budget=2, anchors=1, recent=1), GUIDED)
     for i, length in enumerate((7, 3)):
         alone = decode(model, words([length]), CachePlan(budget=2, anchors=1, recent=1), SamplePlan(3 + i, 2.5))
         assert torch.equal(alone.tokens[0], batch.tokens[i])
         for a, b in zip(alone.logits, batch.logits, strict=True):
-            torch.testing.assert_close(a, b[[i, 2 + i]], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(a, b[[i, 2 + i]], atol=1e-6, rtol=1e-6, equal_nan=True)
 
 
 def test_rows_alike_are_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:

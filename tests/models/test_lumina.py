@@ -36,7 +36,7 @@ pytest.importorskip("tokenizers")
 CODES, HEADS, DIM = lumina_reference.CODES, 2, 16
 IDS = official.vocabulary(CODES)
 EIGHTH = CachePlan(budget=8)  # of the 64 lines of 1024 x 1024
-SEVEN_B = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, eps=1e-5, qk_norm=True)
+SEVEN_B = LuminaConfig(32, 4096, 32, 11008, 8192, 65536, eps=1e-5, qk_norm="layer")
 
 
 def write(folder: Path, **settings: object) -> Path:
@@ -48,7 +48,7 @@ def write(folder: Path, **settings: object) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 768 repository, which has the tokenizer."""
     models = tmp_path_factory.mktemp("models")
-    torch.save({"state_dict": lumina_reference.vq_weights()}, models / "vqgan.ckpt")
+    torch.save({"state_dict": lumina_reference.vq_weights((16,) * 5)}, models / "vqgan.ckpt")
     return write(models / "Lumina-mGPT-7B-768")
 
 
@@ -233,6 +233,13 @@ def test_the_tokenizer_of_another_repository(models: Path) -> None:
         load_model(files).prompt(["a fox"])
 
 
+def test_a_vq_tokenizer_with_other_pixels(models: Path) -> None:
+    """A token of 4 pixels a side would make pictures a quarter as wide and high as the size that was chosen."""
+    torch.save({"state_dict": lumina_reference.vq_weights()}, models / "vqgan.ckpt")
+    with pytest.raises(UserError, match=r"vqgan.ckpt: makes 4 pixels a side of each code, but .*768 needs 16"):
+        load_model(ModelFiles(models / "Lumina-mGPT-7B-768", models / "vqgan.ckpt"))
+
+
 def test_another_models_tokenizer(models: Path) -> None:
     """Codes are held against their names, not their numbers."""
     official.tokenizer(models / "Lumina-mGPT-7B-768" / "tokenizer.json", official.vocabulary(CODES, first=8))
@@ -281,7 +288,7 @@ def test_a_vq_tokenizer_converted(models: Path) -> None:
     ours, theirs = (library.load_tokenizer(models / f"vqgan.{end}") for end in ("safetensors", "ckpt"))
     codes = torch.arange(20).view(1, 4, 5)
     assert ours.config == theirs.config and torch.equal(ours.decode(codes), theirs.decode(codes))
-    save_file(lumina_reference.vq_weights(), models / "published.safetensors")
+    save_file(lumina_reference.vq_weights((16,) * 5), models / "published.safetensors")
     published = library.load_tokenizer(models / "published.safetensors")
     assert published.config == theirs.config and torch.equal(published.decode(codes), theirs.decode(codes))
     with pytest.raises(UserError, match=r"is a Lumina-mGPT, whose files describe themselves"):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_core.cache.line_cache import LineCache
-from linear_core.checkpoints.library import ImageModel, ModelFiles, load_model
+from linear_core.checkpoints.library import ImageModel, ModelFiles, load_model, load_tokenizer
 from linear_core.checkpoints.weights import load_into, read_weights
 from linear_core.errors import UserError
 from linear_core.grid import Grid
@@ -24,6 +24,7 @@ from linear_core.models.blocks import rope_1d, rotate_halves
 from linear_core.models.lumina import Lumina
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, token_prompt
+from linear_core.tokenizers.tokenizer import VQTokenizer
 from tests.models import lumina_official as official
 from tests.models import lumina_reference as upstream
 from tests.tiny import decode
@@ -48,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Tensor]) 
 
 def load(models: Path, weights: dict[str, Tensor], name: str = "Lumina-mGPT-7B-768", **settings: object) -> ImageModel:
     folder = official.write_model(models / name, weights, IDS)
-    torch.save({"state_dict": upstream.vq_weights()}, models / "vqgan.ckpt")
+    torch.save({"state_dict": upstream.vq_weights((16,) * 5)}, models / "vqgan.ckpt")
     return load_model(ModelFiles(folder, models / "vqgan.ckpt"), **settings)
 
 
@@ -197,7 +198,7 @@ def test_anole_in_metas_layout(tmp_path: Path, model: ImageModel, weights: dict[
     (tmp_path / "tokenizer").mkdir()
     loose = official.meta(weights, HEADS)
     torch.save(loose, file)
-    torch.save({"state_dict": upstream.vq_weights()}, tmp_path / "tokenizer" / "vqgan.ckpt")
+    torch.save({"state_dict": upstream.vq_weights((16,) * 5)}, tmp_path / "tokenizer" / "vqgan.ckpt")
     official.tokenizer(tmp_path / "tokenizer" / "text_tokenizer.json", IDS)
     with pytest.raises(UserError, match=r"consolidated.pth: .* ends with 8803 but it has 398 tokens"):
         load_model(ModelFiles(file, tmp_path / "tokenizer" / "vqgan.ckpt"))  # a file says no vocabulary: the published
@@ -249,20 +250,27 @@ def recorded() -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.fixture(scope="module")
+def vq(tmp_path_factory: pytest.TempPathFactory) -> VQTokenizer:
+    path = tmp_path_factory.mktemp("vq") / "vqgan.ckpt"
+    torch.save({"state_dict": upstream.vq_weights()}, path)
+    return load_tokenizer(path)
+
+
 def largest(ours: Tensor, expected: np.ndarray) -> float:
     return float((ours - torch.from_numpy(expected)).abs().max())
 
 
 @pytest.mark.parametrize("shape", ["square", "wide"])
 @torch.inference_mode()
-def test_vq_decoder(shape: str, model: ImageModel, recorded: dict[str, np.ndarray]) -> None:
-    ours = model.tokenizer.decode(torch.from_numpy(recorded[f"vq_codes_{shape}"]))
+def test_vq_decoder(shape: str, vq: VQTokenizer, recorded: dict[str, np.ndarray]) -> None:
+    ours = vq.decode(torch.from_numpy(recorded[f"vq_codes_{shape}"]))
     assert largest(ours, recorded[f"vq_decoded_{shape}"]) < TOLERANCE
 
 
 @torch.inference_mode()
-def test_vq_encoder(model: ImageModel, recorded: dict[str, np.ndarray]) -> None:
-    tokenizer, picture = model.tokenizer, torch.from_numpy(recorded["vq_picture"])
-    assert largest(tokenizer.quant_conv(tokenizer.encoder(picture)), recorded["vq_features"]) < TOLERANCE
+def test_vq_encoder(vq: VQTokenizer, recorded: dict[str, np.ndarray]) -> None:
+    picture = torch.from_numpy(recorded["vq_picture"])
+    assert largest(vq.quant_conv(vq.encoder(picture)), recorded["vq_features"]) < TOLERANCE
     assert recorded["vq_margin"].min() > 0.01
-    assert (tokenizer.encode(picture).numpy() == recorded["vq_codes"]).all()
+    assert (vq.encode(picture).numpy() == recorded["vq_codes"]).all()

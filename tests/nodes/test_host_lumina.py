@@ -27,38 +27,48 @@ pytestmark = pytest.mark.host
 def server():
     with comfyui() as running:
         lumina_official.write(running.base / "models")
+        lumina_official.write_2(running.base / "models")
         yield running
 
 
 def test_what_is_offered(server: Server) -> None:
     """Models and their VQ tokenizer are told apart, and of sizes those that a model draws."""
     inputs = server.get("/object_info/LineAR_LoadModel")["LineAR_LoadModel"]["input"]["required"]
-    names = {"Lumina-mGPT-7B-768", "Lumina-mGPT-7B-1024"}
+    names = {"Lumina-mGPT-7B-768", "Lumina-mGPT-7B-1024", "Lumina-mGPT-2.0"}
     assert set(inputs["model"][1]["options"]) == names | {"landscapes (bundled)"}
-    assert inputs["tokenizer"][1]["options"] == ["automatic", "vqgan.ckpt"]
+    assert inputs["tokenizer"][1]["options"] == ["automatic", "movqgan_270M.ckpt", "vqgan.ckpt"]
     known = inputs["model"][1]["linear_ar"]["Lumina-mGPT-7B-1024"]
-    assert (known["rows"], known["cols"], known["stride"]) == (64, 64, 65)
+    assert (known["rows"], known["cols"], known["stride"], known["pixels"]) == (64, 64, 65, 16)
+    known = inputs["model"][1]["linear_ar"]["Lumina-mGPT-2.0"]
+    assert (known["rows"], known["cols"], known["stride"], known["pixels"]) == (96, 96, 97, 8)
     choice = server.get("/object_info/LineAR_TextPrompt")["LineAR_TextPrompt"]["input"]["optional"]["size"]
-    for side, option in zip((512, 768, 1024), choice[1]["options"][1:], strict=True):
-        assert option["key"] == f"of Lumina-mGPT {side}"
-        offered = option["inputs"]["required"]["pixels"][1]["options"]
-        assert [tuple(map(int, one.split(" x "))) for one in offered] == list(sizes(side))
+    drawn = {f"of Lumina-mGPT {side}": sizes(side) for side in (512, 768, 1024)}
+    drawn["of Lumina-mGPT 2.0"] = sizes(768) + sizes(512)
+    options = {option["key"]: option for option in choice[1]["options"]}
+    for name, every in drawn.items():
+        offered = options[name]["inputs"]["required"]["pixels"][1]["options"]
+        assert [tuple(map(int, one.split(" x "))) for one in offered] == list(every)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "lines"), [("lumina_768", (768, 768), 6), ("lumina_1024_portrait", (832, 1216), 8)]
+    ("name", "size", "pixels", "lines"),
+    [
+        ("lumina_768", (768, 768), 16, 6),
+        ("lumina_1024_portrait", (832, 1216), 16, 8),
+        ("lumina2_768_on_24gb", (768, 768), 8, 8),
+    ],
 )
-def test_a_workflow_runs(name: str, size: tuple[int, int], lines: int, server: Server) -> None:
+def test_a_workflow_runs(name: str, size: tuple[int, int], pixels: int, lines: int, server: Server) -> None:
     """The whole picture, of the size that was chosen, from the lines that the graph says, rows told in order."""
     messages, end = finish(server, twin(name))
     assert end["type"] == "execution_success", end
     ((picture,),) = server.pictures(end["data"]["prompt_id"])
     assert Image.open(picture).size == size
-    width, height = size
+    cols, rows = (side // pixels for side in size)
     events = [m["data"] for m in messages if isinstance(m, dict) and m["type"] == "linear_ar.line"]
-    assert [event["row"] for event in events if event["kind"] == "row"] == list(range(height // 16))
+    assert [event["row"] for event in events if event["kind"] == "row"] == list(range(rows))
     (started,) = [event for event in events if event["kind"] == "started"]
-    assert (started["rows"], started["cols"], started["stride"]) == (height // 16, width // 16, width // 16 + 1)
+    assert (started["rows"], started["cols"], started["stride"]) == (rows, cols, cols + 1)
     assert started["lines"] == lines and started["cache_bytes"] < started["full_bytes"] / 4
     assert not re.search(r"WARNING.*(LineAR|linear_core)|Traceback", server.log)
 

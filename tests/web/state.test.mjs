@@ -187,6 +187,7 @@ test("memory before anything runs", () => {
   assert.equal(picturesThatFit(5, (sequences) => 10 * sequences), 0);
   const square = { rows: 64, cols: 64, stride: 65 };
   assert.deepEqual(gridOf(square, "832 x 1216"), { rows: 76, cols: 52, stride: 53 });
+  assert.deepEqual(gridOf({ ...square, pixels: 8 }, "512 x 768"), { rows: 96, cols: 64, stride: 65 });
   assert.equal(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");

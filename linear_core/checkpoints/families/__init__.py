@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class ModelInfo:
     weight_bytes  size on disk
     tokenizer     file name of its VQ tokenizer, without suffix; "": it comes with the model
     sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
+    pixels        per token, along each side
     context       most tokens of prompt and image together; 0: not limited by the model
     """
 
@@ -40,6 +42,7 @@ class ModelInfo:
     weight_bytes: int
     tokenizer: str = ""
     sizes: tuple[Size, ...] = ()
+    pixels: int = PIXELS
     context: int = 0
 
     @property
@@ -65,13 +68,13 @@ class ModelInfo:
                     else "it has only one size, so leave this to the model."
                 )
             )
-        return self.with_grid(replace(self.grid, rows=height // PIXELS, cols=width // PIXELS))
+        return self.with_grid(replace(self.grid, rows=height // self.pixels, cols=width // self.pixels))
 
     def with_grid(self, grid: Grid | None) -> ModelInfo:
         """The model with the grid of a prompt; None: its own. Raises UserError for a grid that it does not draw."""
         if grid is None:
             return self
-        size = grid.cols * PIXELS, grid.rows * PIXELS
+        size = grid.cols * self.pixels, grid.rows * self.pixels
         if size not in self.sizes or grid.eol != self.grid.eol:
             raise UserError(
                 f"prompt: it asks for {size[0]} x {size[1]} pixels and was not made for {self.name}; connect this "
@@ -92,9 +95,11 @@ class Family:
     describe           header and requested grid (rows, cols) -> ModelInfo; UserError for a broken checkpoint
     build              sizes, grid and layers -> the decoder, on the current device
     target             key of the file and sizes -> its target in the decoder; None: not read
-    vq                 key of the file -> its name in VQTokenizer; None: not of the tokenizer. For files that contain it
+    vq                 key of the file -> its key in a file of the tokenizer alone; None: not the tokenizer's. For
+                       files that contain it
     prompt             text tokenizer, texts, negative prompt ("": none) and model -> one row per text; None: prompts
                        are classes, or come from a text encoder
+    open_tokenizer     reads the text tokenizer at a path; raises UserError naming the file
     tokenizer_files    possible paths of the text tokenizer, relative to the model's folder, the most likely first
     tokenizer_release  name of the release with the tokenizer, if not the model's own
     prompt_slots       slots of a typical prompt of a sentence or two, to plan memory before the text is known
@@ -107,6 +112,7 @@ class Family:
     target: Callable[[str, Any], Target | None]
     vq: Callable[[str], str | None] | None = None
     prompt: Callable[[TextTokenizer, Sequence[str], str, ModelInfo], Prompt] | None = None
+    open_tokenizer: Callable[[Path], TextTokenizer] = TextTokenizer
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
     tokenizer_release: str = ""
     prompt_slots: int = 32

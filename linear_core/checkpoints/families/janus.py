@@ -12,7 +12,6 @@ from ...grid import Grid
 from ...models.janus import HEAD_DIM, Janus, JanusConfig
 from ...plan import SamplePlan
 from ...prompts.janus import janus_prompt
-from ...tokenizers.layouts import rename_key
 from ..families import Family, ModelInfo
 from ..untrusted import number, section
 from ..weights import Target, Weights
@@ -53,11 +52,11 @@ def target(key: str, config: JanusConfig | None) -> Target | None:
 
 
 def vq(key: str) -> str | None:
-    """The key's name in VQTokenizer, if it is one of the tokenizer's."""
+    """The key's name in the tokenizer's own layout, if it is one of the tokenizer's."""
     found = VQ.fullmatch(key)
     if found is None or found[1].startswith(VQ_NOT_WEIGHTS):
         return None
-    return rename_key(found[1])
+    return found[1]
 
 
 def recognises(weights: Weights) -> bool:

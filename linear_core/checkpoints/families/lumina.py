@@ -1,7 +1,10 @@
 """Checkpoints of Lumina-mGPT and Anole: Chameleons, in transformers' layout or, for Anole's own, in Meta's.
 
-They contain only the language model. Chameleon's VQ tokenizer is a separate file, and only one of Lumina-mGPT's
-repositories has the text tokenizer. Which sizes a model draws is stated only in its name.
+They contain only the language model. The VQ tokenizer is a separate file, and of Lumina-mGPT 1.0 only one repository
+has the text tokenizer. Which sizes a model of 1.0 draws is stated only in its name.
+
+Lumina-mGPT 2.0 is the same network, trained from scratch with another vocabulary (Qwen's) and another VQ tokenizer
+(MoVQGAN's, 8 pixels per token).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,14 +23,14 @@ from ...grid import Grid
 from ...models.lumina import Lumina, LuminaConfig
 from ...plan import SamplePlan
 from ...prompts import Prompt
-from ...prompts.lumina import END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
+from ...prompts.lumina import BEGIN, END_OF_LINE, anole_prompt, check_codes, code_name, lumina_prompt
 from ...prompts.tokenizer import TextTokenizer
 from ...sizes import PIXELS, sizes
 from .. import published
 from ..families import Family, ModelInfo
-from ..untrusted import number, section
+from ..untrusted import number, read_json, section
 from ..weights import Target, Weights
-from .llama import QKV, layer_target
+from .llama import QKV, layer_target, rows_of_codes
 
 SIDES = (512, 768, 1024)  # pixels of Lumina-mGPT's square pictures
 PROMPT_SLOTS = 64
@@ -34,19 +38,19 @@ ANOLE_GRID = Grid(32, 32)  # the only one it draws
 CONTEXT = 16384  # tokens, where the config does not say, or fewer than the image has
 FIRST_CODE, CODES, EOL = 4, 8192, 8803  # as published, for files without a vocabulary_map; prompts check the ids
 
+# Lumina-mGPT 2.0: its code names these ids itself, as its codes have no names (inference_solver.py, item_processor.py).
+FIRST_CODE_2, CODES_2, EOL_2 = 155000, 16384, 151670
+SIDES_2, PIXELS_2 = (768, 512), 8  # the usual side first
+
 
 def recognises(weights: Weights) -> bool:
+    """By the LayerNorms of queries and keys; other models have RMSNorms there, which have no bias."""
     names = weights.tensors
-    return "model.layers.0.self_attn.q_norm.weight" in names or "layers.0.attention.q_normalization.weight" in names
+    return "model.layers.0.self_attn.q_norm.bias" in names or "layers.0.attention.q_normalization.weight" in names
 
 
 def _unchanged(tensor: Tensor, config: LuminaConfig) -> Tensor:
     return tensor
-
-
-def _rows_of_codes(head: Tensor, config: LuminaConfig) -> Tensor:
-    """The output head's rows for codes. Nothing else is drawn, so the others, nine tenths, are not read."""
-    return head[config.first_code : config.first_code + config.codes]
 
 
 def _every_head(norm: Tensor, config: LuminaConfig) -> Tensor:
@@ -69,11 +73,11 @@ def _halves_for_every_head(norm: Tensor, config: LuminaConfig) -> Tensor:
 # head where transformers rotates halves. The rest of a layer is as in every Llama.
 KEYS = (
     (r"model\.(embed_tokens|norm)\.weight", r"\1.weight", _unchanged),
-    (r"lm_head\.weight", "lm_head.weight", _rows_of_codes),
+    (r"lm_head\.weight", "lm_head.weight", rows_of_codes),
     (r"model\.(layers\.\d+)\.self_attn\.([qk]_norm\.\w+)", r"\1.attention.\2", _every_head),
     (r"tok_embeddings\.weight", "embed_tokens.weight", _unchanged),
     (r"norm\.weight", "norm.weight", _unchanged),
-    (r"output\.weight", "lm_head.weight", _rows_of_codes),
+    (r"output\.weight", "lm_head.weight", rows_of_codes),
     (r"(layers\.\d+\.attention\.[qk]_norm)alization\.(\w+)", r"\1.\2", _halves_for_every_head),
     (r"(layers\.\d+\.(?:attention\.wo|feed_forward\.w\d|attention_norm|ffn_norm)\.weight)", r"\1", _unchanged),
 )
@@ -85,10 +89,10 @@ def target(key: str, config: Any) -> Target | None:
         if found := re.fullmatch(pattern, key):
             return Target(found.expand(name), transform=partial(transform, config=config))
     if found := re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.(weight|bias)", key):
-        return layer_target(*found.groups())
+        return layer_target(found[1], found[2], found[3])
     if found := re.fullmatch(r"(layers\.\d+\.attention)\.w([qkv])\.weight", key):
         transform = _unchanged if found[2] == "v" else _halves
-        return Target(f"{found[1]}.wqkv.weight", QKV.index(found[2]), len(QKV), partial(transform, config=config))
+        return Target(f"{found[1]}.wqkv.weight", QKV.index(found[2]), (1, 1, 1), partial(transform, config=config))
     return None
 
 
@@ -103,7 +107,9 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             shapes[found.name] = shape
     try:
         vocabulary, width = shapes["embed_tokens.weight"]
-        first_code, codes, eol = _ids(section(settings, "vocabulary_map"))
+        second = vocabulary >= FIRST_CODE_2 + CODES_2  # its config may still list the codes of Chameleon
+        names = section(settings, "vocabulary_map")
+        first_code, codes, eol = (FIRST_CODE_2, CODES_2, EOL_2) if second else _ids(names)
         if (last := max(first_code + codes - 1, eol)) >= vocabulary:
             raise ValueError(f"its vocabulary_map, or the usual one, ends with {last} but it has {vocabulary} tokens")
         config = LuminaConfig(
@@ -115,12 +121,14 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             vocabulary=vocabulary,
             eps=number(settings, "rms_norm_eps", 1e-5),
             rope_base=number(section(settings, "rope_parameters") or settings, "rope_theta", 10000.0),
-            qk_norm=True,
+            qk_norm="layer",
             first_code=first_code,
         )
         context = number(settings, "max_position_embeddings", CONTEXT)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise weights.problem(f"its weights do not describe a Chameleon ({error}); download it again.") from error
+    if second:
+        return _lumina_2(weights, config, grid)
     meta = "tok_embeddings.weight" in weights.tensors
     if meta or "anole" in weights.name.lower():
         info = _anole(weights, config, grid)
@@ -171,15 +179,47 @@ def _lumina(weights: Weights, config: LuminaConfig, requested: tuple[int, int] |
     return info.with_size((requested[1] * PIXELS, requested[0] * PIXELS)) if requested else info
 
 
+def _lumina_2(weights: Weights, config: LuminaConfig, requested: tuple[int, int] | None) -> ModelInfo:
+    side = SIDES_2[0] // PIXELS_2
+    info = ModelInfo(
+        weights.name, FAMILY_2, config, Grid(side, side, eol=EOL_2 - FIRST_CODE_2), (),
+        SamplePlan(guidance=4.0, top_k=4096), weights.nbytes, tokenizer=published.MOVQ,
+        sizes=tuple(size for side in SIDES_2 for size in sizes(side)), pixels=PIXELS_2,
+    )  # fmt: skip
+    return info.with_size((requested[1] * PIXELS_2, requested[0] * PIXELS_2)) if requested else info
+
+
 def prompt(tokenizer: TextTokenizer, texts: Sequence[str], negative: str, info: ModelInfo) -> Prompt:
     """One image per text, guided away from `negative`. Raises UserError if the tokenizer is not the model's."""
     first_code, grid = info.config.first_code, info.grid
-    check_codes(tokenizer, first_code, info.config.codes)
+    if info.family is not FAMILY_2:
+        check_codes(tokenizer, first_code, info.config.codes)
     if grid.eol is None:
         return anole_prompt(tokenizer, texts, negative)
     if tokenizer.id(END_OF_LINE) != first_code + grid.eol:
         raise UserError(f"{tokenizer.path}: its end-of-line token is not the model's; use the model's own file.")
-    return lumina_prompt(tokenizer, texts, (grid.cols * PIXELS, grid.rows * PIXELS), grid, negative)
+    begin = _begin(tokenizer.path.parent) if info.family is FAMILY_2 else BEGIN
+    size = grid.cols * info.pixels, grid.rows * info.pixels
+    return lumina_prompt(tokenizer, texts, size, grid, negative, begin)
+
+
+def _begin(folder: Path) -> str:
+    """The name of the token that begins a text: the tokenizer's "bos" or, as Qwen's has none, its "eos".
+
+    tokenizer.json does not say which they are; the other two files of a tokenizer do.
+    """
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    found = [read_json(file, "is not a tokenizer's config") for file in files if file.is_file()]
+    if not found:
+        raise UserError(f"{files[0]}: there is no such file, but the model needs it to read texts; download it again.")
+    for name in ("bos_token", "eos_token"):
+        for settings in found:
+            token = settings.get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str) and token:
+                return token
+    raise UserError(f"{files[0]}: names no token that begins a text; download it again.")
 
 
 TOKENIZER_FILES = (  # next to the model, in the one Lumina-mGPT repository that has it, in Chameleon's and Anole's
@@ -199,4 +239,7 @@ FAMILY = Family(
     tokenizer_files=TOKENIZER_FILES,
     tokenizer_release=published.LUMINA_TOKENIZER,
     prompt_slots=PROMPT_SLOTS,
+)
+FAMILY_2 = replace(
+    FAMILY, name="Lumina-mGPT 2.0", tokenizer_files=("tokenizer.json",), tokenizer_release=published.LUMINA_2
 )

@@ -1,0 +1,69 @@
+"""Which large text-to-image models fit on which card, and under which cache: the table in README.md.
+
+    python bench/cards.py
+
+One square picture with guidance, bfloat16. Counted are the weights, the cache and what a run needs besides it, by the
+formulas that the pack plans with, and a GiB for CUDA and PyTorch. The VQ tokenizer is not: ComfyUI unloads the decoder
+when it needs the room for it. Nothing is allocated and nothing was measured on a card.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.shapes import SHAPES, ModelShape
+from linear_core.checkpoints.library import is_large
+from linear_core.loop.memory import run_bytes
+from linear_core.plan import PRESETS, CachePlan
+
+MODELS = ("Lumina-mGPT-2.0-768", "Emu3-Gen", "Xiaomi-Robotics-U0-4B", "Emu3.5-Image")
+SHARES = {"full": 1, "1/6": 6, "1/12": 12}
+CARDS = (12, 16, 24)  # GiB
+GIB = 2**30
+HEAD = """| model | image | weights, GB: bfloat16 · fp8 | cache, GiB: full · 1/6 · 1/12 | 12 GB card | 16 GB | 24 GB |
+|---|---|---|---|---|---|---|"""
+
+
+def plan(shape: ModelShape, share: int) -> CachePlan:
+    """A cache of this share of the lines, folded."""
+    return PRESETS["Full"] if share == 1 else CachePlan("fold", budget=round(shape.grid.rows / share), recent=0)
+
+
+def weight_bytes(shape: ModelShape) -> dict[str, int]:
+    """Of the decoder, with its large matrices in bfloat16 and in fp8."""
+    with torch.device("meta"):
+        tensors = shape.network(shape.config, shape.grid).state_dict().items()
+    return {
+        kind: sum(t.numel() * (1 if kind == "fp8" and is_large(name, t) else 2) for name, t in tensors)
+        for kind in ("bfloat16", "fp8")
+    }
+
+
+def row(shape: ModelShape) -> str:
+    """A model's line of the table. On each card the first choice that fits: bfloat16 before fp8, large caches first."""
+    cache, weights = shape.cache_shape(torch.bfloat16), weight_bytes(shape)
+    held = {name: cache.bytes(shape.grid, plan(shape, share), 2) for name, share in SHARES.items()}
+    total = {
+        f"{kind}, {name}": weights[kind] + run_bytes(cache, shape.grid, plan(shape, share), 2, shape.config.codes) + GIB
+        for kind in weights
+        for name, share in SHARES.items()
+    }
+    fits = (next((how for how, size in total.items() if size <= card * GIB), "no") for card in CARDS)
+    side = shape.grid.rows * (8 if shape.config.codes < 2**17 else 16)
+    stored = " · ".join(f"{size / 1e9:.1f}" for size in weights.values())
+    kept = " · ".join(f"{size / GIB:.2f}" for size in held.values())
+    name = shape.name.removesuffix(f"-{side}")
+    return f"| {name} | {side} × {side} | {stored} | {kept} | {' | '.join(fits)} |"
+
+
+def table() -> str:
+    return "\n".join([HEAD, *(row(SHAPES[name]) for name in MODELS)])
+
+
+if __name__ == "__main__":
+    print(table())
