@@ -82,7 +82,7 @@ class LineCache(Cache):
     doubles the batch needs nothing else; for guidance inside an ordinary `generate` see `guidance`. Call `reset` before
     the next image.
 
-    If several query heads share a key head, policies see the mean of their queries.
+    If several query heads share a key head, policies see the queries of all of them.
 
     `slots` is the cache itself, once the prompt is in; its `index` L B H S says which tokens are held. A copy
     (`copy.deepcopy`) shares the model; a file (`torch.save`) has the slots only, and `attach` gives what is loaded its
@@ -344,7 +344,7 @@ class LineCache(Cache):
             except UserError:
                 self._announced = 0  # nothing has been written
                 raise
-            self._begin(k)
+            self._begin(q, k)
         if self.slots is not None and k.device != (device := self.slots.bias.device):
             raise UserError(f"model: its layers lie on {device} and {k.device}; put them on one device.")
         if self._stage == "prompt":
@@ -440,13 +440,13 @@ class LineCache(Cache):
         self._stage = "line" if left > 0 else "closing"
         self._column = torch.arange(column, column + count, device=k.device)
 
-    def _begin(self, k: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor) -> None:
         """Make the slots when the prompt is complete; evict when a line is."""
         count = len(self._column)
         if self._stage == "prompt" and self.prompt in (None, self._prompted + count):
             rows, heads, _, dim = k.shape
             prompt = self._prompted + count
-            shape = CacheShape(self._layers, heads, dim, prompt, k.element_size())
+            shape = CacheShape(self._layers, heads, dim, prompt, k.element_size(), q.shape[1] // heads)
             with torch.inference_mode(False):  # an image that is begun in inference mode may go on without it
                 self.slots = Slots(
                     shape,
@@ -482,23 +482,18 @@ class LineCache(Cache):
         return k, v
 
     def _attend_slots(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slots, groups = self._held, q.shape[1] // k.shape[1]
-        grouped = q.unflatten(1, (-1, groups))  # B H G T D
-        queries = grouped.flatten(2, 3)
-        mean = grouped.mean(2)
+        slots = self._held
         if self._stage == "closing":
             loose = self._append(layer, k, v)
             keys, values, bias = slots.read(layer)
             keys, values = (torch.cat(pair, 2) for pair in zip((keys, values), loose, strict=True))
-            bias = torch.nn.functional.pad(bias, (0, loose[0].shape[2]))
-            out = attention.attend(queries, keys, values, bias)
+            out = attention.attend(q, keys, values, torch.nn.functional.pad(bias, (0, loose[0].shape[2])))
         elif len(self._column) == 1:
-            slots.write(layer, self._column, k, v, mean)
-            out = slots.attend(layer, queries)
+            slots.write(layer, self._column, k, v, q)
+            out = slots.attend(layer, q)
         else:
-            keys, values, bias = slots.feed(layer, self._column, k, v, mean)
-            out = attention.attend(queries, keys, values, bias.repeat(1, 1, groups, 1))
-        return out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).contiguous()
+            out = attention.attend(q, *slots.feed(layer, self._column, k, v, q))
+        return out.transpose(1, 2).contiguous()
 
     def _rotate(self, queries: Tensor, lines: int) -> Tensor:
         """Rotated queries L B H C D as they would be so many lines further down."""

@@ -796,7 +796,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "keys, values, None, scaling",
         "transformers: a prompt attends to its padding",
     ),
-    ("hf.py", "mean = grouped.mean(2)", "mean = grouped[:, :, 0]", "transformers: one query head scores for all"),
+    ("hf.py", "k.element_size(), q.shape[1] // heads)", "k.element_size())", "transformers: one query head a key head"),
     ("hf.py", "_scaled(q, scaling), k, v", "q, k, v", "transformers: the model's scale is ignored"),
     (
         "hf.py",
