@@ -41,6 +41,8 @@ class Full:
         device: Device,
     ):
         self.data = torch.zeros(*batch_shape, slots, head_dim, dtype=dtype, device=device)
+        self.table = self.data.view(-1, head_dim)  # all slots; `first` is the row of each head's first one
+        self.first = torch.arange(0, len(self.table), slots, device=device).view(*batch_shape, 1)
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +60,15 @@ class Full:
         """Write x B H T D, the line's tokens at `column`, to slots `slot` B H T."""
         _write_slots(self.data[layer], slot, x)
 
+    def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
+        """Write x L B H C D, a whole line in all layers, to slots `slot` L B H C where `chosen` B 1 C 1.
+
+        The other slots stay as they are.
+        """
+        row = (self.first + slot).view(-1)
+        old = self.table.index_select(0, row)
+        self.table.index_copy_(0, row, torch.where(chosen, x, old.view_as(x)).view_as(old))
+
     def write_prompt(self, layer: int, x: Tensor) -> None:
         """Write x B H P D to the first P slots."""
         self.data[layer, :, :, : x.shape[2]] = x
@@ -74,7 +85,7 @@ class Full:
 
     def keep_rows(self, rows: int) -> None:
         """Drop all but the first `rows` of the batch."""
-        self.data = self.data[:, :rows]
+        self.data, self.first = self.data[:, :rows], self.first[:, :rows]
 
 
 class Int8(Full):
@@ -113,6 +124,9 @@ class Int8(Full):
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         self.fresh[layer].index_copy_(2, column, x)
+
+    def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
+        self.fresh.copy_(torch.where(chosen, x, self.fresh))
 
     def write_prompt(self, layer: int, x: Tensor) -> None:
         end = x.shape[2]
