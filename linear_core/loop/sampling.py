@@ -61,10 +61,10 @@ class Noise:
 
         For several tokens of each image, `token` int64 B T: B T V.
         """
-        if isinstance(token, Tensor):
-            bits, high = self.start[:, None] + ((token + 1) * 0x9E3779B1)[..., None], self.high[:, None]
-        else:
-            bits, high = self.start + (token + 1) * 0x9E3779B1, self.high
+        start, high, offset = self.start, self.high, (token + 1) * 0x9E3779B1
+        if isinstance(offset, Tensor):
+            start, high, offset = start[:, None], high[:, None], offset[..., None]
+        bits = start + offset
         bits = _mix(bits.bitwise_and_(_MASK).bitwise_xor_(high))
         # u is finest near 0, where the race below is decided. It stays below 1: infinite noise would rule out a code,
         # even the only one that is left.
