@@ -789,8 +789,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/storage.py",
-        "torch.where(chosen, x, old.view_as(x))",
-        "x",
+        "torch.where(chosen[..., 0], self.first + slot, len(self.table) - 1)",
+        "self.first + slot",
         "drafts: rejected tokens overwrite slots",
     ),
     (
@@ -905,8 +905,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/line_cache.py", "        self.write(layer, columns, k, v, q)\n", "", "feed: given lines are not written"),
     (
         "models/raster.py",
-        "(index, pad, cache.grid)\n        x = self.embed_codes(tokens).to(self.dtype)",
-        "(index, pad, cache.grid)\n        cache.advance(index, columns)\n        x = self.embed_codes(tokens).to(self.dtype)",
+        "(index, pad, cache.grid)\n        x = self.embed_codes(tokens)",
+        "(index, pad, cache.grid)\n        cache.advance(index, columns)\n        x = self.embed_codes(tokens)",
         "feed: slots open before the layers",
     ),
     (

@@ -159,12 +159,15 @@ class LineCache:
         columns = torch.arange(self.grid.stride, device=column.device)
         token = columns - column[:, None]  # B C: the token of the window that belongs at each column
         accepted = (token >= 0) & (token < count[:, None])
-        size = window[0].shape[3]
-        first = torch.arange(0, window[0][..., 0].numel(), size, device=column.device).view(*window[0].shape[:3], 1)
-        row = (first + token.clamp(0, size - 1)[:, None]).view(-1)
-        q, k, v = (
-            x.reshape(-1, x.shape[-1]).index_select(0, row).view(*first.shape[:3], -1, x.shape[-1]) for x in window
-        )
+
+        def by_column(x: Tensor) -> Tensor:
+            """Tokens L B H T D of the window at the columns where they belong: L B H C D."""
+            size = x.shape[3]
+            first = torch.arange(0, x[..., 0].numel(), size, device=x.device).view(*x.shape[:3], 1)
+            row = (first + token.clamp(0, size - 1)[:, None]).view(-1)
+            return x.reshape(-1, x.shape[-1]).index_select(0, row).view(*x.shape[:3], -1, x.shape[-1])
+
+        q, k, v = map(by_column, window)
         chosen = accepted[:, None, :, None]
         self.keys.write_some(self.target, k, chosen)
         self.values.write_some(self.target, v, chosen)
