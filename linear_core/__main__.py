@@ -491,8 +491,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=AUTO,
         metavar="TOKENS",
-        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: automatic, "
-        "which is 12 for a single float32 image on the CPU and none otherwise (default)",
+        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
+        "single float32 image on the CPU, none otherwise (default)",
     )
 
     output = argparse.ArgumentParser(add_help=False)

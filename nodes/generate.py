@@ -122,14 +122,14 @@ class Generate(io.ComfyNode):
                 VIEW.Input("view", tooltip="The rows so far, and which of their tokens the cache still holds."),
                 io.Int.Input(
                     "drafts",
-                    default=AUTO,
+                    default=0,
                     min=AUTO,
                     max=128,
                     optional=True,
                     advanced=True,
-                    tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same; "
-                    "one to four images on a GPU can be faster. Typical: 16 to 24. 0: none. -1: automatic, which is 12 "
-                    "for a single float32 image on the CPU and none otherwise.",
+                    tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same, "
+                    "except where two codes are equal but for rounding. Can make one to four images faster; try 12 to "
+                    "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise.",
                 ),
             ],
             outputs=[
@@ -158,7 +158,7 @@ class Generate(io.ComfyNode):
         keep_rows: int = 0,
         stop_after: int = 0,
         view: str | None = None,
-        drafts: int = AUTO,
+        drafts: int = 0,
     ) -> io.NodeOutput:
         connected(model=model, cache=cache, prompt=prompt, **({} if tokens is None else {"tokens": tokens}))
         model = model.with_grid(prompt.grid)
