@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from linear_core.cache.line_cache import LineCache
 from linear_core.errors import UserError
-from linear_core.loop.drafts import Drafts, check, window_size
+from linear_core.events import totals
+from linear_core.loop.drafts import Drafts, Passes, check, window_size
 from linear_core.loop.generate import Run, generate
 from linear_core.loop.micro_batches import MicroBatches
 from linear_core.plan import AUTO, RELEASES, CachePlan, SamplePlan
@@ -233,6 +235,17 @@ def test_micro_batches_report_their_mean():
     assert run.passes == pytest.approx(sum(part.passes for part in parts) / 2)
     assert run.tokens_per_pass == pytest.approx(ROWS * COLS / run.passes)
     assert torch.equal(run.tokens, reference("class", CachePlan("full"), SAMPLE)[2].tokens)
+
+
+def test_what_is_told_of_passes():
+    """By image, what was checked and right; over lines, as many passes count as much as they are."""
+    passes = Passes()
+    passes.add([10, 10, 14], [13, 11, 14], [4, 4, 0])  # two right and one wrong, one wrong, one image waits
+    passes.add([13, 11, 14], [14, 14, 14], [1, 3, 0])  # nothing to check, two right
+    assert (passes.count, passes.checked, passes.right, passes.accepted) == (2, 6, 4, 4 / 6)
+    lines = [SimpleNamespace(passes=1, accepted=1.0), SimpleNamespace(passes=3, accepted=0.6)]
+    assert totals([*lines, SimpleNamespace(passes=0, accepted=0.0)]) == (4, 0.7)
+    assert totals([]) == (0, 0.0)
 
 
 def test_few_passes_where_every_guess_is_right():
