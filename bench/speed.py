@@ -6,6 +6,9 @@ r"""Speed of drawing, and what share of the machine's memory bandwidth it reache
     python bench/speed.py --models Janus-Pro-1B LlamaGen-XL --plans full fold:4 line:2:int8 --steps eager compiled
     python bench/speed.py --dtype bfloat16 --plans full line:4 full:24:int8 line:4:int8 --steps eager graph \
         --attention sdpa kernel                                 our kernel for NVIDIA GPUs next to PyTorch's attention
+    python bench/speed.py --models landscapes --plans fold:4 --images 1 --drafts 0 8 16 24 48
+                                                                whole images with drafts, next to none
+    python bench/speed.py --images 1 --lines 2 --drafts 0 8 24  what a pass over 8 or 24 tokens costs
     python bench/speed.py --out cpu-b16                         also writes bench/results/speed-cpu-b16.json
     python bench/speed.py --out ~/found.json                    also writes that file
 
@@ -15,6 +18,11 @@ transformers, whose loop starts every run with the prompt and cannot be interrup
 logits processor measures the time of every token.
 
 With `--steps graph`, the step and the end of a line are CUDA graphs; `not_recorded` in a result says why one is not.
+
+With `--drafts`, a forward pass checks so many tokens of each image (0: none). How many of them are right depends on
+the weights, and random ones are as good as none: whole images count only for `landscapes`, the bundled model. With
+--lines, the step of such a contender is one pass, and `steps_a_pass` says how many steps without drafts it takes: the
+tokens that a pass must give to win. `bench/drafts.py` counts them. Nothing is extrapolated from it.
 
 Without --lines, whole images are drawn by the real loop. With --lines N, only N lines of an image are timed, each with
 the cache filled up to there, and the time of an image is extrapolated from them: the prompt, then for each line its
@@ -31,6 +39,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -48,8 +57,9 @@ from bench.shapes import SHAPES, ModelShape, count
 from linear_core.cache.attention import ATTENTIONS, SWITCH, no_kernel
 from linear_core.cache.line_cache import LineCache
 from linear_core.grid import Grid
-from linear_core.loop.generate import draw, end_line, evict, generate
-from linear_core.loop.graph import Captured, CapturedEnd, CapturedStep
+from linear_core.loop.drafts import Drafts, check
+from linear_core.loop.generate import Run, draw, end_line, evict, generate
+from linear_core.loop.graph import Captured, CapturedCheck, CapturedEnd, CapturedStep
 from linear_core.loop.memory import run_bytes
 from linear_core.loop.sampling import Noise
 from linear_core.loop.threads import limit_threads
@@ -82,17 +92,26 @@ class Ours:
     """A plan in use: the loop of `generate` in separate pieces that can be timed."""
 
     def __init__(
-        self, name: str, model: Any, shape: ModelShape, plan: CachePlan, images: int, kind: str, attention: str = "sdpa"
+        self,
+        name: str,
+        model: Any,
+        shape: ModelShape,
+        plan: CachePlan,
+        images: int,
+        kind: str,
+        attention: str = "sdpa",
+        window: int = 0,
     ):
         self.name, self.model, self.shape, self.plan, self.images, self.kind = name, model, shape, plan, images, kind
-        self.attention = attention
-        self.policy, self.sample = get_policy(plan.policy), shape.sample
+        self.attention, self.window = attention, window
+        self.policy, self.sample = get_policy(plan.policy), replace(shape.sample, drafts=window)
         self.prompt = shape.prompt(images).to(model.device)
         self.rows = model.with_unconditional(self.prompt) if self.sample.guided else self.prompt
         self.grid = model.grid.after(self.rows.length)
         self.static = kind != "eager"
         self.step = {"eager": lambda step: step, "compiled": compiled, "graph": CapturedStep}[kind](model.step)
         self.line_end = CapturedEnd(evict) if kind == "graph" else evict
+        self.check = CapturedCheck(check) if kind == "graph" else check
 
     def allocate(self) -> None:
         """Everything that exists before the first token; the cache is filled with random values."""
@@ -112,6 +131,8 @@ class Ours:
         self.noise = Noise(0, self.images, self.model.codes, device)
         self.columns = torch.arange(self.grid.stride, device=device)
         self.index = torch.arange(self.grid.prompt, self.grid.prompt + self.grid.tokens, device=device)
+        given = (self.model, self.cache, self.sample, self.noise, self.rows.pad, self.images, self.window)
+        self.drafts = Drafts(*given) if self.window else None
 
     def prefill(self) -> None:
         self.logits = self.model.prefill(self.rows, self.cache)
@@ -133,7 +154,14 @@ class Ours:
         self.row = row
 
     def steps(self, first: int, steps: int) -> None:
-        """Sample and feed `steps` tokens of the line, from column `first` on."""
+        """Sample and feed `steps` tokens of the line from column `first` on. With drafts: so many passes from there."""
+        if self.drafts:
+            number = self.row * self.grid.stride + first
+            for _ in range(steps):
+                self.drafts.begin(number, torch.zeros_like(self.drafts.number))
+                self.check(self.drafts, (self.row + 1) * self.grid.stride)
+                self.drafts.number.tolist()  # as the loop does
+            return
         for column in range(first, first + steps):
             number = self.row * self.grid.stride + column
             token = draw(self.logits, number, self.images, self.sample, self.noise)
@@ -150,10 +178,15 @@ class Ours:
         self.steps(0, 1)
         self.end()
 
+    def without_drafts(self, other: Ours) -> bool:
+        """Whether this is `other` without drafts."""
+        mine, theirs = ((x.plan, x.kind, x.attention, x.images) for x in (self, other))
+        return not self.window and mine == theirs
+
     def not_recorded(self) -> dict[str, str]:
-        """Why a requested CUDA graph was not used: for the step, and for the end of a line."""
-        both = {"step": self.step, "line's end": self.line_end}
-        return {name: work.why for name, work in both.items() if isinstance(work, Captured) and work.why}
+        """Why a requested CUDA graph was not used: for the step or the drafts, and for the end of a line."""
+        works = {"step": self.step, "line's end": self.line_end, "drafts": self.check}
+        return {name: work.why for name, work in works.items() if isinstance(work, Captured) and work.why}
 
     def cache_read(self) -> int:
         """Bytes of keys and values that a step of the current line reads."""
@@ -164,9 +197,12 @@ class Ours:
         os.environ[SWITCH] = self.attention
         drawing = generate(
             self.model, self.prompt, self.plan, self.sample,
-            step=self.step, line_end=self.line_end, static=self.static,
+            step=self.step, line_end=self.line_end, check_drafts=self.check, static=self.static,
         )  # fmt: skip
-        lines = list(drawing)
+        self.run = Run()
+        for line in drawing:
+            self.run.add(line)
+        lines = self.run.lines
         return [line.seconds for line in lines], lines[0].cache_bytes
 
 
@@ -187,7 +223,7 @@ def time_lines(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) ->
     ends: dict[str, list[list[float]]] = {one.name: [] for one in ours}
     read: dict[str, list[int]] = {one.name: [] for one in ours}
     block = peer.block if peer else 1
-    columns = [1 + i % (grid.cols - 1) for i in range(args.repeat)]
+    columns = [1 + i % (grid.cols - 1) for i in range(args.repeat)]  # a pass with drafts is timed from there on
     if peer:
         peer.seconds(1)  # warm-up
     for one in ours:
@@ -233,18 +269,21 @@ def from_lines(
         line = [grid.cols * s + e for s, e in zip(step, end * (len(step) // len(end)), strict=True)]
         image = statistics.median(prefill[one.name]) + grid.rows * statistics.mean(line)
         bytes_read = statistics.mean(read[one.name]) if one.name in read else None
-        results.append(
-            {
-                "name": one.name,
-                "prefill_ms": spread(prefill[one.name]),
-                "step_ms": spread(every),
+        result = {"name": one.name, "prefill_ms": spread(prefill[one.name]), "step_ms": spread(every)}
+        result |= {"extrapolated_from_lines": len(step), "cache_read": bytes_read}
+        if getattr(one, "window", 0):
+            base = next((o for o in everyone if isinstance(o, Ours) and o.without_drafts(one)), None)
+            result["drafts"] = one.window
+            if base:
+                alone = statistics.median(s for line in steps[base.name] for s in line)
+                result["steps_a_pass"] = round(statistics.median(every) / alone, 3)
+        else:
+            result |= {
                 "line_ms": round(1e3 * statistics.mean(line), 2),
                 "line_end_share": round(statistics.mean(end) / statistics.mean(line), 4),
                 "image_seconds": round(image, 3),
-                "extrapolated_from_lines": len(step),
-                "cache_read": bytes_read,
             }
-        )
+        results.append(result)
     return results
 
 
@@ -259,7 +298,7 @@ def time_images(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -
             if repeat:  # the first is a warm-up
                 seconds[one.name].append(taken)
         if repeat:
-            yield [
+            found = [
                 {
                     "name": one.name,
                     "line_ms": round(1e3 * statistics.median(lines[one.name]), 2) if isinstance(one, Ours) else None,
@@ -269,6 +308,15 @@ def time_images(ours: list[Ours], peer: Peer | None, args: argparse.Namespace) -
                 }
                 for one in everyone
             ]
+            for one, result in zip(ours, found, strict=False):
+                base = next((o for o in ours if o.without_drafts(one)), None)
+                if one.window:
+                    result |= {"drafts": one.window, "passes": one.run.passes, "accepted": one.run.accepted}
+                    result["tokens_per_pass"] = round(one.run.tokens_per_pass, 3)
+                if one.window and base:  # of each turn, whose images were drawn right after one another
+                    ratios = [a / b for a, b in zip(seconds[base.name], seconds[one.name], strict=True)]
+                    result["times_without"] = round(statistics.median(ratios), 3)
+            yield found
 
 
 def peak_memory(one: Ours, before: float, weights: int, device: str) -> dict[str, float]:
@@ -281,10 +329,11 @@ def peak_memory(one: Ours, before: float, weights: int, device: str) -> dict[str
     one.steps(0, 1)
     one.end()
     shape = one.model.cache_shape(one.rows.length)
-    predicted = weights + run_bytes(shape, one.grid, one.plan, one.rows.rows, one.model.codes, device.partition(":")[0])
+    kind = device.partition(":")[0]
+    predicted = weights + run_bytes(shape, one.grid, one.plan, one.rows.rows, one.model.codes, kind, one.window)
     found = {"peak_mib": (peak.bytes - before) / MIB, "predicted_mib": predicted / MIB}
     found |= {"cache_bytes": one.cache.nbytes, "planned_bytes": shape.bytes(one.grid, one.plan, one.rows.rows)}
-    del one.cache, one.logits
+    del one.cache, one.logits, one.drafts
     return found
 
 
@@ -302,10 +351,11 @@ def measure(
     ours = []
     for plan in args.plans:
         name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
-        for kind, attention in product(args.steps, args.attention):
+        for kind, attention, window in product(args.steps, args.attention, args.drafts):
             label = name + " int8" * (plan.storage == "int8")
             label += "".join(f" {word}" for word in (kind, attention) if word not in ("eager", "sdpa"))
-            ours.append(Ours(label, model, shape, plan, images, kind, attention))
+            label += f" drafts {window}" * (window > 0)
+            ours.append(Ours(label, model, shape, plan, images, kind, attention, window))
     held = {one.name: peak_memory(one, before, parameters, args.device) | {"attention": one.attention} for one in ours}
     peer = None
     if args.against:
@@ -314,11 +364,12 @@ def measure(
     for results in (time_lines if args.lines else time_images)(ours, peer, args):
         base = next((r["image_seconds"] for r in results if peer and r["name"] == peer.name), None)
         for result in results:
-            seconds = result["image_seconds"]
+            seconds = result.get("image_seconds")
             result |= {"model": shape.name, "images": images, "dtype": args.dtype}
-            result["images_per_second"] = images / seconds
-            result["tokens_per_second"] = images * shape.grid.rows * shape.grid.cols / seconds
-            if base:
+            if seconds:
+                result["images_per_second"] = images / seconds
+                result["tokens_per_second"] = images * shape.grid.rows * shape.grid.cols / seconds
+            if base and seconds:
                 result["times_published"] = round(base / seconds, 2)
             if result.get("cache_read") is not None:
                 achieved = (read + result["cache_read"]) / (result["step_ms"]["median"] / 1e3)
@@ -341,7 +392,7 @@ def same_logits(one: Ours, peer: Peer) -> None:
 
 HEAD = (
     f"{'model':17}{'images':>7} {'cache':31}{'prefill ms':>11}{'step ms':>9}{'quartiles':>17}{'line ms':>9}{'end':>6}"
-    f"{'tok/s':>9}{'img/s':>9}{'of copy':>8}{'MiB':>8}{'predict.':>9}{'x publ.':>8}"
+    f"{'tok/s':>9}{'img/s':>9}{'of copy':>8}{'MiB':>8}{'predict.':>9}{'x publ.':>8}{'a pass':>16}"
 )
 
 
@@ -351,13 +402,19 @@ def row_of(r: dict[str, Any]) -> str:
     def some(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
+    a_pass = "-"
+    if r.get("steps_a_pass"):
+        a_pass = f"{r['steps_a_pass']:.2f} steps"
+    elif r.get("passes"):
+        a_pass = f"{r['tokens_per_pass']:.2f} tokens" + (f" x{r['times_without']:.2f}" if "times_without" in r else "")
     quartiles = f"{step['low']:.1f} - {step['high']:.1f}" if step else "-"
     return (
         f"{r['model']:17}{r['images']:>7} {r['name']:31}{some(prefill and prefill['median'], '.1f'):>11}"
-        f"{some(step and step['median'], '.1f'):>9}{quartiles:>17}{some(r['line_ms'], '.0f'):>9}"
-        f"{some(r.get('line_end_share'), '.1%'):>6}{r['tokens_per_second']:>9.1f}{r['images_per_second']:>9.4f}"
+        f"{some(step and step['median'], '.1f'):>9}{quartiles:>17}{some(r.get('line_ms'), '.0f'):>9}"
+        f"{some(r.get('line_end_share'), '.1%'):>6}{some(r.get('tokens_per_second'), '.1f'):>9}"
+        f"{some(r.get('images_per_second'), '.4f'):>9}"
         f"{some(r.get('of_copy_bandwidth'), '.0%'):>8}{some(r.get('peak_mib'), '.0f'):>8}"
-        f"{some(r.get('predicted_mib'), '.0f'):>9}{some(r.get('times_published'), '.2f'):>8}"
+        f"{some(r.get('predicted_mib'), '.0f'):>9}{some(r.get('times_published'), '.2f'):>8}{a_pass:>16}"
     )
 
 
@@ -372,6 +429,8 @@ def main() -> int:
                         help="default: eager")  # fmt: skip
     parser.add_argument("--attention", nargs="+", default=["sdpa"], choices=ATTENTIONS,
                         help="for a token: PyTorch's, or our kernel for NVIDIA GPUs (default: sdpa)")  # fmt: skip
+    parser.add_argument("--drafts", nargs="+", type=int, default=[0], metavar="TOKENS",
+                        help="tokens that one pass checks; 0: no drafts (default: 0)")  # fmt: skip
     parser.add_argument("--lines", type=int, default=0, metavar="N", help="time N lines only and extrapolate")
     parser.add_argument("--repeat", type=int, default=7, metavar="N", help="steps per line, or images (default: 7)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)

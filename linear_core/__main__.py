@@ -29,6 +29,7 @@ from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
 from .errors import UserError, quoted
+from .loop.drafts import check
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs, use_graphs
@@ -39,7 +40,7 @@ from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime
 from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
-from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
+from .plan import AUTO, PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
 from .prompts import Prompt
 
@@ -258,7 +259,7 @@ def run_plan(args: argparse.Namespace) -> None:
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
         room = free - library.decoder_bytes(info, dtype)
-        counts = [_batch_size(shape, info, plan, 2 if sample.guided else 1, room, device) for plan in (full, few)]
+        counts = [_batch_size(shape, info, plan, sample, room, device) for plan in (full, few)]
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
@@ -343,7 +344,7 @@ def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[Ca
     """The plans take turns line by line, so that their times are comparable."""
     sequences = micro_batch.prompt.rows * (2 if micro_batch.sample.guided else 1)
     use = use_graphs(kind, model.decoder.device, sequences)
-    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if use else []
+    graphs = [Graphs(model.decoder.step, evict, check) for _ in plans] if use else []
     kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
     drawing = [
         generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
@@ -403,11 +404,12 @@ def _free(device: str) -> int | None:
     return free_memory() if device == "cpu" else None
 
 
-def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: int, room: int, device: str) -> str:
+def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, room: int, device: str) -> str:
     """How many images fit into `room` bytes, up to MAX_IMAGES."""
+    sequences, window = 2 if sample.guided else 1, max(sample.drafts, 0)  # AUTO: none for more than one image
 
     def needed(images: int) -> int:
-        return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device)
+        return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
 
     if needed(1) > room:
         return "none"
@@ -449,7 +451,7 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
 
 
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
-    names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p")
+    names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "drafts")
     if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
         raise UserError(f"seed: {args.seed} is out of range; choose 0 to {MAX_SEED}.")
     return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
@@ -700,7 +702,10 @@ def _measurements(run: Run) -> str:
 
 
 def _summary(run: Run) -> str:
-    return f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a line, {run.seconds:.1f} s"
+    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a line, {run.seconds:.1f} s"
+    if not run.passes:
+        return text
+    return f"{text}, {run.passes:.0f} passes of {run.tokens_per_pass:.1f} tokens, {run.accepted:.0%} of drafts right"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -775,6 +780,14 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="MASS",
         help="sample from the smallest set of codes with this probability; 1: all",
+    )
+    group.add_argument(
+        "--drafts",
+        type=int,
+        default=AUTO,
+        metavar="TOKENS",
+        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
+        "single float32 image on the CPU, none otherwise (default)",
     )
 
     output = argparse.ArgumentParser(add_help=False)

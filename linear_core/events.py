@@ -47,6 +47,8 @@ class Line:
     replayed    the row was given and fed, not drawn
     stands      how many tokens each image token's slot stands for, mean over the layers and heads that hold it, float32
                 B rows cols; None unless victims are folded
+    passes      forward passes that the line took with drafts, mean over micro-batches; 0 without drafts
+    accepted    share of the checked drafts that were right, mean over micro-batches
     """
 
     row: int
@@ -59,6 +61,8 @@ class Line:
     by_head: Tensor | None = None
     replayed: bool = False
     stands: Tensor | None = None
+    passes: float = 0
+    accepted: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class Row:
     stands    uint16 M: that number, mean over the layers and heads that hold the cell, in eighths
     seconds   since the previous line
     tokens_per_second  of all images together, for this line
+    passes    forward passes of this line with drafts, mean over the parts of a batch; 0 without drafts
+    accepted  share of the checked drafts that were right
     """
 
     run: str
@@ -136,6 +142,8 @@ class Row:
     by_layer: str
     merged: str = ""
     stands: str = ""
+    passes: float = 0
+    accepted: float = 0.0
     kind: str = "row"
 
 
@@ -150,13 +158,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Finished:
-    """Totals of the run. `rows` were drawn or replayed: fewer than the image has if it was stopped early."""
+    """Totals of the run. `rows` were drawn or replayed: fewer than the image has if it was stopped early.
+
+    `passes` and `accepted` are those of all rows drawn with drafts; 0 without.
+    """
 
     run: str
     rows: int
     seconds: float
     tokens_per_second: float
     held: float
+    passes: float = 0
+    accepted: float = 0.0
     kind: str = "finished"
 
 
@@ -207,6 +220,8 @@ class Trace:
             by_layer="" if layers is None else pack(layers[:, cells[cells < layers.shape[1]]].flatten().tolist(), "B"),
             merged=merged,
             stands=stands,
+            passes=line.passes,
+            accepted=round(line.accepted, 3),
         )
         self._shares, self._by_head, self._layered = share, line.by_head, layers
         self._rows.append(event)
@@ -221,7 +236,10 @@ class Trace:
         held = max((row.held for row in self._rows if row.row + 1 < row.rows), default=0.0)
         speed = round(tokens / seconds, 1) if seconds else 0.0
         seconds = sum(row.seconds for row in self._rows)
-        self.events.append(asdict(Finished(self.started.run, len(self._rows), round(seconds, 6), speed, held)))
+        passes, accepted = totals(self._rows)
+        self.events.append(
+            asdict(Finished(self.started.run, len(self._rows), round(seconds, 6), speed, held, passes, accepted))
+        )
         return self.latest
 
     def _evicted(self, line: Line) -> str:
@@ -259,6 +277,14 @@ class Trace:
         run = self.started
         held = line.by_head.unflatten(-1, (run.rows, run.stride))[..., : run.cols].flatten(2)
         return (held.float().mean(1) * 255).round().byte()
+
+
+def totals(lines: Iterable[Line] | Iterable[Row]) -> tuple[float, float]:
+    """Forward passes of all lines drawn with drafts, and the share of drafts that were right."""
+    drafted = [line for line in lines if line.passes]
+    passes = sum(line.passes for line in drafted)
+    accepted = sum(line.passes * line.accepted for line in drafted) / passes if passes else 0.0
+    return round(passes, 3), round(accepted, 3)
 
 
 def detail(layers: int, heads: int, tokens: int) -> str:

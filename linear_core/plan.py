@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .errors import UserError
 from .grid import Grid
 
+AUTO = -1  # drafts: by itself, where they were measured to win
 STORAGES = ("full", "int8")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
@@ -97,6 +98,8 @@ class SamplePlan:
     temperature        0: greedy
     top_k              sample from the most likely codes only; 0: all
     top_p              sample from the smallest set of codes with this probability; 1: all
+    drafts             tokens that one forward pass checks: the newest one and guesses behind it, with the same codes as
+                       without (`loop/drafts.py`). 0: none; -1: by itself, where they were measured to win
     """
 
     seed: int = 0
@@ -105,6 +108,7 @@ class SamplePlan:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         if not self.guidance >= 0 or self.guidance > 1000:
@@ -119,6 +123,8 @@ class SamplePlan:
             raise UserError(
                 f"guidance interval: {self.guidance_interval} is out of range; choose -1 (the whole image) or more."
             )
+        if self.drafts < AUTO:
+            raise UserError(f"drafts: {self.drafts} is out of range; choose 0 (none) or more, or -1 (automatic).")
 
     @property
     def guided(self) -> bool:

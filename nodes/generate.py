@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import codebooks_of
-from ..linear_core.plan import CachePlan
+from ..linear_core.plan import AUTO, CachePlan
 from ..linear_core.prompts import Prompt
 from .inputs import checked
 from .live import VIEW, draw, first_rows, kept_codes
@@ -125,6 +125,17 @@ class Generate(io.ComfyNode):
                     tooltip="Stop after this many rows; the image is cut off there. 0: generate all rows.",
                 ),
                 VIEW.Input("view", tooltip="The rows so far, and which of their tokens the cache still holds."),
+                io.Int.Input(
+                    "drafts",
+                    default=0,
+                    min=AUTO,
+                    max=128,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same, "
+                    "except where two codes are equal but for rounding. Can make one to four images faster; try 12 to "
+                    "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise.",
+                ),
             ],
             outputs=[
                 TOKENS.Output(
@@ -153,6 +164,7 @@ class Generate(io.ComfyNode):
         keep_rows: int = 0,
         stop_after: int = 0,
         view: str | None = None,
+        drafts: int = 0,
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
@@ -160,7 +172,7 @@ class Generate(io.ComfyNode):
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
         above, own_seed = _above(tokens, keep_rows, view, model)
         seed = seed if own_seed is None else own_seed
-        sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, **asked)
+        sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, drafts=drafts, **asked)
         cache.check(info.grid)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)

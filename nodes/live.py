@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_kept
+from ..linear_core.loop.drafts import check, window_size
 from ..linear_core.loop.generate import Run, evict, generate
 from ..linear_core.loop.graph import Graphs, use_graphs
 from ..linear_core.loop.memory import max_batch_size, run_bytes
@@ -91,7 +92,8 @@ def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, im
     rows = rows // prompt.rows * images
     shape = model.image.decoder.cache_shape(places)
     preview = min(images, IMAGES) * model.picture_bytes(info.grid.rows, info.grid.cols)
-    return run_bytes(shape, info.grid, plan, rows, info.config.codes, host.device_type()) + preview
+    window = window_size(model.image.decoder, sample, images, info.grid)
+    return run_bytes(shape, info.grid, plan, rows, info.config.codes, host.device_type(), window) + preview
 
 
 class Live:
@@ -261,7 +263,8 @@ def _graphs(decoder: Any, runs: int, sequences: int) -> list[Graphs]:
     asked = os.environ.get(STEP, "auto")
     if asked not in ("auto", "eager", "graph"):
         raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
-    return [Graphs(decoder.step, evict) for _ in range(runs)] if use_graphs(asked, decoder.device, sequences) else []
+    use = use_graphs(asked, decoder.device, sequences)
+    return [Graphs(decoder.step, evict, check) for _ in range(runs)] if use else []
 
 
 def _as_one(

@@ -63,14 +63,19 @@ def test_the_demo_measures_what_it_says(
     assert "differ in places" in told and "of the codes are the same" not in told
 
 
-def test_a_graph_that_cannot_be_says_so(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("drafts", [0, -1])
+def test_a_graph_that_cannot_be_says_so(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drafts: int
+) -> None:
     """Without a GPU `--step graph` draws all the same, and says that it did so without one."""
     out = tmp_path / "g.png"
     asked = ["generate", str(small_model), "--class", "desert day", "--device", "cpu", "--step", "graph"]
-    assert main([*asked, "--out", str(out)]) == 0
-    told = capsys.readouterr().err
+    assert main([*asked, "--drafts", str(drafts), "--out", str(out)]) == 0
+    told = capsys.readouterr()
     why = "no graph was used, graphs need cuda and this runs on cpu"
-    assert f"step: {why}; line's end: {why}.\n" in told
+    names = ["step", "line's end"] if drafts == 0 else ["line's end", "drafts"]
+    assert "; ".join(f"{name}: {why}" for name in names) + ".\n" in told.err
+    assert ("% of drafts right" in told.out) == (drafts != 0)
     assert out.exists()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linear_core.cache.attention import attend
-from linear_core.cache.line_cache import LineCache
+from linear_core.cache.line_cache import LineCache, Window
 from linear_core.cache.view import View
 from linear_core.checkpoints.library import bundled_files
 from linear_core.checkpoints.weights import read_weights
@@ -162,8 +162,8 @@ class Toy:
         return prompt.stack(Prompt(nothing, torch.full_like(prompt.pad, prompt.length - 1)))
 
     def look_up(self, tokens: Tensor, index: Tensor, pad: Tensor) -> Tensor:
-        """tokens B N at index N -> queries, keys and values: 3 L B H N D."""
-        place = (index[None] - pad[:, None]).clamp(min=0)
+        """tokens B N at index N or B N -> queries, keys and values: 3 L B H N D."""
+        place = (index - pad[:, None]).clamp(min=0)
         return (self.by_token[:, :, :, tokens] + self.by_place[:, :, :, place]).transpose(2, 3)
 
     def say(self, seen: Tensor) -> Tensor:
@@ -200,6 +200,13 @@ class Toy:
         cache.advance(index, columns)
         logits = self.say(torch.stack(seen))
         return logits if all_logits else logits[:, -1]
+
+    def peek(
+        self, tokens: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache
+    ) -> tuple[Tensor, Window]:
+        q, k, v = self.look_up(tokens, index[:, None] + torch.arange(tokens.shape[1]), pad)
+        seen = [attend(q[n], *cache.peek(n, column, k[n], v[n])) for n in range(self.layers)]
+        return self.say(torch.stack(seen)), (q, k, v)
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor) -> Tensor:
         """Logits B T+N V in one pass, without a cache and without the core's attention; as LlamaGen.forward."""

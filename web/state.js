@@ -9,9 +9,9 @@
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
   "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index"],
-  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands"],
+  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted"],
   "picture": ["run", "lines"],
-  "finished": ["run", "rows", "seconds", "tokens_per_second", "held"]
+  "finished": ["run", "rows", "seconds", "tokens_per_second", "held", "passes", "accepted"]
 };
 
 const NONE = 0xffff; // fills up lists of evictions of unequal length
@@ -20,7 +20,7 @@ const MIB = 2 ** 20;
 /**
  * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, tokens: Uint16Array,
  *   cells: Uint16Array, shares: Uint8Array, evicted: Uint16Array, byLayer: Uint8Array, merged: Uint16Array,
- *   stands: Uint16Array }} Line
+ *   stands: Uint16Array, passes: number }} Line
  * @typedef {{ run: any, lines: Line[], finished: any, stopped: boolean, partial: boolean }} State
  *   run       the "started" event; of a page that came late, what a "row" tells of it
  *   lines     one for each row told so far
@@ -91,7 +91,8 @@ function decode(event) {
     evicted: words(event.evicted),
     byLayer: bytes(event.by_layer),
     merged: words(event.merged ?? ""), // runs of the first release do not have these two
-    stands: words(event.stands ?? "")
+    stands: words(event.stands ?? ""),
+    passes: event.passes ?? 0 // older runs have none
   };
 }
 
@@ -231,12 +232,20 @@ export function eta(state) {
   return (left * last.reduce((sum, line) => sum + line.seconds, 0)) / last.length;
 }
 
-/** "row 14/24 · 412 tok/s · cache 4 of 24 lines · 5.1 MiB of 24.3 · ETA 3 s" @param {State} state */
+/** Codes that a pass with drafts gave each image, over the lines so far; 0 without. @param {State} state */
+export function tokensPerPass(state) {
+  const drafted = state.lines.filter((line) => line.passes);
+  const passes = drafted.reduce((sum, line) => sum + line.passes, 0);
+  return passes ? (drafted.length * state.run.cols) / passes : 0;
+}
+
+/** "row 14/24, 3.1 tokens a pass · 412 tok/s · cache 4 of 24 lines · 5.1 MiB of 24.3 · ETA 3 s" @param {State} state */
 export function statusText(state) {
   const { run, lines, finished } = state;
   if (!run) return "";
   const last = lines[lines.length - 1];
-  const parts = [`row ${last ? last.row + 1 : 0}/${run.rows}`];
+  const ahead = tokensPerPass(state);
+  const parts = [`row ${last ? last.row + 1 : 0}/${run.rows}${ahead ? `, ${ahead.toFixed(1)} tokens a pass` : ""}`];
   const rate = finished ? finished.tokens_per_second : speed(state);
   if (rate) parts.push(`${Math.round(rate)} tok/s`);
   if (run.lines < run.rows) {

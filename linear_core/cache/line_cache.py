@@ -7,6 +7,7 @@ slots of the next line. Every buffer is allocated before the first token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .attention import attend, attention_weights, kernel
 from .fold import fold
 from .storage import STORAGE
 from .view import View
+
+Window = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of tokens that were not written: L B H T D
 
 
 class LineCache:
@@ -132,18 +135,57 @@ class LineCache:
 
         Returns keys and values B H S+T D, bias B H T S+T.
         """
-        end, count = self.end, columns.shape[0]
+        seen = self.peek(layer, columns[:1], k, v)
+        self.write(layer, columns, k, v, q)
+        return seen
+
+    def peek(self, layer: int, column: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`feed` without writing anything: what the queries of T tokens see. The first is at `column` B, or 1 for all.
+
+        Tokens beyond the line's end see the cache as it is at the line's last token.
+        """
+        end, count = self.end, k.shape[2]
         keys = torch.cat([self.keys.read(layer, end), k], 2)
         values = torch.cat([self.values.read(layer, end), v], 2)
-        old = self.bias[layer, :, :, :end]
-        order = torch.arange(count, device=old.device)
-        slot = self.target[layer].index_select(2, columns)
-        overwritten = torch.full(old.shape, count, device=old.device).scatter_(2, slot, order.expand_as(slot))
-        hidden = overwritten[:, :, None] <= order[:, None]  # B H T S
-        before = old[:, :, None].expand(hidden.shape).masked_fill(hidden, float("-inf"))
-        own = old.new_zeros(count, count).masked_fill(order[None] > order[:, None], float("-inf"))
-        self.write(layer, columns, k, v, q)
-        return keys, values, torch.cat([before, own.expand(*slot.shape[:2], -1, -1)], -1)
+        before = self.bias[layer, :, :, None, :end].expand(-1, -1, count, -1)
+        if self.plan.release == "lazy":  # each token of the line hides the victim that it overwrites
+            target, order = self.target[layer], torch.arange(count, device=column.device)
+            token = torch.arange(target.shape[2], device=column.device) - column[:, None]
+            token = token.masked_fill(token < 0, count)  # these are in the cache already
+            slots = torch.full_like(before[:, :, 0], count, dtype=token.dtype)
+            overwritten = slots.scatter_(2, target, token[:, None].expand_as(target))
+            before = before.masked_fill(overwritten[:, :, None] <= order[:, None], float("-inf"))
+        own = _causal(count, before.dtype, before.device).expand(*before.shape[:2], -1, -1)
+        return keys, values, torch.cat([before, own], -1)
+
+    def accept(self, window: Window, index: Tensor, column: Tensor, count: Tensor) -> None:
+        """Write the first `count` B tokens of a window that `peek` was asked about, as if they had been fed.
+
+        window         queries, keys and values L B H T D
+        index, column  int64 B, of the window's first token. All tokens that are written belong to this line
+        """
+        columns = torch.arange(self.grid.stride, device=column.device)
+        token = columns - column[:, None]  # B C: the token of the window that belongs at each column
+        accepted = (token >= 0) & (token < count[:, None])
+
+        def by_column(x: Tensor) -> Tensor:
+            """Tokens L B H T D of the window at the columns where they belong: L B H C D."""
+            size = x.shape[3]
+            first = torch.arange(0, x[..., 0].numel(), size, device=x.device).view(*x.shape[:3], 1)
+            row = (first + token.clamp(0, size - 1)[:, None]).view(-1)
+            return x.reshape(-1, x.shape[-1]).index_select(0, row).view(*x.shape[:3], -1, x.shape[-1])
+
+        q, k, v = map(by_column, window)
+        chosen = accepted[:, None, :, None]
+        self.keys.write_some(self.target, k, chosen)
+        self.values.write_some(self.target, v, chosen)
+        if self.queries is not None:
+            self.queries.copy_(torch.where(chosen, q, self.queries))
+        shown = accepted[:, None].expand_as(self.target)
+        bias, old = self.bias.gather(3, self.target), self.index.gather(3, self.target)
+        new = ((index - column)[:, None] + columns).to(old.dtype)[:, None]
+        self.bias.scatter_(3, self.target, bias.masked_fill(shown, 0.0))
+        self.index.scatter_(3, self.target, torch.where(shown, new, old))
 
     # -- a line ------------------------------------------------------------------------------------------------------
 
@@ -248,6 +290,13 @@ class LineCache:
         cell = (self.index[:, row].long() - self.grid.prompt).clamp(min=-1) + 1
         held = cell.new_zeros(*cell.shape[:2], self.grid.tokens + 1, dtype=torch.bool)
         return held.scatter_(2, cell, True)[..., 1:]
+
+
+@lru_cache(maxsize=64)  # captured graphs read the tensors kept here
+def _causal(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `count` tokens in a row see of each other, as a bias: T T."""
+    order = torch.arange(count, device=device)
+    return torch.zeros(count, count, dtype=dtype, device=device).masked_fill(order > order[:, None], float("-inf"))
 
 
 def _mark(victims: Tensor, slots: int) -> Tensor:

@@ -5,6 +5,7 @@ L layers, B rows of the batch, H heads, S slots, T tokens, D head size.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,11 @@ class Full:
         dtype: torch.dtype,
         device: Device,
     ):
-        self.data = torch.zeros(*batch_shape, slots, head_dim, dtype=dtype, device=device)
+        count = math.prod(batch_shape) * slots
+        # All slots as one table, and a last row for what is not to be written. `first`: the row of a head's first slot.
+        self.table = torch.zeros(count + 1, head_dim, dtype=dtype, device=device)
+        self.first = torch.arange(0, count, slots, device=device).view(*batch_shape, 1)
+        self.data = self.table[:-1].view(*batch_shape, slots, head_dim)
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +63,14 @@ class Full:
         """Write x B H T D, the line's tokens at `column`, to slots `slot` B H T."""
         _write_slots(self.data[layer], slot, x)
 
+    def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
+        """Write x L B H C D, a whole line in all layers, to slots `slot` L B H C where `chosen` B 1 C 1.
+
+        The other slots stay as they are.
+        """
+        row = torch.where(chosen[..., 0], self.first + slot, len(self.table) - 1)
+        self.table.index_copy_(0, row.view(-1), x.reshape(-1, x.shape[-1]))
+
     def write_prompt(self, layer: int, x: Tensor) -> None:
         """Write x B H P D to the first P slots."""
         self.data[layer, :, :, : x.shape[2]] = x
@@ -74,7 +87,7 @@ class Full:
 
     def keep_rows(self, rows: int) -> None:
         """Drop all but the first `rows` of the batch."""
-        self.data = self.data[:, :rows]
+        self.data, self.first = self.data[:, :rows], self.first[:, :rows]
 
 
 class Int8(Full):
@@ -113,6 +126,9 @@ class Int8(Full):
 
     def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
         self.fresh[layer].index_copy_(2, column, x)
+
+    def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
+        self.fresh.copy_(torch.where(chosen, x, self.fresh))
 
     def write_prompt(self, layer: int, x: Tensor) -> None:
         end = x.shape[2]

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache.line_cache import LineCache
+from ..cache.line_cache import LineCache, Window
 from ..cache.view import View
 from ..errors import UserError
-from ..events import Line
+from ..events import Line, totals
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
+from .drafts import Check, Drafts, Passes, check, window_size
 from .memory import fold_pairs
 from .sampling import Noise, apply_guidance, filter_logits, sample_codes
 
@@ -38,6 +39,9 @@ class Decoder(Protocol):
     def feed(
         self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache, all_logits: bool = False
     ) -> Tensor: ...
+    def peek(  # with drafts only
+        self, tokens: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache
+    ) -> tuple[Tensor, Window]: ...
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
 
@@ -55,6 +59,7 @@ def generate(
     *,
     step: Step | None = None,
     line_end: Evict | None = None,
+    check_drafts: Check | None = None,
     static: bool = False,
     above: Tensor | None = None,
     name: str = "the model",
@@ -63,12 +68,14 @@ def generate(
 
     plan      what the cache keeps
     sample    how tokens are sampled
-    step      replaces the decoder's own (compiled, captured)
-    line_end  replaces `evict` (captured)
-    static    every step has the same shape, at the price of reading slots that are still empty
-    above     codes B rows cols, or one image's for all: lines that exist already. They are fed a line at a time, with
-              the same eviction at every line's end, so the cache is as if they had been drawn; drawing goes on below
-    name      what error messages call the model
+    step          replaces the decoder's own (compiled, captured)
+    line_end      replaces `evict` (captured)
+    check_drafts  replaces `check` (captured)
+    static        every step has the same shape, at the price of reading slots that are still empty
+    above         codes B rows cols, or one image's for all: lines that exist already. They are fed a line at a time,
+                  with the same eviction at every line's end, so the cache is as if they had been drawn; drawing goes on
+                  below
+    name          what error messages call the model
 
     Raises UserError before anything is allocated if the settings do not fit the model, and at the end of a line whose
     logits are not finite. Dropping the iterator frees all memory.
@@ -80,6 +87,7 @@ def generate(
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
     lines_above = _check_above(above, images, image_grid, decoder.codes)
+    window = window_size(decoder, sample, images, image_grid)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
     grid = image_grid.after(rows.length)
@@ -92,13 +100,14 @@ def generate(
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad
+    drafts = Drafts(decoder, cache, sample, noise, pad, images, window) if window else None
     non_finite = torch.zeros((), device=device)  # NaN once a logit is not finite; read at a line's end only
 
     started = time.perf_counter()
     logits = decoder.prefill(rows, cache)
     cache.extend()
     for row in range(grid.rows):
-        tokens = torch.empty(images, grid.cols, dtype=torch.int64, device=device)
+        tokens, passes = torch.empty(images, grid.cols, dtype=torch.int64, device=device), Passes()
         replayed = row < lines_above.shape[1]
         if replayed:
             tokens.copy_(lines_above[:, row])
@@ -106,7 +115,14 @@ def generate(
             logits = decoder.feed(
                 line.repeat(cache.rows // images, 1), index[grid.stride * row :][: grid.stride], pad, columns, cache
             )
-        for column in range(grid.cols if replayed else 0, grid.cols):
+        elif drafts:
+            if row == lines_above.shape[1]:  # the first that is drawn; later ones begin with a code that is known
+                non_finite += logits.sum() * 0
+                drafts.begin(row * grid.stride, draw(logits, row * grid.stride, images, sample, noise))
+            passes = drafts.draw_line(row, check_drafts or check)
+            non_finite += drafts.non_finite
+            tokens.copy_(drafts.codes[:, row * grid.stride :][:, : grid.cols])
+        for column in range(grid.cols if replayed or drafts else 0, grid.cols):
             number = row * grid.stride + column
             non_finite += logits.sum() * 0  # NaN and infinity times 0 are NaN
             token = draw(logits, number, images, sample, noise)
@@ -134,7 +150,7 @@ def generate(
         now = time.perf_counter()
         yield Line(
             row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed,
-            None if stands is None else stands.cpu(),
+            None if stands is None else stands.cpu(), passes.count, passes.accepted,
         )  # fmt: skip
         started = time.perf_counter()
 
@@ -250,6 +266,22 @@ class Run:
         """Of all images together, without lines that were given."""
         drawn = [line for line in self.lines if not line.replayed]
         return sum(line.tokens.numel() for line in drawn) / max(sum(line.seconds for line in drawn), 1e-9)
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of the lines drawn with drafts; 0 without drafts."""
+        return totals(self.lines)[0]
+
+    @property
+    def accepted(self) -> float:
+        """Share of the checked drafts that were right; 0 without drafts."""
+        return totals(self.lines)[1]
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Codes of each image that a pass with drafts gave, on average; 0 without drafts."""
+        drawn = sum(line.tokens.shape[1] for line in self.lines if line.passes)
+        return drawn / self.passes if drawn else 0.0
 
     @property
     def held(self) -> float:

@@ -118,14 +118,26 @@ def use_graphs(asked: str, device: torch.device, sequences: int) -> bool:
     return asked == "graph" or (asked == "auto" and wins("graph", gpu_name(device), sequences))
 
 
-class Graphs:
-    """Both graphs of a run; `kwargs` are the arguments of `generate` that use them."""
+class CapturedCheck(Captured):
+    """A pass over drafts as a CUDA graph: `check_drafts` of `generate`, with `static`.
 
-    def __init__(self, step: Callable[..., Tensor], evict: Callable[..., None]):
-        self.works = {"step": CapturedStep(step), "line's end": CapturedEnd(evict)}
-        self.kwargs: dict[str, Any] = {"step": self.works["step"], "line_end": self.works["line's end"], "static": True}
+    Its only input that changes is where to stop: codes and places are tensors that each pass updates.
+    """
+
+    def __call__(self, drafts: Any, stop: int) -> None:
+        why = "" if drafts.cache.static else "the cache grows while it fills, so a pass has no fixed shape"
+        self._run(lambda stop: self.work(drafts, stop), (stop,), drafts.cache, why)
+
+
+class Graphs:
+    """The graphs of a run; `kwargs` are the arguments of `generate` that use them."""
+
+    def __init__(self, step: Callable[..., Tensor], evict: Callable[..., None], check: Callable[..., None]):
+        self.works = {"step": CapturedStep(step), "line's end": CapturedEnd(evict), "drafts": CapturedCheck(check)}
+        arguments = ("step", "line_end", "check_drafts")
+        self.kwargs: dict[str, Any] = dict(zip(arguments, self.works.values(), strict=True)) | {"static": True}
 
     @property
     def why(self) -> str:
-        """Why one of them was not used; empty if both were."""
+        """Why one of them was not used; empty if all were, or had nothing to do."""
         return "; ".join(f"{name}: no graph was used, {work.why}" for name, work in self.works.items() if work.why)

@@ -16,10 +16,13 @@ def fold_pairs(device: str) -> int:
     return 2**19 if device == "cpu" else 2**25
 
 
-def run_bytes(shape: CacheShape, grid: Grid, plan: CachePlan, rows: int, codes: int, device: str = "cuda") -> int:
+def run_bytes(
+    shape: CacheShape, grid: Grid, plan: CachePlan, rows: int, codes: int, device: str = "cuda", window: int = 0
+) -> int:
     """Bytes of cache, bookkeeping, line end, logits and noise, for `rows` sequences (images, twice with guidance).
 
     device  its type, which decides how much of a line's end is computed at once
+    window  tokens of a pass with drafts; 0: none
     """
     held = shape.bytes(grid, plan, rows)
     # Besides key and value, a slot has a bias, an index, a score and its rank; a line has its queries.
@@ -30,7 +33,12 @@ def run_bytes(shape: CacheShape, grid: Grid, plan: CachePlan, rows: int, codes: 
     if plan.evicts(grid) and plan.release == "fold":  # distances between slots, and look-ahead over four lines
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
         attention = at_once * shape.heads * head_slots * (7 * head_slots + 2 * 4 * shape.group * grid.stride) * 4
-    logits = rows * codes * 4 * 8  # guidance, sorting and softmax make about eight copies
+    if window:  # what a window's queries see, their scores, and queries, keys and values of all layers, twice
+        seen = head_slots + window
+        vectors = rows * shape.heads * shape.head_dim * shape.bytes_per_element
+        attention = max(attention, rows * shape.heads * shape.group * window * seen * 4 * 3) + 2 * seen * vectors
+        attention += 2 * (2 + shape.group) * shape.layers * window * vectors
+    logits = rows * codes * 4 * 8 * max(window, 1)  # guidance, sorting and softmax make about eight copies
     return held + bookkeeping + attention + logits
 
 

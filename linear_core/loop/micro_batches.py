@@ -163,6 +163,8 @@ def merge_lines(parts: list[list[Line]]) -> list[Line]:
             held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
             seconds=sum(line.seconds for line in lines),
             cache_bytes=max(line.cache_bytes for line in lines),
+            passes=sum(line.passes for line in lines) / len(lines),
+            accepted=sum(line.accepted for line in lines) / len(lines),
         )
 
     return [merge(lines) for lines in zip(*parts, strict=True)]

@@ -147,6 +147,6 @@ class Llama(Raster):
         return self.head(self.norm(x))
 
     def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
-        """RoPE table of the tokens at `index` T, for rows with `pad` B padding tokens: B 1 T 2 D, for all heads."""
+        """RoPE table of the tokens at `index` T or B T, for rows with `pad` B padding tokens: B 1 T 2 D."""
         position = (index - pad[:, None]).clamp(min=0)
         return rope_1d(position, self.config.head_dim, self.config.rope_base)[:, None]

@@ -98,7 +98,9 @@ class LlamaGen(Raster):
     def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
         """RoPE table T 2 D. `pad` has no effect: LlamaGen rotates by the position in the picture alone."""
         table = rope_2d(grid.rows, grid.cols, self.config.width // self.config.heads, ROPE_BASE, index.device)
-        return table.index_select(0, index - grid.prompt)
+        if index.ndim == 1:
+            return table.index_select(0, index - grid.prompt)
+        return table.index_select(0, (index - grid.prompt).flatten()).unflatten(0, index.shape)[:, None]
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
         """The rows of `prompt`, then its negative rows, or unconditional rows with the same padding."""

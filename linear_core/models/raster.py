@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.attention import attend
-from ..cache.line_cache import LineCache
+from ..cache.line_cache import LineCache, Window
 from ..grid import Grid
 from ..plan import CacheShape
 
@@ -41,7 +41,10 @@ class Raster(nn.Module):
         raise NotImplementedError
 
     def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
-        """RoPE table of the image tokens at `index` T, for rows with `pad` B padding tokens before the prompt."""
+        """RoPE table of the image tokens at `index` T, for rows with `pad` B padding tokens before the prompt.
+
+        If every row has tokens of its own, `index` is B T, and the table B 1 T 2 D.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -105,3 +108,26 @@ class Raster(nn.Module):
             x = block(x, lambda t: self.rotate(t, table), attend_line)
         cache.advance(index, columns)
         return self.head(self.norm(x if all_logits else x[:, -1])).float()
+
+    def peek(
+        self, tokens: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache
+    ) -> tuple[Tensor, Window]:
+        """Feed tokens B T without a trace in the cache; each row's first one is at `index` and `column` B.
+
+        Returns the logits B T V after each token, and what `LineCache.accept` writes once some of them are known to be
+        right. Tokens may lie beyond the line's end; those beyond the image's end count as its last.
+        """
+        last = cache.grid.prompt + cache.grid.tokens - 1
+        places = index[:, None] + torch.arange(tokens.shape[1], device=index.device)
+        table = self.rope_table(places.clamp(max=last), pad, cache.grid)
+        x = self.embed_codes(tokens).to(self.dtype)
+        window: list[tuple[Tensor, Tensor, Tensor]] = []
+        for layer, block in enumerate(self.layers):
+
+            def attend_window(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                window.append((q, k, v))
+                return attend(q, *cache.peek(layer, column, k, v))
+
+            x = block(x, lambda t: self.rotate(t, table), attend_window)
+        queries, keys, values = (torch.stack(each) for each in zip(*window, strict=True))
+        return self.head(self.norm(x)).float(), (queries, keys, values)

@@ -113,7 +113,7 @@ def frozen():
 def draw(model, **inputs):
     """The codes of a run, and what was told of it."""
     (prompt,) = run("ClassPrompt", model=model, class_name="alpine dawn")
-    settings = {"cache": CachePlan("fold", recent=1), "seed": 5, "guidance": 2.0}
+    settings = {"cache": CachePlan("fold", recent=1), "seed": 5, "guidance": 2.0, "drafts": 0}
     return run("Generate", model=model, prompt=prompt, **(settings | inputs))[0]
 
 
@@ -202,6 +202,31 @@ STAGES = [
     ("nodes.host:load", 0),
     ("nodes.host:keep_for_the_page", 0),
 ]
+
+
+DRAFTED_STAGES = [
+    ("linear_core.loop.generate:window_size", 0),
+    ("linear_core.loop.generate:Drafts", 0),
+    ("linear_core.loop.drafts:Drafts.guess", 9),
+    ("linear_core.models.llamagen:LlamaGen.peek", 9),
+    ("linear_core.cache.line_cache:LineCache.peek", 12),
+    ("linear_core.cache.line_cache:LineCache.accept", 12),
+    ("linear_core.loop.drafts:sample_codes", 12),
+    ("nodes.live:Live.add", 3),
+]
+
+
+@pytest.mark.parametrize(("path", "after"), DRAFTED_STAGES, ids=lambda value: str(value).rpartition(":")[2])
+def test_an_error_in_every_stage_with_drafts(small, path, after):  # noqa: F811
+    """It comes out as it is, nothing is left, and the next run draws the same as without drafts."""
+    whole = draw(small)
+    kept = Kept()
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, path, Fault("a cable was pulled"), after)
+        with pytest.raises(Fault, match="a cable was pulled"):
+            draw(small, drafts=6)
+    kept.check()
+    same(draw(small, drafts=6), whole)
 
 
 @pytest.mark.parametrize(("path", "after"), STAGES, ids=lambda value: str(value).rpartition(":")[2])

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from linear_core.cache.line_cache import LineCache
 from linear_core.cache.view import View
 from linear_core.loop import generate as loop
+from linear_core.loop.drafts import Drafts, check
 from linear_core.loop.generate import draw, end_line, evict, generate
-from linear_core.loop.graph import CapturedEnd, CapturedStep
+from linear_core.loop.graph import CapturedCheck, CapturedEnd, CapturedStep
 from linear_core.loop.sampling import Noise
 from linear_core.plan import RELEASES, STORAGES, UNEVEN, CachePlan, SamplePlan
 from linear_core.policies import POLICIES, get_policy
@@ -125,6 +126,21 @@ def test_nobody_waits_within_a_line(kind, storage):
         logits = model.step(token, index[:1], pad, columns[:1], cache)
         token = draw(logits, 1, images, sample, noise).repeat(2)
         model.feed(token[:, None].expand(-1, 2), index[2:], pad, columns[2:], cache)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_nobody_waits_within_a_pass(kind, storage, release):
+    """Drafts are checked, accepted and guessed anew without a number from the device."""
+    model, cache, _, images = without_numbers(kind, CachePlan("fold", 2, 2, 1, release, storage))
+    sample, noise = SamplePlan(3, guidance=2.0, top_k=5, top_p=0.9), Noise(3, images, model.codes, model.device)
+    pad = torch.zeros(cache.rows, dtype=torch.int64, device=model.device)
+    drafts = Drafts(model, cache, sample, noise, pad, images, 3)
+    with unseen():
+        drafts.begin(0, drafts.number)
+        check(drafts, 4)
+        check(drafts, torch.full((), 4, device=model.device))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +321,24 @@ def test_recorded_below_rows_that_are_given(name, rows):
     assert [(t.recorded, t.replayed) for t in tapes] == [(1, (8 - rows) * 4 - 2), (1, 4)]
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("name", "release"), [("fold", "fold"), ("h2o", "lazy")])
+def test_recorded_passes_draw_the_same(name, release, kind, storage):
+    """A pass over drafts has one shape for the whole image: recorded once, and once more when rows are dropped."""
+    make, prompt = MODELS[kind]
+    model, plan = make(7, 4), CachePlan(name, 2, 2, 1, release, storage)
+    for interval, recorded in ((-1, 1), (13, 2)):
+        sample, tape = SamplePlan(3, guidance=2.0, guidance_interval=interval, drafts=5), Tape()
+        passes = CapturedCheck(check, capture=tape, device="cpu")
+        lines = list(generate(model, prompt, plan, sample, check_drafts=passes, static=True))
+        ours = torch.stack([line.tokens for line in lines], 1)
+        eager = list(generate(model, prompt, plan, sample, static=True))
+        assert torch.equal(ours, torch.stack([line.tokens for line in eager], 1)) and passes.why == ""
+        assert [line.passes for line in lines] == [line.passes for line in eager]
+        assert (tape.recorded, tape.replayed) == (recorded, sum(line.passes for line in lines) - recorded)
+
+
 def test_nothing_is_recorded_while_lines_are_free():
     model = llamagen(5, 4)
     for plan in (CachePlan("full"), CachePlan("line", 4, 2, 1)):
@@ -406,6 +440,20 @@ def test_cuda_graphs_draw_the_same(name, release, dtype, storage):
         sample = SamplePlan(seed, guidance=2.0, guidance_interval=22)
         same(drawn(model, PROMPT, plan, sample, step, end), drawn(model, PROMPT, plan, sample))
     assert (step.why, end.why) == ("", "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("release", RELEASES)
+def test_cuda_graphs_of_drafts_draw_the_same(release, storage):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, plan = llamagen(8, 5).double().cuda(), CachePlan("fold", 2, 2, 1, release, storage)
+    sample, passes = SamplePlan(3, guidance=2.0, guidance_interval=22), CapturedCheck(check)
+    plain = drawn(model, PROMPT, plan, sample).tokens
+    for size in (2, 6):
+        lines = generate(model, PROMPT, plan, replace(sample, drafts=size), check_drafts=passes, static=True)
+        assert torch.equal(torch.stack([line.tokens for line in lines], 1), plain) and passes.why == ""
 
 
 @pytest.mark.gpu

@@ -238,12 +238,12 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
     monkeypatch.setenv(live.STEP, "graph")
     (without,) = run("Generate", **settings)
     assert torch.equal(without.codes, eager.codes)
-    assert caplog.text.count("no graph was used, graphs need cuda") == 2, "of the step, and of the line's end"
+    assert caplog.text.count("no graph was used, graphs need cuda") == 2, "of the step or drafts, and of the line's end"
 
     tapes, graph = [], importlib.import_module(f"{PACK}.linear_core.loop.graph")
 
-    def taped(step, evict):
-        made = graph.Graphs(step, evict)
+    def taped(*works):
+        made = graph.Graphs(*works)
         for work in made.works.values():
             work.capture, work.device = Tape(), "cpu"
             tapes.append(work.capture)
@@ -254,7 +254,10 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
     caplog.clear()
     (recorded,) = run("Generate", **settings)
     assert torch.equal(recorded.codes, eager.codes) and not caplog.text
-    assert [(tape.recorded, tape.replayed > 0) for tape in tapes] == [(1, True)] * 2 * (1 if batch < 3 else 2)
+    found = [(tape.recorded, tape.replayed > 0) for tape in tapes]
+    used, idle = (1, True), (0, False)
+    # Step, line's end and drafts, for each part.
+    assert found == [used, used, idle] * (1 if batch < 3 else 2)
 
 
 def test_a_kind_of_step_that_there_is_not(one, comfy, monkeypatch):  # noqa: F811

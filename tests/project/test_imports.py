@@ -63,6 +63,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
+    "loop.drafts": ({"errors", "grid", "plan", "cache.line_cache", "loop.sampling"}, TENSORS),
     "loop.generate": (
         {
             "errors",
@@ -73,6 +74,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "cache.view",
             "policies",
             "policies.choose",
+            "loop.drafts",
             "loop.memory",
             "loop.sampling",
         },

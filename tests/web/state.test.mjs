@@ -18,12 +18,12 @@ const started = {
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
-  full_bytes: 24.3 * MIB, replayed: false, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", merged: "", stands: "",
+  full_bytes: 24.3 * MIB, replayed: false, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", merged: "", stands: "", passes: 0, accepted: 0,
   ...more,
 });
 const first = row(0, { cells: b16(0, 1, 2, 9, 10, 11), shares: b64(128, 255, 255, 255, 255, 255), evicted: b16(0, 0xffff) });
 const second = row(1, { cells: b16(0, 1, 3, 4, 5), shares: b64(0, 0, 255, 255, 128), evicted: b16(1, 6, 0, 1) });
-const finished = { kind: "finished", run: "a", rows: 3, seconds: 1.5, tokens_per_second: 12.4, held: 3 };
+const finished = { kind: "finished", run: "a", rows: 3, seconds: 1.5, tokens_per_second: 12.4, held: 3, passes: 0, accepted: 0 };
 
 test("the events above have the fields that Python sends", () => {
   assert.deepEqual(Object.keys(started).sort(), [...FIELDS.started, "kind"].sort());
@@ -74,6 +74,8 @@ test("the text line", () => {
   assert.equal(statusText(running), "row 2/3 · 12 tok/s · cache 1 of 3 lines · 5.1 MiB of 24.3 MiB · ETA 0.5 s".replace("24.3 MiB", "24.3"));
   assert.equal(statusText(reduce(running, finished)), "row 2/3 · 12 tok/s · cache 1 of 3 lines · 5.1 MiB of 24.3 · 2 s");
   assert.equal(statusText(reduce(running, { kind: "stopped" })), "row 2/3 · 12 tok/s · cache 1 of 3 lines · 5.1 MiB of 24.3 · stopped");
+  const drafted = replay([started, row(0, { replayed: true }), row(1, { passes: 2 }), row(2, { passes: 1 })]);
+  assert.match(statusText(drafted), /^row 3\/3, 2\.0 tokens a pass · 12 tok\/s · /);
   assert.equal(statusText(replay([{ ...started, lines: 3 }])), "row 0/3 · full cache · 24.3 MiB");
   assert.equal(statusText(EMPTY), "");
 });
