@@ -6,7 +6,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -205,7 +204,3 @@ def ways(ask: Ask, wanted: list[tuple[str, str, str, str]]) -> list[tuple[CacheP
         for policy, storage, step, attention in wanted
         if attention == "sdpa" or not why_no_kernel(ask)
     ]
-
-
-def drafts_here() -> bool:
-    return any(field.name == "drafts" for field in fields(SamplePlan))

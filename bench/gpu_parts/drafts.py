@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from bench.gpu import Ask, NotHere
-from bench.gpu_parts.common import Result, attempts, drafts_here
+from bench.gpu import Ask
+from bench.gpu_parts.common import Result, attempts
 from bench.machine import synchronize
 from linear_core.checkpoints.library import bundled_files, load_model
+from linear_core.loop.drafts import check
 from linear_core.loop.generate import evict, generate
 from linear_core.loop.graph import Graphs
 from linear_core.plan import CachePlan
@@ -23,8 +24,6 @@ DRAFTS = (0, 24, 8, 16, 48)
 
 
 def run(ask: Ask) -> Iterator[Result]:
-    if not drafts_here():
-        raise NotHere("SamplePlan has no drafts")
     model = load_model(bundled_files(), device=ask.device)
     plain: dict[int, torch.Tensor] = {}
     works = []
@@ -40,7 +39,7 @@ def drawn(ask: Ask, model: Any, images: int, drafts: int, step: str, plain: dict
     """A whole batch after one that is not counted; its codes beside those without drafts."""
     prompt = class_prompt([i % model.info.config.classes for i in range(images)])
     sample = replace(model.info.defaults, drafts=drafts)
-    graphs = Graphs(model.decoder.step, evict) if step == "graph" else None
+    graphs = Graphs(model.decoder.step, evict, check) if step == "graph" else None
     draw = partial(generate, model.decoder, prompt, CachePlan("fold", 4, recent=0), sample)
     above = torch.zeros(1, 21, 24, dtype=torch.int64) if ask.dry else None
     for _ in range(1 if ask.dry else 2):
@@ -50,10 +49,10 @@ def drawn(ask: Ask, model: Any, images: int, drafts: int, step: str, plain: dict
         taken = time.perf_counter() - started
     codes = torch.stack([line.tokens for line in lines], 1)
     plain.setdefault(images, codes)
-    told = [passes for line in lines if (passes := getattr(line, "passes", None)) is not None]
+    passes = sum(line.passes for line in lines)
     return {
         "images_per_second": images / taken,
-        "passes_per_token": sum(told) / codes[0].numel() if told else None,
+        "passes_per_token": passes / codes[0].numel() if drafts else None,
         "codes_that_differ": int((codes != plain[images]).sum()),
         "not_recorded": graphs.why if graphs else "",
     }

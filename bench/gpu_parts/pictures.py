@@ -15,6 +15,7 @@ from bench.gpu import Ask
 from bench.gpu_parts.common import Result, attempts, why_no_kernel
 from linear_core.cache.attention import SWITCH
 from linear_core.checkpoints.library import ImageModel, bundled_files, load_model
+from linear_core.loop.drafts import check
 from linear_core.loop.forced import forced_lines
 from linear_core.loop.generate import evict, generate, scores
 from linear_core.loop.graph import Graphs
@@ -69,7 +70,7 @@ def beside(
 def drawn(
     model: ImageModel, prompt: Prompt, plan: CachePlan, sample: SamplePlan, above: Tensor | None, graphs: bool = False
 ) -> Tensor:
-    kwargs: dict[str, Any] = Graphs(model.decoder.step, evict).kwargs if graphs else {}
+    kwargs: dict[str, Any] = Graphs(model.decoder.step, evict, check).kwargs if graphs else {}
     return torch.stack([x.tokens for x in generate(model.decoder, prompt, plan, sample, above=above, **kwargs)], 1)
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.gpu_parts.pictures import agreement
 from linear_core.cache.line_cache import LineCache
 from linear_core.checkpoints.library import bundled_files, load_model
+from linear_core.loop.drafts import check
 from linear_core.loop.forced import forced_lines
 from linear_core.loop.generate import evict, generate
 from linear_core.loop.graph import CapturedEnd, CapturedStep, Graphs, cuda_graph
@@ -84,7 +85,7 @@ def test_a_run_leaves_no_memory(how: Callable, storage: str, graphs: bool, devic
     for run in range(3):
         if run == 1:
             before = held(device)
-        kwargs = Graphs(model.step, evict).kwargs if graphs else {}
+        kwargs = Graphs(model.step, evict, check).kwargs if graphs else {}
         lines = generate(model, PROMPT, CachePlan("fold", 2, 1, 0, storage=storage), SAMPLE, **kwargs)
         how(lines)
         del lines, kwargs
