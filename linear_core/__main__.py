@@ -393,7 +393,7 @@ def _describe(plan: CachePlan, info: ModelInfo) -> str:
 
 
 def _ratio(plan: CachePlan, info: ModelInfo) -> str:
-    share = plan.share(info.grid)
+    share = plan.ratio(info.grid)
     return "all" if share == 1 else f"1/{1 / share:.3g}"
 
 

@@ -61,6 +61,38 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One finished scale of every image of the batch: what a Line is to models that draw in scales.
+
+    stage       0-based
+    stages      scales of the image
+    tokens      codes of this scale in raster order, int64 B n
+    canvas      the running picture, float32 B Z h w: what a tokenizer decodes
+    share       share of layers and heads that hold each token of all scales after this one, float32 B N; 0 if it is
+                evicted, not drawn yet, or of the last scale, which is never held
+    held        tokens held per head after the scale, mean over layers, heads and images
+    seconds     since the previous scale
+    cache_bytes the most that keys and values have taken so far
+    by_head     which tokens each layer and head of the first image holds: bool L H N
+    replayed    the scale was given, not drawn
+    stands      how many tokens each token's slot stands for, mean over the layers and heads that hold it, float32 B N;
+                None unless victims are folded
+    """
+
+    stage: int
+    stages: int
+    tokens: Tensor
+    canvas: Tensor
+    share: Tensor
+    held: float
+    seconds: float
+    cache_bytes: int
+    by_head: Tensor | None = None
+    replayed: bool = False
+    stands: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Started:
     """Description of a run, before its first line.
 

@@ -476,8 +476,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     # -- who goes
     ("policies/choose.py", "(token < anchors) | ", "", "anchors unprotected"),
-    ("policies/choose.py", "(view.row + 1 - recent)", "(view.row + 2 - recent)", "one recent line too few"),
-    ("policies/choose.py", "(view.row + 1 - recent)", "(view.row - recent)", "one recent line too many"),
+    ("policies/choose.py", "first_of(1 - recent)", "first_of(2 - recent)", "one recent line too few"),
+    ("policies/choose.py", "first_of(1 - recent)", "first_of(-recent)", "one recent line too many"),
     (
         "policies/choose.py",
         "protect(scores[..., prompt_slots:],",
@@ -506,8 +506,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- policies
     ("policies/line.py", "p.mean(2)", "p.amax(2)", "line: the greatest query for the mean"),
     ("policies/streaming.py", "return view.index.float()", "return -view.index.float()", "streaming: the newest go"),
-    ("policies/h2o.py", "return view.mass / age", "return view.mass", "h2o: a sum that favours the old"),
-    ("policies/h2o.py", "view.newest + 1 - view.index", "view.newest + 5 - view.index", "h2o: ages off by four"),
+    ("policies/h2o.py", "return view.mass / view.age()", "return view.mass", "h2o: a sum that favours the old"),
+    ("policies/h2o.py", "view.age()", "(view.age() + 4)", "h2o: ages off by four"),
     ("policies/snapkv.py", "return view.by_index(scores, pool)", "return pool(scores)", "snapkv: neighbours by slot"),
     ("policies/snapkv.py", "WINDOW = 32", "WINDOW = 40", "snapkv: window too long"),
     ("policies/tova.py", "last=1", "last=2", "tova: two queries"),
@@ -571,8 +571,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/allocate.py", ".clamp(max=HEADROOM * budget)", "", "uneven: a head may exceed its room"),
     (
         "policies/allocate.py",
-        "low = plan.anchors + plan.recent * view.grid.stride",
-        "low = 0",
+        "return plan.anchors + plan.recent * view.grid.stride,",
+        "return 0,",
         "uneven: below protected",
     ),
     (
@@ -581,7 +581,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "0",
         "uneven: the rest of a division is lost",
     ),
-    ("policies/allocate.py", "(view.row + 1) * view.grid.stride", "99999", "uneven: more than there is"),
+    ("policies/allocate.py", "view.newest + 1 - view.grid.prompt", "99999", "uneven: more than there is"),
     ("policies/allocate.py", "[view.layer :]", "[0:]", "uneven: all layers keep what the first does"),
     (
         "policies/allocate.py",
@@ -615,7 +615,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/criticalkv.py", " * upcast(view.values).norm(dim=-1).float()", "", "criticalkv: without the values"),
     (
         "policies/criticalkv.py",
-        "candidates.sum(-1, keepdim=True) - view.grid.stride",
+        "view.staying()",
         "candidates.sum(-1, keepdim=True)",
         "criticalkv: half of more",
     ),
@@ -635,11 +635,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/stratified.py", "SHARE = 0.5", "SHARE = 0.25", "stratified: half the quota"),
     ("policies/ssd.py", "> SEMANTIC", "< SEMANTIC", "ssd: kinds swapped"),
     ("policies/ssd.py", "[view.layer :]", "[0:]", "ssd: the first layer's kinds for all"),
-    ("policies/attention_distance.py", "view.row + 1 - NEAR", "view.row - NEAR", "reach: three lines are near"),
+    ("policies/attention_distance.py", "first_of(1 - NEAR)", "first_of(-NEAR)", "reach: three lines are near"),
     ("policies/attention_distance.py", ", image_only=True", "", "reach: the prompt counts"),
     ("policies/hack.py", "STRUCTURAL = 5.0", "STRUCTURAL = 0.2", "hack: budgets swapped"),
     ("policies/hack.py", "h2o(view), line(view)", "line(view), h2o(view)", "hack: scores swapped"),
-    ("policies/hack.py", "& (view.index < view.grid.index(view.row))", "", "hack: the order of a line is variance"),
+    ("policies/hack.py", "& (view.index < view.first_of(0))", "", "hack: the order of a line is variance"),
     (
         "policies/hack.py",
         "contextual(view)[view.layer :]",
@@ -656,7 +656,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/adakv.py", "FLOOR = 0.2", "FLOOR = 0.0", "adakv: no floor"),
     (
         "policies/adakv.py",
-        "scores = protect(scores, view.index, view, plan.anchors, plan.recent)",
+        "scores = protect(scores, view.index, view, plan.protected(view.grid), recent)",
         "pass",
         "adakv: protected tokens compete",
     ),
@@ -667,7 +667,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "return ranked",
         "prefixkv: shares that are not cumulative",
     ),
-    ("policies/prefixkv.py", "plan.share(view.grid)", "0.9", "prefixkv: at another ratio"),
+    ("policies/prefixkv.py", "plan.ratio(view.grid)", "0.9", "prefixkv: at another ratio"),
     # -- drawing
     ("loop/sampling.py", "unconditional + (conditional", "unconditional - (conditional", "guidance: wrong sign"),
     (
@@ -691,7 +691,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "noise ignores which image it is",
     ),
     ("loop/sampling.py", "(token + 1) * 0x9E3779B1", "0x9E3779B1", "noise ignores the token's number"),
-    ("loop/sampling.py", ".bitwise_xor_(self.high)", "", "noise ignores the seed's upper half"),
+    ("loop/sampling.py", ".bitwise_xor_(high)", "", "noise ignores the seed's upper half"),
     ("loop/sampling.py", ".clamp_(max=1 - 2.0**-24)", "", "noise may be infinite"),
     ("loop/sampling.py", "logits.float() / temperature", "logits.float() * temperature", "temperature upside down"),
     # -- plans
@@ -981,9 +981,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "if False:",
         "loading: whole numbers in a text encoder",
     ),
-    ("tokenizers/tokenizer.py", "width < 4 or", "", "loading: channels that do not divide"),
+    ("tokenizers/tokenizer.py", "shape[0] < 4 or", "", "loading: channels that do not divide"),
     ("tokenizers/tokenizer.py", "if not all((codes, code_dim, z)):", "if False:", "loading: a tokenizer of nothing"),
-    ("checkpoints/families/llamagen.py", " or len(names) != config.classes", "", "loading: any number of class names"),
+    ("checkpoints/families/llamagen.py", " or len(names) != count", "", "loading: any number of class names"),
     (
         "checkpoints/families/llamagen.py",
         "if not isinstance(settings, dict) or any(",

@@ -16,19 +16,23 @@ from ..models.blocks import Ops
 from ..prompts import Prompt
 from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.layouts import rename_key, taming_top_level
+from ..tokenizers.pyramid import PyramidConfig, PyramidTokenizer
+from ..tokenizers.pyramid import read_config as read_pyramid_config
 from ..tokenizers.tokenizer import VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, janus, llamagen, lumina
+from .families import Family, ModelInfo, janus, llamagen, lumina, var
 from .weights import SUFFIXES, KeyMap, Target, Weights, all_except, load_into, model_path, read_weights
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
+FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, var.FAMILY)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
 
 # What a VQ tokenizer's file contains besides its weights: a counter and losses of training.
-VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
+VQ_NOT_WEIGHTS = ("quantize.codebook_used", "quantize.ema_vocab_hit_SV", "loss.")
+
+PYRAMID_KEY = "quantize.quant_resi.qresi_ls.0.weight"  # only multi-scale tokenizers have it
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class ImageModel:
     """A decoder and the VQ tokenizer of its codes."""
 
     info: ModelInfo
-    decoder: Any  # a linear_core.loop.generate.Decoder
-    tokenizer: VQTokenizer
+    decoder: Any  # a linear_core.loop.generate.Decoder, or a linear_core.loop.scales.ScaleDecoder
+    tokenizer: Any  # a VQTokenizer, or a PyramidTokenizer for models that draw in scales
     files: ModelFiles = field(repr=False)
 
     def label(self, name: str) -> int:
@@ -154,6 +158,8 @@ def family_of(weights: Weights) -> Family:
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
     if "quantize.embedding.weight" in shapes:
         return "it looks like a VQ tokenizer"
+    if "pos_1LC" in shapes and any(".mamba." in k for k in shapes):
+        return "it looks like M-VAR, which remembers earlier scales in a Mamba state instead of a cache"
     if any(k.startswith(("model.diffusion_model.", "double_blocks.", "transformer_blocks.")) for k in shapes):
         return "it looks like a diffusion model"
     if any(".lora_" in k for k in shapes):
@@ -209,11 +215,18 @@ def _storage_dtype(weight_dtype: torch.dtype | None) -> Any:
 
 def _is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
-    return name.startswith("layers.") and tensor.ndim == 2 and "norm" not in name
+    return name.startswith(("layers.", "blocks.")) and tensor.ndim == 2 and "norm" not in name and "ada_" not in name
 
 
-def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles) -> None:
+def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer | PyramidTokenizer, files: ModelFiles) -> None:
     """Refuse another model's tokenizer, even with the same number of codes: its codes have other meanings."""
+    in_scales = isinstance(tokenizer, PyramidTokenizer)
+    if in_scales != (info.pyramid is not None):
+        kinds = ("one map of codes", "maps of codes from coarse to fine")
+        raise UserError(
+            f"{files.tokenizer.name}: decodes {kinds[in_scales]}, but {files.decoder.name} draws "
+            f"{kinds[not in_scales]}; choose the tokenizer that belongs to the model."
+        )
     if info.family.vq is not None:
         if model_path(files.tokenizer) == model_path(files.decoder):
             return
@@ -225,6 +238,11 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
         raise UserError(
             f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
             f"{info.config.codes}; choose the tokenizer that belongs to the model."
+        )
+    if isinstance(tokenizer, PyramidTokenizer) and tokenizer.config.code_dim != info.config.code_dim:
+        raise UserError(
+            f"{files.tokenizer.name}: its codes have {tokenizer.config.code_dim} numbers, but {files.decoder.name} "
+            f"reads {info.config.code_dim}; choose the tokenizer that belongs to the model."
         )
     if files.tokenizer.stem == info.tokenizer or info.config.codes != published.CODES:
         return
@@ -259,15 +277,15 @@ def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, amo
     )
 
 
-def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:
-    """A VQ tokenizer in LlamaGen's layout, or the one in a model's checkpoint, with its encoder if there is one.
+def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> Any:
+    """The tokenizer at `path`, or the one in a model's checkpoint, with its encoder if there is one.
 
-    Raises UserError naming the file.
+    A PyramidTokenizer for models that draw in scales, else a VQTokenizer. Raises UserError naming the file.
     """
     weights = _read(path, shapes_only=True)
     config, key_map = describe_tokenizer(weights)
     with torch.device("meta"):
-        tokenizer = VQTokenizer(config, ops)
+        tokenizer = PyramidTokenizer(config, ops) if isinstance(config, PyramidConfig) else VQTokenizer(config, ops)
     load_into(tokenizer, weights, torch.float32, key_map)
     return tokenizer.eval().requires_grad_(False).to(device)
 
@@ -277,7 +295,7 @@ def is_tokenizer(weights: Weights) -> bool:
     return "quantize.embedding.weight" in weights.tensors
 
 
-def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
+def describe_tokenizer(weights: Weights) -> tuple[VQConfig | PyramidConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
     rename = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
     top = taming_top_level(weights.tensors) if rename is None else None  # Chameleon's
@@ -290,8 +308,12 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
             f"is not a VQ tokenizer that LineAR supports ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."
         )
+    config: VQConfig | PyramidConfig
     try:
-        config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNNORMALIZED)
+        if PYRAMID_KEY in shapes:
+            config = read_pyramid_config(shapes)
+        else:
+            config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNNORMALIZED)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
     wanted = all_except(*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))

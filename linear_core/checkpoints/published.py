@@ -2,7 +2,8 @@
 
 Numbers and names only; nothing here reads a file or uses the network. Sources: github.com/FoundationVision/LlamaGen
 (MIT), for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), github.com/deepseek-ai/Janus (code MIT,
-weights DeepSeek Model License), and github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial).
+weights DeepSeek Model License), github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial), and
+github.com/FoundationVision/VAR (MIT).
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ LUMINA = {
         "Lumina-mGPT-7B-512", "Lumina-mGPT-7B-768", "Lumina-mGPT-7B-1024", "Lumina-mGPT-7B-768-Omni",
     )
 }  # fmt: skip
+VAR = Repository("FoundationVision/var", None, "MIT")
+VAR_TOKENIZER = "vae_ch160v4096z32"
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
 TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
@@ -104,7 +107,7 @@ TEXT_ENCODER = "flan-t5-xl"
 
 
 def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
-    return Release(path.removesuffix(".pt"), "ar_image", (Remote(repository, path, gigabytes),), needs)
+    return Release(path.rpartition(".")[0], "ar_image", (Remote(repository, path, gigabytes),), needs)
 
 
 def _janus(name: str, *weights: tuple[str, float]) -> Release:
@@ -171,6 +174,11 @@ RELEASES: dict[str, Release] = {
             (CHAMELEON_VQ,), subfolder="Anole-7b-v0.1",
         ),
         Release(CHAMELEON_VQ, "ar_image", (Remote(ANOLE, "tokenizer/vqgan.ckpt", 0.28, local_name="vqgan.ckpt"),)),
+        *(
+            _single_file(VAR, f"var_d{depth}.pth", gigabytes, VAR_TOKENIZER)
+            for depth, gigabytes in ((16, 1.24), (20, 2.41), (24, 4.14), (30, 8.04), (36, 9.44))
+        ),
+        _single_file(VAR, f"{VAR_TOKENIZER}.pth", 0.44),
         Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), subfolder=TEXT_ENCODER),
     )
 }  # fmt: skip

@@ -22,7 +22,13 @@ CHUNK_BYTES = 2**28
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # list the shards of a folder
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
-WRAPPERS = ("model", "module", "state_dict")  # keys under which published training scripts save a state dict
+WRAPPERS = (
+    "model",
+    "module",
+    "state_dict",
+    "trainer",
+    "var_wo_ddp",
+)  # keys under which published training scripts save a state dict
 SAFE_CHECKPOINT = "a checkpoint that can be read safely"
 SAFE_GLOBALS: list[Any] = [argparse.Namespace]  # saved by those scripts too; it holds attributes and runs nothing
 
@@ -181,10 +187,9 @@ def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
     with _readable(path, SAFE_CHECKPOINT), warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
         warnings.simplefilter("ignore")  # about storages of old files; nothing a user can act on
         content: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True, mmap=True)
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
+    for _ in range(2):  # a VAR's training checkpoint nests twice
+        inner = (content[w] for w in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(w), Mapping))
+        content = next(inner, content)
     if not isinstance(content, Mapping):
         raise UserError(f"{path.name}: holds no named weights; choose a model file.")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}

@@ -56,10 +56,15 @@ class Noise:
         self.high = torch.tensor([k >> 32 for k in keys], device=device)[:, None]
         self.start = _mix(torch.arange(codes, device=device)[None] ^ low)
 
-    def exponential(self, token: int) -> Tensor:
-        """Standard exponential noise for image token number `token`: float32 B V, all positive."""
-        bits = self.start + (token + 1) * 0x9E3779B1
-        bits = _mix(bits.bitwise_and_(_MASK).bitwise_xor_(self.high))
+    def exponential(self, token: int | Tensor) -> Tensor:
+        """Standard exponential noise for image token number `token`: float32 B V, all positive; of several, int64 N,
+        at once: B N V.
+        """
+        start, high = self.start, self.high
+        if isinstance(token, Tensor):
+            token, start, high = token[:, None], start[:, None], high[:, None]
+        bits = start + (token + 1) * 0x9E3779B1
+        bits = _mix(bits.bitwise_and_(_MASK).bitwise_xor_(high))
         # u is finest near 0, where the race below is decided. It stays below 1: infinite noise would rule out a code,
         # even the only one that is left.
         u = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)

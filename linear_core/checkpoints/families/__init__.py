@@ -13,6 +13,7 @@ from ...grid import Grid
 from ...plan import CacheShape, SamplePlan
 from ...prompts import Prompt
 from ...prompts.tokenizer import TextTokenizer
+from ...pyramid import Pyramid
 from ...sizes import PIXELS, Size, nearest
 from ..weights import Target, Weights
 
@@ -28,6 +29,7 @@ class ModelInfo:
     weight_bytes  size on disk
     tokenizer     file name of its VQ tokenizer, without suffix; "": it comes with the model
     sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
+    pyramid       the scales of a model that draws in scales; `grid` is then the last of them. None: it draws in lines
     """
 
     name: str
@@ -39,6 +41,7 @@ class ModelInfo:
     weight_bytes: int
     tokenizer: str = ""
     sizes: tuple[Size, ...] = ()
+    pyramid: Pyramid | None = None
 
     @property
     def text(self) -> bool:
