@@ -66,7 +66,7 @@ class Stage:
 
     stage       0-based
     stages      scales of the image
-    tokens      codes of this scale in raster order, int64 B n
+    tokens      numbers of this scale's tokens in raster order, int64 B n: codes, or as many bits as a model draws
     canvas      the running picture, float32 B Z h w: what a tokenizer decodes
     share       share of layers and heads that hold each token of all scales after this one, float32 B N; 0 if it is
                 evicted, not drawn yet, or of the last scale, which is never held

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.llamagen import LlamaGen
-from ..tokenizers.pyramid import PyramidConfig
-from ..tokenizers.tokenizer import VQTokenizer
+from ..tokenizers.tokenizer import VQConfig, VQTokenizer
 from . import library
 from .families import llamagen
 from .weights import KeyMap, Weights, check_finite, match_keys, read_weights
@@ -87,7 +86,7 @@ def _tokenizer(
     if grid or tokenizer:
         raise weights.problem("is a tokenizer, which has no grid and no tokenizer of its own; leave them out.")
     config, key_map = library.describe_tokenizer(weights)
-    if isinstance(config, PyramidConfig):
+    if not isinstance(config, VQConfig):
         raise weights.problem("is a tokenizer whose files describe themselves; only LlamaGen's need converting.")
     with torch.device("meta"):
         network = VQTokenizer(config, nn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,22 +15,24 @@ from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..prompts import Prompt
 from ..prompts.tokenizer import TextTokenizer
+from ..tokenizers.bits import BitConfig, BitTokenizer, file_key
+from ..tokenizers.bits import read_config as read_bit_config
 from ..tokenizers.layouts import rename_key, taming_top_level
 from ..tokenizers.pyramid import PyramidConfig, PyramidTokenizer
 from ..tokenizers.pyramid import read_config as read_pyramid_config
 from ..tokenizers.tokenizer import VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, janus, llamagen, lumina, var
+from .families import Family, ModelInfo, infinity, janus, llamagen, lumina, var
 from .weights import SUFFIXES, KeyMap, Target, Weights, all_except, load_into, model_path, read_weights
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, var.FAMILY)
+FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, var.FAMILY, infinity.FAMILY)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
 
 # What a VQ tokenizer's file contains besides its weights: a counter and losses of training.
-VQ_NOT_WEIGHTS = ("quantize.codebook_used", "quantize.ema_vocab_hit_SV", "loss.")
+VQ_NOT_WEIGHTS = ("quantize.codebook_used", "quantize.ema_vocab_hit_SV", "loss.", "quantize.lfq.", "quantizer.lfq.")
 
 PYRAMID_KEY = "quantize.quant_resi.qresi_ls.0.weight"  # only multi-scale tokenizers have it
 
@@ -49,7 +51,7 @@ class ImageModel:
 
     info: ModelInfo
     decoder: Any  # a linear_core.loop.generate.Decoder, or a linear_core.loop.scales.ScaleDecoder
-    tokenizer: Any  # a VQTokenizer, or a PyramidTokenizer for models that draw in scales
+    tokenizer: Any  # a VQTokenizer; for models that draw in scales a PyramidTokenizer or a BitTokenizer
     files: ModelFiles = field(repr=False)
 
     def label(self, name: str) -> int:
@@ -156,7 +158,7 @@ def family_of(weights: Weights) -> Family:
 
 
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
-    if "quantize.embedding.weight" in shapes:
+    if "quantize.embedding.weight" in shapes or _decodes_bits(shapes):
         return "it looks like a VQ tokenizer"
     if "pos_1LC" in shapes and any(".mamba." in k for k in shapes):
         return "it looks like M-VAR, which remembers earlier scales in a Mamba state instead of a cache"
@@ -190,18 +192,17 @@ def load_model(
     tokenizer = load_tokenizer(files.tokenizer, device=device, ops=ops)
     _check_tokenizer(info, tokenizer, files)
     decoder = _decoder(info, ops)
-    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), _storage_dtype(weight_dtype))
+    storage_dtype = _storage_dtype(info, dtype, weight_dtype)
+    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype)
     decoder.compute_dtype = dtype if weight_dtype else None
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
 
 
 def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
     """Memory of a decoder's weights when loaded with these dtypes (see `load_model`)."""
-    storage_dtype = _storage_dtype(weight_dtype)
+    storage_dtype = _storage_dtype(info, dtype, weight_dtype)
     weights = _decoder(info, nn).state_dict().items()
-    return sum(
-        t.numel() * ((storage_dtype(name, t) if storage_dtype else None) or dtype).itemsize for name, t in weights
-    )
+    return sum(tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize for name, tensor in weights)
 
 
 def _decoder(info: ModelInfo, ops: Ops) -> Any:
@@ -209,8 +210,17 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
         return info.family.build(info.config, info.grid, ops)
 
 
-def _storage_dtype(weight_dtype: torch.dtype | None) -> Any:
-    return weight_dtype and (lambda name, tensor: weight_dtype if _is_large(name, tensor) else None)
+def _storage_dtype(
+    info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> Callable[[str, torch.Tensor], torch.dtype | None]:
+    """What a weight of the decoder is stored as, if not as `dtype`."""
+
+    def storage_dtype(name: str, tensor: torch.Tensor) -> torch.dtype | None:
+        if info.family.precise(name):
+            return torch.promote_types(dtype, torch.float32)
+        return weight_dtype if weight_dtype and _is_large(name, tensor) else None
+
+    return storage_dtype
 
 
 def _is_large(name: str, tensor: torch.Tensor) -> bool:
@@ -218,9 +228,11 @@ def _is_large(name: str, tensor: torch.Tensor) -> bool:
     return name.startswith(("layers.", "blocks.")) and tensor.ndim == 2 and "norm" not in name and "ada_" not in name
 
 
-def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer | PyramidTokenizer, files: ModelFiles) -> None:
+def _check_tokenizer(
+    info: ModelInfo, tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, files: ModelFiles
+) -> None:
     """Refuse another model's tokenizer, even with the same number of codes: its codes have other meanings."""
-    in_scales = isinstance(tokenizer, PyramidTokenizer)
+    in_scales = isinstance(tokenizer, PyramidTokenizer | BitTokenizer)
     if in_scales != (info.pyramid is not None):
         kinds = ("one map of codes", "maps of codes from coarse to fine")
         raise UserError(
@@ -234,6 +246,9 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer | PyramidTokenizer,
             f"{files.tokenizer.name}: is another model's tokenizer, but {info.name} comes with its own; choose "
             "automatic."
         )
+    if isinstance(tokenizer, BitTokenizer) or info.family is infinity.FAMILY:
+        _check_bits(info, tokenizer, files)
+        return
     if tokenizer.config.codes != info.config.codes:
         raise UserError(
             f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
@@ -254,6 +269,22 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer | PyramidTokenizer,
             f"{info.tokenizer}: choose that one"
             + (f", or {source}." if (source := published.download_hint(info.tokenizer)) else ".")
         )
+
+
+def _check_bits(info: ModelInfo, tokenizer: Any, files: ModelFiles) -> None:
+    """Refuse another number of bits, and by its name another tokenizer with as many: d32 for d32reg draws noise."""
+    found, wanted = (getattr(config, "bits", 0) for config in (tokenizer.config, info.config))
+    other = files.tokenizer.stem in published.INFINITY_VAES and files.tokenizer.stem != info.tokenizer
+    if found == wanted and not other:
+        return
+    source = published.download_hint(info.tokenizer)
+    what = [f"tokens of {bits} bits" if bits else "codes of a table" for bits in (found, wanted)]
+    raise UserError(
+        f"{files.tokenizer.name}: "
+        + (f"decodes {what[0]}, but" if found != wanted else "is another model's tokenizer;")
+        + f" {files.decoder.name} draws {what[1]} of {info.tokenizer}: choose that one"
+        + (f", or {source}." if source else ".")
+    )
 
 
 def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, among: Iterable[Path] = ()) -> Path:
@@ -280,37 +311,55 @@ def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, amo
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> Any:
     """The tokenizer at `path`, or the one in a model's checkpoint, with its encoder if there is one.
 
-    A PyramidTokenizer for models that draw in scales, else a VQTokenizer. Raises UserError naming the file.
+    A PyramidTokenizer or a BitTokenizer for models that draw in scales, else a VQTokenizer. Raises UserError naming the
+    file.
     """
     weights = _read(path, shapes_only=True)
     config, key_map = describe_tokenizer(weights)
+    tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer
     with torch.device("meta"):
-        tokenizer = PyramidTokenizer(config, ops) if isinstance(config, PyramidConfig) else VQTokenizer(config, ops)
+        if isinstance(config, VQConfig):
+            tokenizer = VQTokenizer(config, ops)
+        else:
+            tokenizer = BitTokenizer(config, ops) if isinstance(config, BitConfig) else PyramidTokenizer(config, ops)
     load_into(tokenizer, weights, torch.float32, key_map)
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
 def is_tokenizer(weights: Weights) -> bool:
     """Whether a checkpoint is a VQ tokenizer."""
-    return "quantize.embedding.weight" in weights.tensors
+    return "quantize.embedding.weight" in weights.tensors or _decodes_bits(weights.tensors)
 
 
-def describe_tokenizer(weights: Weights) -> tuple[VQConfig | PyramidConfig, KeyMap]:
+def _decodes_bits(keys: Collection[str]) -> bool:
+    """Whether a file is an autoencoder of Infinity's: without a table, and without the attention that others have."""
+    parts = {key.removesuffix(".weight").removesuffix(".conv") for key in keys}
+    return (
+        {"decoder.conv_in", "decoder.mid.block_1.conv1", "decoder.up.0.block.0.conv1"} <= parts
+        and "quantize.embedding" not in parts
+        and not any(".attn" in part for part in parts)
+    )
+
+
+def describe_tokenizer(weights: Weights) -> tuple[VQConfig | PyramidConfig | BitConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
     rename = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
+    bits = rename is None and _decodes_bits(weights.tensors)
     top = taming_top_level(weights.tensors) if rename is None else None  # Chameleon's
     if top is not None:
-        rename = partial(rename_key, top=top)
+        rename = partial(file_key if bits else rename_key, top=top)
     ours = {key: rename(key) if rename else key for key in weights.tensors}
     shapes = {name: shape for key, shape in weights.shapes.items() if (name := ours[key]) is not None}
-    if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+    if "decoder.conv_in.weight" not in shapes or not (bits or "quantize.embedding.weight" in shapes):
         raise weights.problem(
             f"is not a VQ tokenizer that LineAR supports ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."
         )
-    config: VQConfig | PyramidConfig
+    config: VQConfig | PyramidConfig | BitConfig
     try:
-        if PYRAMID_KEY in shapes:
+        if bits:
+            config = read_bit_config(shapes)
+        elif PYRAMID_KEY in shapes:
             config = read_pyramid_config(shapes)
         else:
             config = read_vq_config(shapes, normalized=top is None and weights.metadata.get("family") != UNNORMALIZED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from .untrusted import check_archive, check_header, inside, read_json
 CHUNK_BYTES = 2**28
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # list the shards of a folder
+SHARD = re.compile(r".*-\d{5}-of-\d{5}")  # a shard's name, as those in an index usually are
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
 WRAPPERS = (
     "model",
@@ -28,6 +30,8 @@ WRAPPERS = (
     "state_dict",
     "trainer",
     "var_wo_ddp",
+    "gpt_fsdp",
+    "vae",
 )  # keys under which published training scripts save a state dict
 SAFE_CHECKPOINT = "a checkpoint that can be read safely"
 SAFE_GLOBALS: list[Any] = [argparse.Namespace]  # saved by those scripts too; it holds attributes and runs nothing
@@ -116,7 +120,10 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
 def model_path(path: Path) -> Path:
     """The model that the file at `path` belongs to: its folder if the model has several files, else the file."""
     folder = path.parent
-    is_shard = path.name in SINGLE_FILES or any((folder / name).is_file() for name in INDEX_FILES)
+    indexed = any((folder / name).is_file() for name in INDEX_FILES)
+    if indexed and SHARD.fullmatch(path.stem):  # Infinity's folders have no config.json
+        return folder
+    is_shard = indexed or path.name in SINGLE_FILES
     return folder if is_shard and (folder / "config.json").is_file() else path
 
 

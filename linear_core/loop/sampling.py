@@ -80,3 +80,9 @@ def sample_codes(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     return (logits.float() / temperature - noise.log()).argmax(-1)
+
+
+def as_number(digits: Tensor, base: int) -> Tensor:
+    """The numbers that the digits ... D stand for, the highest digit first: int64 ..."""
+    place = torch.arange(digits.shape[-1] - 1, -1, -1, device=digits.device)
+    return (digits * base**place).sum(-1)

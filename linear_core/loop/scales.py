@@ -17,7 +17,7 @@ from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import POLICIES, Policy, choose, get_policy
 from ..pyramid import Pyramid
 from .memory import fold_pairs
-from .sampling import Noise, apply_guidance, filter_logits, sample_codes
+from .sampling import Noise, apply_guidance, as_number, filter_logits, sample_codes
 
 ALL_PAIRS = 1536  # slots a head whose pairs the policy `fold` compares; beyond, attention chooses what is folded
 
@@ -27,9 +27,12 @@ class ScaleDecoder(Protocol):
 
     pyramid: Pyramid
     codes: int
+    digits: int
+    outcomes: int
     dtype: torch.dtype
     device: torch.device
 
+    def with_grid(self, grid: Any) -> Any: ...
     def cache_shape(self, prompt: int = 0) -> CacheShape: ...
     def with_unconditional(self, prompt: Any) -> Any: ...
     def begin(self, prompt: Any) -> Any: ...
@@ -40,7 +43,10 @@ class ScaleDecoder(Protocol):
 
 
 class Quantizer(Protocol):
-    """What `generate_scales` needs of a tokenizer. Shapes are those of tokenizers.pyramid.ResidualPyramid."""
+    """What `generate_scales` needs of a tokenizer. Shapes are those of tokenizers.pyramid.ResidualPyramid.
+
+    `add_mixture` is for models whose tokens are one draw each.
+    """
 
     def empty(self, images: int, pyramid: Pyramid) -> Tensor: ...
     def shrink(self, pyramid: Pyramid, stage: int, canvas: Tensor) -> Tensor: ...
@@ -72,21 +78,24 @@ def generate_scales(
     Raises UserError before anything is allocated if the settings do not fit the model, and at the end of a scale whose
     logits are not finite. Dropping the iterator frees all memory.
     """
+    decoder = decoder.with_grid(prompt.grid)
     pyramid = decoder.pyramid
     policy = scale_policy(plan, pyramid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
+    if sample.smooth and decoder.digits > 1:
+        raise UserError(f"smooth: {name} draws single bits, and has no codes to mix; switch it off.")
     _check_stop(stop_after, pyramid)
     tokens_given, scales_given = _check_given(given, images, pyramid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
     cache = scale_cache(decoder, rows.rows, plan, policy)
-    noise = Noise(sample.seed, images, decoder.codes, device)
+    noise = Noise(sample.seed, images, decoder.digits * decoder.outcomes, device)
 
     started = time.perf_counter()
     state = decoder.begin(rows)
-    canvas = quantizer.empty(images, pyramid)
+    canvas = quantizer.empty(images, pyramid).to(device)
     for stage in range(stop_after or pyramid.stages):
         first, size = pyramid.index(stage), pyramid.size(stage)
         if cache.rows > images and not sample.guides(first):
@@ -103,7 +112,7 @@ def generate_scales(
             guided = scale_scores(decoder, logits, stage, images, sample)
             number = torch.arange(first, first + size, device=device)
             race = noise.exponential(number)
-            tokens = sample_codes(guided, race, sample.temperature)
+            tokens = _draw(decoder, guided, race, sample.temperature)
         if sample.smooth and not replayed:
             canvas = quantizer.add_mixture(pyramid, stage, guided, race, canvas)
         else:
@@ -161,7 +170,16 @@ def scale_scores(decoder: ScaleDecoder, logits: Tensor, stage: int, images: int,
     """Guided logits of a scale, -inf for codes that may not be drawn: B n V."""
     if len(logits) > images:
         logits = apply_guidance(logits, images, decoder.guidance(stage, sample.guidance))
-    return filter_logits(logits, sample.top_k, sample.top_p, sample.temperature)
+    draws = logits.unflatten(-1, (decoder.digits, -1))
+    return filter_logits(draws, sample.top_k, sample.top_p, sample.temperature).flatten(-2)
+
+
+def _draw(decoder: ScaleDecoder, logits: Tensor, race: Tensor, temperature: float) -> Tensor:
+    """Tokens int64 B n from guided logits and exponential noise, both B n V."""
+    if decoder.digits == 1:
+        return sample_codes(logits, race, temperature)
+    logits, race = (x.unflatten(-1, (decoder.digits, -1)) for x in (logits, race))
+    return as_number(sample_codes(logits, race, temperature), decoder.outcomes)
 
 
 def _check_stop(stop_after: int, pyramid: Pyramid) -> None:

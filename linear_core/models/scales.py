@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.stage_cache import StageCache
+from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
 from ..pyramid import Pyramid
@@ -52,6 +53,20 @@ class Scales(nn.Module):
         """How strong guidance of `scale` is at a scale."""
         return scale
 
+    def with_grid(self, grid: Grid | None) -> Scales:
+        """The same model for a prompt that asks for a picture of this size; itself if it has only one."""
+        return self
+
+    @property
+    def digits(self) -> int:
+        """Draws of a token, each by itself: its number's digits, the highest first. Its V logits are theirs."""
+        return 1
+
+    @property
+    def outcomes(self) -> int:
+        """Results that each draw has."""
+        return self.config.codes
+
     def rotate_ahead(self, stage: int, queries: Tensor) -> Tensor:
         """Queries ... T D of scale `stage` as if they stood at the same places of the next one."""
         return queries
@@ -72,6 +87,7 @@ class Scales(nn.Module):
 
     @property
     def codes(self) -> int:
+        """Tokens there are: outcomes ** digits."""
         return self.config.codes
 
     def cache_shape(self, prompt: int = 0) -> CacheShape:

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..plan import CacheShape
 from ..prompts import Prompt
 from ..pyramid import Pyramid
-from .blocks import Ops
+from .blocks import Ops, Rotate
 from .scales import Scales
 
 HEAD_DIM = 64  # of every published file
@@ -71,16 +71,16 @@ class Attention(nn.Module):
     q_bias: nn.Parameter
     v_bias: nn.Parameter
 
-    def __init__(self, config: VARConfig, ops: Ops):
+    def __init__(self, width: int, heads: int, unit_qk: bool, ops: Ops):
         super().__init__()
-        width, self.heads = config.width, config.heads
+        self.heads = heads
         self.mat_qkv = ops.Linear(width, 3 * width, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4))) if config.unit_qk else None
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4))) if unit_qk else None
         self.proj = ops.Linear(width, width)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x R n W. Queries are scaled so that q k / sqrt(D) is the model's score."""
+    def forward(self, x: Tensor, attend: Attend, rotate: Rotate = lambda x: x) -> Tensor:
+        """x R n W. Queries are scaled so that q k / sqrt(D) is the model's score. `rotate` gets unit vectors."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(x)
         q, k, v = (self.mat_qkv(x) + bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.scale_mul_1H11 is None:
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         else:
             scale = upcast(self.scale_mul_1H11).to(x.device).clamp(max=LARGEST_SCALE).exp() * q.shape[-1] ** 0.5
             q, k = (F.normalize(upcast(part), dim=-1) for part in (q, k))
-            q, k = (q * scale).to(x.dtype), k.to(x.dtype)
+            q, k = rotate(q * scale).to(x.dtype), rotate(k).to(x.dtype)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -102,7 +102,7 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _modulation(width: int, vectors: int, ops: Ops) -> nn.Sequential:
+def modulation(width: int, vectors: int, ops: Ops) -> nn.Sequential:
     """From the condition R W to the vectors that scale and shift a norm's output: R vectors*W."""
     return nn.Sequential(nn.SiLU(), ops.Linear(width, vectors * width))
 
@@ -112,12 +112,12 @@ class Block(nn.Module):
 
     def __init__(self, config: VARConfig, ops: Ops):
         super().__init__()
-        self.attn = Attention(config, ops)
+        self.attn = Attention(config.width, config.heads, config.unit_qk, ops)
         self.ffn = FeedForward(config.width, config.hidden, ops)
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
         else:
-            self.ada_lin = _modulation(config.width, 6, ops)
+            self.ada_lin = modulation(config.width, 6, ops)
 
     def forward(self, x: Tensor, vectors: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         """x R n W, float32. vectors R 6 1 W: two factors of the residuals, two scales, two shifts."""
@@ -134,7 +134,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class HeadModulation(nn.Module):
     def __init__(self, width: int, ops: Ops):
         super().__init__()
-        self.ada_lin = _modulation(width, 2, ops)
+        self.ada_lin = modulation(width, 2, ops)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class VAR(Scales):
         self.word_embed = ops.Linear(config.code_dim, width)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.layers))
         if config.shared_adaln:
-            self.shared_ada_lin = _modulation(width, 6, ops)
+            self.shared_ada_lin = modulation(width, 6, ops)
         self.head_nm = HeadModulation(width, ops)
         self.head = ops.Linear(width, config.codes)
 

@@ -96,19 +96,22 @@ class Level(nn.Module):
         return self.get_submodule(self.resample)(x) if self.resample else x
 
 
-def _middle(channels: int, ops: Ops) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ResBlock(channels, channels, ops), AttentionBlock(channels, ops), ResBlock(channels, channels, ops)]
-    )
+def _middle(channels: int, attention: bool, ops: Ops) -> nn.ModuleList:
+    between = AttentionBlock(channels, ops) if attention else nn.Identity()
+    return nn.ModuleList([ResBlock(channels, channels, ops), between, ResBlock(channels, channels, ops)])
 
 
 class Encoder(nn.Module):
     """Picture B 3 H W in -1..1 -> features B Z H/f W/f, f = 2 ** (levels - 1).
 
-    widths  channels of each level, from full resolution down
+    widths     channels of each level, from full resolution down
+    attention  in the level of the lowest resolution
+    middle     attention between that level and the output
     """
 
-    def __init__(self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn):
+    def __init__(
+        self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn, middle: bool = True
+    ):
         super().__init__()
         self.conv_in = ops.Conv2d(3, widths[0], 3, padding=1)
         last = len(widths) - 1
@@ -116,7 +119,7 @@ class Encoder(nn.Module):
             Level(widths[max(i - 1, 0)], w, blocks, attention and i == last, ops, "downsample" if i < last else "")
             for i, w in enumerate(widths)
         )
-        self.mid = _middle(widths[-1], ops)
+        self.mid = _middle(widths[-1], middle, ops)
         self.norm_out = group_norm(widths[-1], ops)
         self.conv_out = ops.Conv2d(widths[-1], z, 3, padding=1)
 
@@ -130,10 +133,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features B Z h w -> picture B 3 h*f w*f in about -1..1. `widths` run from the lowest resolution up."""
 
-    def __init__(self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn):
+    def __init__(
+        self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn, middle: bool = True
+    ):
         super().__init__()
         self.conv_in = ops.Conv2d(z, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0], ops)
+        self.mid = _middle(widths[0], middle, ops)
         last = len(widths) - 1
         self.conv_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], w, blocks, attention and i == 0, ops, "upsample" if i < last else "")

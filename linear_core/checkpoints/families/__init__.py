@@ -30,6 +30,7 @@ class ModelInfo:
     tokenizer     file name of its VQ tokenizer, without suffix; "": it comes with the model
     sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
     pyramid       the scales of a model that draws in scales; `grid` is then the last of them. None: it draws in lines
+    pyramids      those of all its `sizes`
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelInfo:
     tokenizer: str = ""
     sizes: tuple[Size, ...] = ()
     pyramid: Pyramid | None = None
+    pyramids: tuple[Pyramid, ...] = ()
 
     @property
     def text(self) -> bool:
@@ -78,7 +80,8 @@ class ModelInfo:
                 f"prompt: it asks for {size[0]} x {size[1]} pixels and was not made for {self.name}; connect this "
                 "model to its Text Prompt."
             )
-        return replace(self, grid=grid)
+        last = grid.rows, grid.cols
+        return replace(self, grid=grid, pyramid=next((p for p in self.pyramids if p.sides[-1] == last), None))
 
     def cache_shape(self, dtype: torch.dtype, prompt: int = 0) -> CacheShape:
         """Sizes that decide the cache's memory, for a prompt of `prompt` tokens; 0: of typical length."""
@@ -99,6 +102,8 @@ class Family:
     tokenizer_files    possible paths of the text tokenizer, relative to the model's folder, the most likely first
     tokenizer_release  name of the release with the tokenizer, if not the model's own
     prompt_slots       slots of a typical prompt of a sentence or two, to plan memory before the text is known
+    cleaned            whether a text encoder gets texts as LlamaGen's captions were cleaned, not as they are written
+    precise            name of a weight in the decoder -> whether it is float32 whatever the decoder computes in
     """
 
     name: str
@@ -111,3 +116,5 @@ class Family:
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
     tokenizer_release: str = ""
     prompt_slots: int = 32
+    cleaned: bool = True
+    precise: Callable[[str], bool] = lambda name: False
