@@ -207,7 +207,8 @@ class StageCache:
             queries = q[:, :, torch.arange(looks, device=q.device) * q.shape[2] // looks]
         mass = None
         if layer.mass is not None and queries is not None:
-            received = attention_weights(upcast(queries), upcast(kv[0]), layer.bias, layer.index, 2**31 - 1)
+            newest = self.pyramid.index(self.stage + 1) - 1  # every query sees all of its scale
+            received = attention_weights(upcast(queries), upcast(kv[0]), layer.bias, layer.index, newest)
             layer.mass += received.sum(2) * (q.shape[2] / queries.shape[2])
             mass = layer.mass[None]
         return View(

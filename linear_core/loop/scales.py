@@ -129,6 +129,36 @@ def generate_scales(
         started = time.perf_counter()
 
 
+@torch.inference_mode()
+def forced_scales(
+    decoder: ScaleDecoder,
+    quantizer: Quantizer,
+    prompt: Any,
+    tokens: Tensor,
+    plan: CachePlan,
+    observe: Callable[[int, StageCache], None] = lambda stage, cache: None,
+) -> Iterator[Tensor]:
+    """For each scale of the pictures `tokens` B N, the logits of its codes under the plan: float32 B n V.
+
+    Nothing is sampled: every cache sees the same canvas, so differences come from the cache alone.
+
+    prompt   rows as the model is to see them, a whole number of times B: guidance is the caller's business
+    observe  called with the stage and the cache after each scale
+    """
+    pyramid, state = decoder.pyramid, decoder.begin(prompt)
+    cache = scale_cache(decoder, prompt.rows, plan, scale_policy(plan, pyramid))
+    tokens = tokens.to(decoder.device)
+    canvas = quantizer.empty(len(tokens), pyramid)
+    for stage in range(pyramid.stages):
+        cache.begin(stage)
+        below = quantizer.shrink(pyramid, stage, canvas) if stage else None
+        yield decoder.stage(stage, below, state, cache)
+        observe(stage, cache)
+        first = pyramid.index(stage)
+        drawn = tokens[:, first : first + pyramid.size(stage)].unflatten(1, pyramid.sides[stage])
+        canvas = quantizer.add(pyramid, stage, drawn, canvas)
+
+
 def scale_policy(plan: CachePlan, pyramid: Pyramid) -> Policy:
     """The plan's policy for a picture drawn in scales. Raises UserError if it, or the plan, needs lines."""
     policy = get_policy(plan.policy)
