@@ -358,7 +358,8 @@ def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
                 f"text: {info.name} draws from texts; add --text 'a red fox in the snow' and --text-encoder "
                 "PATH, the folder of google/flan-t5-xl."
             )
-        prompt = text.prompt(args.texts, text.find_text_encoder(args.text_encoder), negative=args.negative)
+        encoder = text.find_text_encoder(args.text_encoder)
+        prompt = text.prompt(args.texts, encoder, negative=args.negative, model=info)
     else:
         names = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
         prompt = class_prompt([library.class_label(info, name) for name in names], tuple(names))

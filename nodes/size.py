@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..linear_core.checkpoints.families import ModelInfo
+from ..linear_core.checkpoints.families.infinity import SIZES
 from ..linear_core.checkpoints.families.lumina import SIDES
 from ..linear_core.sizes import sizes
 
@@ -19,27 +20,30 @@ def _written(width: int, height: int) -> str:
 
 def size_input() -> io.Input:
     """First which model, then one of the sizes that it draws: nothing else can be chosen."""
+    offered = {f"of Lumina-mGPT {side}": sizes(side) for side in SIDES}
+    offered |= {f"of Infinity {name}": among for name, among in SIZES.items()}
     options = [
         io.DynamicCombo.Option(
-            f"of Lumina-mGPT {side}",
+            name,
             [
                 io.Combo.Input(
                     "pixels",
-                    options=[_written(*size) for size in sizes(side)],
-                    default=_written(side, side),
+                    options=[_written(*size) for size in among],
+                    default=_written(*next(size for size in among if size[0] == size[1])),
                     tooltip="Width x height in pixels, from the widest to the tallest: the sizes that the model was "
                     "trained on.",
                 )
             ],
         )
-        for side in SIDES
+        for name, among in offered.items()
     ]
     return io.DynamicCombo.Input(
         "size",
         options=[io.DynamicCombo.Option(OWN, []), *options],
         optional=True,
         tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT has "
-        "many: choose the number in your model's name, then a size. Other models have no other size.",
+        "many: choose the number in your model's name, then a size. Infinity draws best in the size that its file was "
+        "trained for: 1M, or 0.25M or 0.06M where its name says 512 or 256. Other models have no other size.",
     )
 
 

@@ -345,7 +345,7 @@ class Infinity(Scales):
 
     def _level(self, stage: int) -> Tensor:
         """What says which scale it is: 1 W."""
-        return self.lvl_embed(torch.tensor([stage], device=self.device)).to(self._precise)
+        return upcast(self.lvl_embed(torch.tensor([stage], device=self.device)))
 
     def _embed(self, stage: int, below: Tensor) -> Tensor:
         """The shrunk canvas B n Z -> input of a scale B n W, float32."""
