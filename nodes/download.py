@@ -26,20 +26,30 @@ class DownloadModel(io.ComfyNode):
             description="Downloads a published model from huggingface.co into ComfyUI's model folders and checks its "
             "hash. It is the only node of this pack that uses the network, and only when it runs. Press R afterwards "
             "to refresh the file lists.",
-            search_aliases=["download", "huggingface", "fetch model", "llamagen", "janus", "lumina", "anole", "linear"],
+            search_aliases=[
+                "download",
+                "huggingface",
+                "fetch model",
+                "llamagen",
+                "janus",
+                "lumina",
+                "anole",
+                "infinity",
+                "linear",
+            ],
             inputs=[
                 io.Combo.Input(
                     "release",
                     options=list(RELEASES),
-                    tooltip=f"What to download. {sizes}. c2i models take classes, the other models text; vq files are "
-                    "tokenizers. Licences: Lumina-mGPT, Anole and vqgan are not for commercial use (Chameleon Research "
-                    "License); Janus: DeepSeek Model License; the rest: MIT or Apache-2.0.",
+                    tooltip=f"What to download. {sizes}. c2i and var models take classes, the other models text; vq "
+                    "and vae files are tokenizers. Licences: Lumina-mGPT, Anole and vqgan are not for commercial use "
+                    "(Chameleon Research License); Janus: DeepSeek Model License; the rest: MIT or Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",
                     default=True,
-                    tooltip="Also download what the model depends on: its tokenizers (0.3 GB) and, for t2i, the text "
-                    "encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
+                    tooltip="Also download what the model depends on: its tokenizers (0.3 to 1.6 GB) and, for t2i and "
+                    "Infinity, the text encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
                 ),
             ],
             outputs=[],

@@ -28,8 +28,8 @@ class TextPrompt(io.ComfyNode):
             display_name="Text Prompt",
             category="LineAR",
             description="Sets what to generate, for text-to-image models: one image per text. Janus and Lumina-mGPT "
-            "read the text themselves: connect them. LlamaGen and Infinity need a text encoder, which is loaded only for "
-            "new texts and unloaded afterwards; connect Infinity too, which reads longer texts.",
+            "read the text themselves: connect them. LlamaGen and Infinity need a text encoder, which is loaded only "
+            "for new texts and unloaded afterwards; connect Infinity too, which reads longer texts.",
             search_aliases=[
                 "text encode",
                 "prompt",
@@ -47,9 +47,9 @@ class TextPrompt(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder",
                     options=files.text_encoder_names(),
-                    tooltip="For LlamaGen and Infinity: FLAN-T5-XL, as the google/flan-t5-xl folder or a single encoder file, "
-                    "in models/text_encoders or models/ar_image. Download AR Model fetches it. Ignored when a model "
-                    "that reads text itself (Janus, Lumina-mGPT) is connected; 'none' will do.",
+                    tooltip="For LlamaGen and Infinity: FLAN-T5-XL, as the google/flan-t5-xl folder or a single "
+                    "encoder file, in models/text_encoders or models/ar_image. Download AR Model fetches it. Ignored "
+                    "when a model that reads text itself (Janus, Lumina-mGPT) is connected; 'none' will do.",
                 ),
                 io.String.Input(
                     "text",

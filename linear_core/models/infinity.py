@@ -67,7 +67,7 @@ class InfinityConfig:
     caption_slots  tokens of the longest text
     pool_heads     heads of the attention that makes one condition of a text
     levels         scales that have an embedding, a few more than are drawn
-    chunk          blocks that the file names together; 0: it numbers them from first to last
+    chunk          blocks that the file names together; 1: it may number them from first to last
     """
 
     layers: int
@@ -79,7 +79,7 @@ class InfinityConfig:
     caption_slots: int
     pool_heads: int
     levels: int
-    chunk: int = 0
+    chunk: int = 1
     classes: int = 0  # it draws from texts
 
     @property
@@ -223,7 +223,7 @@ class Infinity(Scales):
     @property
     def dtype(self) -> torch.dtype:
         """Of the blocks. All else is float32 or better, as published."""
-        return self.compute_dtype or self.get_parameter("blocks.0.sa.proj.weight").dtype
+        return self.compute_dtype or self.get_parameter("blocks.0.sa.q_bias").dtype
 
     @property
     def _precise(self) -> torch.dtype:
@@ -285,7 +285,7 @@ class Infinity(Scales):
         shared = vectors(self.shared_ada_lin, 6)
         blocks = [shared + block.get_parameter("ada_gss").to(shared).transpose(1, 2) for block in self.blocks]
         features = self.text_proj_for_ca(features).to(self.dtype)
-        texts = [block.get_submodule("ca").read(features, mask) for block in self.blocks]
+        texts = [block.ca.read(features, mask) for block in self.blocks if isinstance(block, Block)]
         first = condition[:, None] + self.pos_start.to(condition) + self._level(0)
         return State(first, blocks, vectors(self.head_nm.ada_lin, 2), texts)
 
@@ -333,7 +333,7 @@ class Infinity(Scales):
         return self._logits(x, state)
 
     def rope_table(self, stage: int) -> Tensor:
-        """RoPE table n 2 D of a scale. Its places are spread over those of the thirteenth, whether that is drawn or not.
+        """RoPE table n 2 D of a scale. Its places are spread over those of the thirteenth, be that drawn or not.
 
         So the same place of the picture is rotated nearly alike at every scale, and `rotate_ahead` has nothing to do.
         """
@@ -392,7 +392,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> InfinityConfig:
         caption_slots=slots,
         pool_heads=shapes["text_proj_for_sos.ca.mat_q"][1],
         levels=shapes["lvl_embed.weight"][0],
-        chunk=chunk,
+        chunk=max(chunk, 1),
     )
 
 

@@ -12,8 +12,8 @@ names and shapes. `tests/drawn.py` says how weights are drawn and what the diges
     lying    as the 8B: width 48, 2 heads of 24, 12 bits for 2 x 2 places of 3 channels, a VAE of factor 8; height over
              width 0.666 at 0.06M, guided away from another text
 
-Text features have 256 numbers, which makes 2 heads of the pool; 16 slots, of which `LENGTHS` are words. The VAEs have ch
-32 at every level, and GroupNorm has 32 groups everywhere, as published.
+Text features have 256 numbers, which makes 2 heads of the pool; 16 slots, of which `LENGTHS` are words. The VAEs have
+ch 32 at every level, and GroupNorm has 32 groups everywhere, as published.
 
 A run is upstream's autoregressive_infer_cfg(cfg_list=[CFG], tau_list=[TAU], top_k=900, top_p=TOP_P,
 cfg_insertion_layer=[0]) for one size, whose sampler was made to hand out `tokens()` after it had narrowed its choice.
@@ -27,8 +27,8 @@ cfg_insertion_layer=[0]) for one size, whose sampler was made to hand out `token
     x_picture     float32 2 3 h w  the picture of it, every 8th pixel, red first, before (x + 1) / 2
     x_features    float32 2 Z h w  the encoder's output for `pictures()`
     x_bits        bool 2 N d       its bits at all scales
-    positions     uint8 P          row positions, then column positions, of all scales of all shapes, in upstream's order
-                                   of shapes
+    positions     uint8 P          row positions, then column positions, of all scales of all shapes, in upstream's
+                                   order of shapes
     pyramids      uint8 15 13 2    sides of all scales of all shapes, likewise
 """
 

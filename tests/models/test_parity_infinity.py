@@ -36,7 +36,7 @@ def recorded() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small files in the official layouts: a pickle of tensors with attributes as the 2B, a folder of shards as the 8B."""
+    """Small files in the official layouts: a pickle of tensors with attributes as the 2B, shards as the 8B."""
     folder = tmp_path_factory.mktemp("infinity")
     carrying = upstream.weights("upright")
     for tensor in carrying.values():
