@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from .errors import UserError
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes
+from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
+from .loop.scales import generate_scales
 from .loop.threads import limit_threads
 from .models.packed import pack
-from .pictures.heatmap import heatmap, lifetime
+from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
@@ -87,13 +89,15 @@ def run_generate(args: argparse.Namespace) -> None:
             print(path)
 
     try:
-        (run,) = _draw(model, micro_batches, [plan], args.step)
+        (run,) = _draw(model, micro_batches, [plan], args)
     except (KeyboardInterrupt, UserError):  # keep what was drawn so far; the rest of it is grey
         write((_unfinished(model, codes) for part in micro_batches.codes for codes in part), unfinished=True)
         raise
-    pictures = decode(model.tokenizer, run.tokens)
+    pictures = _decode(model, run)
     if args.heatmap:
-        pictures = heatmap(lifetime(run.shares), *_enlarged_size(pictures, args.size), pictures)
+        pyramid = model.info.pyramid
+        kept = lifetime(run.shares) if pyramid is None else over_scales(run.shares[:, -1], pyramid)
+        pictures = heatmap(kept, *_enlarged_size(pictures, args.size), pictures)
     write(pictures)
     print(_summary(run))
 
@@ -106,16 +110,22 @@ def run_compare(args: argparse.Namespace) -> None:
     names = list(prompt.names)
     out = _out(args.out, "compare.png")
     micro_batches = _micro_batches(args, prompt, sample, caches=2)
-    full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args.step)
-    pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
-    shown = model.info.grid.rows * 2 // 3  # lines: enough for many tokens to have been evicted
-    partial = pictures[1].clone()
-    partial[:, shown * model.tokenizer.config.factor :] = UNDRAWN
-    kept = heatmap(run.shares[:, shown - 1], *_enlarged_size(partial, args.size), partial)
+    full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args)
+    pictures = [_decode(model, r) for r in (full, run)]
+    if (pyramid := model.info.pyramid) is not None:
+        title = "what the cache holds before the last scale"
+        kept = over_scales(run.shares[:, -1], pyramid)
+        kept = heatmap(kept, *_enlarged_size(pictures[1], args.size), pictures[1])
+    else:
+        shown = model.info.grid.rows * 2 // 3  # lines: enough for many tokens to have been evicted
+        title = f"what the cache holds after line {shown}"
+        partial = pictures[1].clone()
+        partial[:, shown * model.tokenizer.config.factor :] = UNDRAWN
+        kept = heatmap(run.shares[:, shown - 1], *_enlarged_size(partial, args.size), partial)
     rows = [
         ("full cache", _measurements(full), pictures[0]),
         (_describe(few, model.info), _measurements(run), pictures[1]),
-        (f"what the cache holds after line {shown}", "bright: held by most layers and heads; dark: evicted", kept),
+        (title, "bright: held by most layers and heads; dark: evicted", kept),
     ]
     notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
     save(contact_sheet(rows, names, args.size), out, notes)
@@ -124,7 +134,7 @@ def run_compare(args: argparse.Namespace) -> None:
         print(f"{name:24}{_cache_mib(r):>12.2f}{r.tokens_per_second:>12.0f}{r.held:>22.0f}")
     saved = 1 - _cache_mib(run) / _cache_mib(full)
     same = float((full.tokens == run.tokens).float().mean())
-    if args.judge:
+    if args.judge and model.info.pyramid is None:
         shared = _shared(model, prompt, run.tokens, few, sample)
         print(
             f"{saved:.0%} less cache. Given the same tokens, the next one's probabilities overlap by {shared:.0%} with "
@@ -143,15 +153,23 @@ def run_plan(args: argparse.Namespace) -> None:
     info = _with_size(args, library.read_info(files.decoder, _grid(args)))
     dtype = _dtype(args, _device(args))
     few = _cache_plan(args)
-    few.check(info.grid)
     sample = _sample_plan(args, info)
     images = max(args.images, 1) * max(len(args.classes or args.texts or ["one"]), 1)
     images = min(images, args.at_once or images)
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
     weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
+    if info.pyramid is None:
+        few = few.in_lines(info.grid)
+        few.check(info.grid)
+        what = f"{info.grid.rows} lines of {info.grid.stride} tokens"
+        holds = "the prompt, the budget and the line being written"
+    else:
+        few.check_scales(info.pyramid)
+        what = f"{info.pyramid.stages} scales ({info.pyramid.text}), {info.pyramid.tokens} tokens"
+        holds = "every layer's budget and one layer's working memory"
     print(
-        f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
+        f"{info.name}: {what}, {info.config.layers} layers, "
         f"{info.config.heads} heads of {shape.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
     )
     print("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
@@ -159,10 +177,10 @@ def run_plan(args: argparse.Namespace) -> None:
     print(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
-        size = shape.bytes(info.grid, plan, rows) / MIB
+        size = _planned_bytes(shape, info, plan, rows) / MIB
         print(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
-    saved = 1 - shape.bytes(info.grid, few, rows) / shape.bytes(info.grid, full, rows)
-    print(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
+    saved = 1 - _planned_bytes(shape, info, few, rows) / _planned_bytes(shape, info, full, rows)
+    print(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
         room = free - library.decoder_bytes(info, dtype)
@@ -185,8 +203,9 @@ def run_models(args: argparse.Namespace) -> None:
             print(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
+        scales = f" in scales {info.pyramid.text}" if info.pyramid else ""
         print(
-            f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens, {kind}, "
+            f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens{scales}, {kind}, "
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
         )
         if info.classes:
@@ -217,11 +236,24 @@ def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan,
     return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
 
 
-def _draw(model: ImageModel, micro_batches: MicroBatches, plans: list[CachePlan], kind: str) -> list[Run]:
+def _decode(model: ImageModel, run: Run) -> Tensor:
+    """The finished pictures of a run: float32 B H W 3."""
+    return decode(model.tokenizer, run.tokens if run.canvas is None else run.canvas)
+
+
+def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int) -> int:
+    if info.pyramid is not None:
+        return shape.scales_bytes(info.pyramid, plan, rows)
+    return shape.bytes(info.grid, plan, rows)
+
+
+def _draw(
+    model: ImageModel, micro_batches: MicroBatches, plans: list[CachePlan], args: argparse.Namespace
+) -> list[Run]:
     """Draw the images once for each plan, in micro-batches if there are too many."""
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
-            _draw_micro_batch(model, micro_batch, plans, kind)
+            _draw_micro_batch(model, micro_batch, plans, args)
     return micro_batches.runs
 
 
@@ -234,21 +266,51 @@ def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, s
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
-    """A picture of the rows drawn so far, codes rows cols, with grey below: H W 3."""
+    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3."""
+    if (pyramid := model.info.pyramid) is not None:
+        quantizer = model.tokenizer.quantize
+        ends = [pyramid.index(stage + 1) for stage in range(pyramid.stages)]
+        scales = (
+            codes[None].to(model.tokenizer.device).split([b - a for a, b in pairwise([0, *ends]) if b <= len(codes)], 1)
+        )
+        maps = [one.unflatten(1, sides) for one, sides in zip(scales, pyramid.sides, strict=False)]
+        return decode(model.tokenizer, quantizer.canvas(pyramid, maps))[0]
     preview = Preview(model.tokenizer, model.info.grid.rows)
     preview.lines = list(codes[None].unbind(1))
     return preview.pictures()[0]
 
 
-def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
-    """The plans take turns line by line, so that their times are comparable."""
-    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
+def _draw_micro_batch(
+    model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], args: argparse.Namespace
+) -> None:
+    """The plans take turns line by line, or scale by scale, so that their times are comparable."""
+    pyramid = model.info.pyramid
+    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if args.step == "graph" and pyramid is None else []
     kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
-    drawing = [
-        generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
-        for plan, above, more in zip(plans, micro_batch.above, kwargs, strict=True)
-    ]
-    total = len(plans) * model.info.grid.rows * model.info.grid.cols * micro_batch.prompt.rows
+    drawing: list[Iterator[Any]] = (
+        [
+            generate_scales(
+                model.decoder,
+                model.tokenizer.quantize,
+                micro_batch.prompt,
+                plan,
+                micro_batch.sample,
+                given=above,
+                stop_after=args.stop_after,
+                name=model.info.name,
+            )
+            for plan, above in zip(plans, micro_batch.above, strict=True)
+        ]
+        if pyramid is not None
+        else [
+            generate(
+                model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more
+            )
+            for plan, above, more in zip(plans, micro_batch.above, kwargs, strict=True)
+        ]
+    )
+    tokens = model.info.grid.rows * model.info.grid.cols if pyramid is None else pyramid.tokens
+    total = len(plans) * tokens * micro_batch.prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for lines in zip(*drawing, strict=True):
             for run, line in zip(micro_batch.runs, lines, strict=True):
@@ -293,6 +355,9 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: 
     """How many images fit into `room` bytes, up to MAX_IMAGES."""
 
     def needed(images: int) -> int:
+        if info.pyramid is not None:
+            size, codes, hidden = sequences * images, info.config.codes, info.config.hidden
+            return scales_run_bytes(shape, info.pyramid, plan, size, codes, hidden, device)
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device)
 
     if needed(1) > room:
@@ -330,14 +395,25 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         for k in ("policy", "budget", "anchors", "recent", "release", "storage")
         if getattr(args, k) is not None
     }
+    if args.share is not None:
+        changes["share"] = _share(args.share)
     plan = PRESETS[args.preset]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
     return replace(plan, **changes)
 
 
+def _share(text: str) -> float:
+    """'1/6' or '0.17' as a number."""
+    above, _, below = text.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"share: '{text}' is not a share; write it as 1/6 or 0.17.") from None
+
+
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
-    names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p")
+    names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "smooth")
     return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
 
 
@@ -383,23 +459,30 @@ def _enlarged_size(pictures: Tensor, size: int) -> tuple[int, int]:
 
 
 def _describe(plan: CachePlan, info: ModelInfo) -> str:
-    if not plan.evicts(info.grid):
-        return "full cache"
     other_release = plan.release != CachePlan(plan.policy).release
+    if info.pyramid is not None:
+        if plan.keeps(info.pyramid) == info.pyramid.kept:
+            return "full cache"
+        what = f"{plan.keeps(info.pyramid)} of {info.pyramid.kept} tokens"
+    else:
+        plan = plan.in_lines(info.grid)
+        if not plan.evicts(info.grid):
+            return "full cache"
+        what = f"{plan.budget} of {info.grid.rows} lines"
     return (
-        f"{plan.budget} of {info.grid.rows} lines, {plan.policy}"
+        f"{what}, {plan.policy}"
         + (f", {plan.release}" if other_release else "")
         + (", 8 bits" if plan.storage == "int8" else "")
     )
 
 
 def _ratio(plan: CachePlan, info: ModelInfo) -> str:
-    share = plan.ratio(info.grid)
+    share = plan.ratio(info.pyramid or info.grid)
     return "all" if share == 1 else f"1/{1 / share:.3g}"
 
 
 def _cache_mib(run: Run) -> float:
-    return run.lines[0].cache_bytes / MIB
+    return run.lines[-1].cache_bytes / MIB
 
 
 def _measurements(run: Run) -> str:
@@ -407,7 +490,8 @@ def _measurements(run: Run) -> str:
 
 
 def _summary(run: Run) -> str:
-    return f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a line, {run.seconds:.1f} s"
+    stage = "line" if run.canvas is None else "scale"
+    return f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -441,6 +525,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
     group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
     group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that are kept")
+    group.add_argument("--share", metavar="SHARE", help="what is kept of a full cache, such as 1/6, instead of lines")
     group.add_argument("--anchors", type=int, metavar="TOKENS", help="number of first image tokens that always stay")
     group.add_argument("--recent", type=int, metavar="LINES", help="number of newest whole lines that always stay")
     group.add_argument(
@@ -481,6 +566,16 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="MASS",
         help="sample from the smallest set of codes with this probability; 1: all",
+    )
+
+    group.add_argument(
+        "--stop-after", type=int, default=0, metavar="SCALES", help="for models that draw in scales: draw only so many"
+    )
+    group.add_argument(
+        "--smooth",
+        action="store_true",
+        default=None,
+        help="for models that draw in scales: mix codes, for smoother pictures",
     )
 
     output = argparse.ArgumentParser(add_help=False)

@@ -91,6 +91,16 @@ class Stage:
     replayed: bool = False
     stands: Tensor | None = None
 
+    @property
+    def row(self) -> int:
+        """The stage, as a Line calls it: a run can be told of either."""
+        return self.stage
+
+    @property
+    def rows(self) -> int:
+        """The number of stages, as a Line calls it."""
+        return self.stages
+
 
 @dataclass(frozen=True)
 class Started:

@@ -99,13 +99,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/micro_batches.py", "codes[:, : run.lines[0].rows - 1]", "codes", "micro-batches: no line is left to draw"),
     (
         "loop/micro_batches.py",
-        "run.tokens if len(run.lines) > (0 if given is None else given.shape[1]) else given",
+        "run.tokens if count > (0 if given is None else given.shape[1]) else given",
         "given",
         "micro-batches: lines that were complete are drawn again",
     ),
     (
         "loop/micro_batches.py",
-        "len(run.lines) > (0 if given is None else given.shape[1])",
+        "count > (0 if given is None else given.shape[1])",
         "run.lines",
         "micro-batches: rows that were given are drawn anew where fewer had come back",
     ),
@@ -1016,6 +1016,51 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "index_select(0, index)",
         "RoPE turned by the index",
     ),
+    # scales
+    ("pyramid.py", "if end >= tokens", "if end > tokens", "scales: one scale too many is protected"),
+    ("plan.py", "stages.whole(self.anchors)", "self.anchors", "scales: anchors end within a scale"),
+    ("plan.py", "self.ratio(pyramid) * pyramid.kept", "self.ratio(pyramid) * pyramid.tokens", "scales: a share of all"),
+    (
+        "cache/view.py",
+        "upcast(k), b, i, self.newest)) for",
+        "upcast(k), b, i, self.newest + 1 - count)) for",
+        "scales: a query sees its scale up to itself",
+    ),
+    ("cache/view.py", "return self.newest + 1 - first", "return self.newest + 1 - self.index", "scales: ages by token"),
+    (
+        "cache/stage_cache.py",
+        "return self.stage + 1 < self.pyramid.stages",
+        "return True",
+        "scales: the last scale is stored",
+    ),
+    (
+        "cache/stage_cache.py",
+        "        self._save(layer, kv)\n        self.peak",
+        "        self.peak",
+        "scales: never settled",
+    ),
+    ("cache/stage_cache.py", "if layer.ragged or", "if", "scales: heads see their neighbours' slots"),
+    ("cache/stage_cache.py", "or not bool((held", "or bool((held", "scales: uneven budgets are evened"),
+    ("cache/fold.py", "folds = folds & ~none", "pass", "scales: what only fills a list is folded"),
+    (
+        "loop/scales.py",
+        "state = decoder.select_rows(state, images)",
+        "pass",
+        "scales: guidance goes on without a cache",
+    ),
+    ("loop/scales.py", "stage < scales_given", "False", "scales: given ones are drawn again"),
+    ("models/var.py", "1 + (scale - 1) * stage", "1 + scale * stage", "var: guidance ends one higher"),
+    ("models/var.py", ".clamp(max=LARGEST_SCALE)", "", "var: scores without a limit"),
+    ("models/var.py", "scale, shift = state.head", "shift, scale = state.head", "var: the head's scale and shift"),
+    ("models/var.py", "q = q * PLAIN_SCALE", "pass", "var: plain scores four times too large"),
+    ("tokenizers/pyramid.py", 'mode="bicubic"', 'mode="bilinear"', "pyramid: scales rise along straight lines"),
+    (
+        "tokenizers/pyramid.py",
+        "(0, 0, 1, 1, 1, 2, 2, 3, 3, 3)",
+        "(0, 0, 0, 1, 1, 2, 2, 2, 3, 3)",
+        "pyramid: ties go down",
+    ),
+    ("tokenizers/pyramid.py", "0.27 * (1 - 0.95 * ratio)", "0.27", "pyramid: mixtures stay wide"),
 ]
 
 

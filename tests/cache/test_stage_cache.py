@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from linear_core.cache import stage_cache
+from linear_core.cache.view import View
 from linear_core.errors import UserError
 from linear_core.loop.scales import forced_scales, generate_scales, scale_cache, scale_policy
 from linear_core.plan import ACROSS_LAYERS, UNEVEN, CachePlan, SamplePlan
@@ -165,6 +166,17 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
         assert most == found.peak == planned
 
 
+def test_a_scale_has_no_order() -> None:
+    """Every query of a scale sees all of it, and all its tokens are equally old."""
+    pyramid, source = Pyramid.square(1, 2), torch.Generator().manual_seed(0)
+    keys, values, queries = (torch.randn(1, 1, 1, n, 8, generator=source) for n in (5, 5, 4))
+    index, mass = torch.arange(5, dtype=torch.int32).view(1, 1, 1, 5), torch.rand(1, 1, 1, 5, generator=source)
+    view = View(keys, values, torch.zeros(1, 1, 1, 5), index, queries, mass, pyramid, 1, keeps=3)
+    attention = (queries @ keys.transpose(-1, -2) / 8**0.5).softmax(-1)
+    torch.testing.assert_close(POLICIES["line"].score(view), attention.mean(-2))
+    torch.testing.assert_close(POLICIES["h2o"].score(view), mass / torch.tensor([5.0, 4, 4, 4, 4]))
+
+
 @pytest.mark.parametrize("release", ["strict", "fold"])
 @pytest.mark.parametrize("name", ON_SCALES)
 def test_a_batch_equals_its_images(name: str, release: str) -> None:
@@ -244,4 +256,4 @@ def test_lines_of_a_preset_are_a_share() -> None:
     assert pyramid.kept == 424
     assert CachePlan("fold", budget=4, recent=0).keeps(pyramid) == CachePlan("fold", share=1 / 6).keeps(pyramid) == 71
     assert CachePlan("full").keeps(pyramid) == 424
-    assert CachePlan(share=1 / 6).protected(pyramid) == 5
+    assert [CachePlan(share=1 / 6, anchors=n).protected(pyramid) for n in (0, 1, 4, 5, 6)] == [0, 1, 5, 5, 14]

@@ -83,7 +83,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "tokenizers.*": ({"pyramid", "tokenizers.*"}, TENSORS),
     # the loop
     "loop.__init__": (set(), set()),
-    "loop.memory": ({"grid", "plan"}, set()),
+    "loop.memory": ({"grid", "plan", "pyramid"}, set()),
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": (set(), TENSORS),
@@ -126,8 +126,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # pictures
     "pictures.__init__": (set(), set()),
     "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
-    "pictures.heatmap": ({"events", "grid"}, TENSORS | {"numpy"}),
-    "pictures.preview": ({"errors", "events", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
+    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy"}),
+    "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
     # files
     "checkpoints.__init__": (set(), set()),
     "checkpoints.untrusted": ({"errors"}, set()),
