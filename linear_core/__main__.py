@@ -356,8 +356,8 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sequences: 
 
     def needed(images: int) -> int:
         if info.pyramid is not None:
-            size, codes, hidden = sequences * images, info.config.codes, info.config.hidden
-            return scales_run_bytes(shape, info.pyramid, plan, size, codes, hidden, device)
+            size, logits, hidden = sequences * images, info.config.logits, info.config.hidden
+            return scales_run_bytes(shape, info.pyramid, plan, size, logits, hidden, device)
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device)
 
     if needed(1) > room:

@@ -326,6 +326,30 @@ def pack_codes(codes: Tensor) -> str:
     return f"{images}x{rows}x{cols}:{pack(codes.flatten().tolist())}"
 
 
+def pack_tokens(tokens: Tensor, bits: int) -> str:
+    """Tokens B N of all scales as text, "images x tokens x words : base64": each takes as many uint16 as its `bits`
+    need, the highest first.
+    """
+    images, count = tokens.shape
+    words = -(-bits // 16)
+    numbers = tokens.flatten().tolist()
+    packed = pack(number >> 16 * word & 0xFFFF for number in numbers for word in range(words - 1, -1, -1))
+    return f"{images}x{count}x{words}:{packed}"
+
+
+def unpack_tokens(text: str) -> tuple[tuple[int, int], list[int]]:
+    """(images, tokens) and the numbers that `pack_tokens` encoded. Raises ValueError for anything else."""
+    sizes, _, data = text.partition(":")
+    images, count, words = map(int, sizes.split("x"))
+    found = unpack(data)
+    if min(images, count, words) < 1 or words > 4 or len(found) != images * count * words:
+        raise ValueError(f"{len(found)} words are not {sizes}")
+    numbers = [0] * (images * count)
+    for word in range(words):
+        numbers = [number << 16 | low for number, low in zip(numbers, found[word::words], strict=True)]
+    return (images, count), numbers
+
+
 def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:
     """(images, rows, cols) and the codes that `pack_codes` encoded. Raises ValueError for anything else."""
     sizes, _, data = text.partition(":")

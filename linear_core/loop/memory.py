@@ -36,10 +36,11 @@ def run_bytes(shape: CacheShape, grid: Grid, plan: CachePlan, rows: int, codes: 
 
 
 def scales_run_bytes(
-    shape: CacheShape, pyramid: Pyramid, plan: CachePlan, rows: int, codes: int, hidden: int, device: str = "cuda"
+    shape: CacheShape, pyramid: Pyramid, plan: CachePlan, rows: int, logits: int, hidden: int, device: str = "cuda"
 ) -> int:
     """Bytes of cache, bookkeeping, the last scale's activations, settling, logits and noise, for `rows` sequences.
 
+    logits  of a token
     hidden  numbers of a token in the middle of a feed-forward block, where a pass is widest
     """
     held, slots, size = shape.scales_bytes(pyramid, plan, rows), plan.work_slots(pyramid), pyramid.size(-1)
@@ -50,8 +51,8 @@ def scales_run_bytes(
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * slots**2)))
         pairs = slots**2 if plan.release == "fold" else 64 * slots
         settling = at_once * shape.heads * pairs * 4 * 3
-    logits = rows * size * codes * 4 * 3 + rows * size * codes * 8 * 2  # guidance, sorting, softmax; noise in int64
-    return held + bookkeeping + max(activations, settling, logits)
+    sampling = rows * size * logits * (4 * 3 + 8 * 2)  # guidance, sorting, softmax; noise in int64
+    return held + bookkeeping + max(activations, settling, sampling)
 
 
 def free_memory() -> int | None:

@@ -107,7 +107,7 @@ def generate_scales(
         non_finite = logits.sum() * 0  # NaN and infinity times 0 are NaN
         replayed = stage < scales_given
         if replayed:
-            tokens = tokens_given[:, first : first + size]
+            tokens = tokens_given[:, first : first + size].to(device)
         else:
             guided = scale_scores(decoder, logits, stage, images, sample)
             number = torch.arange(first, first + size, device=device)
@@ -145,10 +145,11 @@ def forced_scales(
     prompt   rows as the model is to see them, a whole number of times B: guidance is the caller's business
     observe  called with the stage and the cache after each scale
     """
+    decoder = decoder.with_grid(prompt.grid)
     pyramid, state = decoder.pyramid, decoder.begin(prompt)
     cache = scale_cache(decoder, prompt.rows, plan, scale_policy(plan, pyramid))
     tokens = tokens.to(decoder.device)
-    canvas = quantizer.empty(len(tokens), pyramid)
+    canvas = quantizer.empty(len(tokens), pyramid).to(decoder.device)
     for stage in range(pyramid.stages):
         cache.begin(stage)
         below = quantizer.shrink(pyramid, stage, canvas) if stage else None

@@ -87,6 +87,11 @@ class InfinityConfig:
         return 2**self.bits
 
     @property
+    def logits(self) -> int:
+        """Of a token: for each bit, one for 0 and one for 1."""
+        return 2 * self.bits
+
+    @property
     def code_dim(self) -> int:
         """Numbers of the canvas that a token reads and adds to."""
         return self.bits

@@ -62,6 +62,11 @@ class VARConfig:
         """Head size."""
         return self.width // self.heads
 
+    @property
+    def logits(self) -> int:
+        """Of a token."""
+        return self.codes
+
     def cache_shape(self, prompt: int, bytes_per_element: int) -> CacheShape:
         """The class is a condition, not a token, so it takes no slot."""
         return CacheShape(self.layers, self.heads, self.head_dim, 0, bytes_per_element)

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..events import Line, Stage
 from ..loop.micro_batches import is_out_of_memory
 from ..pyramid import Pyramid
+from ..tokenizers.bits import BitTokenizer
 from ..tokenizers.pyramid import PyramidTokenizer
 from ..tokenizers.tokenizer import VQTokenizer, to_pixels
 
@@ -66,7 +67,7 @@ class CanvasPreview:
 
     sides = (4, 6, 8, 12, 16, 24, 32)  # rows of the canvas that are decoded; beyond, the canvas as it is
 
-    def __init__(self, tokenizer: PyramidTokenizer, pyramid: Pyramid):
+    def __init__(self, tokenizer: PyramidTokenizer | BitTokenizer, pyramid: Pyramid):
         self.tokenizer, self.pyramid = tokenizer, pyramid
         self.stage: Stage | None = None
 
@@ -79,7 +80,7 @@ class CanvasPreview:
         assert self.stage is not None, "nothing is drawn yet"
         canvas = self.stage.canvas[:images].to(self.tokenizer.device)
         rows, cols = canvas.shape[-2:]
-        wanted = 2 * self.pyramid.sides[self.stage.stage][0]
+        wanted = 2 * self.pyramid.sides[self.stage.stage][0] * rows // self.pyramid.sides[-1][0]
         side = min((side for side in self.sides if wanted <= side < rows), default=rows)
         if side < rows:
             canvas = F.interpolate(canvas, size=(side, max(1, round(side * cols / rows))), mode="area")
@@ -87,7 +88,7 @@ class CanvasPreview:
 
 
 @torch.inference_mode()
-def decode(tokenizer: VQTokenizer | PyramidTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
+def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
     """Decode finished pictures: codes int64 B rows cols, or a canvas B Z h w -> float32 B H W 3 in 0..1, on the CPU.
 
     Decodes `batch` pictures at a time, and half as many if memory runs out. Raises UserError if it is too little for
@@ -100,7 +101,7 @@ def decode(tokenizer: VQTokenizer | PyramidTokenizer, tokens: Tensor, batch: int
             done.append(pictures)
             left = left[batch:]
         elif (batch := min(batch, len(left)) // 2) == 0:
-            height, width = (n * tokenizer.config.factor for n in tokens.shape[-2:])
+            height, width = (n * 2 ** (len(tokenizer.config.decoder_widths) - 1) for n in tokens.shape[-2:])
             raise UserError(
                 f"memory: it ran out decoding one picture of {width} x {height}; close other programs that use memory."
             )
@@ -109,7 +110,7 @@ def decode(tokenizer: VQTokenizer | PyramidTokenizer, tokens: Tensor, batch: int
     return torch.cat(done)
 
 
-def _try_decode(tokenizer: VQTokenizer | PyramidTokenizer, codes: Tensor) -> Tensor | None:
+def _try_decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, codes: Tensor) -> Tensor | None:
     """None if memory ran out. By then the error, and with it every tensor of the computation, is freed."""
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()

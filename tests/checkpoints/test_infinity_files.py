@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from linear_core.checkpoints import published
+from linear_core.__main__ import main
+from linear_core.checkpoints import published, text
 from linear_core.checkpoints.convert import convert
 from linear_core.checkpoints.library import (
     ModelFiles,
@@ -213,3 +215,30 @@ def test_it_draws(folder: Path) -> None:
     assert stages[-2].held == 72 and int(stages[-1].tokens.max()) > 2**15  # 0.3 of 239 tokens; the first bit is drawn
     picture = model.tokenizer.decode(stages[-1].canvas)
     assert picture.shape == (2, 3, 224, 336) and bool(picture.isfinite().all())
+
+
+def test_pictures_on_the_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two texts in a size of choice, as they are written and as long as the model reads; and what a run would take."""
+    asked: list[tuple[str, int]] = []
+
+    def encode(name: str, tokenizer: object, encoder: object, device: str, length: int) -> Tensor:
+        asked.append((name, length))
+        return torch.randn(4, 2048, generator=torch.Generator().manual_seed(len(name))).bfloat16()
+
+    monkeypatch.setattr(text, "load_encoder", lambda files: (None, None))
+    monkeypatch.setattr(text, "encode", encode)
+    monkeypatch.setattr(text, "find_text_encoder", lambda path: text.TextFiles(Path(path), (), None))
+    model = ["--model", str(folder / "infinity_125M_256x256.pth"), "--pixels", "336x224", "--share", "0.3"]
+    out = tmp_path / "fox.png"
+    words = ["--text", "A fox @home", "--text", "Foxes", "--text-encoder", "t5", "--size", "336", "--out", str(out)]
+    assert main(["generate", *model, *words]) == 0, capsys.readouterr().err
+    assert asked == [("A fox @home", 512), ("Foxes", 512)], "other models' captions are cleaned"
+    for n in (1, 2):
+        with Image.open(tmp_path / f"fox_{n:02}.png") as image:
+            assert image.size == (336, 224)
+    assert main(["plan", *model, "--device", "cpu"]) == 0
+    assert "7 scales (1 2 2x3 4x6 6x9 10x15 14x21), 533 tokens" in capsys.readouterr().out
+    assert main(["generate", *model, *words, "--smooth"]) == 2
+    assert "draws single bits, and has no codes to mix" in capsys.readouterr().err
