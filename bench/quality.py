@@ -232,7 +232,7 @@ class Lab:
             "names": [name],
             **key,
             "budget_lines": plan.budget,
-            "budget_ratio": plan.share(self.grid),
+            "budget_ratio": plan.ratio(self.grid),
             **{k: float(found[k].mean()) for k in ("kl", "dnll", "lost")},
             **{f"{k}_ci": half_width(found[k]) for k in ("kl", "dnll", "lost")},
             "tokens": found["tokens"],
@@ -395,7 +395,7 @@ def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policie
         row = {
             "name": name,
             **asdict(plan),
-            "budget_ratio": plan.share(lab.grid),
+            "budget_ratio": plan.ratio(lab.grid),
             "images": count,
             "seed": seed,
             "core": lab.core,

@@ -17,8 +17,8 @@ One word, one meaning, here and in the nodes, the README and the widget:
 
 Each room imports only from those above it:
 
-    errors grid sizes plan events  numbers, no torch
-    cache/        slots, what a policy sees of them, folding, attention
+    errors grid pyramid sizes plan events  numbers, no torch
+    cache/        slots, what a policy sees of them, folding, attention; for lines and for scales
     policies/     one file per policy: which tokens to keep
     prompts/      classes, captions and chats to token ids or features
     models/       the decoders, one file per architecture

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,11 +34,12 @@ from .loop.drafts import check
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs, use_graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes
+from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
+from .loop.scales import check_stop, generate_scales, scale_policy
 from .loop.threads import limit_threads
 from .models.packed import pack
-from .pictures.heatmap import heatmap, lifetime
+from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import AUTO, PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
@@ -111,9 +113,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
     def finish(run: Run) -> None:
         for i in range(len(run.tokens)):
-            picture = decode(model.tokenizer, run.tokens[i : i + 1])
+            picture, shares, pyramid = _pictures(model, run, slice(i, i + 1)), run.shares[i : i + 1], model.info.pyramid
             if args.heatmap:
-                kept = lifetime(run.shares[i : i + 1])
+                kept = lifetime(shares) if pyramid is None else over_scales(shares[:, -1], pyramid)
                 picture = heatmap(kept, *_enlarged_size(picture, args.size), picture)
             write(picture[0])
 
@@ -128,7 +130,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     try:
         try:
-            _draw(model, micro_batches, [plan], args.step, finish_all)
+            _draw(model, micro_batches, [plan], args, finish_all)
         except BaseException:  # keep what was drawn so far; the rest of it is grey
             with STOP.waiting(), suppress(UserError, RuntimeError):
                 finish_all()
@@ -160,7 +162,7 @@ def run_compare(args: argparse.Namespace) -> None:
     micro_batches = _micro_batches(args, prompt, sample, caches=2)
     notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
     try:
-        full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args.step)
+        full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args)
     except BaseException:  # keep what was drawn so far; the rest of it is grey
         with STOP.waiting(), suppress(UserError, RuntimeError):
             _write_unfinished(model, micro_batches, few, writer, args.size, notes | {"unfinished": True})
@@ -185,15 +187,20 @@ def _write_comparison(
     size: int,
     notes: dict[str, Any],
 ) -> None:
-    pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
-    shown = model.info.grid.rows * 2 // 3  # lines: enough for many tokens to have been evicted
-    partial = pictures[1].clone()
-    partial[:, shown * model.tokenizer.config.factor :] = UNDRAWN
-    kept = heatmap(run.shares[:, shown - 1], *_enlarged_size(partial, size), partial)
+    pictures = [_pictures(model, r) for r in (full, run)]
+    if (pyramid := model.info.pyramid) is not None:
+        title, below = "what the cache holds before the last scale", pictures[1]
+        kept = over_scales(run.shares[:, -1], pyramid)
+    else:
+        shown = model.info.grid.rows * 2 // 3  # lines: enough for many tokens to have been evicted
+        title, below = f"what the cache holds after line {shown}", pictures[1].clone()
+        below[:, shown * model.tokenizer.config.factor :] = UNDRAWN
+        kept = run.shares[:, shown - 1]
+    kept = heatmap(kept, *_enlarged_size(below, size), below)
     rows = [
         ("full cache", _measurements(full), pictures[0]),
         (_describe(few, model.info), _measurements(run), pictures[1]),
-        (f"what the cache holds after line {shown}", "bright: held by most layers and heads; dark: evicted", kept),
+        (title, "bright: held by most layers and heads; dark: evicted", kept),
     ]
     writer.write_sheet(rows, names, size, notes)
 
@@ -221,7 +228,7 @@ def _tell_comparison(
         _say(f"{name:24}{_cache_mib(r):>12.2f}{r.tokens_per_second:>12.0f}{r.held:>22.0f}")
     saved = 1 - _cache_mib(run) / _cache_mib(full)
     same = float((full.tokens == run.tokens).float().mean())
-    if judge:
+    if judge and model.info.pyramid is None:
         shared = _shared(model, prompt, run.tokens, few, sample)
         _say(
             f"{saved:.0%} less cache. Given the same tokens, the next one's probabilities overlap by {shared:.0%} with "
@@ -243,8 +250,14 @@ def run_plan(args: argparse.Namespace) -> None:
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
     weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
+    if info.pyramid is None:
+        what = f"{info.grid.rows} lines of {info.grid.stride} tokens"
+        holds = "the prompt, the budget and the line being written"
+    else:
+        what = f"{info.pyramid.stages} scales ({info.pyramid.text}), {info.pyramid.tokens} tokens"
+        holds = "every layer's budget and one layer's working memory"
     _say(
-        f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
+        f"{info.name}: {what}, {info.config.layers} layers, "
         f"{info.config.heads} heads of {shape.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
     )
     _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
@@ -252,10 +265,10 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
-        size = shape.bytes(info.grid, plan, rows) / MIB
+        size = _planned_bytes(shape, info, plan, rows) / MIB
         _say(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
-    saved = 1 - shape.bytes(info.grid, few, rows) / shape.bytes(info.grid, full, rows)
-    _say(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
+    saved = 1 - _planned_bytes(shape, info, few, rows) / _planned_bytes(shape, info, full, rows)
+    _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
         room = free - library.decoder_bytes(info, dtype)
@@ -278,8 +291,9 @@ def run_models(args: argparse.Namespace) -> None:
             _say(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
+        scales = f" in scales {info.pyramid.text}" if info.pyramid else ""
         _say(
-            f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens, {kind}, "
+            f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens{scales}, {kind}, "
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
         )
         if info.classes:
@@ -310,17 +324,28 @@ def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan,
     return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
 
 
+def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
+    """The finished pictures of a run, or some of them: float32 B H W 3."""
+    return decode(model.tokenizer, (run.tokens if run.canvas is None else run.canvas)[rows])
+
+
+def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int) -> int:
+    if info.pyramid is not None:
+        return shape.scales_bytes(info.pyramid, plan, rows)
+    return shape.bytes(info.grid, plan.in_lines(info.grid), rows)
+
+
 def _draw(
     model: ImageModel,
     micro_batches: MicroBatches,
     plans: list[CachePlan],
-    kind: str,
+    args: argparse.Namespace,
     then: Callable[[], None] = lambda: None,
 ) -> list[Run]:
     """Draw the images once for each plan, in micro-batches if there are too many. `then` is called after each."""
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
-            _draw_micro_batch(model, micro_batch, plans, kind)
+            _draw_micro_batch(model, micro_batch, plans, args)
         then()
     return micro_batches.runs
 
@@ -334,23 +359,43 @@ def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, s
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
-    """A picture of the rows drawn so far, codes rows cols, with grey below: H W 3."""
+    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3."""
+    if (pyramid := model.info.pyramid) is not None:
+        quantizer = model.tokenizer.quantize
+        ends = [pyramid.index(stage + 1) for stage in range(pyramid.stages)]
+        scales = (
+            codes[None].to(model.tokenizer.device).split([b - a for a, b in pairwise([0, *ends]) if b <= len(codes)], 1)
+        )
+        maps = [one.unflatten(1, sides) for one, sides in zip(scales, pyramid.sides, strict=False)]
+        return decode(model.tokenizer, quantizer.canvas(pyramid, maps))[0]
     preview = Preview(model.tokenizer, model.info.grid.rows)
     preview.lines = list(codes[None].unbind(1))
     return preview.pictures()[0]
 
 
-def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
-    """The plans take turns line by line, so that their times are comparable."""
-    sequences = micro_batch.prompt.rows * (2 if micro_batch.sample.guided else 1)
-    use = use_graphs(kind, model.decoder.device, sequences)
-    graphs = [Graphs(model.decoder.step, evict, check) for _ in plans] if use else []
-    kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
-    drawing = [
-        generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
-        for plan, above, more in zip(plans, micro_batch.above, kwargs, strict=True)
-    ]
-    total = len(plans) * model.info.grid.rows * model.info.grid.cols * micro_batch.prompt.rows
+def _draw_micro_batch(
+    model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], args: argparse.Namespace
+) -> None:
+    """The plans take turns line by line, or scale by scale, so that their times are comparable."""
+    prompt, sample, name, pyramid = micro_batch.prompt, micro_batch.sample, model.info.name, model.info.pyramid
+    graphs: list[Graphs] = []
+    drawing: list[Iterator[Any]]
+    if pyramid is not None:
+        quantizer, stop = model.tokenizer.quantize, args.stop_after
+        drawing = [
+            generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, stop_after=stop, name=name)
+            for plan, given in zip(plans, micro_batch.above, strict=True)
+        ]
+    else:
+        use = use_graphs(args.step, model.decoder.device, prompt.rows * (2 if sample.guided else 1))
+        graphs = [Graphs(model.decoder.step, evict, check) for _ in plans] if use else []
+        kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
+        drawing = [
+            generate(model.decoder, prompt, plan, sample, above=above, name=name, **more)
+            for plan, above, more in zip(plans, micro_batch.above, kwargs, strict=True)
+        ]
+    tokens = model.info.grid.rows * model.info.grid.cols if pyramid is None else pyramid.tokens
+    total = len(plans) * tokens * prompt.rows
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for lines in zip(*drawing, strict=True):
             for run, line in zip(micro_batch.runs, lines, strict=True):
@@ -409,7 +454,11 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: Sam
     sequences, window = 2 if sample.guided else 1, max(sample.drafts, 0)  # AUTO: none for more than one image
 
     def needed(images: int) -> int:
-        return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
+        if info.pyramid is not None:
+            logits, hidden = info.config.logits, info.config.hidden
+            return scales_run_bytes(shape, info.pyramid, plan, sequences * images, logits, hidden, device)
+        lines = plan.in_lines(info.grid)
+        return run_bytes(shape, info.grid, lines, sequences * images, info.config.codes, device, window)
 
     if needed(1) > room:
         return "none"
@@ -444,14 +493,29 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         for k in ("policy", "budget", "anchors", "recent", "release", "storage")
         if getattr(args, k) is not None
     }
+    if args.share is not None:
+        if args.budget is not None:
+            raise UserError("share: --budget says the same in lines; leave one of the two out.")
+        changes["share"] = _share(args.share)
     plan = PRESETS[args.preset]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
     return replace(plan, **changes)
 
 
+def _share(text: str) -> float:
+    """'1/6' or '0.17' as a number."""
+    above, _, below = text.partition("/")
+    try:
+        if share := float(above) / float(below or 1):
+            return share
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise UserError(f"share: {quoted(text)} is not a share; write it as 1/6 or 0.17.")
+
+
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
-    names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "drafts")
+    names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "drafts", "smooth")
     if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
         raise UserError(f"seed: {args.seed} is out of range; choose 0 to {MAX_SEED}.")
     return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
@@ -462,7 +526,8 @@ def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
     if model.info.own_tokenizer:
         prompt = model.prompt(args.texts, args.negative)
     elif model.info.text:
-        prompt = text.prompt(args.texts, text.find_text_encoder(args.text_encoder), negative=args.negative)
+        encoder = text.find_text_encoder(args.text_encoder)
+        prompt = text.prompt(args.texts, encoder, negative=args.negative, model=model.info)
     else:
         prompt = model.class_prompt(args.classes or _demo_classes(model.info))
     model.check(prompt)
@@ -489,7 +554,11 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
-    plan.check(info.grid)
+    if info.pyramid is None:
+        plan.in_lines(info.grid).check(info.grid)
+    else:
+        scale_policy(plan, info.pyramid)
+        check_stop(args.stop_after, info.pyramid)
     if drawing:
         _files(args)
     return info
@@ -500,6 +569,12 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
     guided = _sample_plan(args, info).guided
     if args.tokenizer and args.model == library.BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
+    in_scales = info.pyramid is not None
+    of_lines, of_scales = {"drafts": args.drafts > 0, "step": args.step == "graph"}, ("stop_after", "smooth")
+    for name, given in (of_lines if in_scales else {name: getattr(args, name) for name in of_scales}).items():
+        if given:
+            option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
+            raise UserError(f"{option}: it does nothing here, as {info.name} draws {stage} by {stage}; leave it out.")
     if not info.text:
         if args.texts:
             raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
@@ -678,23 +753,30 @@ def _enlarged_size(pictures: Tensor, size: int) -> tuple[int, int]:
 
 
 def _describe(plan: CachePlan, info: ModelInfo) -> str:
-    if not plan.evicts(info.grid):
-        return "full cache"
     other_release = plan.release != CachePlan(plan.policy).release
+    if info.pyramid is not None:
+        if plan.keeps(info.pyramid) == info.pyramid.kept:
+            return "full cache"
+        what = f"{plan.keeps(info.pyramid)} of {info.pyramid.kept} tokens"
+    else:
+        plan = plan.in_lines(info.grid)
+        if not plan.evicts(info.grid):
+            return "full cache"
+        what = f"{plan.budget} of {info.grid.rows} lines"
     return (
-        f"{plan.budget} of {info.grid.rows} lines, {plan.policy}"
+        f"{what}, {plan.policy}"
         + (f", {plan.release}" if other_release else "")
         + (", 8 bits" if plan.storage == "int8" else "")
     )
 
 
 def _ratio(plan: CachePlan, info: ModelInfo) -> str:
-    share = plan.share(info.grid)
+    share = plan.ratio(info.pyramid or info.grid)
     return "all" if share == 1 else f"1/{1 / share:.3g}"
 
 
 def _cache_mib(run: Run) -> float:
-    return run.lines[0].cache_bytes / MIB
+    return run.lines[-1].cache_bytes / MIB
 
 
 def _measurements(run: Run) -> str:
@@ -702,7 +784,8 @@ def _measurements(run: Run) -> str:
 
 
 def _summary(run: Run) -> str:
-    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a line, {run.seconds:.1f} s"
+    stage = "line" if run.canvas is None else "scale"
+    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
     if not run.passes:
         return text
     return f"{text}, {run.passes:.0f} passes of {run.tokens_per_pass:.1f} tokens, {run.accepted:.0%} of drafts right"
@@ -727,7 +810,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--tokenizer", metavar="FILE", help="its VQ tokenizer, if it is not next to it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")
     group.add_argument(
-        "--pixels", metavar="WIDTHxHEIGHT", help="picture size, for models that offer a choice (Lumina-mGPT, Emu3)"
+        "--pixels",
+        metavar="WIDTHxHEIGHT",
+        help="picture size, for models that offer a choice (Lumina-mGPT, Emu3, Infinity)",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument(
@@ -739,6 +824,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
     group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
     group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that are kept")
+    group.add_argument("--share", metavar="SHARE", help="what is kept of a full cache, such as 1/6, instead of lines")
     group.add_argument("--anchors", type=int, metavar="TOKENS", help="number of first image tokens that always stay")
     group.add_argument("--recent", type=int, metavar="LINES", help="number of newest whole lines that always stay")
     group.add_argument(
@@ -756,7 +842,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--text", dest="texts", action="append", metavar="TEXT", help="what to draw; repeat for more")
     group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt of guidance, for all texts")
-    group.add_argument("--text-encoder", metavar="PATH", help="for LlamaGen: folder or file of FLAN-T5-XL")
+    group.add_argument("--text-encoder", metavar="PATH", help="for LlamaGen and Infinity: folder or file of FLAN-T5-XL")
     group.add_argument("--images", type=int, default=1, metavar="N", help="images per class or text (default: 1)")
     group.add_argument(
         "--at-once", type=int, default=0, metavar="N", help="draw at most N images at once; 0: all (default)"
@@ -788,6 +874,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
         "single float32 image on the CPU, none otherwise (default)",
+    )
+    group.add_argument(
+        "--stop-after", type=int, default=0, metavar="SCALES", help="for models that draw in scales: draw only so many"
+    )
+    group.add_argument(
+        "--smooth",
+        action="store_true",
+        default=None,
+        help="for models that draw in scales: mix codes, for smoother pictures",
     )
 
     output = argparse.ArgumentParser(add_help=False)

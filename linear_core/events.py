@@ -66,6 +66,53 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One finished scale of every image of the batch: what a Line is to models that draw in scales.
+
+    stage       0-based
+    stages      scales of the image
+    tokens      numbers of this scale's tokens in raster order, int64 B n: codes, or as many bits as a model draws
+    canvas      the running picture, float32 B Z h w: what a tokenizer decodes
+    share       share of layers and heads that hold each token of all scales after this one, float32 B N; 0 if it is
+                evicted, not drawn yet, or of the last scale, which is never held
+    held        tokens held per head after the scale, mean over layers, heads and images
+    seconds     since the previous scale
+    cache_bytes the most that keys and values have taken so far
+    by_head     which tokens each layer and head of the first image holds: bool L H N
+    replayed    the scale was given, not drawn
+    stands      how many tokens each token's slot stands for, mean over the layers and heads that hold it, float32 B N;
+                None unless victims are folded
+    """
+
+    stage: int
+    stages: int
+    tokens: Tensor
+    canvas: Tensor
+    share: Tensor
+    held: float
+    seconds: float
+    cache_bytes: int
+    by_head: Tensor | None = None
+    replayed: bool = False
+    stands: Tensor | None = None
+
+    @property
+    def row(self) -> int:
+        """The stage, as a Line calls it: a run can be told of either."""
+        return self.stage
+
+    @property
+    def rows(self) -> int:
+        """The number of stages, as a Line calls it."""
+        return self.stages
+
+    @property
+    def passes(self) -> float:
+        """Passes with drafts, as a Line calls them: there are none."""
+        return 0
+
+
+@dataclass(frozen=True)
 class Started:
     """Description of a run, before its first line.
 
@@ -316,6 +363,30 @@ def pack_codes(codes: Tensor) -> str:
     """
     images, rows, cols = codes.shape
     return f"{images}x{rows}x{cols}:{pack(codes.flatten().tolist())}"
+
+
+def pack_tokens(tokens: Tensor, bits: int) -> str:
+    """Tokens B N of all scales as text, "images x tokens x words : base64": each takes as many uint16 as its `bits`
+    need, the highest first.
+    """
+    images, count = tokens.shape
+    words = -(-bits // 16)
+    numbers = tokens.flatten().tolist()
+    packed = pack(number >> 16 * word & 0xFFFF for number in numbers for word in range(words - 1, -1, -1))
+    return f"{images}x{count}x{words}:{packed}"
+
+
+def unpack_tokens(text: str) -> tuple[tuple[int, int], list[int]]:
+    """(images, tokens) and the numbers that `pack_tokens` encoded. Raises ValueError for anything else."""
+    sizes, _, data = text.partition(":")
+    images, count, words = map(int, sizes.split("x"))
+    found = unpack(data)
+    if min(images, count, words) < 1 or words > 4 or len(found) != images * count * words:
+        raise ValueError(f"{len(found)} words are not {sizes}")
+    numbers = [0] * (images * count)
+    for word in range(words):
+        numbers = [number << 16 | low for number, low in zip(numbers, found[word::words], strict=True)]
+    return (images, count), numbers
 
 
 def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import UserError
 from .grid import Grid
+from .pyramid import Pyramid, Stages
 
 AUTO = -1  # drafts: by itself, where they were measured to win
 STORAGES = ("full", "int8")
@@ -13,7 +14,9 @@ RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
 # times the budget: shapes stay the same for all heads, at the price of unused room.
 UNEVEN = frozenset({"adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"})
+ACROSS_LAYERS = frozenset({"cake", "hack", "prefixkv", "pyramidkv"})  # of these, those that share among all layers
 HEADROOM = 2
+LINES = 24  # of a picture whose budget is stated in lines while it is drawn in scales: 4 lines are then 1/6
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,16 @@ class CachePlan:
     """What the line cache keeps. Raises UserError naming the setting that is out of range.
 
     policy   name of a policy in `linear_core.policies`
-    budget   lines of image tokens that are kept when a line has ended
+    budget   lines of image tokens that are kept when a line has ended. A picture drawn in scales has no lines: there
+             it counts as that many of 24
     anchors  number of first image tokens that are never evicted
-    recent   number of newest whole lines that are never evicted
+    recent   number of newest whole lines that are never evicted; without effect on a picture drawn in scales
     release  "strict": victims become invisible at once, as published. "lazy": a victim stays visible until the next
              line overwrites it, least useful first. "fold": a victim is merged into the kept slot with the nearest key,
              which then stands for both. "auto": fold for the policy that is made for it, strict for all others; it is
              replaced by the one chosen. All take the same memory.
     storage  "full": keys and values in the dtype they were computed in. "int8": complete lines in 8 bits.
+    share    the budget as a share of what a full cache holds, 0 to 1, in place of lines. 0: `budget` says it
     """
 
     policy: str = "line"
@@ -37,6 +42,7 @@ class CachePlan:
     recent: int = 2
     release: str = "auto"
     storage: str = "full"
+    share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.release == "auto":
@@ -47,10 +53,23 @@ class CachePlan:
             raise UserError(f"anchors: {self.anchors} is negative; choose 0 or more.")
         if self.recent < 0:
             raise UserError(f"recent: {self.recent} is negative; choose 0 or more.")
+        if not 0 <= self.share <= 1:
+            raise UserError(f"share: {self.share} is out of range; choose more than 0 and at most 1 (0: by lines).")
         if self.release not in RELEASES:
             raise UserError(f"release: '{self.release}' is unknown; choose one of auto, {', '.join(RELEASES)}.")
         if self.storage not in STORAGES:
             raise UserError(f"storage: '{self.storage}' is unknown; choose one of {', '.join(STORAGES)}.")
+
+    @property
+    def uneven(self) -> bool:
+        """Whether heads keep unequal numbers of tokens."""
+        return self.policy in UNEVEN
+
+    def in_lines(self, grid: Grid) -> CachePlan:
+        """The same plan with the budget in lines of this grid, at least one and no fewer than are protected."""
+        if not self.share:
+            return self
+        return replace(self, budget=max(1, round(self.share * grid.rows)), share=0.0)
 
     def lines(self, grid: Grid) -> int:
         """Lines of image tokens that each head has room for: the budget and the line being written.
@@ -64,6 +83,40 @@ class CachePlan:
         """Whether the picture has more lines than the budget and the line being written."""
         return self.policy != "full" and self.budget + 1 < grid.rows
 
+    def ratio(self, stages: Stages) -> float:
+        """The budget as a share of what a full cache holds, as papers state it: 4 of 24 lines is 1/6."""
+        if self.policy == "full":
+            return 1.0
+        rows = LINES if isinstance(stages, Pyramid) else stages.rows
+        return min(self.share or self.budget / rows, 1.0)
+
+    def protected(self, stages: Stages) -> int:
+        """First image tokens that are never evicted: the anchors; of a pyramid, the scales that hold them."""
+        return stages.whole(self.anchors) if isinstance(stages, Pyramid) else self.anchors
+
+    def keeps(self, pyramid: Pyramid) -> int:
+        """Tokens that each head keeps, on average: a share of all scales but the last, which nobody reads."""
+        return min(max(1, pyramid.size(0), round(self.ratio(pyramid) * pyramid.kept)), pyramid.kept)
+
+    def work_slots(self, pyramid: Pyramid) -> int:
+        """Slots of working memory that one layer at a time needs: what its fullest head holds, and the last scale."""
+        return min(self.keeps(pyramid) * (HEADROOM if self.uneven else 1), pyramid.kept) + pyramid.size(-1)
+
+    def check_scales(self, pyramid: Pyramid) -> None:
+        """Raise UserError if the plan does not suit a picture drawn in scales, or the first scales exceed its share."""
+        if self.release == "lazy":
+            raise UserError(
+                "release: lazy victims stay until the next line overwrites them, and this model draws in scales; "
+                "choose strict or fold."
+            )
+        keeps, protected = self.keeps(pyramid), self.protected(pyramid)
+        if keeps < min(protected, pyramid.kept):
+            least = next(n for n in range(1, 100) if round(n / 100 * pyramid.kept) >= protected)
+            raise UserError(
+                f"share: {self.ratio(pyramid):.3g} of {pyramid.kept} tokens are {keeps}, but the first scales hold "
+                f"{protected}, which are never evicted; choose {least / 100:g} or more, or fewer anchors."
+            )
+
     def check(self, grid: Grid) -> None:
         """Raise UserError if the protected tokens alone exceed the budget on this grid."""
         protected = self.anchors + self.recent * grid.stride
@@ -72,10 +125,6 @@ class CachePlan:
                 f"budget: {self.budget} lines hold {self.budget * grid.stride} tokens, but {self.anchors} anchors and "
                 f"{self.recent} recent lines protect {protected}; raise the budget or lower anchors or recent."
             )
-
-    def share(self, grid: Grid) -> float:
-        """The budget as a share of the image's tokens, as papers state it: 4 of 24 lines is 1/6."""
-        return 1.0 if self.policy == "full" else min(self.budget / grid.rows, 1.0)
 
 
 PRESETS = {
@@ -100,6 +149,8 @@ class SamplePlan:
     top_p              sample from the smallest set of codes with this probability; 1: all
     drafts             tokens that one forward pass checks: the newest one and guesses behind it, with the same codes as
                        without (`loop/drafts.py`). 0: none; -1: by itself, where they were measured to win
+    smooth             models that draw in scales: each place gets a mixture of codes around the one that is sampled.
+                       Published as "more smooth", for looks; the picture is then more than its tokens
     """
 
     seed: int = 0
@@ -109,6 +160,7 @@ class SamplePlan:
     top_k: int = 0
     top_p: float = 1.0
     drafts: int = 0
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if not self.guidance >= 0 or self.guidance > 1000:
@@ -150,6 +202,19 @@ class CacheShape:
     def line_bytes(self, grid: Grid, rows: int) -> int:
         """Keys and values of one line for `rows` sequences (images, twice with guidance)."""
         return 2 * self.layers * rows * self.heads * self.head_dim * grid.stride * self.bytes_per_element
+
+    def scales_bytes(self, pyramid: Pyramid, plan: CachePlan, rows: int) -> int:
+        """Keys and values over the scales for `rows` sequences: every layer's budget and one working memory.
+
+        Exact, but for policies that divide a budget among layers: until all layers have settled for the first time, the
+        earlier ones may have grown before the later ones shrink. Then it is the most there can be.
+        """
+        heads = 2 * rows * self.heads
+        slot = self.head_dim + 4 if plan.storage == "int8" else self.head_dim * self.bytes_per_element
+        held = self.layers * heads * plan.keeps(pyramid) * slot
+        if plan.policy in ACROSS_LAYERS and plan.keeps(pyramid) < pyramid.kept:
+            held += held * (HEADROOM - 1) // 2
+        return held + heads * plan.work_slots(pyramid) * self.head_dim * self.bytes_per_element
 
     def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache for `rows` sequences, as allocated before the first token."""

@@ -36,22 +36,23 @@ class DownloadModel(io.ComfyNode):
                 "lumina",
                 "anole",
                 "emu3",
+                "infinity",
                 "linear",
             ],
             inputs=[
                 io.Combo.Input(
                     "release",
                     options=list(RELEASES),
-                    tooltip=f"What to download. {sizes}. c2i models take classes, the other models text; vq files are "
-                    "tokenizers. Licences: Lumina-mGPT-7B, Anole and vqgan are not for commercial use (Chameleon "
-                    "Research License); Janus: DeepSeek Model License; movqgan_270M, which Lumina-mGPT 2.0 needs: none "
-                    "stated; the rest: MIT or Apache-2.0.",
+                    tooltip=f"What to download. {sizes}. c2i and var models take classes, the other models text; vq "
+                    "and vae files are tokenizers. Licences: Lumina-mGPT-7B, Anole and vqgan are not for commercial "
+                    "use (Chameleon Research License); Janus: DeepSeek Model License; movqgan_270M, which Lumina-mGPT "
+                    "2.0 needs: none stated; the rest: MIT or Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",
                     default=True,
-                    tooltip="Also download what the model depends on: its tokenizers (0.3 to 1.8 GB) and, for t2i, the "
-                    "text encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
+                    tooltip="Also download what the model depends on: its tokenizers (0.3 to 1.8 GB) and, for t2i and "
+                    "Infinity, the text encoder flan-t5-xl (11.4 GB). Existing files are left untouched.",
                 ),
             ],
             outputs=[],

@@ -208,11 +208,12 @@ def _encoder_width(path: str, size: int, changed: int) -> int:
 
 @lru_cache(maxsize=256)
 def _caption_width(path: str, size: int, changed: int) -> int:
-    """Features per token that a LlamaGen takes; 0 for anything else."""
+    """Features per token that a LlamaGen or an Infinity takes; 0 for anything else."""
     try:
-        return read_checkpoint(path).shapes.get("cls_embedding.uncond_embedding", (0,))[-1]
+        shapes = read_checkpoint(path).shapes
     except UserError:
         return 0
+    return shapes.get("cls_embedding.uncond_embedding", shapes.get("cfg_uncond", (0,)))[-1]
 
 
 def _text_encoders() -> dict[str, tuple[Path, int]]:
@@ -235,7 +236,7 @@ def _text_encoders() -> dict[str, tuple[Path, int]]:
 
 
 def _fits_a_model(width: int) -> bool:
-    """Whether a LlamaGen takes so many features per token: a published one, or one that is there."""
+    """Whether a model takes so many features per token: a published one, or one that is there."""
     return width == published.FEATURES or any(
         width == _caption_width(str(path), *_state(path)) for path in _checkpoints().values()
     )

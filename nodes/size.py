@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linear_core.checkpoints.families import ModelInfo
+from ..linear_core.checkpoints.families import ModelInfo, infinity
 from ..linear_core.checkpoints.families.lumina import SIDES, SIDES_2
 from ..linear_core.sizes import EMU3_AREAS, EMU35_SIZES, Size, emu3_sizes, sizes
 
@@ -16,6 +16,7 @@ SIZES: dict[str, tuple[Size, ...]] = {
     "of Lumina-mGPT 2.0": tuple(size for side in SIDES_2 for size in sizes(side)),
     **{f"of {name}": emu3_sizes(area) for name, area in EMU3_AREAS.items()},
     "of Emu3.5": EMU35_SIZES,
+    **{f"of Infinity {name}": drawn for name, drawn in infinity.SIZES.items()},
 }
 
 
@@ -44,8 +45,9 @@ def size_input() -> io.Input:
         options=[io.DynamicCombo.Option(OWN, []), *options],
         optional=True,
         tooltip="Size of the image. 'the model's own': the only size of the model, or its square. Lumina-mGPT, Emu3 "
-        "and Emu3.5 have several: choose your model's version, or the number in its name, then a size. Other models "
-        "have no other size.",
+        "and Emu3.5 have several: choose your model's version, or the number in its name, then a size. Infinity draws "
+        "best in the size that its file was trained for: 1M, or 0.25M or 0.06M where its name says 512 or 256. Other "
+        "models have no other size.",
     )
 
 

@@ -29,8 +29,8 @@ class TextPrompt(io.ComfyNode):
             display_name="Text Prompt",
             category="LineAR",
             description="Sets what to generate, for text-to-image models: one image per text. Janus, Lumina-mGPT "
-            "and Emu3 read the text themselves: connect them. LlamaGen needs a text encoder, which is loaded only for "
-            "new texts and unloaded afterwards.",
+            "and Emu3 read the text themselves: connect them. LlamaGen and Infinity need a text encoder, which is "
+            "loaded only for new texts and unloaded afterwards; connect Infinity too, which reads longer texts.",
             search_aliases=[
                 "text encode",
                 "prompt",
@@ -41,6 +41,7 @@ class TextPrompt(io.ComfyNode):
                 "janus",
                 "lumina",
                 "emu3",
+                "infinity",
                 "size",
                 "linear",
             ],
@@ -48,9 +49,9 @@ class TextPrompt(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder",
                     options=files.text_encoder_names(),
-                    tooltip="For LlamaGen only: FLAN-T5-XL, as the google/flan-t5-xl folder or a single encoder file, "
-                    "in models/text_encoders or models/ar_image. Download AR Model fetches it. Ignored when a model "
-                    "that reads text itself (Janus, Lumina-mGPT, Emu3) is connected; 'none' will do.",
+                    tooltip="For LlamaGen and Infinity: FLAN-T5-XL, as the google/flan-t5-xl folder or a single "
+                    "encoder file, in models/text_encoders or models/ar_image. Download AR Model fetches it. Ignored "
+                    "when a model that reads text itself (Janus, Lumina-mGPT, Emu3) is connected; 'none' will do.",
                 ),
                 io.String.Input(
                     "text",
@@ -58,13 +59,14 @@ class TextPrompt(io.ComfyNode):
                     dynamic_prompts=True,
                     placeholder="a red fox in the snow, early morning\n---\nanother image in the same batch",
                     tooltip="What to generate, in English. Full sentences work best. LlamaGen uses the first 120 "
-                    "tokens (about 90 words). A line of --- starts another image in the same batch.",
+                    "tokens (about 90 words), Infinity 512. A line of --- starts another image in the same batch.",
                 ),
                 MODEL.Input(
                     "model",
                     optional=True,
                     tooltip="The model that will generate the image, from Load AR Model. Required for Janus, "
-                    "Lumina-mGPT and Emu3, whose own tokenizers read the text; optional for LlamaGen.",
+                    "Lumina-mGPT and Emu3, whose own tokenizers read the text, and for Infinity; optional for "
+                    "LlamaGen.",
                 ),
                 io.String.Input(
                     "negative_text",
@@ -74,7 +76,7 @@ class TextPrompt(io.ComfyNode):
                     placeholder="what to avoid (empty: the model's default)",
                     tooltip="What guidance steers away from, for all images. Empty: as the model was published (Janus: "
                     "the prompt with its text masked out; Lumina-mGPT, Emu3.5 and U0: no text; Emu3: its authors' list "
-                    "of flaws; LlamaGen: a learned embedding). No effect without guidance.",
+                    "of flaws; LlamaGen and Infinity: a learned embedding). No effect without guidance.",
                 ),
                 size_input(),
             ],
@@ -112,12 +114,12 @@ class TextPrompt(io.ComfyNode):
         negative = negative_text.strip()
         if model is not None and not model.image.info.text:
             raise UserError(f"model: {model.image.info.name} takes classes, not text; connect it to Class Prompt.")
-        if model is not None and model.image.info.own_tokenizer:
-            image = replace(model.image, info=sized(model.image.info, size))
-            return io.NodeOutput(image.prompt(texts, negative))
-        if size is not None and size["size"] != OWN:
-            raise UserError(f"size: models that need a text encoder have only one size; choose '{OWN}'.")
-        found = files.find_text_files(text_encoder, 0 if model is None else model.image.info.config.caption_dim)
+        info = model and sized(model.image.info, size)
+        if model is not None and info is not None and info.own_tokenizer:
+            return io.NodeOutput(replace(model.image, info=info).prompt(texts, negative))
+        if info is None and size is not None and size["size"] != OWN:
+            raise UserError(f"size: connect the model that is to draw '{size['pixels']}', or choose '{OWN}'.")
+        found = files.find_text_files(text_encoder, info.config.caption_dim if info else 0)
         bar = host.Progress(max(len(texts), 1), cls.hidden.unique_id)
         placed: list[host.ModelPatcher] = []
 
@@ -128,7 +130,7 @@ class TextPrompt(io.ComfyNode):
             return placed[0].load_device
 
         try:
-            return io.NodeOutput(prompt(texts, found, place, lambda done, total: bar.update(done), negative))
+            return io.NodeOutput(prompt(texts, found, place, lambda done, total: bar.update(done), negative, info))
         finally:
             for patcher in placed:
                 host.unload(patcher)

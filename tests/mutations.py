@@ -99,13 +99,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/micro_batches.py", "codes[:, : run.lines[0].rows - 1]", "codes", "micro-batches: no line is left to draw"),
     (
         "loop/micro_batches.py",
-        "run.tokens if len(run.lines) > (0 if given is None else given.shape[1]) else given",
+        "run.tokens if count > (0 if given is None else given.shape[1]) else given",
         "given",
         "micro-batches: lines that were complete are drawn again",
     ),
     (
         "loop/micro_batches.py",
-        "len(run.lines) > (0 if given is None else given.shape[1])",
+        "count > (0 if given is None else given.shape[1])",
         "run.lines",
         "micro-batches: rows that were given are drawn anew where fewer had come back",
     ),
@@ -495,8 +495,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     # -- who goes
     ("policies/choose.py", "(token < anchors) | ", "", "anchors unprotected"),
-    ("policies/choose.py", "(view.row + 1 - recent)", "(view.row + 2 - recent)", "one recent line too few"),
-    ("policies/choose.py", "(view.row + 1 - recent)", "(view.row - recent)", "one recent line too many"),
+    ("policies/choose.py", "first_of(1 - recent)", "first_of(2 - recent)", "one recent line too few"),
+    ("policies/choose.py", "first_of(1 - recent)", "first_of(-recent)", "one recent line too many"),
     (
         "policies/choose.py",
         "protect(scores[..., prompt_slots:],",
@@ -525,8 +525,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- policies
     ("policies/line.py", "p.mean(2)", "p.amax(2)", "line: the greatest query for the mean"),
     ("policies/streaming.py", "return view.index.float()", "return -view.index.float()", "streaming: the newest go"),
-    ("policies/h2o.py", "return view.mass / age", "return view.mass", "h2o: a sum that favours the old"),
-    ("policies/h2o.py", "view.newest + 1 - view.index", "view.newest + 5 - view.index", "h2o: ages off by four"),
+    ("policies/h2o.py", "return view.mass / view.age()", "return view.mass", "h2o: a sum that favours the old"),
+    ("policies/h2o.py", "view.age()", "(view.age() + 4)", "h2o: ages off by four"),
     ("policies/snapkv.py", "return view.by_index(scores, pool)", "return pool(scores)", "snapkv: neighbours by slot"),
     ("policies/snapkv.py", "WINDOW = 32", "WINDOW = 40", "snapkv: window too long"),
     ("policies/tova.py", "last=1", "last=2", "tova: two queries"),
@@ -590,8 +590,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/allocate.py", ".clamp(max=HEADROOM * budget)", "", "uneven: a head may exceed its room"),
     (
         "policies/allocate.py",
-        "low = plan.anchors + plan.recent * view.grid.stride",
-        "low = 0",
+        "return plan.anchors + plan.recent * view.grid.stride,",
+        "return 0,",
         "uneven: below protected",
     ),
     (
@@ -600,7 +600,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "0",
         "uneven: the rest of a division is lost",
     ),
-    ("policies/allocate.py", "(view.row + 1) * view.grid.stride", "99999", "uneven: more than there is"),
+    ("policies/allocate.py", "view.newest + 1 - view.grid.prompt", "99999", "uneven: more than there is"),
     ("policies/allocate.py", "[view.layer :]", "[0:]", "uneven: all layers keep what the first does"),
     (
         "policies/allocate.py",
@@ -634,7 +634,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/criticalkv.py", " * upcast(view.values).norm(dim=-1).float()", "", "criticalkv: without the values"),
     (
         "policies/criticalkv.py",
-        "candidates.sum(-1, keepdim=True) - view.grid.stride",
+        "view.staying()",
         "candidates.sum(-1, keepdim=True)",
         "criticalkv: half of more",
     ),
@@ -654,11 +654,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/stratified.py", "SHARE = 0.5", "SHARE = 0.25", "stratified: half the quota"),
     ("policies/ssd.py", "> SEMANTIC", "< SEMANTIC", "ssd: kinds swapped"),
     ("policies/ssd.py", "[view.layer :]", "[0:]", "ssd: the first layer's kinds for all"),
-    ("policies/attention_distance.py", "view.row + 1 - NEAR", "view.row - NEAR", "reach: three lines are near"),
+    ("policies/attention_distance.py", "first_of(1 - NEAR)", "first_of(-NEAR)", "reach: three lines are near"),
     ("policies/attention_distance.py", ", image_only=True", "", "reach: the prompt counts"),
     ("policies/hack.py", "STRUCTURAL = 5.0", "STRUCTURAL = 0.2", "hack: budgets swapped"),
     ("policies/hack.py", "h2o(view), line(view)", "line(view), h2o(view)", "hack: scores swapped"),
-    ("policies/hack.py", "& (view.index < view.grid.index(view.row))", "", "hack: the order of a line is variance"),
+    ("policies/hack.py", "& (view.index < view.first_of(0))", "", "hack: the order of a line is variance"),
     (
         "policies/hack.py",
         "contextual(view)[view.layer :]",
@@ -675,7 +675,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/adakv.py", "FLOOR = 0.2", "FLOOR = 0.0", "adakv: no floor"),
     (
         "policies/adakv.py",
-        "scores = protect(scores, view.index, view, plan.anchors, plan.recent)",
+        "scores = protect(scores, view.index, view, plan.protected(view.grid), recent)",
         "pass",
         "adakv: protected tokens compete",
     ),
@@ -686,7 +686,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "return ranked",
         "prefixkv: shares that are not cumulative",
     ),
-    ("policies/prefixkv.py", "plan.share(view.grid)", "0.9", "prefixkv: at another ratio"),
+    ("policies/prefixkv.py", "plan.ratio(view.grid)", "0.9", "prefixkv: at another ratio"),
     # -- drawing
     ("loop/sampling.py", "unconditional + (conditional", "unconditional - (conditional", "guidance: wrong sign"),
     (
@@ -1160,7 +1160,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "if False:",
         "loading: whole numbers in a text encoder",
     ),
-    ("tokenizers/tokenizer.py", "width < 4 or", "", "loading: channels that do not divide"),
+    ("tokenizers/tokenizer.py", "shape[0] < 4 or", "", "loading: channels that do not divide"),
     ("tokenizers/tokenizer.py", "if not all((codes, code_dim, z)):", "if False:", "loading: a tokenizer of nothing"),
     ("prompts/emu.py", "text or always_task", "text", "emu: U0's rows without a text"),
     ("prompts/emu.py", "text.strip().removesuffix(SUFFIX) + SUFFIX", "text.strip()", "emu: what its authors append"),
@@ -1184,7 +1184,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("tokenizers/still.py", "tensor[:, :, -2:].sum(2), ", "tensor[:, :, :2].sum(2), ", "tokenizer: padded in front"),
     ("tokenizers/still.py", "both.chunk(2)", "(both.chunk(2)[0], entries)", "tokenizer: norms read other entries"),
     ("checkpoints/convert.py", "targets[key].transform(tensor)", "tensor", "converting: weights as they are published"),
-    ("checkpoints/families/llamagen.py", " or len(names) != config.classes", "", "loading: any number of class names"),
+    ("checkpoints/families/llamagen.py", " or len(names) != count", "", "loading: any number of class names"),
     (
         "checkpoints/families/llamagen.py",
         "if not isinstance(settings, dict) or any(",
@@ -1217,6 +1217,51 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "index_select(0, index)",
         "RoPE turned by the index",
     ),
+    # scales
+    ("pyramid.py", "if end >= tokens", "if end > tokens", "scales: one scale too many is protected"),
+    ("plan.py", "stages.whole(self.anchors)", "self.anchors", "scales: anchors end within a scale"),
+    ("plan.py", "self.ratio(pyramid) * pyramid.kept", "self.ratio(pyramid) * pyramid.tokens", "scales: a share of all"),
+    (
+        "cache/view.py",
+        "upcast(k), b, i, self.newest)) for",
+        "upcast(k), b, i, self.newest + 1 - count)) for",
+        "scales: a query sees its scale up to itself",
+    ),
+    ("cache/view.py", "return self.newest + 1 - first", "return self.newest + 1 - self.index", "scales: ages by token"),
+    (
+        "cache/stage_cache.py",
+        "return self.stage + 1 < self.pyramid.stages",
+        "return True",
+        "scales: the last scale is stored",
+    ),
+    (
+        "cache/stage_cache.py",
+        "        self._save(layer, kv)\n        self.peak",
+        "        self.peak",
+        "scales: never settled",
+    ),
+    ("cache/stage_cache.py", "if layer.ragged or", "if", "scales: heads see their neighbours' slots"),
+    ("cache/stage_cache.py", "or not bool((held", "or bool((held", "scales: uneven budgets are evened"),
+    ("cache/fold.py", "folds = folds & ~none", "pass", "scales: what only fills a list is folded"),
+    (
+        "loop/scales.py",
+        "state = decoder.select_rows(state, images)",
+        "pass",
+        "scales: guidance goes on without a cache",
+    ),
+    ("loop/scales.py", "stage < scales_given", "False", "scales: given ones are drawn again"),
+    ("models/var.py", "1 + (scale - 1) * stage", "1 + scale * stage", "var: guidance ends one higher"),
+    ("models/var.py", ".clamp(max=LARGEST_SCALE)", "", "var: scores without a limit"),
+    ("models/var.py", "scale, shift = state.head", "shift, scale = state.head", "var: the head's scale and shift"),
+    ("models/var.py", "q = q * PLAIN_SCALE", "pass", "var: plain scores four times too large"),
+    ("tokenizers/pyramid.py", 'mode="bicubic"', 'mode="bilinear"', "pyramid: scales rise along straight lines"),
+    (
+        "tokenizers/pyramid.py",
+        "(0, 0, 1, 1, 1, 2, 2, 3, 3, 3)",
+        "(0, 0, 0, 1, 1, 2, 2, 2, 3, 3)",
+        "pyramid: ties go down",
+    ),
+    ("tokenizers/pyramid.py", "0.27 * (1 - 0.95 * ratio)", "0.27", "pyramid: mixtures stay wide"),
 ]
 
 

@@ -27,9 +27,11 @@ from linear_core.events import (
     Trace,
     pack,
     pack_codes,
+    pack_tokens,
     unpack,
     unpack_codes,
     unpack_kept,
+    unpack_tokens,
 )
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
@@ -297,6 +299,22 @@ def test_javascript_keeps_rows_of_several_runs():
     assert [each[:3] for each in kept] == [(1, 99, (2, 2, 5)), (0, 5, (2, 5, 5)), (2, 7, (2, 5, 5))]
     for each in kept:
         assert torch.equal(torch.tensor(each.codes).view(each.sizes), codes[:, : each.sizes[1]])
+
+
+@pytest.mark.parametrize(("bits", "words"), [(12, 1), (16, 1), (32, 2), (56, 4)])
+def test_tokens_of_scales_as_text(bits, words):
+    """Numbers beyond sixteen bits travel as words, the highest first; anything else is refused."""
+    tokens = torch.randint(2**bits, (2, 7), generator=torch.Generator().manual_seed(0))
+    tokens[0, 0], tokens[1, 6] = 2**bits - 1, 0
+    written = pack_tokens(tokens, bits)
+    assert written.startswith(f"2x7x{words}:")
+    assert unpack_tokens(written) == ((2, 7), tokens.flatten().tolist())
+    assert (
+        unpack(written.partition(":")[2])[:words] == [int(tokens[0, 0]) >> 16 * n & 0xFFFF for n in range(words)][::-1]
+    )
+    for broken in ("", written.replace("2x7", "2x8", 1), "1x1x9:" + "AAAA" * 6, "0x0x0:", written[:-4]):
+        with pytest.raises(ValueError):
+            unpack_tokens(broken)
 
 
 def test_javascript_knows_the_fields():

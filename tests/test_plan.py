@@ -87,9 +87,9 @@ def test_lines(plan, rows, lines, evicts):
 
 def test_share_is_the_papers_ratio():
     """4 of 24 lines is one sixth; more than everything is everything."""
-    assert CachePlan(budget=4).share(SQUARE) == 1 / 6
-    assert CachePlan(budget=48).share(SQUARE) == 1
-    assert CachePlan("full", budget=4).share(SQUARE) == 1
+    assert CachePlan(budget=4).ratio(SQUARE) == 1 / 6
+    assert CachePlan(budget=48).ratio(SQUARE) == 1
+    assert CachePlan("full", budget=4).ratio(SQUARE) == 1
 
 
 def test_protected_tokens_must_fit_the_budget():

@@ -26,12 +26,17 @@ from linear_core.checkpoints.weights import read_weights
 from linear_core.events import Line
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
+from linear_core.models.infinity import Infinity, InfinityConfig
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.models.lumina import Lumina, LuminaConfig
+from linear_core.models.var import VAR, VARConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import Prompt, token_prompt
+from linear_core.pyramid import Pyramid
+from linear_core.tokenizers.bits import BitPyramid
+from linear_core.tokenizers.pyramid import ResidualPyramid
 
 CLASSES, CODES = 5, 23
 CAPTION, CAPTION_DIM = 7, 6  # slots of a caption, numbers a slot
@@ -78,6 +83,27 @@ def grouped(rows: int, cols: int, *, seed: int = 0, layers: int = 2, dtype: torc
     )
     model = Lumina(config, Grid(rows, cols, eol=3 - WORDS)).requires_grad_(False).eval()
     return _filled(model, {"wqkv": 0.3, "w2": 0.1, "lm_head": 0.4, "embed_tokens": 1.0}, seed).to(dtype)
+
+
+def var(
+    *sides: int, seed: int = 0, layers: int = 2, shared: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[VAR, ResidualPyramid]:
+    """Three heads of 8 numbers over these scales, and the quantizer of its codes, 6 numbers each."""
+    config = VARConfig(layers, 24, 3, 32, CODES, CLASSES, 6, Pyramid.square(*sides), shared_adaln=shared)
+    model = VAR(config).requires_grad_(False).eval()
+    quantizer = ResidualPyramid(CODES, 6, 4).requires_grad_(False)
+    deviation = {"mat_qkv": 0.4, "fc2": 0.1, "scale_mul": 0.7, "ada": 0.4, "head": 0.5, "class_emb": 1.0}
+    return _filled(model, deviation, seed).to(dtype), _filled(quantizer, {"embedding": 1.0}, seed).to(dtype)
+
+
+def infinity(
+    *sides: tuple[int, int], seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[Infinity, BitPyramid]:
+    """Three heads of 8 numbers over these scales, captions of CAPTION slots; and its quantizer, 6 bits a token."""
+    config = InfinityConfig(layers, 24, 3, 32, 6, CAPTION_DIM, CAPTION, 2, 15)
+    model = Infinity(config, Pyramid(sides)).requires_grad_(False).eval()
+    deviation = {"mat_qkv": 0.4, "fc2": 0.1, "scale_mul": 0.7, "ada": 0.4, "head": 0.5, "cfg_uncond": 1.0}
+    return _filled(model, deviation, seed).to(dtype), BitPyramid(6, 1)
 
 
 def _filled(model: Any, deviation: dict[str, float], seed: int) -> Any:

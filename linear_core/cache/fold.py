@@ -38,10 +38,11 @@ class Folded:
     count: Tensor
 
 
-def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
+def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None) -> Folded:
     """Merge each victim (slots, int64 L B H V) into the kept image slot with the nearest key.
 
     count  L B H S, tokens in each slot now
+    none   bool L B H V: entries of `victims` that only fill up a list, and repeat a victim of the same head
 
     Keys and values become means weighted by importance (`View.importance`): a token that gets no attention must not
     move one that gets much. The slot's weight is chosen so that it draws the attention mass that its tokens would have
@@ -54,6 +55,8 @@ def fold(view: View, victims: Tensor, count: Tensor) -> Folded:
     victim_keys = upcast(gather_vectors(view.keys, victims))
     distance = distances(victim_keys, upcast(view.keys)).masked_fill(~kept[..., None, :], float("inf"))
     folds = view.candidates().gather(-1, victims)  # a victim may be an empty slot
+    if none is not None:
+        folds = folds & ~none
     slot = torch.where(folds, _nearest(distance, view.index[..., None, :])[..., 0], victims)
     # Victims V x V, 1 where two share a slot. A matrix product always adds in the same order; a scatter does not.
     same_slot = (slot[..., :, None] == slot[..., None, :]).to(victim_keys.dtype)

@@ -132,15 +132,15 @@ class Int8(Full):
 
     def write_prompt(self, layer: int, x: Tensor) -> None:
         end = x.shape[2]
-        self.data[layer, :, :, :end], self.scale[layer, :, :, :end] = _quantize(x, self.scale.dtype)
+        self.data[layer, :, :, :end], self.scale[layer, :, :, :end] = quantize(x, self.scale.dtype)
 
     def overwrite(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
-        data, scale = _quantize(x, self.scale.dtype)
+        data, scale = quantize(x, self.scale.dtype)
         _write_slots(self.data[layer, rows], slot, data)
         _write_slots(self.scale[layer, rows], slot, scale)
 
     def finish_line(self, layer: int, target: Tensor) -> None:
-        data, scale = _quantize(self.fresh[layer], self.scale.dtype)
+        data, scale = quantize(self.fresh[layer], self.scale.dtype)
         _write_slots(self.data[layer], target, data)
         _write_slots(self.scale[layer], target, scale)
 
@@ -168,7 +168,7 @@ def _write_slots(stored: Tensor, slot: Tensor, x: Tensor) -> None:
     stored.view(-1, stored.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
 
 
-def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x ... D as int8, and the scale of each vector as `dtype`: ... 1."""
     x = x.float()
     # Slightly larger, so that the largest element stays within 127 steps however the scale is rounded.

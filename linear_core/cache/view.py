@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import Grid
+from ..pyramid import Pyramid, Stages
 from .attention import attention_weights, stack_groups
 from .look_ahead import HORIZONS, LookAhead, upcast
 
@@ -34,6 +34,10 @@ class View:
     rotate        rotates queries to so many lines further down, with the model's RoPE; for policies that read "ahead"
     first         number of the first row of the batch in the view
     survey        all layers B ..., result of the policy's survey at the first eviction; None unless it has one
+    keeps         image tokens that each head will keep, on average; 0: all but a line
+
+    A picture drawn in scales (`Pyramid`) is shown at the end of a layer's pass over a scale: "line" above is then
+    "scale", C is some of its queries, evenly spread, and every query sees the whole scale.
     """
 
     keys: Tensor
@@ -42,12 +46,13 @@ class View:
     index: Tensor
     queries: Tensor | None
     mass: Tensor | None
-    grid: Grid
+    grid: Stages
     row: int | Tensor
     layer: int = 0
     rotate: Callable[[Tensor, int], Tensor] | None = None
     survey: Tensor | None = None
     first: int = 0
+    keeps: int = 0
     _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
@@ -64,7 +69,27 @@ class View:
     @property
     def newest(self) -> int | Tensor:
         """Index of the newest token in the cache."""
-        return self.grid.index(self.row + 1) - 1
+        return self.first_of(1) - 1
+
+    def first_of(self, stages: int) -> int | Tensor:
+        """Index of the first token of the line or scale so many further on: 0 is the finished one."""
+        if isinstance(self.grid, Pyramid):
+            return self.grid.index(max(int(self.row) + stages, 0))
+        return self.grid.index(self.row + stages)
+
+    def staying(self) -> Tensor:
+        """Image tokens that each head will keep, on average: L B H 1."""
+        held = self.candidates().sum(-1, keepdim=True)
+        return held.clamp(max=self.keeps) if isinstance(self.grid, Pyramid) else held - self.grid.stride
+
+    def age(self) -> Tensor:
+        """How many queries have seen each slot's token: L B H S, at least 1."""
+        if not isinstance(self.grid, Pyramid):
+            return (self.newest + 1 - self.index).clamp(min=1)
+        first = torch.zeros_like(self.index)
+        for stage in range(1, int(self.row) + 1):
+            first = first.masked_fill(self.index >= self.grid.index(stage), self.grid.index(stage))
+        return self.newest + 1 - first
 
     def attention(
         self, reduce: Callable[[Tensor], Tensor], last: int | None = None, image_only: bool = False
@@ -80,10 +105,16 @@ class View:
         count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
         bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
         layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
+        if isinstance(self.grid, Pyramid):  # a scale's queries see all of it; products of unit keys need float32
+            return torch.stack([reduce(attention_weights(q, upcast(k), b, i, self.newest)) for q, k, b, i in layers])
         return torch.stack([reduce(attention_weights(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
 
-    def look_ahead(self, lines: tuple[int, ...] = HORIZONS) -> LookAhead:
-        """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike."""
+    def look_ahead(self, lines: tuple[int, ...] = ()) -> LookAhead:
+        """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike.
+
+        By default of several, HORIZONS; of a pyramid only of the next scale.
+        """
+        lines = (1,) if isinstance(self.grid, Pyramid) else lines or HORIZONS
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
             queries = torch.cat([self.rotate(self.queries, n) for n in lines], 3)

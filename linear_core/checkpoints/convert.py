@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -68,8 +67,7 @@ def _decoder(
         )
     with torch.device("meta"):
         network = LlamaGen(info.config, info.grid, nn)
-    sampling = asdict(info.defaults)
-    del sampling["seed"]  # belongs to a picture, not to a model
+    sampling = {name: getattr(info.defaults, name) for name in llamagen.SAMPLING}  # a seed belongs to a picture
     metadata = {
         "family": "llamagen",
         "grid": f"{info.grid.rows}x{info.grid.cols}",
@@ -88,6 +86,8 @@ def _tokenizer(
     if grid or tokenizer:
         raise weights.problem("is a tokenizer, which has no grid and no tokenizer of its own; leave them out.")
     config, key_map = library.describe_tokenizer(weights)
+    if not isinstance(config, VQConfig):
+        raise weights.problem("is a tokenizer whose files describe themselves; only LlamaGen's need converting.")
     with torch.device("meta"):
         network = VQTokenizer(config, nn)
     metadata = {

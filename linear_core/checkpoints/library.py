@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
@@ -18,11 +18,15 @@ from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
+from ..tokenizers.bits import BitConfig, BitTokenizer, file_key
+from ..tokenizers.bits import read_config as read_bit_config
 from ..tokenizers.layouts import rename_key, taming_top_level, transform
+from ..tokenizers.pyramid import PyramidConfig, PyramidTokenizer
+from ..tokenizers.pyramid import read_config as read_pyramid_config
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, emu, janus, llamagen, lumina
+from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, var
 from .weights import (
     NESTED,
     SUFFIXES,
@@ -35,7 +39,7 @@ from .weights import (
     read_weights,
 )
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES)
+FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, infinity.FAMILY)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
@@ -45,7 +49,7 @@ BUNDLED = "landscapes"
 WITHIN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 IN_FRONT = re.compile(
     r"(?:_?(?:model|module|state|dict|checkpoint|weights?|params?|ema|averaged|avg|shadow|student|forward|inner|base|raw"
-    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer))+"
+    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer|trainer|var|wo|ddp|fsdp|local))+"
 )
 MAX_IN_FRONT, MAX_WORD = 8, 64
 # Which of several state dicts LlamaGen's scripts take: sample_c2i.py for decoders; reconstruction_vq_ddp.py, for
@@ -53,9 +57,25 @@ MAX_IN_FRONT, MAX_WORD = 8, 64
 ORDER = ("model", "module", "state_dict")
 
 # What a VQ tokenizer's file contains besides its weights: counters, losses and running averages of training.
-VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.", "ema_")
+VQ_NOT_WEIGHTS = (
+    "quantize.codebook_used",
+    "quantize.ema_vocab_hit_SV",
+    "quantize.lfq.",
+    "quantizer.lfq.",
+    "loss.",
+    "ema_",
+)
 VQ_COUNTER = ".num_batches_tracked"  # of batch norms
 VQ_FAMILY = "{}-vq"  # family in a converted file's metadata, for each of KINDS
+PYRAMID_KEY = "quantize.quant_resi.qresi_ls.0.weight"  # only multi-scale VQ tokenizers have it
+
+Tokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer
+TokenizerConfig = VQConfig | PyramidConfig | BitConfig
+# Kinds of tokenizers that decode scales: how sizes are read, and what is built. All others are VQTokenizers.
+IN_SCALES: dict[str, tuple[Callable[..., TokenizerConfig], Callable[..., Tokenizer]]] = {
+    "pyramid": (read_pyramid_config, PyramidTokenizer),
+    "bits": (read_bit_config, BitTokenizer),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,8 @@ class ImageModel:
     """A decoder and the VQ tokenizer of its codes."""
 
     info: ModelInfo
-    decoder: Any  # a linear_core.loop.generate.Decoder
-    tokenizer: VQTokenizer
+    decoder: Any  # a linear_core.loop.generate.Decoder, or a linear_core.loop.scales.ScaleDecoder
+    tokenizer: Any  # a VQTokenizer; for models that draw in scales a PyramidTokenizer or a BitTokenizer
     files: ModelFiles = field(repr=False)
 
     def label(self, name: str) -> int:
@@ -127,7 +147,7 @@ class ImageModel:
         if not info.text:
             return Origin(info.name, ("classes", *(info.classes or (info.name, str(info.config.classes)))))
         if not info.own_tokenizer:
-            return Origin(info.name, ("features",))  # the decoder asks how many
+            return Origin(info.name, info.features)  # the decoder asks how many
         file = self.text_tokenizer_file
         vocabulary = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else info.name
         return Origin(info.name, ("tokens", info.family.name, str(info.grid.eol), vocabulary))
@@ -136,16 +156,19 @@ class ImageModel:
     def codebook(self) -> str:
         """Names the codebook: codes of models with the same name mean the same.
 
-        Made from the signs of its numbers, which converting a file to another dtype does not change.
+        Made from the signs of its numbers, which converting a file to another dtype does not change. Where bits are
+        their own codes, what reads them says what they mean.
         """
-        table = self.tokenizer.quantize.embedding.weight.detach().float().cpu()
+        tokenizer = self.tokenizer
+        bits = tokenizer.config.kind == "bits"
+        table = (tokenizer.decoder.conv_in if bits else tokenizer.quantize.embedding).weight.detach().float().cpu()
         return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
     def check(self, prompt: Prompt) -> None:
         """Raise UserError for a prompt that was made for another model."""
         theirs, ours = prompt.origin, self.origin
         if theirs is not None and theirs.meaning != ours.meaning:
-            name = theirs.model or "models with a text encoder"
+            name = theirs.model or "LlamaGen's text models"
             other = f"another {name}" if name == ours.model else f"{name}, not for {ours.model}"
             kind = "Text Prompt" if self.info.text else "Class Prompt"
             raise UserError(f"prompt: it was made for {other}; connect a {kind} made with {ours.model}.")
@@ -295,8 +318,10 @@ def family_of(weights: Weights) -> Family:
 
 
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
-    if "quantize.embedding.weight" in shapes:
+    if "quantize.embedding.weight" in shapes or _decodes_bits(shapes):
         return "it looks like a VQ tokenizer"
+    if "pos_1LC" in shapes and any(".mamba." in k for k in shapes):
+        return "it looks like M-VAR, which remembers earlier scales in a Mamba state instead of a cache"
     if any(re.search(r"(?:^|\.)(?:diffusion_model|double_blocks|transformer_blocks)\.", k) for k in shapes):
         return "it looks like a diffusion model"
     if any(".lora_" in k for k in shapes):
@@ -327,18 +352,17 @@ def load_model(
     tokenizer = load_tokenizer(files.tokenizer, device=device, ops=ops)
     _check_tokenizer(info, tokenizer, files)
     decoder = _decoder(info, ops)
-    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), _storage_dtype(weight_dtype))
+    storage_dtype = _storage_dtype(info, dtype, weight_dtype)
+    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype)
     decoder.compute_dtype = dtype if weight_dtype else None
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
 
 
 def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
     """Memory of a decoder's weights when loaded with these dtypes (see `load_model`)."""
-    storage_dtype = _storage_dtype(weight_dtype)
+    storage_dtype = _storage_dtype(info, dtype, weight_dtype)
     weights = _decoder(info, nn).state_dict().items()
-    return sum(
-        t.numel() * ((storage_dtype(name, t) if storage_dtype else None) or dtype).itemsize for name, t in weights
-    )
+    return sum(tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize for name, tensor in weights)
 
 
 def _decoder(info: ModelInfo, ops: Ops) -> Any:
@@ -346,17 +370,33 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
         return info.family.build(info.config, info.grid, ops)
 
 
-def _storage_dtype(weight_dtype: torch.dtype | None) -> Any:
-    return weight_dtype and (lambda name, tensor: weight_dtype if is_large(name, tensor) else None)
+def _storage_dtype(
+    info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> Callable[[str, torch.Tensor], torch.dtype | None]:
+    """What a weight of the decoder is stored as, if not as `dtype`."""
+
+    def storage_dtype(name: str, tensor: torch.Tensor) -> torch.dtype | None:
+        if info.family.precise(name):
+            return torch.promote_types(dtype, torch.float32)
+        return weight_dtype if weight_dtype and is_large(name, tensor) else None
+
+    return storage_dtype
 
 
 def is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
-    return name.startswith("layers.") and tensor.ndim == 2 and "norm" not in name
+    return name.startswith(("layers.", "blocks.")) and tensor.ndim == 2 and "norm" not in name and "ada_" not in name
 
 
-def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles) -> None:
+def _check_tokenizer(info: ModelInfo, tokenizer: Tokenizer, files: ModelFiles) -> None:
     """Refuse another model's tokenizer, even with the same number of codes: its codes have other meanings."""
+    in_scales = tokenizer.config.kind in IN_SCALES
+    if in_scales != (info.pyramid is not None):
+        kinds = ("one map of codes", "maps of codes from coarse to fine")
+        raise UserError(
+            f"{files.tokenizer.name}: decodes {kinds[in_scales]}, but {files.decoder.name} draws "
+            f"{kinds[not in_scales]}; choose the tokenizer that belongs to the model."
+        )
     if info.family.vq is not None:
         if model_path(files.tokenizer) == model_path(files.decoder):
             return
@@ -366,16 +406,21 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
         )
     if tokenizer.config.codes != info.config.codes:
         raise UserError(
-            f"{files.tokenizer.name}: has {tokenizer.config.codes} codes, but {files.decoder.name} draws from "
-            f"{info.config.codes}; choose the tokenizer that belongs to the model."
+            f"{files.tokenizer.name}: has {_many(tokenizer.config.codes)} codes, but {files.decoder.name} draws from "
+            f"{_many(info.config.codes)}; choose the tokenizer that belongs to the model."
         )
     if info.sizes and tokenizer.config.factor != info.pixels:
         raise UserError(
             f"{files.tokenizer.name}: makes {tokenizer.config.factor} pixels a side of each code, but "
             f"{files.decoder.name} needs {info.pixels}; choose the tokenizer that belongs to the model."
         )
+    if isinstance(tokenizer, PyramidTokenizer) and tokenizer.config.code_dim != info.config.code_dim:
+        raise UserError(
+            f"{files.tokenizer.name}: its codes have {tokenizer.config.code_dim} numbers, but {files.decoder.name} "
+            f"reads {info.config.code_dim}; choose the tokenizer that belongs to the model."
+        )
     name, same_kind = display_name(files.tokenizer), tokenizer.config.kind == _kind(info)
-    if same_kind and (_plain(name) == _plain(info.tokenizer) or info.config.codes != published.CODES):
+    if same_kind and (_plain(name) == _plain(info.tokenizer) or info.config.codes not in published.SHARED_CODES):
         return
     fits = _fits(info, name, tokenizer.config)
     if not fits or any(family.recognises(read_checkpoint(files.tokenizer)) for family in FAMILIES):
@@ -386,6 +431,11 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
         )
 
 
+def _many(codes: int) -> str:
+    """A number of codes; those made of bits are many."""
+    return str(codes) if codes < 2**20 else f"2^{codes.bit_length() - 1}"
+
+
 def _plain(name: str) -> str:
     """A name as far as people mean the same by it: vq_ds16_c2i is published as vq-ds16-c2i too."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
@@ -393,10 +443,10 @@ def _plain(name: str) -> str:
 
 def _kind(info: ModelInfo) -> str:
     """The kind of a model's tokenizer: `VQConfig.kind`."""
-    return published.VQ_KINDS.get(info.tokenizer, "vqgan")
+    return info.family.tokenizer_kind or published.VQ_KINDS.get(info.tokenizer, "vqgan")
 
 
-def _fits(info: ModelInfo, name: str, config: VQConfig) -> bool:
+def _fits(info: ModelInfo, name: str, config: TokenizerConfig) -> bool:
     """Whether a tokenizer can be the one of a model with a published codebook, by its sizes and its name."""
     ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(name)
     normalized = _kind(info) == "vqgan" and info.tokenizer != published.CHAMELEON_VQ
@@ -464,33 +514,46 @@ def _may_belong(info: ModelInfo, path: Path) -> bool:
         return False
 
 
-def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:
-    """A VQ tokenizer in LlamaGen's layout, or the one in a model's checkpoint, with its encoder if there is one.
+def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> Any:
+    """The tokenizer at `path`, or the one in a model's checkpoint, with its encoder if there is one.
 
-    Raises UserError naming the file.
+    A PyramidTokenizer or a BitTokenizer for models that draw in scales, else a VQTokenizer. Raises UserError naming the
+    file.
     """
     weights = read_checkpoint(path)
     config, key_map = describe_tokenizer(weights)
+    build: Callable[..., Tokenizer] = IN_SCALES[config.kind][1] if config.kind in IN_SCALES else VQTokenizer
     with torch.device("meta"):
-        tokenizer = VQTokenizer(config, ops)
+        tokenizer = build(config, ops)
     load_into(tokenizer, weights, torch.float32, key_map)
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
 def is_tokenizer(weights: Weights) -> bool:
     """Whether a checkpoint is a VQ tokenizer."""
-    return "quantize.embedding.weight" in weights.tensors
+    return "quantize.embedding.weight" in weights.tensors or _decodes_bits(weights.tensors)
 
 
-def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
+def _decodes_bits(keys: Collection[str]) -> bool:
+    """Whether a file is an autoencoder of Infinity's: without a table, and without the attention that others have."""
+    parts = {key.removesuffix(".weight").removesuffix(".conv") for key in keys}
+    return (
+        {"decoder.conv_in", "decoder.mid.block_1.conv1", "decoder.up.0.block.0.conv1"} <= parts
+        and "quantize.embedding" not in parts
+        and not any(".attn" in part for part in parts)
+    )
+
+
+def describe_tokenizer(weights: Weights) -> tuple[TokenizerConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
     own = next((family for family in FAMILIES if family.vq and family.recognises(weights)), None)
+    bits = own is None and _decodes_bits(weights.tensors)
     names = ((key, own.vq(key) if own and own.vq else key) for key in weights.tensors)
     keys = {key: name for key, name in names if name is not None and not name.endswith(VQ_COUNTER)}
-    top = taming_top_level(keys.values())
-    targets = {key: Target(rename_key(name, top), transform=transform(name)) for key, name in keys.items()}
+    top, rename = taming_top_level(keys.values()), file_key if bits else rename_key
+    targets = {key: Target(rename(name, top), transform=transform(name)) for key, name in keys.items()}
     shapes = {target.name: weights.shapes[key] for key, target in targets.items()}
-    if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+    if "decoder.conv_in.weight" not in shapes or not (bits or "quantize.embedding.weight" in shapes):
         if own is not None:
             raise weights.problem(
                 f"lacks the weights of the VQ tokenizer that belongs to a {own.name} model; download it again."
@@ -501,8 +564,13 @@ def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
         )
     family = weights.metadata.get("family", "")
     kind = next((kind for kind in KINDS if family == VQ_FAMILY.format(kind)), "")
+    if bits or PYRAMID_KEY in shapes:
+        kind = "bits" if bits else "pyramid"
     try:
-        config = read_vq_config(shapes, normalized=top is None and family != UNNORMALIZED, kind=kind)
+        if kind in IN_SCALES:
+            config = IN_SCALES[kind][0](shapes)
+        else:
+            config = read_vq_config(shapes, normalized=top is None and family != UNNORMALIZED, kind=kind)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not fit a VQ tokenizer ({error}).") from error
     unread = (*VQ_NOT_WEIGHTS, *(() if config.encoder_widths else ("encoder.", "quant_conv.")))

@@ -3,8 +3,8 @@
 Numbers and names only; nothing here reads a file or uses the network. Sources: github.com/FoundationVision/LlamaGen
 (MIT), for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), github.com/deepseek-ai/Janus (code MIT,
 weights DeepSeek Model License), github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial),
-Lumina-mGPT-2.0 (Apache-2.0) with github.com/ai-forever/MoVQGAN (no licence stated), and
-github.com/baaivision/Emu3 and Emu3.5 (Apache-2.0).
+Lumina-mGPT-2.0 (Apache-2.0) with github.com/ai-forever/MoVQGAN (no licence stated), github.com/baaivision/Emu3 and
+Emu3.5 (Apache-2.0), and github.com/FoundationVision/VAR and github.com/FoundationVision/Infinity (both MIT).
 """
 
 from __future__ import annotations
@@ -102,6 +102,16 @@ LUMINA = {
 LUMINA_2 = "Lumina-mGPT-2.0"
 LUMINAS_2 = {name: Repository(f"Alpha-VLLM/{name}", None, "Apache-2.0") for name in (LUMINA_2, "Lumina-mGPT-2.0-Omni")}
 MOVQGAN = Repository("ai-forever/MoVQGAN", None, "none stated")
+VAR = Repository("FoundationVision/var", None, "MIT")
+VAR_TOKENIZER = "vae_ch160v4096z32"
+INFINITY = Repository("FoundationVision/Infinity", None, "MIT")
+# By bits of a token. The file called d32 has as many as d32reg and other bits; only their names tell them apart.
+INFINITY_TOKENIZERS = {
+    16: "infinity_vae_d16", 32: "infinity_vae_d32reg", 56: "infinity_vae_d56_f8_14_patchify",
+}  # fmt: skip
+# Numbers of codes that do not tell published tokenizers apart.
+SHARED_CODES = frozenset({CODES, *(2**bits for bits in INFINITY_TOKENIZERS)})
+INFINITY_VAES = frozenset({*INFINITY_TOKENIZERS.values(), "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64"})
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
 EMU = {name: Repository(f"BAAI/{name}", None, "Apache-2.0") for name in (
@@ -162,6 +172,30 @@ def _lumina_2(name: str) -> Release:
     return Release(name, "ar_image", own, (MOVQ,), subfolder=name)
 
 
+# Hashes as the hub's pages state them.
+_INFINITY_FILES: tuple[tuple[str, float, str | None, tuple[str, ...]], ...] = (
+    ("infinity_125M_256x256.pth", 0.50, None, (INFINITY_TOKENIZERS[16], TEXT_ENCODER)),
+    (
+        "infinity_2b_reg.pth", 8.82, "d5958b37e7ecb914230cd2b8c28aae0ec108ce08b315720bc3dc52596cc5b3a7",
+        (INFINITY_TOKENIZERS[32], TEXT_ENCODER),
+    ),
+    ("infinity_vae_d16.pth", 1.56, "a8b866165f7efbc0ae15667c618bc78c6f37b5e71078a948b78d69ff2348d8a1", ()),
+    ("infinity_vae_d32reg.pth", 1.56, "7a37fa3ea1b2a1ebd23de61d91a5e68202825e5a67edaef4b7c55f5fd5b9cf26", ()),
+    (
+        "infinity_vae_d56_f8_14_patchify.pth", 1.22,
+        "c4c695350125593dde7ec7120e6dff7039a9adea01516f6e14758eb94e3ec6c2", (),
+    ),
+)  # fmt: skip
+
+
+def _infinity_8b(name: str, *gigabytes: float) -> Release:
+    """A folder of its own for the shards, which are in a folder of the same name on the hub."""
+    shards = (f"model-{n:05d}-of-{len(gigabytes):05d}.safetensors" for n in range(1, len(gigabytes) + 1))
+    files = (("model.safetensors.index.json", 0), *zip(shards, gigabytes, strict=True))
+    own = tuple(Remote(INFINITY, f"{name}/{file}", size, local_name=file) for file, size in files)
+    return Release(name, "ar_image", own, (INFINITY_TOKENIZERS[56], TEXT_ENCODER), subfolder=name)
+
+
 _T5_FILES = (
     ("config.json", 0),
     ("special_tokens_map.json", 0),
@@ -212,6 +246,17 @@ RELEASES: dict[str, Release] = {
         _emu_tokenizer(EMU3_VQ, 1.08),
         *(_emu(name, EMU35_VQ, *[4.55] * 15) for name in ("Emu3.5-Image", "Emu3.5")),
         _emu_tokenizer(EMU35_VQ, 1.82),
+        *(
+            _single_file(VAR, f"var_d{depth}.pth", gigabytes, VAR_TOKENIZER)
+            for depth, gigabytes in ((16, 1.24), (20, 2.41), (24, 4.14), (30, 8.04), (36, 9.44))
+        ),
+        _single_file(VAR, f"{VAR_TOKENIZER}.pth", 0.44),
+        *(
+            Release(path.rpartition(".")[0], "ar_image", (Remote(INFINITY, path, gigabytes, sha256),), needs)
+            for path, gigabytes, sha256, needs in _INFINITY_FILES
+        ),
+        _infinity_8b("infinity_8b_weights", 8.22, 8.22, 8.22, 8.83),
+        _infinity_8b("infinity_8b_512x512_weights", *[4.11] * 7, 4.72),
         Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), subfolder=TEXT_ENCODER),
     )
 }  # fmt: skip
@@ -224,7 +269,9 @@ def download_hint(name: str) -> str:
 
 
 def kind_from_name(name: str) -> str | None:
-    """'c2i' or 't2i' if a file's name contains exactly one of them."""
+    """'c2i' or 't2i' if a file's name contains exactly one of them; all of the name of one of Infinity's tokenizers."""
+    if name in INFINITY_VAES:
+        return name
     found = set(re.findall(r"(?<![a-z0-9])(c2i|t2i)(?![a-z0-9])", name.lower()))
     return found.pop() if len(found) == 1 else None
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..prompts import Origin, Prompt
 from ..prompts.caption import clean
-from ..prompts.t5 import PROBE, T5Tokenizer, build, encode, text_prompt
+from ..prompts.t5 import LENGTH, PROBE, T5Tokenizer, build, encode, text_prompt
 from . import published
+from .families import ModelInfo
 from .weights import INDEX_FILES, Weights, check_finite, read_weights, shards
 
 INDEX = INDEX_FILES[0]
 TOKENIZERS = ("tokenizer.json", "spiece.model")
-MAX_CACHED = 256  # texts, of at most half a megabyte each
+MAX_CACHED = 256  # texts, of at most two megabytes each
 _features: OrderedDict[tuple[object, str], Tensor] = (
     OrderedDict()
 )  # by encoder and cleaned text, most recently used last
@@ -128,24 +129,28 @@ def prompt(
     to_device: Callable[[nn.Module], torch.device | str] = lambda encoder: "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
     negative: str = "",
+    model: ModelInfo | None = None,
 ) -> Prompt:
     """One image per text, guided away from `negative`, or by default from the model's own unconditional features.
 
+    model      whose length of texts, spelling and size of pictures count; None: any LlamaGen's
     to_device  moves the encoder to a device and returns it; called only if a text is not cached
     progress   called with the number of new texts encoded so far, and their total
     Raises UserError if `texts` is empty or a file cannot be read.
     """
     if not texts:
         raise UserError("text: it is empty; describe what to draw.")
-    key = files.key
-    cleaned = [(key, clean(text)) for text in [*texts, *([negative] if negative else [])]]
+    length = model.config.caption_slots if model else LENGTH
+    key = files.key, length
+    spell = clean if model is None or model.family.cleaned else str
+    cleaned = [(key, spell(text)) for text in [*texts, *([negative] if negative else [])]]
     features = {name: _features[name] for name in cleaned if name in _features}
     missing = [name for name in dict.fromkeys(cleaned) if name not in features]
     if missing:
         encoder, tokenizer = load_encoder(files)
         device = to_device(encoder)
         for i, name in enumerate(missing):
-            features[name] = encode(name[1], tokenizer, encoder, device)
+            features[name] = encode(name[1], tokenizer, encoder, device, length)
             progress(i + 1, len(missing))
     for name in cleaned:
         _features[name] = features[name]
@@ -153,8 +158,11 @@ def prompt(
     while len(_features) > MAX_CACHED:
         _features.popitem(last=False)
     rows = [features[name] for name in cleaned]
-    negatives = text_prompt(rows[len(texts) :] * len(texts)) if negative else None
-    return replace(text_prompt(rows[: len(texts)], tuple(texts)), negative=negatives, origin=Origin("", ("features",)))
+    negatives = text_prompt(rows[len(texts) :] * len(texts), length=length) if negative else None
+    made = text_prompt(rows[: len(texts)], tuple(texts), length)
+    grid = model.grid if model and model.sizes else None
+    origin = Origin("", ("features",)) if model is None or model.family.cleaned else Origin(model.name, model.features)
+    return replace(made, negative=negatives, grid=grid, origin=origin)
 
 
 def clear_features() -> None:

@@ -27,6 +27,7 @@ MAX_NAME = 255  # characters of a file name, on every system
 ALLOWED_GLOBALS = re.compile(
     r"torch (\w+Storage|Size|device|b?float\d+\w*|u?int\d+|complex\d+|bool)|torch\.storage (Untyped|Typed)Storage"
     r"|torch\._utils _rebuild_(tensor|tensor_v[23]|parameter|parameter_with_state)|torch\.nn\.parameter Parameter"
+    r"|torch Tensor|torch\._tensor _rebuild_from_type_v2"  # of tensors that carried attributes: Infinity's
     r"|collections (OrderedDict|Counter)|(__builtin__|builtins) set"
 )
 

@@ -37,6 +37,7 @@ def forced_lines(
     The logits of end-of-line tokens are left out, because those tokens are never sampled.
     """
     grid = (prompt.grid or decoder.grid).after(prompt.length)
+    plan = plan.in_lines(grid)
     plan.check(grid)
     policy = get_policy(plan.policy)
     reads = reads | policy.reads | ({"ahead"} if plan.release == "fold" else set())

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache.line_cache import LineCache, Window
 from ..cache.view import View
 from ..errors import UserError
-from ..events import Line, totals
+from ..events import Line, Stage, totals
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
@@ -82,6 +82,7 @@ def generate(
     """
     policy = get_policy(plan.policy)
     image_grid = prompt.grid or decoder.grid
+    plan = plan.in_lines(image_grid)
     plan.check(image_grid)
     images, device = prompt.rows, decoder.device
     if images < 1:
@@ -241,19 +242,24 @@ class Run:
     """The lines of one run, and totals over them."""
 
     def __init__(self) -> None:
-        self.lines: list[Line] = []
+        self.lines: list[Any] = []  # of Line, or of Stage
 
-    def add(self, line: Line) -> None:
+    def add(self, line: Line | Stage) -> None:
         self.lines.append(replace(line, by_head=None))  # large, and only of interest while the run goes on
 
     @property
     def tokens(self) -> Tensor:
-        """Codes so far: int64 B rows cols, on the CPU."""
-        return torch.stack([line.tokens for line in self.lines], 1)
+        """Codes so far, on the CPU: int64 B rows cols, or B N of all scales."""
+        return (torch.cat if self.canvas is not None else torch.stack)([line.tokens for line in self.lines], 1)
+
+    @property
+    def canvas(self) -> Tensor | None:
+        """The running picture B Z h w of a model that draws in scales; None for others."""
+        return self.lines[-1].canvas if self.lines and isinstance(self.lines[-1], Stage) else None
 
     @property
     def shares(self) -> Tensor:
-        """Share of layers and heads that held each token after each line: float32 B lines rows cols."""
+        """Share of layers and heads that held each token after each line: float32 B lines rows cols, or B scales N."""
         return torch.stack([line.share for line in self.lines], 1)
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape
+from ..pyramid import Pyramid
 
 
 def fold_pairs(device: str) -> int:
@@ -40,6 +41,26 @@ def run_bytes(
         attention += 2 * (2 + shape.group) * shape.layers * window * vectors
     logits = rows * codes * 4 * 8 * max(window, 1)  # guidance, sorting and softmax make about eight copies
     return held + bookkeeping + attention + logits
+
+
+def scales_run_bytes(
+    shape: CacheShape, pyramid: Pyramid, plan: CachePlan, rows: int, logits: int, hidden: int, device: str = "cuda"
+) -> int:
+    """Bytes of cache, bookkeeping, the last scale's activations, settling, logits and noise, for `rows` sequences.
+
+    logits  of a token
+    hidden  numbers of a token in the middle of a feed-forward block, where a pass is widest
+    """
+    held, slots, size = shape.scales_bytes(pyramid, plan, rows), plan.work_slots(pyramid), pyramid.size(-1)
+    bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4)
+    activations = rows * size * hidden * (shape.bytes_per_element * 2 + 4)
+    settling = 0
+    if plan.keeps(pyramid) < pyramid.kept and pyramid.stages > 1:
+        at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * slots**2)))
+        pairs = slots**2 if plan.release == "fold" else 64 * slots
+        settling = at_once * shape.heads * pairs * 4 * 3
+    sampling = rows * size * logits * (4 * 3 + 8 * 2)  # guidance, sorting, softmax; noise in int64
+    return held + bookkeeping + max(activations, settling, sampling)
 
 
 def free_memory() -> int | None:

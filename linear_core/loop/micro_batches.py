@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..events import Line
+from ..events import Stage
 from ..plan import SamplePlan
 from .generate import Run
 from .memory import split_batch
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 class MicroBatch:
     """Images that are drawn together, once with each cache: input of `generate`, and its result.
 
-    above  by cache: lines that exist already, codes B rows cols, or one image's for all; None: none
+    above  by cache: lines that exist already, codes B rows cols, or one image's for all; None: none. For models that
+           draw in scales: the tokens of the first scales, B N
     runs   by cache: lines drawn so far
     """
 
@@ -38,7 +39,8 @@ class MicroBatch:
     def codes(self, cache: int = 0) -> Tensor | None:
         """The lines so far, drawn or given: codes B rows cols."""
         given, run = self.above[cache], self.runs[cache]
-        return run.tokens if len(run.lines) > (0 if given is None else given.shape[1]) else given
+        count = run.tokens.shape[1] if run.lines else 0
+        return run.tokens if count > (0 if given is None else given.shape[1]) else given
 
     def split(self, at_once: int) -> list[MicroBatch]:
         """Split into micro-batches of at most `at_once` images, which start from the lines so far, except the last.
@@ -47,7 +49,7 @@ class MicroBatch:
         """
         above = [self.codes(cache) for cache in range(len(self.runs))]
         above = [
-            codes if codes is None or not run.lines else codes[:, : run.lines[0].rows - 1]
+            codes if codes is None or not run.lines else _without_last(codes, run)
             for codes, run in zip(above, self.runs, strict=True)
         ]
 
@@ -137,6 +139,14 @@ class MicroBatches:
         self.pending = [part for micro_batch in self.pending for part in micro_batch.split(images // 2)]
 
 
+def _without_last(codes: Tensor, run: Run) -> Tensor:
+    """The lines or scales so far, but for the last of the picture: something has to be left to draw."""
+    if run.canvas is None:
+        return codes[:, : run.lines[0].rows - 1]
+    finished = len(run.lines) == run.lines[0].rows
+    return codes[:, : codes.shape[1] - run.lines[-1].tokens.shape[1]] if finished else codes
+
+
 def _pictures(images: int) -> str:
     return f"{images} pictures" if images > 1 else "one picture"
 
@@ -149,12 +159,18 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def merge_lines(parts: list[list[Line]]) -> list[Line]:
-    """The lines of a batch drawn in micro-batches, as if drawn at once; seconds add up, cache_bytes are the maximum."""
+def merge_lines(parts: list[list[Any]]) -> list[Any]:
+    """The lines, or stages, of a batch drawn in micro-batches, as if drawn at once; seconds add up, cache_bytes are the
+    maximum.
+    """
 
-    def merge(lines: tuple[Line, ...]) -> Line:
+    def merge(lines: tuple[Any, ...]) -> Any:
         images = [len(line.tokens) for line in lines]
         stands = [line.stands for line in lines if line.stands is not None]
+        if isinstance(lines[0], Stage):
+            more: dict[str, Any] = {"canvas": torch.cat([line.canvas for line in lines])}
+        else:
+            more = {name: sum(getattr(line, name) for line in lines) / len(lines) for name in ("passes", "accepted")}
         return replace(
             lines[0],
             tokens=torch.cat([line.tokens for line in lines]),
@@ -163,8 +179,7 @@ def merge_lines(parts: list[list[Line]]) -> list[Line]:
             held=round(sum(line.held * n for line, n in zip(lines, images, strict=True)) / sum(images), 3),
             seconds=sum(line.seconds for line in lines),
             cache_bytes=max(line.cache_bytes for line in lines),
-            passes=sum(line.passes for line in lines) / len(lines),
-            accepted=sum(line.accepted for line in lines) / len(lines),
+            **more,
         )
 
     return [merge(lines) for lines in zip(*parts, strict=True)]

@@ -59,7 +59,7 @@ class Noise:
     def exponential(self, token: int | Tensor) -> Tensor:
         """Standard exponential noise for image token number `token`: float32 B V, all positive.
 
-        For several tokens of each image, `token` int64 B T: B T V.
+        For several tokens of each image, `token` int64 B T, or T of all: B T V.
         """
         start, high, offset = self.start, self.high, (token + 1) * 0x9E3779B1
         if isinstance(offset, Tensor):
@@ -81,3 +81,9 @@ def sample_codes(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     return (logits.float() / temperature - noise.log()).argmax(-1)
+
+
+def as_number(digits: Tensor, base: int) -> Tensor:
+    """The numbers that the digits ... D stand for, the highest digit first: int64 ..."""
+    place = torch.arange(digits.shape[-1] - 1, -1, -1, device=digits.device)
+    return (digits * base**place).sum(-1)

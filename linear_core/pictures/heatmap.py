@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pyramid import Pyramid
+
 # Cividis (Nunez et al. 2018) at nine points: reads the same with colour-vision deficiency and in grey.
 _CIVIDIS = torch.tensor([
     [0.000, 0.135, 0.304], [0.000, 0.213, 0.430], [0.207, 0.289, 0.420], [0.348, 0.367, 0.425], [0.476, 0.448, 0.445],
@@ -38,6 +40,35 @@ def heatmap(share: Tensor, height: int, width: int, picture: Tensor | None = Non
     faded = picture * (1 - 0.8 * opacity)
     lit = picture * 0.3 + colours * 0.7
     return faded + (lit - faded) * (opacity * 1.2 * map_.sqrt()).clamp(max=1)[..., None]
+
+
+def scale_maps(share: Tensor, pyramid: Pyramid) -> list[Tensor]:
+    """One map for each scale of what the cache holds, B h w each: share B N."""
+    sizes = [pyramid.size(stage) for stage in range(pyramid.stages)]
+    maps = share.split(sizes, 1)
+    return [one.unflatten(1, sides) for one, sides in zip(maps, pyramid.sides, strict=True)]
+
+
+def over_scales(share: Tensor, pyramid: Pyramid) -> Tensor:
+    """Which places of the picture the cache remembers: B rows cols of the last scale, from share B N.
+
+    The mean over the scales that are ever held, each resized to the last and weighted by the tokens held of it.
+    """
+    maps = scale_maps(share, pyramid)[:-1] or scale_maps(share, pyramid)
+    weights = torch.stack([one.flatten(1).sum(1) for one in maps])  # scales B
+    weights = weights / weights.sum(0).clamp(min=1e-9)
+    resized = [F.interpolate(one[:, None], pyramid.sides[-1], mode="nearest")[:, 0] for one in maps]
+    return sum((one * weight[:, None, None] for one, weight in zip(resized, weights, strict=True)), torch.zeros(()))
+
+
+def strip(share: Tensor, pyramid: Pyramid, side: int = 64, gap: int = 4) -> Tensor:
+    """The scales of each image side by side, coarse to fine, drawn at equal height: share B N -> B side W 3 in 0..1."""
+    maps = [
+        colormap(F.interpolate(one[:, None].float(), (side, max(1, round(side * cols / rows))), mode="nearest")[:, 0])
+        for one, (rows, cols) in zip(scale_maps(share, pyramid), pyramid.sides, strict=True)
+    ]
+    space = torch.ones(len(share), side, gap, 3)
+    return torch.cat([part for one in maps for part in (one, space)][:-1], 2)
 
 
 def lifetime(shares: Tensor) -> Tensor:

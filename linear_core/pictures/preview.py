@@ -11,11 +11,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..events import Line
+from ..events import Line, Stage
 from ..loop.micro_batches import is_out_of_memory
+from ..pyramid import Pyramid
+from ..tokenizers.bits import BitTokenizer
+from ..tokenizers.pyramid import PyramidTokenizer
 from ..tokenizers.tokenizer import VQTokenizer, to_pixels
 
 if TYPE_CHECKING:
@@ -53,9 +57,39 @@ class Preview:
         return torch.cat([done, undrawn], 1)
 
 
+class CanvasPreview:
+    """Keeps the canvas of a run over scales, and decodes it at a reduced size.
+
+    A canvas holds hardly any detail beyond the side of its newest scale, and decoding at half the side costs a quarter.
+    So it is shrunk to the smallest of a few sides that is at least twice the newest scale's. The decoder was not
+    trained at that size, so the picture is a preview.
+    """
+
+    sides = (4, 6, 8, 12, 16, 24, 32)  # rows of the canvas that are decoded; beyond, the canvas as it is
+
+    def __init__(self, tokenizer: PyramidTokenizer | BitTokenizer, pyramid: Pyramid):
+        self.tokenizer, self.pyramid = tokenizer, pyramid
+        self.stage: Stage | None = None
+
+    def add(self, stage: Stage) -> None:
+        self.stage = stage
+
+    @torch.inference_mode()
+    def pictures(self, images: int = 1) -> Tensor:
+        """The first `images` pictures so far, as they are or smaller: float32 B H W 3 in 0..1, on the CPU."""
+        assert self.stage is not None, "nothing is drawn yet"
+        canvas = self.stage.canvas[:images].to(self.tokenizer.device)
+        rows, cols = canvas.shape[-2:]
+        wanted = 2 * self.pyramid.sides[self.stage.stage][0] * rows // self.pyramid.sides[-1][0]
+        side = min((side for side in self.sides if wanted <= side < rows), default=rows)
+        if side < rows:
+            canvas = F.interpolate(canvas, size=(side, max(1, round(side * cols / rows))), mode="area")
+        return to_pixels(self.tokenizer.decode(canvas)).cpu()
+
+
 @torch.inference_mode()
-def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
-    """Decode finished pictures: codes int64 B rows cols -> float32 B H W 3 in 0..1, on the CPU.
+def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
+    """Decode finished pictures: codes int64 B rows cols, or a canvas B Z h w -> float32 B H W 3 in 0..1, on the CPU.
 
     Decodes `batch` pictures at a time, and half as many if memory runs out. Raises UserError if it is too little for
     one.
@@ -67,7 +101,7 @@ def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
             done.append(pictures)
             left = left[batch:]
         elif (batch := min(batch, len(left)) // 2) == 0:
-            height, width = (n * tokenizer.config.factor for n in tokens.shape[1:])
+            height, width = (n * 2 ** (len(tokenizer.config.decoder_widths) - 1) for n in tokens.shape[-2:])
             raise UserError(
                 f"memory: it ran out decoding one picture of {width} x {height}; close other programs that use memory."
             )
@@ -76,7 +110,7 @@ def decode(tokenizer: VQTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
     return torch.cat(done)
 
 
-def _try_decode(tokenizer: VQTokenizer, codes: Tensor) -> Tensor | None:
+def _try_decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, codes: Tensor) -> Tensor | None:
     """None if memory ran out. By then the error, and with it every tensor of the computation, is freed."""
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()

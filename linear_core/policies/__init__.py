@@ -38,15 +38,16 @@ __all__ = ["POLICIES", "Policy", "choose", "get_policy"]
 
 QUERIES, MASS, AHEAD = (frozenset({name}) for name in ("queries", "mass", "ahead"))
 _LINE = Policy(line, QUERIES)
+_LAST = "looks at the last queries of a line, and the tokens of a scale have no order"
 
 POLICIES: dict[str, Policy] = {
     "line": _LINE,
     "fold": Policy(fold, AHEAD),
     "full": Policy(full),
-    "streaming": Policy(streaming),
+    "streaming": Policy(streaming, lines="keeps the newest tokens, and all tokens of a scale are equally new"),
     "h2o": Policy(h2o, MASS),
-    "snapkv": Policy(snapkv, QUERIES),
-    "tova": Policy(tova, QUERIES),
+    "snapkv": Policy(snapkv, QUERIES, lines=_LAST),
+    "tova": Policy(tova, QUERIES, lines=_LAST),
     "rkv": Policy(rkv, QUERIES),
     "keydiff": Policy(keydiff),
     "random": Policy(random),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
-from .allocate import allocate
+from ..pyramid import Pyramid
+from .allocate import allocate, bounds
 from .choose import protect
 from .policy import Policy
 
@@ -26,8 +27,9 @@ def adakv(policy: Policy) -> Policy:
 
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
-    budget = plan.budget * view.grid.stride
-    scores = protect(scores, view.index, view, plan.anchors, plan.recent)
+    _, budget = bounds(view, plan)
+    recent = 0 if isinstance(view.grid, Pyramid) else plan.recent
+    scores = protect(scores, view.index, view, plan.protected(view.grid), recent)
     scores = scores.masked_fill(~view.candidates(), float("-inf"))
     heads, slots = scores.shape[-2:]
     best = scores.flatten(-2).argsort(dim=-1, descending=True, stable=True)[..., : heads * budget]

@@ -7,9 +7,17 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import HEADROOM, CachePlan
+from ..pyramid import Pyramid
 
 STEPS = 60  # of bisection
 MIN_WEIGHT = 1e-4  # of the mean weight, so that no weight is zero
+
+
+def bounds(view: View, plan: CachePlan) -> tuple[int, int]:
+    """Image tokens that every head keeps at least, the protected ones, and on average, the budget."""
+    if isinstance(view.grid, Pyramid):
+        return plan.protected(view.grid), view.keeps
+    return plan.anchors + plan.recent * view.grid.stride, plan.budget * view.grid.stride
 
 
 def allocate(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) -> Tensor:
@@ -20,8 +28,7 @@ def allocate(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) -
     No head gets fewer than the protected tokens, more than it has, or more than HEADROOM times the budget. What a head
     at its limit cannot take or give up is spread over the others in proportion.
     """
-    low = plan.anchors + plan.recent * view.grid.stride
-    budget = plan.budget * view.grid.stride
+    low, budget = bounds(view, plan)
     high = (torch.zeros_like(weights, dtype=torch.int64) + held).clamp(max=HEADROOM * budget)
     total = weights.shape[-1] * budget
     weights = weights.float()
@@ -47,5 +54,5 @@ def allocate_layers(weights: Tensor, view: View, plan: CachePlan) -> Tensor:
     the picture has grown. So the whole budget is used from the first line on.
     """
     layers, _, heads = weights.shape
-    keep = allocate(weights.transpose(0, 1).flatten(1), (view.row + 1) * view.grid.stride, view, plan)
+    keep = allocate(weights.transpose(0, 1).flatten(1), view.newest + 1 - view.grid.prompt, view, plan)
     return keep.unflatten(-1, (layers, heads)).transpose(0, 1)[view.layer :][: len(view.index)]

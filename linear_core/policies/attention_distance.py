@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..cache.view import View
 
-NEAR = 2  # lines: the finished one and the one above it
+NEAR = 2  # lines: the finished one and the one above it; of a pyramid, scales
 
 
 def attention_distance(view: View) -> Tensor:
@@ -15,5 +15,5 @@ def attention_distance(view: View) -> Tensor:
     profiles it.
     """
     attention = view.attention(lambda p: p.mean(2), image_only=True)
-    far = view.candidates() & (view.index < view.grid.index(view.row + 1 - NEAR))
+    far = view.candidates() & (view.index < view.first_of(1 - NEAR))
     return (attention * far).sum(-1)

@@ -11,7 +11,7 @@ from ..cache.view import View
 def protect(scores: Tensor, index: Tensor, view: View, anchors: int, recent: int) -> Tensor:
     """`scores` with inf for anchors and recent lines and -inf for empty slots. `index` has the shape of `scores`."""
     token = index - view.grid.prompt
-    protected = (token < anchors) | (token >= (view.row + 1 - recent) * view.grid.stride)
+    protected = (token < anchors) | (token >= view.first_of(1 - recent) - view.grid.prompt)
     return scores.float().masked_fill(protected, float("inf")).masked_fill(index < 0, float("-inf"))
 
 

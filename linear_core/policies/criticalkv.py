@@ -26,8 +26,7 @@ def criticalkv(policy: Policy) -> Policy:
     def score(view: View) -> Tensor:
         candidates = view.candidates()
         scores = policy.score(view).float()
-        budget = candidates.sum(-1, keepdim=True) - view.grid.stride  # a line has to leave
-        first = rank(scores.masked_fill(~candidates, float("-inf")), view.index) < FIRST * budget
+        first = rank(scores.masked_fill(~candidates, float("-inf")), view.index) < FIRST * view.staying()
         effect = ((scores + EPSILON) * upcast(view.values).norm(dim=-1).float()).masked_fill(~candidates, 0.0)
         return effect + first * (effect.amax(-1, keepdim=True) + 1)
 

@@ -14,5 +14,4 @@ def h2o(view: View) -> Tensor:
     Score: attention received since the token was written, divided by its age in tokens. Reads: mass.
     """
     assert view.mass is not None
-    age = (view.newest + 1 - view.index).clamp(min=1)
-    return view.mass / age
+    return view.mass / view.age()

@@ -32,7 +32,7 @@ def variance(view: View) -> Tensor:
 
     Tokens of the finished line are left out, because its first queries cannot see them.
     """
-    older = view.candidates() & (view.index < view.grid.index(view.row))
+    older = view.candidates() & (view.index < view.first_of(0))
     return (view.attention(lambda p: p.var(2, correction=0)) * older).sum(-1)
 
 

@@ -22,6 +22,7 @@ class Policy:
             listed in `plan.UNEVEN`, so that its cache gets the room.
     survey  View -> L B ..., called once for every layer when the cache first overflows. From then on every view
             carries the results of all layers (`View.survey`).
+    lines   why the policy needs lines and cannot serve a picture drawn in scales, as the end of a sentence; "": it can
 
     Policies compose as functions of policies: `adakv(criticalkv(POLICIES["line"]))`.
     """
@@ -30,3 +31,4 @@ class Policy:
     reads: frozenset[str] = frozenset()
     keep: Callable[[View, Tensor, CachePlan], Tensor] | None = None
     survey: Callable[[View], Tensor] | None = None
+    lines: str = ""

@@ -26,7 +26,7 @@ def cumulative_attention(view: View) -> Tensor:
     Attention is the line's to the picture. Tokens are sorted within each head, then heads are averaged.
     """
     attention = view.attention(lambda p: p.mean(2), image_only=True)
-    ranked = attention.sort(dim=-1, descending=True).values[..., : (view.row + 1) * view.grid.stride].mean(2)
+    ranked = attention.sort(dim=-1, descending=True).values[..., : view.newest + 1 - view.grid.prompt].mean(2)
     return ranked.cumsum(-1) - ranked
 
 
@@ -34,7 +34,7 @@ def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     assert view.survey is not None
     layers, _, tokens = view.survey.shape
     pooled = view.survey.transpose(0, 1).flatten(1)
-    best = pooled.argsort(dim=-1, stable=True)[:, : max(1, round(layers * tokens * plan.share(view.grid)))]
+    best = pooled.argsort(dim=-1, stable=True)[:, : max(1, round(layers * tokens * plan.ratio(view.grid)))]
     layer = best // tokens
     counts = pooled.new_zeros(len(pooled), layers).scatter_add_(-1, layer, torch.ones_like(layer, dtype=pooled.dtype))
     return allocate_layers(counts.T[..., None].expand(-1, -1, view.index.shape[2]), view, plan)

@@ -32,4 +32,10 @@ def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     return allocate_layers(slope[:, None, None] * view.survey, view, plan)
 
 
-pyramidkv = Policy(snapkv, frozenset({"queries"}), keep, count_layers)
+pyramidkv = Policy(
+    snapkv,
+    frozenset({"queries"}),
+    keep,
+    count_layers,
+    lines="scores as snapkv, which looks at the last queries of a line, and the tokens of a scale have no order",
+)

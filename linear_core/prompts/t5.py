@@ -1,4 +1,4 @@
-"""Text features for text-conditional LlamaGen: the last hidden states of FLAN-T5-XL's encoder in bfloat16.
+"""Text features for LlamaGen and Infinity: the last hidden states of FLAN-T5-XL's encoder in bfloat16.
 
 transformers, tokenizers and sentencepiece come with ComfyUI and are imported only when a text is encoded. Apart from
 the tokenizer's own file, nothing here reads the disk or the network.
@@ -20,7 +20,7 @@ from ..prompts import Prompt
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
-LENGTH = 120  # tokens of a caption, in every published model
+LENGTH = 120  # tokens of a caption, in every published LlamaGen
 DTYPE = torch.bfloat16  # as published; T5 overflows in float16
 END, PAD = 1, 0  # ids shared by every T5
 SCALED = {
@@ -49,13 +49,13 @@ class T5Tokenizer:
             model = source.read_bytes() if isinstance(source, Path) else source
             self._ids = SentencePieceProcessor(model_proto=model).encode
 
-    def ids(self, text: str) -> list[int]:
-        """At most LENGTH ids, the last of them the end token; a longer text is truncated, as published.
+    def ids(self, text: str, length: int = LENGTH) -> list[int]:
+        """At most `length` ids, the last of them the end token; a longer text is truncated, as published.
 
         Raises UserError for a text that cannot be encoded, such as half a letter.
         """
         try:
-            return [*self._ids(text)[: LENGTH - 1], END]
+            return [*self._ids(text)[: length - 1], END]
         except Exception as error:  # both packages have exceptions of their own
             raise UserError(f"text: the text encoder's tokenizer cannot encode it ({error}).") from error
 
@@ -117,28 +117,30 @@ def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:
 
 
 @torch.inference_mode()
-def encode(text: str, tokenizer: T5Tokenizer, encoder: T5EncoderModel, device: torch.device | str) -> Tensor:
-    """Features of a cleaned text: bfloat16 N D on the CPU, N at most LENGTH.
+def encode(
+    text: str, tokenizer: T5Tokenizer, encoder: T5EncoderModel, device: torch.device | str, length: int = LENGTH
+) -> Tensor:
+    """Features of a cleaned text: bfloat16 N D on the CPU, N at most `length`.
 
-    Texts are encoded one by one and padded to LENGTH, so that a text's features depend on nothing else. Raises
+    Texts are encoded one by one and padded to `length`, so that a text's features depend on nothing else. Raises
     UserError if the tokenizer's ids are not in the encoder's vocabulary.
     """
-    ids = tokenizer.ids(text)
+    ids = tokenizer.ids(text, length)
     if max(ids) >= encoder.config.vocab_size:
         raise UserError("text encoder: the tokenizer next to it belongs to another model; put FLAN-T5's there.")
-    padded = torch.full((1, LENGTH), PAD, device=device)
+    padded = torch.full((1, length), PAD, device=device)
     padded[0, : len(ids)] = torch.tensor(ids)
-    mask = (torch.arange(LENGTH, device=device) < len(ids))[None].long()
+    mask = (torch.arange(length, device=device) < len(ids))[None].long()
     states = encoder(input_ids=padded, attention_mask=mask).last_hidden_state
     return states[0, : len(ids)].cpu()
 
 
-def text_prompt(features: Sequence[Tensor], names: tuple[str, ...] = ()) -> Prompt:
-    """One image for each text's features N D, left-padded with zeros to LENGTH as in LlamaGen's sampler."""
-    rows = torch.zeros(len(features), LENGTH, features[0].shape[-1])
+def text_prompt(features: Sequence[Tensor], names: tuple[str, ...] = (), length: int = LENGTH) -> Prompt:
+    """One image for each text's features N D, left-padded with zeros to `length` as in LlamaGen's sampler."""
+    rows = torch.zeros(len(features), length, features[0].shape[-1])
     for row, states in zip(rows, features, strict=True):
-        row[LENGTH - len(states) :] = states
-    return Prompt(rows, torch.tensor([LENGTH - len(states) for states in features]), names)
+        row[length - len(states) :] = states
+    return Prompt(rows, torch.tensor([length - len(states) for states in features]), names)
 
 
 @contextmanager

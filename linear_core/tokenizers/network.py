@@ -140,18 +140,29 @@ class Level(nn.Module):
         return self.get_submodule(self.resample)(x) if self.resample else x
 
 
-def _middle(channels: int, ops: Ops, norm: Norm | None = None) -> nn.ModuleList:
+class Nothing(nn.Module):
+    """In place of attention."""
+
+    def forward(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        return x
+
+
+def _middle(channels: int, attention: bool, ops: Ops, norm: Norm | None = None) -> nn.ModuleList:
     first, last = (ResBlock(channels, channels, ops, norm) for _ in range(2))
-    return nn.ModuleList([first, AttentionBlock(channels, ops, norm), last])
+    return nn.ModuleList([first, AttentionBlock(channels, ops, norm) if attention else Nothing(), last])
 
 
 class Encoder(nn.Module):
     """Picture B 3 H W in -1..1 -> features B Z H/f W/f, f = 2 ** (levels - 1).
 
-    widths  channels of each level, from full resolution down
+    widths     channels of each level, from full resolution down
+    attention  in the level of the lowest resolution
+    middle     attention between that level and the output
     """
 
-    def __init__(self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn):
+    def __init__(
+        self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn, middle: bool = True
+    ):
         super().__init__()
         self.conv_in = ops.Conv2d(3, widths[0], 3, padding=1)
         last = len(widths) - 1
@@ -159,7 +170,7 @@ class Encoder(nn.Module):
             Level(widths[max(i - 1, 0)], w, blocks, attention and i == last, ops, "downsample" if i < last else "")
             for i, w in enumerate(widths)
         )
-        self.mid = _middle(widths[-1], ops)
+        self.mid = _middle(widths[-1], middle, ops)
         self.norm_out = group_norm(widths[-1], ops)
         self.conv_out = ops.Conv2d(widths[-1], z, 3, padding=1)
 
@@ -175,15 +186,23 @@ class Decoder(nn.Module):
 
     widths    channels of each level, from the lowest resolution up
     code_dim  size of a codebook entry, if the norms read them (MoVQ)
+    middle    attention between the input and that level
     """
 
     def __init__(
-        self, widths: list[int], blocks: int, z: int, attention: bool = True, ops: Ops = nn, code_dim: int | None = None
+        self,
+        widths: list[int],
+        blocks: int,
+        z: int,
+        attention: bool = True,
+        ops: Ops = nn,
+        code_dim: int | None = None,
+        middle: bool = True,
     ):
         super().__init__()
         norm = partial(SpatialNorm, code_dim=code_dim, ops=ops) if code_dim else partial(group_norm, ops=ops)
         self.conv_in = ops.Conv2d(z, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0], ops, norm)
+        self.mid = _middle(widths[0], middle, ops, norm)
         last = len(widths) - 1
         self.conv_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], w, blocks, attention and i == 0, ops, "upsample" if i < last else "", norm)

@@ -45,6 +45,8 @@ KINDS = {
     "movq": "MoVQ: the decoder's norms read the codebook entries (Lumina-mGPT 2.0)",
     "emu3": "a MoVQ for videos, of which only what a still picture needs is kept (Emu3)",
     "ibq": "the code of a feature is the entry with the largest dot product, not the nearest (Emu3.5)",
+    "pyramid": "codes of several scales, each the remainder of those before it (VAR): PyramidTokenizer",
+    "bits": "the same with the signs of numbers in place of codes of a table (Infinity): BitTokenizer",
 }
 
 
@@ -115,6 +117,17 @@ def to_pixels(pictures: Tensor) -> Tensor:
     return ((pictures.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
+def levels(shapes: Mapping[str, tuple[int, ...]], part: str) -> tuple[tuple[int, ...], int]:
+    """Widths of the encoder's or decoder's levels, and the residual blocks of each. Raises ValueError for odd ones."""
+    widths: list[int] = []
+    while (shape := shapes.get(f"{part}.conv_blocks.{len(widths)}.res.0.conv1.weight")) is not None:
+        widths.append(shape[0])
+        if shape[0] < 4 or shape[0] % groups(shape[0]):
+            raise ValueError(f"{shape[0]} channels cannot be divided into groups")
+    blocks = sum(k.startswith(f"{part}.conv_blocks.0.res.") and k.endswith(".conv1.weight") for k in shapes)
+    return tuple(widths), blocks
+
+
 def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True, kind: str = "") -> VQConfig:
     """Every size of a tokenizer file in LlamaGen's layout from its keys and shapes.
 
@@ -122,22 +135,11 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], normalized: bool = True, 
     kind        one of KINDS, if it is known; an IBQ is otherwise known by its size alone
     Raises KeyError, ValueError or IndexError if they are not a VQ tokenizer's.
     """
-
-    def levels(part: str) -> tuple[tuple[int, ...], int]:
-        widths: list[int] = []
-        while (shape := shapes.get(f"{part}.conv_blocks.{len(widths)}.res.0.conv1.weight")) is not None:
-            widths.append(shape[0])
-        blocks = sum(k.startswith(f"{part}.conv_blocks.0.res.") and k.endswith(".conv1.weight") for k in shapes)
-        return tuple(widths), blocks
-
     codes, code_dim = shapes["quantize.embedding.weight"]
-    decoder, decoder_blocks = levels("decoder")
-    encoder, encoder_blocks = levels("encoder") if "encoder.conv_in.weight" in shapes else ((), 0)
+    decoder, decoder_blocks = levels(shapes, "decoder")
+    encoder, encoder_blocks = levels(shapes, "encoder") if "encoder.conv_in.weight" in shapes else ((), 0)
     if not decoder:
         raise KeyError("decoder.conv_blocks.0")
-    for width in (*decoder, *encoder):
-        if width < 4 or width % groups(width):
-            raise ValueError(f"{width} channels cannot be divided into groups")
     z = shapes["post_quant_conv.weight"][0]
     if not all((codes, code_dim, z)):
         raise ValueError(f"{codes} codes of size {code_dim}, {z} channels")

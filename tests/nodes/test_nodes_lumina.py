@@ -88,7 +88,7 @@ def test_sizes_that_do_not_fit(model: object) -> None:
     large = run("LoadModel", model="Lumina-mGPT-7B-1024", tokenizer="automatic")
     with pytest.raises(UserError, match=r"prompt: it asks for 1024 x 1024 pixels and was not made for"):
         run("Generate", model=model, cache=CachePlan(budget=4), prompt=text(large), seed=1)
-    with pytest.raises(UserError, match=r"size: models that need a text encoder have only one size"):
+    with pytest.raises(UserError, match=r"size: connect the model that is to draw '768 x 768'"):
         run("TextPrompt", text_encoder="flan-t5-xl", text="a fox", size=size(768, "768 x 768"))
 
 

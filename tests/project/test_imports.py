@@ -27,7 +27,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "sizes": (set(), set()),
     "grid": ({"errors"}, set()),
-    "plan": ({"errors", "grid"}, set()),
+    "pyramid": ({"errors", "grid"}, set()),
+    "plan": ({"errors", "grid", "pyramid"}, set()),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     # the cache
@@ -36,14 +37,26 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cache.look_ahead": (set(), TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
-    "cache.view": ({"grid", "cache.attention", "cache.look_ahead"}, TENSORS),
+    "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
     "cache.fold": ({"cache.look_ahead", "cache.view"}, TENSORS),
     "cache.line_cache": (
         {"grid", "plan", "cache.attention", "cache.fold", "cache.storage", "cache.view"},
         TENSORS,
     ),
+    "cache.stage_cache": (
+        {
+            "plan",
+            "pyramid",
+            "cache.attention",
+            "cache.fold",
+            "cache.look_ahead",
+            "cache.storage",
+            "cache.view",
+        },
+        TENSORS,
+    ),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
-    "policies.*": ({"plan", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
+    "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
     "prompts.*": (
         {"errors", "grid", "sizes", "prompts", "prompts.*"},
@@ -53,13 +66,25 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "models.blocks": (set(), TENSORS),
     "models.packed": (set(), TENSORS),
     "models.*": (
-        {"errors", "grid", "plan", "prompts", "prompts.*", "cache.attention", "cache.line_cache", "models.*"},
+        {
+            "errors",
+            "grid",
+            "plan",
+            "pyramid",
+            "prompts",
+            "prompts.*",
+            "cache.attention",
+            "cache.line_cache",
+            "cache.look_ahead",
+            "cache.stage_cache",
+            "models.*",
+        },
         TENSORS,
     ),
-    "tokenizers.*": ({"tokenizers.*"}, TENSORS),
+    "tokenizers.*": ({"pyramid", "tokenizers.*"}, TENSORS),
     # the loop
     "loop.__init__": (set(), set()),
-    "loop.memory": ({"grid", "plan"}, set()),
+    "loop.memory": ({"grid", "plan", "pyramid"}, set()),
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
@@ -80,6 +105,21 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "loop.scales": (
+        {
+            "errors",
+            "events",
+            "plan",
+            "pyramid",
+            "cache.stage_cache",
+            "cache.view",
+            "policies",
+            "policies.choose",
+            "loop.memory",
+            "loop.sampling",
+        },
+        TENSORS,
+    ),
     "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
@@ -89,8 +129,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # pictures
     "pictures.__init__": (set(), set()),
     "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
-    "pictures.heatmap": ({"events", "grid"}, TENSORS | {"numpy"}),
-    "pictures.preview": ({"errors", "events", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
+    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy"}),
+    "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
     # files
     "checkpoints.__init__": (set(), set()),
     "checkpoints.untrusted": ({"errors"}, set()),
@@ -98,7 +138,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints.download": ({"errors", "checkpoints.published"}, {"requests"}),
     "checkpoints.weights": ({"errors", "checkpoints.untrusted"}, TENSORS | {"safetensors"}),
     "checkpoints.families.__init__": (
-        {"errors", "grid", "plan", "sizes", "prompts", "prompts.*", "checkpoints.weights"},
+        {"errors", "grid", "plan", "pyramid", "sizes", "prompts", "prompts.*", "checkpoints.weights"},
         TENSORS,
     ),
     "checkpoints.families.*": (
@@ -106,6 +146,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "errors",
             "grid",
             "plan",
+            "pyramid",
             "sizes",
             "prompts",
             "prompts.*",
@@ -127,7 +168,18 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "startup": (set(), set()),  # before anything that takes seconds to import, or may be missing
     "__main__": ({"*"}, TENSORS | {"numpy", "PIL", "tqdm", "safetensors"}),
 }
-NUMBERS = ("__init__", "errors", "grid", "sizes", "plan", "defaults", "events", "loop.memory", "checkpoints.published")
+NUMBERS = (
+    "__init__",
+    "errors",
+    "grid",
+    "pyramid",
+    "sizes",
+    "plan",
+    "defaults",
+    "events",
+    "loop.memory",
+    "checkpoints.published",
+)
 
 
 def module_name(path: Path, package: Path) -> str:
@@ -253,7 +305,7 @@ def test_a_wrong_import_is_seen(file, text):
 def test_numbers_run_without_torch():
     """Plans, grids and events can be used by a program that never loads torch."""
     code = (
-        "import sys, linear_core.errors, linear_core.grid, linear_core.plan, linear_core.events;"
+        "import sys, linear_core.errors, linear_core.grid, linear_core.pyramid, linear_core.plan, linear_core.events;"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

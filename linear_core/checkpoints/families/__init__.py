@@ -14,6 +14,7 @@ from ...grid import Grid
 from ...plan import CacheShape, SamplePlan
 from ...prompts import Prompt
 from ...prompts.tokenizer import TextTokenizer
+from ...pyramid import Pyramid
 from ...sizes import PIXELS, Size, nearest
 from ..weights import Target, Weights
 
@@ -31,6 +32,8 @@ class ModelInfo:
     sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
     pixels        per token, along each side
     context       most tokens of prompt and image together; 0: not limited by the model
+    pyramid       the scales of a model that draws in scales; `grid` is then the last of them. None: it draws in lines
+    pyramids      those of all its `sizes`
     """
 
     name: str
@@ -44,6 +47,8 @@ class ModelInfo:
     sizes: tuple[Size, ...] = ()
     pixels: int = PIXELS
     context: int = 0
+    pyramid: Pyramid | None = None
+    pyramids: tuple[Pyramid, ...] = ()
 
     @property
     def text(self) -> bool:
@@ -54,6 +59,11 @@ class ModelInfo:
     def own_tokenizer(self) -> bool:
         """Whether it reads texts with its own tokenizer, not with a text encoder."""
         return self.family.prompt is not None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What features of a text encoder mean to it (`Origin.meaning`): of cleaned texts, or of what was written."""
+        return ("features",) if self.family.cleaned else ("features", "as written")
 
     def with_size(self, size: Size) -> ModelInfo:
         """The model with the grid for pictures of `size`. Raises UserError listing sizes of similar shape."""
@@ -80,7 +90,8 @@ class ModelInfo:
                 f"prompt: it asks for {size[0]} x {size[1]} pixels and was not made for {self.name}; connect this "
                 "model to its Text Prompt."
             )
-        return replace(self, grid=grid)
+        last = grid.rows, grid.cols
+        return replace(self, grid=grid, pyramid=next((p for p in self.pyramids if p.sides[-1] == last), None))
 
     def cache_shape(self, dtype: torch.dtype, prompt: int = 0) -> CacheShape:
         """Sizes that decide the cache's memory, for a prompt of `prompt` tokens; 0: of typical length."""
@@ -103,6 +114,9 @@ class Family:
     tokenizer_files    possible paths of the text tokenizer, relative to the model's folder, the most likely first
     tokenizer_release  name of the release with the tokenizer, if not the model's own
     prompt_slots       slots of a typical prompt of a sentence or two, to plan memory before the text is known
+    cleaned            whether a text encoder gets texts as LlamaGen's captions were cleaned, not as they are written
+    tokenizer_kind     of the VQ tokenizers of all its models (`VQConfig.kind`); "": their names say it
+    precise            name of a weight in the decoder -> whether it is float32 whatever the decoder computes in
     """
 
     name: str
@@ -116,3 +130,6 @@ class Family:
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
     tokenizer_release: str = ""
     prompt_slots: int = 32
+    cleaned: bool = True
+    tokenizer_kind: str = ""
+    precise: Callable[[str], bool] = lambda name: False

@@ -54,8 +54,8 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
         heads = int(metadata["heads"]) if "heads" in metadata else number(settings, "n_head", 0) or None
         tokens = number(settings, "block_size", 0)
         config = read_config(weights.shapes, heads)
-        classes = _read_classes(metadata["classes"], config) if "classes" in metadata else _class_names(config)
-        defaults = _read_sampling(metadata["sampling"]) if "sampling" in metadata else _defaults(config)
+        classes = read_classes(metadata["classes"], config.classes) if "classes" in metadata else _class_names(config)
+        defaults = read_sampling(metadata["sampling"]) if "sampling" in metadata else _defaults(config)
         kind = "c2i" if config.classes else "t2i"
         tokenizer = Path(
             inside(Path(), metadata.get("tokenizer", published.TOKENIZERS[kind])).name.replace("\\", "/")
@@ -69,14 +69,16 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
     )
 
 
-def _read_classes(text: str, config: LlamaGenConfig) -> tuple[str, ...]:
+def read_classes(text: str, count: int) -> tuple[str, ...]:
+    """The names of `count` classes from our metadata. Raises ValueError for anything else."""
     names = parse_json(text)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != config.classes:
-        raise ValueError(f"its metadata 'classes' is not a list of {config.classes} names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != count:
+        raise ValueError(f"its metadata 'classes' is not a list of {count} names")
     return tuple(names)
 
 
-def _read_sampling(text: str) -> SamplePlan:
+def read_sampling(text: str) -> SamplePlan:
+    """Sampling settings from our metadata. Raises ValueError or UserError for anything else."""
     settings = parse_json(text)
     if not isinstance(settings, dict) or any(not isinstance(settings[n], SAMPLING.get(n, ())) for n in settings):
         raise ValueError(f"its metadata 'sampling' does not give numbers for {', '.join(SAMPLING)}")

@@ -1,0 +1,255 @@
+"""The loop of next-scale models: from a prompt to one Stage per scale. One forward pass draws a whole scale."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..cache.stage_cache import StageCache
+from ..cache.view import View
+from ..errors import UserError
+from ..events import Stage
+from ..plan import CachePlan, CacheShape, SamplePlan
+from ..policies import POLICIES, Policy, choose, get_policy
+from ..pyramid import Pyramid
+from .memory import fold_pairs
+from .sampling import Noise, apply_guidance, as_number, filter_logits, sample_codes
+
+ALL_PAIRS = 1536  # slots a head whose pairs the policy `fold` compares; beyond, attention chooses what is folded
+
+
+class ScaleDecoder(Protocol):
+    """What `generate_scales` needs of a model. Shapes are those of models.scales.Scales."""
+
+    pyramid: Pyramid
+    codes: int
+    digits: int
+    outcomes: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def with_grid(self, grid: Any) -> Any: ...
+    def cache_shape(self, prompt: int = 0) -> CacheShape: ...
+    def with_unconditional(self, prompt: Any) -> Any: ...
+    def begin(self, prompt: Any) -> Any: ...
+    def select_rows(self, state: Any, rows: int) -> Any: ...
+    def stage(self, stage: int, below: Tensor | None, state: Any, cache: StageCache) -> Tensor: ...
+    def guidance(self, stage: int, scale: float) -> float: ...
+    def rotate_ahead(self, stage: int, queries: Tensor) -> Tensor: ...
+
+
+class Quantizer(Protocol):
+    """What `generate_scales` needs of a tokenizer. Shapes are those of tokenizers.pyramid.ResidualPyramid.
+
+    `add_mixture` is for models whose tokens are one draw each.
+    """
+
+    def empty(self, images: int, pyramid: Pyramid) -> Tensor: ...
+    def shrink(self, pyramid: Pyramid, stage: int, canvas: Tensor) -> Tensor: ...
+    def add(self, pyramid: Pyramid, stage: int, tokens: Tensor, canvas: Tensor) -> Tensor: ...
+    def add_mixture(self, pyramid: Pyramid, stage: int, logits: Tensor, noise: Tensor, canvas: Tensor) -> Tensor: ...
+
+
+@torch.inference_mode()
+def generate_scales(
+    decoder: ScaleDecoder,
+    quantizer: Quantizer,
+    prompt: Any,
+    plan: CachePlan,
+    sample: SamplePlan,
+    *,
+    given: Tensor | None = None,
+    stop_after: int = 0,
+    name: str = "the model",
+) -> Iterator[Stage]:
+    """Draw one image for each row of `prompt`; yields a Stage when a scale is finished.
+
+    plan        what the cache keeps, as a share
+    sample      how tokens are sampled
+    given       codes B N, or one image's for all: tokens of the first scales, which exist already. They are passed
+                through the model with the same eviction, so the cache is as if they had been drawn
+    stop_after  scales that are drawn; the canvas so far is the picture. 0: all
+    name        what error messages call the model
+
+    Raises UserError before anything is allocated if the settings do not fit the model, and at the end of a scale whose
+    logits are not finite. Dropping the iterator frees all memory.
+    """
+    decoder = decoder.with_grid(prompt.grid)
+    pyramid = decoder.pyramid
+    policy = scale_policy(plan, pyramid)
+    images, device = prompt.rows, decoder.device
+    if images < 1:
+        raise UserError("prompt: it is empty; give at least one class or text.")
+    if sample.smooth and decoder.digits > 1:
+        raise UserError(f"smooth: {name} draws single bits, and has no codes to mix; switch it off.")
+    if sample.drafts > 0:
+        raise UserError(f"drafts: {name} draws a whole scale in one pass, and guesses nothing; set drafts to 0.")
+    check_stop(stop_after, pyramid)
+    tokens_given, scales_given = _check_given(given, images, pyramid, decoder.codes)
+    prompt = prompt.to(device)
+    rows = decoder.with_unconditional(prompt) if sample.guided else prompt
+    cache = scale_cache(decoder, rows.rows, plan, policy)
+    noise = Noise(sample.seed, images, decoder.digits * decoder.outcomes, device)
+
+    started = time.perf_counter()
+    state = decoder.begin(rows)
+    canvas = quantizer.empty(images, pyramid).to(device)
+    for stage in range(stop_after or pyramid.stages):
+        first, size = pyramid.index(stage), pyramid.size(stage)
+        if cache.rows > images and not sample.guides(first):
+            cache.keep_rows(images)
+            state = decoder.select_rows(state, images)
+        cache.begin(stage)
+        below = quantizer.shrink(pyramid, stage, canvas) if stage else None
+        logits = decoder.stage(stage, below, state, cache)
+        non_finite = logits.sum() * 0  # NaN and infinity times 0 are NaN
+        replayed = stage < scales_given
+        if replayed:
+            tokens = tokens_given[:, first : first + size].to(device)
+        else:
+            guided = scale_scores(decoder, logits, stage, images, sample)
+            number = torch.arange(first, first + size, device=device)
+            race = noise.exponential(number)
+            tokens = _draw(decoder, guided, race, sample.temperature)
+        if sample.smooth and not replayed:
+            canvas = quantizer.add_mixture(pyramid, stage, guided, race, canvas)
+        else:
+            canvas = quantizer.add(pyramid, stage, tokens.unflatten(1, pyramid.sides[stage]), canvas)
+        share, stands = cache.share_held(images), cache.stands_for(images)
+        tokens_now = tokens.cpu()  # the only point in a stage where the host waits for the device
+        if non_finite != 0:
+            raise UserError(_not_finite(name, decoder.dtype, stage, pyramid.stages))
+        now = time.perf_counter()
+        yield Stage(
+            stage, pyramid.stages, tokens_now, canvas.cpu(), share.cpu(), round(float(share.sum()) / images, 3),
+            now - started, cache.peak, cache.held_by_head(0).cpu(), replayed, None if stands is None else stands.cpu(),
+        )  # fmt: skip
+        started = time.perf_counter()
+
+
+@torch.inference_mode()
+def forced_scales(
+    decoder: ScaleDecoder,
+    quantizer: Quantizer,
+    prompt: Any,
+    tokens: Tensor,
+    plan: CachePlan,
+    observe: Callable[[int, StageCache], None] = lambda stage, cache: None,
+) -> Iterator[Tensor]:
+    """For each scale of the pictures `tokens` B N, the logits of its codes under the plan: float32 B n V.
+
+    Nothing is sampled: every cache sees the same canvas, so differences come from the cache alone.
+
+    prompt   rows as the model is to see them, a whole number of times B: guidance is the caller's business
+    observe  called with the stage and the cache after each scale
+    """
+    decoder = decoder.with_grid(prompt.grid)
+    pyramid, state = decoder.pyramid, decoder.begin(prompt)
+    cache = scale_cache(decoder, prompt.rows, plan, scale_policy(plan, pyramid))
+    tokens = tokens.to(decoder.device)
+    canvas = quantizer.empty(len(tokens), pyramid).to(decoder.device)
+    for stage in range(pyramid.stages):
+        cache.begin(stage)
+        below = quantizer.shrink(pyramid, stage, canvas) if stage else None
+        yield decoder.stage(stage, below, state, cache)
+        observe(stage, cache)
+        first = pyramid.index(stage)
+        drawn = tokens[:, first : first + pyramid.size(stage)].unflatten(1, pyramid.sides[stage])
+        canvas = quantizer.add(pyramid, stage, drawn, canvas)
+
+
+def scale_policy(plan: CachePlan, pyramid: Pyramid) -> Policy:
+    """The plan's policy for a picture drawn in scales. Raises UserError if it, or the plan, needs lines."""
+    policy = get_policy(plan.policy)
+    if policy.lines:
+        raise UserError(f"policy: {plan.policy} {policy.lines}; choose fold for a model that draws in scales.")
+    plan.check_scales(pyramid)
+    if plan.policy == "fold" and plan.work_slots(pyramid) > ALL_PAIRS:
+        return POLICIES["line"]  # what victims are hardly matters once they are folded, and pairs are many
+    return policy
+
+
+def scale_cache(decoder: ScaleDecoder, rows: int, plan: CachePlan, policy: Policy) -> StageCache:
+    """An empty cache for `rows` sequences."""
+    reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
+    return StageCache(
+        decoder.cache_shape(), rows, decoder.pyramid, plan, settler(plan, policy), dtype=decoder.dtype,
+        device=decoder.device, reads=reads, survey=policy.survey, rotate=decoder.rotate_ahead,
+    )  # fmt: skip
+
+
+def settler(plan: CachePlan, policy: Policy) -> Callable[[StageCache, View], None]:
+    """What a layer does when it holds more than its budget: the policy scores, the others leave."""
+
+    def settle(cache: StageCache, view: View) -> None:
+        parts = view.parts(fold_pairs(view.index.device.type)) if plan.release == "fold" else iter((view,))
+        for part in parts:
+            scores = policy.score(part)
+            keep = None if policy.keep is None else policy.keep(part, scores, plan)
+            victims = choose(
+                scores, part, part.index.shape[-1] - part.keeps, anchors=plan.protected(cache.pyramid), recent=0,
+                prompt_slots=0, keep=keep,
+            )  # fmt: skip
+            cache.release(part, victims)
+
+    return settle
+
+
+def scale_scores(decoder: ScaleDecoder, logits: Tensor, stage: int, images: int, sample: SamplePlan) -> Tensor:
+    """Guided logits of a scale, -inf for codes that may not be drawn: B n V."""
+    if len(logits) > images:
+        logits = apply_guidance(logits, images, decoder.guidance(stage, sample.guidance))
+    draws = logits.unflatten(-1, (decoder.digits, -1))
+    return filter_logits(draws, sample.top_k, sample.top_p, sample.temperature).flatten(-2)
+
+
+def _draw(decoder: ScaleDecoder, logits: Tensor, race: Tensor, temperature: float) -> Tensor:
+    """Tokens int64 B n from guided logits and exponential noise, both B n V."""
+    if decoder.digits == 1:
+        return sample_codes(logits, race, temperature)
+    logits, race = (x.unflatten(-1, (decoder.digits, -1)) for x in (logits, race))
+    return as_number(sample_codes(logits, race, temperature), decoder.outcomes)
+
+
+def check_stop(stop_after: int, pyramid: Pyramid) -> None:
+    """Raise UserError if there are not so many scales."""
+    if not 0 <= stop_after <= pyramid.stages:
+        raise UserError(
+            f"stop after: {stop_after} is out of range; the model draws {pyramid.stages} scales (0: all of them)."
+        )
+
+
+def _check_given(given: Tensor | None, images: int, pyramid: Pyramid, codes: int) -> tuple[Tensor, int]:
+    """`given` for every image, int64 B N, and how many scales it is. Raises UserError if it does not fit."""
+    if given is None or given.numel() == 0:
+        return torch.empty(images, 0, dtype=torch.int64), 0
+    ends = [pyramid.index(n) - pyramid.prompt for n in range(pyramid.stages)]
+    if given.ndim != 2:
+        raise UserError(
+            "tokens: they are lines of another model's picture, but this model draws in scales; give tokens that it "
+            "drew itself."
+        )
+    if given.shape[1] not in ends:
+        raise UserError(
+            f"tokens: there are {given.shape[1]}, which are no whole scales of the model's ({pyramid.text}); give at "
+            f"most {pyramid.stages - 1} scales, from the first one on."
+        )
+    if len(given) not in (1, images):
+        raise UserError(f"tokens: there are {len(given)} pictures, but {images} are drawn; give one, or one for each.")
+    if int(given.min()) < 0 or int(given.max()) >= codes:
+        raise UserError(f"tokens: they are of another model; this one has codes 0 to {codes - 1}.")
+    return given.expand(images, -1), ends.index(given.shape[1])
+
+
+def _not_finite(name: str, dtype: torch.dtype, stage: int, stages: int) -> str:
+    hint = (
+        "float16 ends at 65504, which large models exceed; use bfloat16 or float32"
+        if dtype == torch.float16
+        else "its file may be damaged or belong to another model; download it again or choose another"
+    )
+    kind = str(dtype).removeprefix("torch.")
+    return f"{name}: its logits are not finite (NaN or infinity, {kind}) in scale {stage + 1} of {stages}; {hint}."
