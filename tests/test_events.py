@@ -305,13 +305,12 @@ def test_javascript_keeps_rows_of_several_runs():
 def test_tokens_of_scales_as_text(bits, words):
     """Numbers beyond sixteen bits travel as words, the highest first; anything else is refused."""
     tokens = torch.randint(2**bits, (2, 7), generator=torch.Generator().manual_seed(0))
-    tokens[0, 0], tokens[1, 6] = 2**bits - 1, 0
+    tokens[0, 0], tokens[1, 6] = 2**bits - 2, 0
     written = pack_tokens(tokens, bits)
     assert written.startswith(f"2x7x{words}:")
     assert unpack_tokens(written) == ((2, 7), tokens.flatten().tolist())
-    assert (
-        unpack(written.partition(":")[2])[:words] == [int(tokens[0, 0]) >> 16 * n & 0xFFFF for n in range(words)][::-1]
-    )
+    first = unpack(written.partition(":")[2])[:words]
+    assert first == [int(tokens[0, 0]) >> 16 * word & 0xFFFF for word in range(words)][::-1]
     for broken in ("", written.replace("2x7", "2x8", 1), "1x1x9:" + "AAAA" * 6, "0x0x0:", written[:-4]):
         with pytest.raises(ValueError):
             unpack_tokens(broken)
