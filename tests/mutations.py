@@ -1299,7 +1299,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "logits[..., None, :]",
         "bits: one choice for all",
     ),
-    ("checkpoints/library.py", "found == wanted and not other", "found == wanted", "infinity: d32 for d32reg"),
+    ("checkpoints/published.py", "if name in INFINITY_VAES:", "if False:", "infinity: d32 for d32reg"),
     ("checkpoints/library.py", "if info.family.precise(name):", "if False:", "infinity: conditions in half precision"),
     (
         "checkpoints/families/infinity.py",
@@ -1307,7 +1307,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "names",
         "infinity: sizes that a file was not trained for",
     ),
-    ("checkpoints/weights.py", "if indexed and SHARD", "if False and SHARD", "loading: shards need a config.json"),
     ("checkpoints/text.py", "if model is None or model.family.cleaned", "if True", "infinity: texts are cleaned"),
     ("events.py", "in range(words - 1, -1, -1)", "in range(words)", "tokens of scales: words in reverse"),
 ]

@@ -142,7 +142,11 @@ def prompt(
         raise UserError("text: it is empty; describe what to draw.")
     length = model.config.caption_slots if model else LENGTH
     key = files.key, length
-    spell = clean if model is None or model.family.cleaned else str
+    spell: Callable[[str], str]
+    if model is None or model.family.cleaned:
+        spell, origin = clean, Origin("", ("features",))
+    else:
+        spell, origin = str, Origin(model.name, model.features)
     cleaned = [(key, spell(text)) for text in [*texts, *([negative] if negative else [])]]
     features = {name: _features[name] for name in cleaned if name in _features}
     missing = [name for name in dict.fromkeys(cleaned) if name not in features]
@@ -161,7 +165,6 @@ def prompt(
     negatives = text_prompt(rows[len(texts) :] * len(texts), length=length) if negative else None
     made = text_prompt(rows[: len(texts)], tuple(texts), length)
     grid = model.grid if model and model.sizes else None
-    origin = Origin("", ("features",)) if model is None or model.family.cleaned else Origin(model.name, model.features)
     return replace(made, negative=negatives, grid=grid, origin=origin)
 
 

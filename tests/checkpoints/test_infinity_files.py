@@ -144,7 +144,7 @@ def test_tokenizers_of_another_kind(folder: Path, tmp_path: Path) -> None:
         (
             small,
             folder / "infinity_vae_d32reg.pth",
-            r"tokens of 32 bits, but .* draws tokens of 16 bits of infinity_vae",
+            r"has 2\^32 codes, but infinity_125M.* draws from 65536; choose the tokenizer that belongs",
         ),
         (
             large,
@@ -229,7 +229,7 @@ def test_pictures_on_the_command_line(
 
     monkeypatch.setattr(text, "load_encoder", lambda files: (None, None))
     monkeypatch.setattr(text, "encode", encode)
-    monkeypatch.setattr(text, "find_text_encoder", lambda path: text.TextFiles(Path(path), (), None))
+    monkeypatch.setattr(text, "find_text_encoder", lambda path, width=0: text.TextFiles(Path(path), (), None))
     model = ["--model", str(folder / "infinity_125M_256x256.pth"), "--pixels", "336x224", "--share", "0.3"]
     out = tmp_path / "fox.png"
     words = ["--text", "A fox @home", "--text", "Foxes", "--text-encoder", "t5", "--size", "336", "--out", str(out)]

@@ -62,7 +62,7 @@ def test_every_other_models_prompt_is_refused(models: dict[str, ImageModel]) -> 
                     model.check(given)
                 else:
                     kind = "Text Prompt" if model.info.text else "Class Prompt"
-                    maker = prompt.origin.model or "models with a text encoder"
+                    maker = prompt.origin.model or "LlamaGen's text models"
                     refused(model, given, f"made for {maker}, not for {model.info.name}", f"connect a {kind}")
 
 
