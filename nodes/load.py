@@ -86,8 +86,8 @@ class LoadModel(io.ComfyNode):
         image = load_model(found, grid=grid, dtype=host.compute_dtype(), weight_dtype=kept, ops=layers)
         if image.info.pyramid is not None:
             raise UserError(
-                f"{found.decoder.name}: draws in scales, which these nodes cannot show yet; use it on the command line, "
-                "python -m linear_core generate."
+                f"{found.decoder.name}: draws in scales, which these nodes cannot show yet; use it on the command line "
+                "(python -m linear_core generate)."
             )
         return io.NodeOutput(Model(image, host.managed(image.decoder), host.managed(image.tokenizer)))
 
