@@ -18,7 +18,7 @@ import re
 import sys
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ class Stage:
         """Passes with drafts, as a Line calls them: there are none."""
         return 0
 
+    @property
+    def accepted(self) -> float:
+        """Share of drafts that were right, as a Line calls it."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Started:
@@ -125,6 +130,9 @@ class Started:
     cache_bytes keys and values as allocated; `full_bytes`: of a cache for all lines
     codebook    what the codes stand for (ImageModel.codebook); "": not stated
     list_index  which of the node's runs within one prompt: ComfyUI runs a node once for each entry of a list
+    sides       rows and columns of each scale, if the picture is drawn in scales: `rows` is then their number, `cols`
+                and `stride` are those of the last one, and `lines` is the number of tokens that a head keeps. The cells
+                of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
     """
 
     run: str
@@ -148,17 +156,24 @@ class Started:
     kind: str = "started"
     codebook: str = ""
     list_index: int = 0
+    sides: list[list[int]] = field(default_factory=list)
+
+    @property
+    def cells(self) -> int:
+        """Cells of an image: tokens, without ends of lines."""
+        return sum(rows * cols for rows, cols in self.sides) or self.rows * self.cols
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one line changed. Cell c of image i has number i*rows*cols + c.
+    """What one line, or one scale, changed. Cell c of image i has number i*rows*cols + c; of scales, i*cells + c.
 
     tokens    uint16 images cols: the codes of this row
     cells     uint16 N: cells whose share has changed
     shares    uint8 N: their new share of layers and heads, 255 for all
     evicted   uint16 layers heads n: image tokens that each head of the first image held after the previous line, or
-              that belong to this line, and that it no longer holds. Lists of unequal length are padded with 65535.
+              that belong to this line, and that it no longer holds. Lists of unequal length are padded with 65535. The
+              last scale is held by no head and not listed.
               Empty unless the run's detail is "heads". The picture's last token is never fed, so the last line lists
               it.
     by_layer  uint8 layers N', N' being the number of `cells` of the first image: their share of that layer's heads.
@@ -236,15 +251,15 @@ class Trace:
     def latest(self) -> dict[str, Any]:
         return self.events[-1]
 
-    def add(self, line: Line) -> dict[str, Any]:
-        """Add a line and return its event."""
+    def add(self, line: Line | Stage) -> dict[str, Any]:
+        """Add a line, or a scale, and return its event."""
         run = self.started
         share = (line.share[: run.shown] * 255).round().byte().flatten()
         layers = self._layers(line)
         changed = share > 0 if self._shares is None else share != self._shares
         if layers is not None:
             by_layer = layers > 0 if self._layered is None else layers != self._layered
-            changed[: run.rows * run.cols] |= by_layer.any(0)
+            changed[: run.cells] |= by_layer.any(0)
         cells = changed.nonzero()[:, 0]
         merged, stands = self._merged(line)
         seconds = max(line.seconds, 1e-9)
@@ -252,7 +267,7 @@ class Trace:
             run=run.run,
             row=line.row,
             rows=line.rows,
-            cols=run.cols,
+            cols=run.sides[line.row][1] if run.sides else run.cols,
             seconds=round(line.seconds, 6),
             tokens_per_second=round(line.tokens.numel() / seconds, 1),
             held=line.held,
@@ -279,7 +294,9 @@ class Trace:
         """Add and return the last event. Its speed is that of the rows drawn, without replayed ones."""
         drawn = [row for row in self._rows if not row.replayed]
         seconds = sum(row.seconds for row in drawn)
-        tokens = len(drawn) * self.started.cols * self.started.images
+        sides, cols = self.started.sides, self.started.cols
+        each = (sides[row.row][0] * sides[row.row][1] if sides else cols for row in drawn)
+        tokens = sum(each) * self.started.images
         held = max((row.held for row in self._rows if row.row + 1 < row.rows), default=0.0)
         speed = round(tokens / seconds, 1) if seconds else 0.0
         seconds = sum(row.seconds for row in self._rows)
@@ -289,12 +306,19 @@ class Trace:
         )
         return self.latest
 
-    def _evicted(self, line: Line) -> str:
+    def _own(self, row: int) -> slice:
+        """The tokens that a line wrote into the cache; of a scale, none if it is the last."""
+        run = self.started
+        if not run.sides:
+            return slice(row * run.stride, (row + 1) * run.stride)
+        sizes = [rows * cols for rows, cols in run.sides]
+        return slice(sum(sizes[:row]), sum(sizes[: row + 1]) if row + 1 < run.rows else 0)
+
+    def _evicted(self, line: Line | Stage) -> str:
         if self.started.detail != "heads" or line.by_head is None:
             return ""
-        stride = self.started.stride
         before = line.by_head.new_zeros(line.by_head.shape) if self._by_head is None else self._by_head.clone()
-        before[..., line.row * stride : (line.row + 1) * stride] = True
+        before[..., self._own(line.row)] = True
         evicted = before & ~line.by_head
         counts = evicted.sum(-1)
         longest = int(counts.max())
@@ -307,7 +331,7 @@ class Trace:
             start += count
         return pack(lists)
 
-    def _merged(self, line: Line) -> tuple[str, str]:
+    def _merged(self, line: Line | Stage) -> tuple[str, str]:
         if line.stands is None:
             return "", ""
         stands = (line.stands[: self.started.shown] * 8).round().clamp(max=NONE).int().flatten()
@@ -317,12 +341,14 @@ class Trace:
         cells = changed.nonzero()[:, 0]
         return pack(cells.tolist()), pack(stands[cells].tolist())
 
-    def _layers(self, line: Line) -> Tensor | None:
+    def _layers(self, line: Line | Stage) -> Tensor | None:
         """Share of each layer's heads that hold each cell of the first image: uint8 L cells."""
         if self.started.detail != "layers" or line.by_head is None:
             return None
         run = self.started
-        held = line.by_head.unflatten(-1, (run.rows, run.stride))[..., : run.cols].flatten(2)
+        held = line.by_head
+        if not run.sides:
+            held = held.unflatten(-1, (run.rows, run.stride))[..., : run.cols].flatten(2)
         return (held.float().mean(1) * 255).round().byte()
 
 

@@ -36,10 +36,11 @@ from linear_core.events import (
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
 from linear_core.loop.memory import run_bytes
+from linear_core.loop.scales import generate_scales
 from linear_core.plan import PRESETS, RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
-from tests.tiny import Toy, llamagen
+from tests.tiny import Toy, llamagen, var
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [("class", policy, release) for policy in POLICIES for release in RELEASES]
@@ -244,6 +245,45 @@ def test_pack():
     assert unpack(pack([0, 255], "B"), "B") == [0, 255] and unpack("") == []
     with pytest.raises(OverflowError):
         pack([65536])
+
+
+@pytest.mark.parametrize("detail", ["heads", "layers"])
+@pytest.mark.parametrize("plan", [CachePlan("fold", share=0.5), CachePlan("adakv", share=0.5), CachePlan("full")])
+def test_scales_are_told_like_lines(plan, detail):
+    """Replayed, the events of a run over scales give every share, and what each head or layer held after each."""
+    decoder, quantizer = var(1, 2, 3, 4)
+    pyramid, shape = decoder.pyramid, decoder.cache_shape()
+    run = Started(
+        run="r", rows=4, cols=4, stride=4, images=2, shown=2, columns=1, layers=2, heads=3, detail=detail, seed=3,
+        policy=plan.policy, release=plan.release, lines=plan.keeps(pyramid), anchors=4, recent=0,
+        cache_bytes=shape.scales_bytes(pyramid, plan, 2), full_bytes=0, sides=[list(side) for side in pyramid.sides],
+    )  # fmt: skip
+    told, shares = Trace(run), [0] * (2 * run.cells)
+    held = [[set() for _ in range(3)] for _ in range(2)]
+    by_layer = [[0] * run.cells for _ in range(2)]
+    for stage in generate_scales(decoder, quantizer, class_prompt([1, 3]), plan, SamplePlan(seed=3)):
+        event = json.loads(json.dumps(told.add(stage)))
+        cells = unpack(event["cells"])
+        for cell, share in zip(cells, unpack(event["shares"], "B"), strict=True):
+            shares[cell] = share
+        assert shares == (stage.share * 255).round().int().flatten().tolist()
+        assert unpack(event["tokens"]) == stage.tokens.flatten().tolist() and event["cols"] == stage.row + 1
+        own = range(pyramid.index(stage.row), pyramid.index(stage.row + 1)) if stage.row < 3 else ()
+        gone = unpack(event["evicted"])
+        for n, head in enumerate(head for layer in held for head in layer):
+            head |= set(own)
+            head -= set(gone[n * len(gone) // 6 : (n + 1) * len(gone) // 6])
+        shown = [cell for cell in cells if cell < run.cells]
+        layers = unpack(event["by_layer"], "B")
+        for n, layer in enumerate(by_layer):
+            for cell, share in zip(shown, layers[n * len(shown) :], strict=False):
+                layer[cell] = share
+        if detail == "heads":
+            holds = [[set(head.nonzero()[:, 0].tolist()) for head in layer] for layer in stage.by_head]
+            assert held == holds and not layers
+        else:
+            assert by_layer == (stage.by_head.float().mean(1) * 255).round().int().tolist() and not gone
+    assert told.finish()["rows"] == 4
 
 
 def test_codes_as_text():

@@ -27,9 +27,10 @@ MAX_NAME = 255  # characters of a file name, on every system
 ALLOWED_GLOBALS = re.compile(
     r"torch (\w+Storage|Size|device|b?float\d+\w*|u?int\d+|complex\d+|bool)|torch\.storage (Untyped|Typed)Storage"
     r"|torch\._utils _rebuild_(tensor|tensor_v[23]|parameter|parameter_with_state)|torch\.nn\.parameter Parameter"
-    r"|torch Tensor|torch\._tensor _rebuild_from_type_v2"  # of tensors that carried attributes: Infinity's
+    r"|torch Tensor|torch\._tensor _rebuild_from_type_v2"  # of tensors that carried attributes: see `_check_calls`
     r"|collections (OrderedDict|Counter)|(__builtin__|builtins) set"
 )
+TENSOR, REBUILD = "torch Tensor", "torch._tensor _rebuild_from_type_v2"
 
 # What training scripts save beside weights: settings, paths, times, numbers of numpy. None of it is imported or made:
 # `stand_ins` takes its place, so a name in this list can do nothing, whatever it is called with.
@@ -180,17 +181,23 @@ def check_archive(path: Path) -> set[str]:
             pickled = archive.read(pickles[0])
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OverflowError) as error:
         raise ValueError(f"it is incomplete or damaged: {error}") from error
+    named = [str(argument) for code, argument, _ in pickletools.genops(pickled) if code.name in ("GLOBAL", "INST")]
     beside = set()
-    for code, argument, _ in pickletools.genops(pickled):
-        if code.name not in ("GLOBAL", "INST") or ALLOWED_GLOBALS.fullmatch(named := str(argument)):
+    for name in named:
+        if ALLOWED_GLOBALS.fullmatch(name) or name == BYTES:
             continue
-        if named == BYTES:
-            _check_bytes(pickled)
-        elif BESIDE_WEIGHTS.fullmatch(named):
-            beside.add(named)
-        else:
-            raise NotWeightsAlone(f"it asks for {named.replace(' ', '.')}, which weights do not need and is not run")
+        if not BESIDE_WEIGHTS.fullmatch(name):
+            raise _not_run(name)
+        beside.add(name)
+    if BYTES in named:
+        _check_bytes(pickled)
+    if TENSOR in named or REBUILD in named:
+        _check_calls(pickled)
     return beside
+
+
+def _not_run(named: str) -> ValueError:
+    return NotWeightsAlone(f"it asks for {named.replace(' ', '.')}, which weights do not need and is not run")
 
 
 def _check_bytes(pickled: bytes) -> None:
@@ -198,7 +205,6 @@ def _check_bytes(pickled: bytes) -> None:
 
     torch runs the encoder, and other encodings take time, or double what they are given as often as they are asked to.
     """
-    problem = NotWeightsAlone(f"it asks for {BYTES.replace(' ', '.')}, which weights do not need and is not run")
     encoders: set[int] = set()  # places of the memo that hold the encoder
     texts: dict[int, str] = {}  # and those that hold a text
     top: object = None  # what was pushed last: BYTES, a text, or None for anything else
@@ -219,10 +225,47 @@ def _check_bytes(pickled: bytes) -> None:
         if expected:
             fits = {4: text is not None, 3: text == ENCODING, 2: name == "TUPLE2", 1: name == "REDUCE"}[expected]
             if is_encoder or not fits:
-                raise problem
+                raise _not_run(BYTES)
             expected -= 1
         elif is_encoder:
             expected = 4
         top = (BYTES,) if is_encoder else text
     if expected:
-        raise problem
+        raise _not_run(BYTES)
+
+
+def _check_calls(pickled: bytes) -> None:
+    """Raise ValueError for a pickle that calls torch.Tensor, itself or through `_rebuild_from_type_v2`.
+
+    Called with a number it takes that much memory. Tensors with attributes, as Infinity's are, name it as the type to
+    give to what torch rebuilds. So the pickle's stack is followed: names and tuples are kept, all else is None.
+    """
+    mark = object()
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
+    for code, argument, _ in pickletools.genops(pickled):
+        before, taken = code.stack_before, list[Any]()
+        pushed: list[Any] = [None] * len(code.stack_after)
+        if pickletools.markobject in before:
+            while stack and (top := stack.pop()) is not mark:
+                taken.insert(0, top)
+            before = before[: before.index(pickletools.markobject)]
+        taken = [stack.pop() for _ in before if stack][::-1] + taken
+        if code.name == "MARK":
+            pushed = [mark]
+        elif code.name == "GLOBAL":
+            pushed = [str(argument)]
+        elif code.name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE"):
+            pushed = [tuple(taken)]
+        elif code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1] if stack else None
+        elif code.name == "MEMOIZE":
+            pushed, memo[len(memo)] = taken, taken[-1] if taken else None
+        elif code.name in ("GET", "BINGET", "LONG_BINGET"):
+            pushed = [memo.get(argument)]
+        elif code.name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"):
+            called, given = (taken[0] if taken else None), (taken[1] if len(taken) > 1 else None)
+            rebuilt = given[0] if isinstance(given, tuple) and given else None
+            if TENSOR in (called, argument) or (called == REBUILD and not str(rebuilt).startswith("torch._utils ")):
+                raise _not_run(TENSOR)
+        stack += pushed

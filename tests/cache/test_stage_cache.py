@@ -228,9 +228,10 @@ def test_int8_is_near_the_full_cache() -> None:
     assert 0 < difference < 0.02
 
 
-def test_folding_tells_how_many_tokens_stand_behind_a_slot() -> None:
+@pytest.mark.parametrize("name", ["fold", "adakv", "hack"])
+def test_folding_tells_how_many_tokens_stand_behind_a_slot(name: str) -> None:
     """All tokens of the scales are somewhere: counts add up to what a full cache holds."""
-    last = draw(CachePlan("fold", share=SHARE))[-1]
+    last = draw(CachePlan(name, share=SHARE, release="fold"))[-1]
     assert last.stands is not None and last.share.shape == last.stands.shape == (2, 55)
     assert float((last.share * last.stands).sum(1).mean()) == pytest.approx(30)
     assert not last.share[:, 30:].any(), "the last scale is never held"

@@ -33,8 +33,8 @@ from linear_core.checkpoints.library import ModelFiles, find_tokenizer, load_mod
 from linear_core.checkpoints.text import find_text_encoder, load_encoder
 from linear_core.models.llamagen import HEADS
 from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
+from tests.models import infinity_reference, lumina_official, lumina_reference, official, official_janus
 from tests.models import llamagen_reference as llamagen
-from tests.models import lumina_official, lumina_reference, official, official_janus
 
 Damage = Callable[[Path], None]
 CANARY = "the canary flew"  # the file that appears where something was run
@@ -146,6 +146,19 @@ def write_t5(folder: Path) -> None:
     official_janus.text_tokenizer(model / "tokenizer.json")
 
 
+def write_infinity(folder: Path) -> None:
+    """A folder of shards without a config.json, and a VAE nested in what training saves with it."""
+    weights, shards = small(infinity_reference.weights("lying")), folder / "infinity_8b_weights"
+    shards.mkdir()
+    index = {}
+    for n in (1, 2):
+        part = {name: weights[name] for name in sorted(weights)[n - 1 :: 2]}
+        save_file(part, shards / f"model-0000{n}-of-00002.safetensors")
+        index |= dict.fromkeys(part, f"model-0000{n}-of-00002.safetensors")
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    torch.save({"vae": infinity_reference.vae_weights("lying"), "step": 1}, folder / "infinity_vae_d12.pth")
+
+
 def load_from(path: Path) -> None:
     """As the command line and the nodes do it; a model's own tokenizer reads a text."""
     model = load_model(ModelFiles(path, find_tokenizer(path)))
@@ -174,6 +187,7 @@ class Layout:
 
 
 JANUS, LUMINA, T5 = "Janus-Pro-1B", "Lumina-mGPT-7B-768", "flan-t5-xl"
+INFINITY = "infinity_8b_weights"
 JANUS_KEY = "language_model.model.layers.0.mlp.up_proj.weight"
 VQ_KEY = "decoder.conv_blocks.0.res.0.conv1.bias"
 LAYOUTS = {
@@ -208,6 +222,10 @@ LAYOUTS = {
     "anole": Layout(
         write_anole, "Anole-7b-v0.1/consolidated.pth",
         {"Anole-7b-v0.1/consolidated.pth": "layers.0.feed_forward.w2.weight"},
+    ),
+    "infinity": Layout(
+        write_infinity, INFINITY,
+        {f"{INFINITY}/model-00001-of-00002.safetensors": "block_chunks.0.module.0.sa.mat_qkv.weight"},
     ),
     "t5": Layout(
         write_t5, T5, {f"{T5}/model-00001-of-00002.safetensors": "encoder.block.0.layer.0.SelfAttention.k.weight"},
@@ -428,7 +446,11 @@ KIND = r"where floating-point numbers were expected"
 FINITE = r"holds NaN or infinity"
 WEIGHTS: list[tuple[str, Callable[[Weights, str], object], str]] = [
     ("a weight is missing", lambda w, key: w.pop(key), r"lacks"),
-    ("no weight is there", lambda w, key: w.clear(), r"not a|no named weights|is not an image|lacks|do not"),
+    (
+        "no weight is there",
+        lambda w, key: w.clear(),
+        r"not a|no named weights|is not an image|lacks|do not|does not describe",
+    ),
     ("a row too many", changed(lambda t: torch.cat([t, t[:1]])), SHAPE),
     ("a row too few", changed(lambda t: t[1:]), SHAPE),
     ("a dimension more", changed(lambda t: t[None]), SHAPE),
@@ -591,6 +613,7 @@ PICKLES: list[tuple[str, Damage, str]] = [
     ("loads another file", runs(torch.load, "{}"), NOT_RUN),
     ("takes memory", runs(bytearray, 2**28), NOT_RUN),
     ("makes a tensor", runs(torch.Tensor, 2**28), NOT_RUN),
+    ("has a tensor made", runs(torch._tensor._rebuild_from_type_v2, torch.Tensor, torch.Tensor, (2**28,), {}), NOT_RUN),
     ("encodes", runs(__import__("_codecs").encode, "x" * 1000, "punycode"), NOT_RUN),
     ("runs a command, newer pickle", runs(os.system, "touch '{}'", protocol=4), ZIP),
     ("runs a command, oldest pickle", runs(os.system, "touch '{}'", protocol=0), f"{NOT_RUN}|{ZIP}"),
