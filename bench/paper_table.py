@@ -3,6 +3,8 @@
     python bench/paper_table.py                                memory by our formulas, predicted times
     python bench/paper_table.py --measure --models LlamaGen-XL  measured on a GPU, with random weights
 
+A batch that does not fit the GPU's memory is measured in part and extrapolated; its row says from how many images.
+
 Memory is exact: weights by shape, and the cache as it is allocated (CacheShape.bytes), in bfloat16, for both halves of
 guidance. The column "run" adds what `run_bytes` estimates for a line's end and for sampling.
 
@@ -17,6 +19,7 @@ loops.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -26,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.machine import check_out, circumstances, copy_bandwidth, in_any_case
+from bench.machine import check_out, circumstances, in_any_case
 from bench.shapes import SHAPES, ModelShape
 from bench.speed import measure
 from linear_core.loop.memory import run_bytes
@@ -55,8 +58,9 @@ def predicted(shape: ModelShape, plan: CachePlan, rows: int, bandwidth: float, o
     return grid.tokens * products + slots * slot / bandwidth
 
 
-def rows_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    shape = SHAPES[name]
+def rows_of(name: str, args: argparse.Namespace, shape: ModelShape | None = None) -> list[dict[str, Any]]:
+    """The table's rows for a model; `shape` replaces the published one."""
+    shape = shape or SHAPES[name]
     batch, published = PAPER[name]
     images = args.batch or batch
     rows = 2 * images
@@ -79,17 +83,34 @@ def rows_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
     if args.measure:
-        plans = [CachePlan("line", budget=lines) if lines else CachePlan("full") for lines, _, _ in published]
-        settings = argparse.Namespace(
-            device=args.device, dtype="bfloat16", plans=plans, steps=["eager"], attention=["sdpa"],
-            lines=args.lines, repeat=3, against=None, unpacked=False,
-        )  # fmt: skip
-        with torch.inference_mode():
-            *_, measured = measure(shape, images, settings, copy_bandwidth(args.device))
-        for row, one in zip(found, measured, strict=True):
-            row |= {"measured_seconds": one["image_seconds"], "measured_gb": one["peak_mib"] * 2**20 / GB}
-            row["extrapolated_from_lines"] = one["extrapolated_from_lines"]
+        for row, (lines, _, _) in zip(found, published, strict=True):
+            plan = CachePlan("line", budget=lines) if lines else CachePlan("full")
+            row |= measured(shape, plan, images, args)
     return found
+
+
+def measured(shape: ModelShape, plan: CachePlan, images: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and GB of one plan. A batch that does not fit is measured in part, and its time is extrapolated."""
+    cache, weights = shape.cache_shape(torch.bfloat16), 2 * shape.parameters()[0]
+    room = torch.cuda.mem_get_info()[0] if args.device.startswith("cuda") else float("inf")
+    at_once = images
+    while at_once > 1 and weights + run_bytes(cache, shape.grid, plan, 2 * at_once, shape.config.codes) > 0.95 * room:
+        at_once //= 2
+    settings = argparse.Namespace(
+        device=args.device, dtype="bfloat16", plans=[plan], steps=["eager"], attention=["sdpa"],
+        lines=args.lines, repeat=3, against=None, unpacked=False,
+    )  # fmt: skip
+    with torch.inference_mode():
+        *_, (one,) = measure(shape, at_once, settings, 1.0)  # what share of a bandwidth it reaches is not shown
+    gc.collect()
+    if args.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return {
+        "measured_seconds": one["image_seconds"] * images / at_once,
+        "measured_gb": one["peak_mib"] * 2**20 / GB,
+        "measured_images": at_once,  # fewer than images: seconds are extrapolated from so many, and GB are theirs
+        "extrapolated_from_lines": one["extrapolated_from_lines"],
+    }
 
 
 def main() -> int:
@@ -126,7 +147,7 @@ def main() -> int:
             full = rows[0]
             key = "measured_seconds" if args.measure else "predicted_seconds"
             for row in rows:
-                paper, theirs = row["paper"], full["paper"]
+                images, paper, theirs = row["images"], row["paper"], full["paper"]
                 saved = 1 - row["run_gb"] / full["run_gb"]
                 print(
                     f"{name:18}{row['images']:>7}{row['lines']:>7}|{paper['gb']:>8.2f}"
@@ -134,6 +155,7 @@ def main() -> int:
                     f"{theirs['seconds'] / paper['seconds']:>5.1f} |{row['weights_gb']:>8.2f}{row['cache_gb']:>8.2f}"
                     f"{row['run_gb']:>8.2f}{saved:>8.0%} |{row[key]:>12.2f}{row['images'] / row[key]:>10.2f}"
                     f"{full[key] / row[key]:>5.1f}"
+                    + (f"  from {row['measured_images']} images" if row.get("measured_images", images) < images else "")
                 )
     print(json.dumps({"circumstances": about, "results": results}))
     return 0

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from . import startup  # first, as importing the others takes seconds
+
+# isort: split
+
 import argparse
+import io
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -17,10 +28,10 @@ from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
-from .errors import UserError
+from .errors import UserError, quoted
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
-from .loop.graph import Graphs
+from .loop.graph import Graphs, use_graphs
 from .loop.memory import free_memory, max_batch_size, run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.threads import limit_threads
@@ -30,35 +41,46 @@ from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
 from .policies import POLICIES
-from .prompts import Prompt, class_prompt
+from .prompts import Prompt
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
-STEP_KINDS = ("eager", "graph")
+STEP_KINDS = ("auto", "eager", "graph")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
-MAX_IMAGES = 4096  # at once; counting stops here
+MAX_IMAGES = 4096  # per class or text, and at once; counting stops here
+MAX_SIDE = 8192  # pixels that pictures are enlarged to
+MAX_SHEET = 2**28  # pixels of a contact sheet: 768 MiB
+MAX_SEED = 2**64 - 1
 JUDGED = 6  # images of the demo that are compared at most, because each is computed twice more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter is told its number
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     if getattr(args, "where", None):
         args.model = args.where
     try:
-        args.command(args)
+        with STOP.heard():
+            args.command(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: not enough memory; {ADVICE}.", file=sys.stderr)
+        _say(f"error: not enough memory; {ADVICE}.", sys.stderr)
+        return 2
+    except OSError as error:
+        _say(f"error: {error.filename or 'a file'}: {error.strerror or error}.", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
+        _say("stopped.", sys.stderr)
         return 130
     return 0
 
@@ -68,111 +90,181 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Draw images and write each as a PNG."""
-    model, plan = _load(args), _cache_plan(args)
-    sample = _sample_plan(args, model.info)
+    info = _checked(args)
+    plan, sample, out = _cache_plan(args), _sample_plan(args, info), _out(args.out, info.name + ".png")
+    model = _load(args)
     prompt = _prompt(args, model)
-    out = _out(args.out, model.info.name + ".png")
+    paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
+    writer = Writer(paths if prompt.rows > 1 else [out])
     micro_batches = _micro_batches(args, prompt, sample, caches=1)
 
-    def write(pictures: Iterable[Tensor], **more: Any) -> None:
-        for i, picture in enumerate(pictures):
-            path = out if prompt.rows == 1 else out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}")
-            notes = {
-                "model": model.info.name,
-                "text" if model.info.text else "class": prompt.names[i],
-                **asdict(plan),
-                **asdict(replace(sample, seed=sample.seed + i)),
-            }
-            save(to_image(picture, args.size), path, notes | more)
-            print(path)
+    def write(picture: Tensor, **more: Any) -> None:
+        i = writer.count
+        notes = {
+            "model": model.info.name,
+            "text" if model.info.text else "class": prompt.names[i],
+            **asdict(plan),
+            **asdict(replace(sample, seed=sample.seed + i)),
+        }
+        writer.write(picture, args.size, notes | more)
+
+    def finish(run: Run) -> None:
+        for i in range(len(run.tokens)):
+            picture = decode(model.tokenizer, run.tokens[i : i + 1])
+            if args.heatmap:
+                kept = lifetime(run.shares[i : i + 1])
+                picture = heatmap(kept, *_enlarged_size(picture, args.size), picture)
+            write(picture[0])
+
+    def finish_all() -> None:
+        """Every picture that is drawn and not written yet, as soon as it is drawn."""
+        with STOP.waiting():
+            first = 0
+            for micro_batch in micro_batches.done:
+                if first == writer.count:
+                    finish(micro_batch.runs[0])
+                first += micro_batch.prompt.rows
 
     try:
-        (run,) = _draw(model, micro_batches, [plan], args.step)
-    except (KeyboardInterrupt, UserError):  # keep what was drawn so far; the rest of it is grey
-        write((_unfinished(model, codes) for part in micro_batches.codes for codes in part), unfinished=True)
-        raise
-    pictures = decode(model.tokenizer, run.tokens)
-    if args.heatmap:
-        pictures = heatmap(lifetime(run.shares), *_enlarged_size(pictures, args.size), pictures)
-    write(pictures)
-    print(_summary(run))
+        try:
+            _draw(model, micro_batches, [plan], args.step, finish_all)
+        except BaseException:  # keep what was drawn so far; the rest of it is grey
+            with STOP.waiting(), suppress(UserError, RuntimeError):
+                finish_all()
+                for part in micro_batches.pending:
+                    codes = part.codes()
+                    for one in codes if codes is not None else ():
+                        write(_unfinished(model, one), unfinished=True)
+            raise
+    finally:
+        writer.tell()
+    _say(_summary(micro_batches.runs[0]))
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
-    model, few = _load(args), _cache_plan(args)
-    sample = _sample_plan(args, model.info)
+    info = _checked(args)
+    few, sample, out = (
+        _cache_plan(args),
+        _sample_plan(args, info),
+        _out(args.out, "demo.png" if args.judge else "compare.png"),
+    )
+    images = args.images * len(args.classes or args.texts or _demo_classes(info))
+    if 3 * images * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
+        raise UserError(f"size: {images} pictures at {args.size} pixels make too large a sheet; choose a lower --size.")
+    model = _load(args)
     prompt = _prompt(args, model)
     names = list(prompt.names)
-    out = _out(args.out, "compare.png")
+    writer = Writer([out])
     micro_batches = _micro_batches(args, prompt, sample, caches=2)
-    full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args.step)
+    notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
+    try:
+        full, run = _draw(model, micro_batches, [CachePlan(policy="full"), few], args.step)
+    except BaseException:  # keep what was drawn so far; the rest of it is grey
+        with STOP.waiting(), suppress(UserError, RuntimeError):
+            _write_unfinished(model, micro_batches, few, writer, args.size, notes | {"unfinished": True})
+        with suppress(UserError):
+            writer.tell("picture: ")
+        raise
+    with STOP.waiting():
+        _write_comparison(model, full, run, few, writer, names, args.size, notes)
+    try:
+        _tell_comparison(model, prompt, full, run, few, sample, args.judge)
+    finally:
+        writer.tell("picture: ")
+
+
+def _write_comparison(
+    model: ImageModel,
+    full: Run,
+    run: Run,
+    few: CachePlan,
+    writer: Writer,
+    names: list[str],
+    size: int,
+    notes: dict[str, Any],
+) -> None:
     pictures = [decode(model.tokenizer, r.tokens) for r in (full, run)]
     shown = model.info.grid.rows * 2 // 3  # lines: enough for many tokens to have been evicted
     partial = pictures[1].clone()
     partial[:, shown * model.tokenizer.config.factor :] = UNDRAWN
-    kept = heatmap(run.shares[:, shown - 1], *_enlarged_size(partial, args.size), partial)
+    kept = heatmap(run.shares[:, shown - 1], *_enlarged_size(partial, size), partial)
     rows = [
         ("full cache", _measurements(full), pictures[0]),
         (_describe(few, model.info), _measurements(run), pictures[1]),
         (f"what the cache holds after line {shown}", "bright: held by most layers and heads; dark: evicted", kept),
     ]
-    notes = {"model": model.info.name, "classes": names, **asdict(few), **asdict(sample)}
-    save(contact_sheet(rows, names, args.size), out, notes)
-    print(f"{'':24}{'cache MiB':>12}{'tokens/s':>12}{'held after a line':>22}")
+    writer.write_sheet(rows, names, size, notes)
+
+
+def _write_unfinished(
+    model: ImageModel, micro_batches: MicroBatches, few: CachePlan, writer: Writer, size: int, notes: dict[str, Any]
+) -> None:
+    """Both runs as far as they have come."""
+    parts = [part for part in [*micro_batches.done, *micro_batches.pending] if part.codes() is not None]
+    if not parts:
+        return
+    names = [name for part in parts for name in part.prompt.names]
+    rows = []
+    for cache, title in enumerate(("full cache", _describe(few, model.info))):
+        codes = [one for part in parts if (drawn := part.codes(cache)) is not None for one in drawn]
+        rows.append((title, "stopped", torch.stack([_unfinished(model, one) for one in codes])))
+    writer.write_sheet(rows, names, size, notes)
+
+
+def _tell_comparison(
+    model: ImageModel, prompt: Prompt, full: Run, run: Run, few: CachePlan, sample: SamplePlan, judge: bool
+) -> None:
+    _say(f"{'':24}{'cache MiB':>12}{'tokens/s':>12}{'held after a line':>22}")
     for name, r in (("full cache", full), (_describe(few, model.info), run)):
-        print(f"{name:24}{_cache_mib(r):>12.2f}{r.tokens_per_second:>12.0f}{r.held:>22.0f}")
+        _say(f"{name:24}{_cache_mib(r):>12.2f}{r.tokens_per_second:>12.0f}{r.held:>22.0f}")
     saved = 1 - _cache_mib(run) / _cache_mib(full)
     same = float((full.tokens == run.tokens).float().mean())
-    if args.judge:
+    if judge:
         shared = _shared(model, prompt, run.tokens, few, sample)
-        print(
+        _say(
             f"{saved:.0%} less cache. Given the same tokens, the next one's probabilities overlap by {shared:.0%} with "
             "the full cache's."
         )
         if same < 1:
-            print("A token drawn differently changes those after it, so the two pictures of a seed differ in places.")
+            _say("A token drawn differently changes those after it, so the two pictures of a seed differ in places.")
     else:
-        print(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
-    print(f"picture: {out}")
+        _say(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
 
 
 def run_plan(args: argparse.Namespace) -> None:
     """Show how much memory the cache takes, without loading a model."""
-    files = _files(args)
-    info = _with_size(args, library.read_info(files.decoder, _grid(args)))
+    info = _checked(args, drawing=False)
     dtype = _dtype(args, _device(args))
-    few = _cache_plan(args)
-    few.check(info.grid)
-    sample = _sample_plan(args, info)
-    images = max(args.images, 1) * max(len(args.classes or args.texts or ["one"]), 1)
+    few, sample = _cache_plan(args), _sample_plan(args, info)
+    images = args.images * len(args.classes or args.texts or ["one"])
     images = min(images, args.at_once or images)
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
     weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
-    print(
+    _say(
         f"{info.name}: {info.grid.rows} lines of {info.grid.stride} tokens, {info.config.layers} layers, "
         f"{info.config.heads} heads of {shape.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
     )
-    print("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
-    print(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
-    print(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
+    _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
+    _say(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
+    _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
         size = shape.bytes(info.grid, plan, rows) / MIB
-        print(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
+        _say(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
     saved = 1 - shape.bytes(info.grid, few, rows) / shape.bytes(info.grid, full, rows)
-    print(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
+    _say(f"{saved:.0%} less; the cache holds the prompt, the budget and the line being written.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
         room = free - library.decoder_bytes(info, dtype)
         counts = [_batch_size(shape, info, plan, 2 if sample.guided else 1, room, device) for plan in (full, few)]
-        print(
+        _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
     if info.own_tokenizer:
-        print(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
+        _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -182,15 +274,15 @@ def run_models(args: argparse.Namespace) -> None:
         try:
             info = library.read_info(path)
         except UserError as error:
-            print(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
+            _say(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
-        print(
+        _say(
             f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens, {kind}, "
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
         )
         if info.classes:
-            print("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
+            _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -205,9 +297,9 @@ def run_convert(args: argparse.Namespace) -> None:
         notes = convert(
             args.source, args.target, grid=_grid(args), tokenizer=args.tokenizer, dtype=dtype, progress=progress
         )
-    print(f"{args.target}: {Path(args.target).stat().st_size / MIB:.1f} MiB")
+    _say(f"{args.target}: {Path(args.target).stat().st_size / MIB:.1f} MiB")
     for key, value in notes.items():
-        print(f"  {key}: {value if len(value) < 100 else value[:99] + '…'}")
+        _say(f"  {key}: {value if len(value) < 100 else value[:99] + '…'}")
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -217,11 +309,18 @@ def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan,
     return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
 
 
-def _draw(model: ImageModel, micro_batches: MicroBatches, plans: list[CachePlan], kind: str) -> list[Run]:
-    """Draw the images once for each plan, in micro-batches if there are too many."""
+def _draw(
+    model: ImageModel,
+    micro_batches: MicroBatches,
+    plans: list[CachePlan],
+    kind: str,
+    then: Callable[[], None] = lambda: None,
+) -> list[Run]:
+    """Draw the images once for each plan, in micro-batches if there are too many. `then` is called after each."""
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             _draw_micro_batch(model, micro_batch, plans, kind)
+        then()
     return micro_batches.runs
 
 
@@ -242,7 +341,9 @@ def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
 
 def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[CachePlan], kind: str) -> None:
     """The plans take turns line by line, so that their times are comparable."""
-    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if kind == "graph" else []
+    sequences = micro_batch.prompt.rows * (2 if micro_batch.sample.guided else 1)
+    use = use_graphs(kind, model.decoder.device, sequences)
+    graphs = [Graphs(model.decoder.step, evict) for _ in plans] if use else []
     kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
     drawing = [
         generate(model.decoder, micro_batch.prompt, plan, micro_batch.sample, above=above, name=model.info.name, **more)
@@ -255,13 +356,13 @@ def _draw_micro_batch(model: ImageModel, micro_batch: MicroBatch, plans: list[Ca
                 run.add(line)
                 bar.update(line.tokens.numel())
     if why := next((each.why for each in graphs if each.why), ""):
-        print(f"{why}.", file=sys.stderr)
+        _say(f"{why}.", sys.stderr)
 
 
 def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
     if device == "cpu" and (note := limit_threads()):
-        print(f"note: {note}.", file=sys.stderr)
+        _say(f"note: {note}.", sys.stderr)
     model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
     return replace(model, info=_with_size(args, model.info))
@@ -276,10 +377,23 @@ def _files(args: argparse.Namespace) -> ModelFiles:
 
 def _device(args: argparse.Namespace) -> str:
     if args.device != "auto":
-        return args.device
+        return _checked_device(args.device)
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _checked_device(name: str) -> str:
+    """Raises UserError for a device that does not exist, or not on this computer."""
+    kind = name.partition(":")[0]
+    if kind not in DEVICES:
+        raise UserError(f"device: {quoted(name)} is unknown; choose one of auto, {', '.join(DEVICES)}.")
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # each device has exceptions of its own
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise UserError(f"device: {name} cannot be used on this computer ({reason}); choose auto or cpu.") from error
+    return name
 
 
 def _free(device: str) -> int | None:
@@ -308,20 +422,18 @@ def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
 def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
     if args.grid is None:
         return None
-    rows, _, cols = args.grid.partition("x")
-    if not (rows.isdigit() and cols.isdigit()):
-        raise UserError(f"grid: '{args.grid}' is not a grid; write rows x columns, for example 24x24.")
-    return int(rows), int(cols)
+    if not (sides := re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", args.grid)):
+        raise UserError(f"grid: {quoted(args.grid)} is not a grid; write rows x columns, for example 24x24.")
+    return int(sides[1]), int(sides[2])
 
 
 def _with_size(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
     """The model with the size that was requested, if any."""
     if args.pixels is None:
         return info
-    width, _, height = args.pixels.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UserError(f"pixels: '{args.pixels}' is not a size; write width x height, for example 832x1216.")
-    return info.with_size((int(width), int(height)))
+    if not (sides := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", args.pixels)):
+        raise UserError(f"pixels: {quoted(args.pixels)} is not a size; write width x height, for example 832x1216.")
+    return info.with_size((int(sides[1]), int(sides[2])))
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
@@ -338,37 +450,219 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
 
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
     names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p")
+    if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
+        raise UserError(f"seed: {args.seed} is out of range; choose 0 to {MAX_SEED}.")
     return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
 
 
 def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
     """The prompt of --class or --text and --images, one row per image."""
-    info = model.info
-    if args.images < 1:
-        raise UserError(f"images: {args.images} is out of range; choose 1 or more.")
-    if args.at_once < 0:
-        raise UserError(f"at-once: {args.at_once} is out of range; choose 1 or more, or 0 for all.")
-    if info.own_tokenizer:
-        if not args.texts:
-            raise UserError(f"text: {info.name} draws from texts; add --text 'a red fox in the snow'.")
+    if model.info.own_tokenizer:
         prompt = model.prompt(args.texts, args.negative)
-    elif info.text:
-        if not args.texts or not args.text_encoder:
-            raise UserError(
-                f"text: {info.name} draws from texts; add --text 'a red fox in the snow' and --text-encoder "
-                "PATH, the folder of google/flan-t5-xl."
-            )
+    elif model.info.text:
         prompt = text.prompt(args.texts, text.find_text_encoder(args.text_encoder), negative=args.negative)
     else:
-        names = args.classes or ([c for c in DEMO_CLASSES if c in info.classes] or ["0"])
-        prompt = class_prompt([library.class_label(info, name) for name in names], tuple(names))
+        prompt = model.class_prompt(args.classes or _demo_classes(model.info))
+    model.check(prompt)
     return prompt.repeat(args.images)
+
+
+def _demo_classes(info: ModelInfo) -> list[str]:
+    return [c for c in DEMO_CLASSES if c in info.classes] or ["0"]
+
+
+def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
+    """The model's sizes, once everything is refused that can be before the model is loaded.
+
+    drawing  whether the command draws, so that there has to be a text
+    """
+    if not 1 <= args.images <= MAX_IMAGES:
+        raise UserError(f"images: {args.images} is out of range; choose 1 to {MAX_IMAGES}.")
+    if args.at_once < 0:
+        raise UserError(f"at-once: {args.at_once} is out of range; choose 1 or more, or 0 for all.")
+    if drawing and not 0 <= args.size <= MAX_SIDE:
+        raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
+    _device(args)
+    plan = _cache_plan(args)
+    decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+    info = _with_size(args, library.read_info(decoder, _grid(args)))
+    _check_flags(args, info, drawing)
+    plan.check(info.grid)
+    if drawing:
+        _files(args)
+    return info
+
+
+def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
+    """Refuse options that do not apply to the model, and ask for those that it needs."""
+    guided = _sample_plan(args, info).guided
+    if args.tokenizer and args.model == library.BUNDLED:
+        raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
+    if not info.text:
+        if args.texts:
+            raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
+        for name, value in (("negative", args.negative), ("text-encoder", args.text_encoder)):
+            if value:
+                raise UserError(f"{name}: {info.name} draws classes, not texts; leave --{name} out.")
+        for name in args.classes or ():
+            library.class_label(info, name)
+        return
+    if args.classes:
+        raise UserError(f"class: {info.name} draws from texts, not classes; use --text instead of --class.")
+    if info.own_tokenizer and args.text_encoder:
+        raise UserError(f"text-encoder: {info.name} reads texts itself; leave --text-encoder out.")
+    if args.negative and not guided:
+        raise UserError("negative: it has an effect only with guidance; raise --guidance above 1 or leave it out.")
+    if any(not text.strip() for text in args.texts or ()):
+        raise UserError("text: it is empty; describe what to draw.")
+    if drawing and not args.texts:
+        encoder = "" if info.own_tokenizer else " and --text-encoder PATH, the folder of google/flan-t5-xl"
+        raise UserError(f"text: {info.name} draws from texts; add --text 'a red fox in the snow'{encoder}.")
+    if info.own_tokenizer:
+        return
+    if args.text_encoder:
+        text.find_text_encoder(args.text_encoder, width=info.config.caption_dim)
+    elif drawing:
+        raise UserError(
+            f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
+            "google/flan-t5-xl."
+        )
+
+
+# -- what must not be lost -------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Ctrl-C: stops once, and never in the middle of saving."""
+
+    def __init__(self) -> None:
+        self.asked, self.busy = False, False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Answer to Ctrl-C within. Only the main thread can, and only if nobody else does."""
+        self.asked, self.busy = False, False
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT) if main else None
+        if before is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done within is finished first; then the command stops, if that was asked for meanwhile."""
+        asked, busy, self.busy = self.asked, self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = busy
+        if self.asked and not asked and not busy:
+            raise KeyboardInterrupt
+
+    def _ask(self, *_: object) -> None:
+        first, self.asked = not self.asked, True
+        if first and not self.busy:
+            raise KeyboardInterrupt
+        with suppress(OSError):
+            os.write(2, b"stopping, once what is drawn is saved.\n")
+
+
+STOP = Stop()
+
+
+class Writer:
+    """Writes pictures to `paths`, one after the other, and tells of them when there is nothing left to lose.
+
+    Raises UserError at once for a path that cannot be written. A picture that cannot be written after all, because the
+    disk is full, say, goes to the system's folder for temporary files.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.paths, self.count = paths, 0
+        self.written: list[Path] = []
+        self.problem = ""
+        self.spare: Path | None = None
+        folder = paths[0].parent
+        part = max(paths, key=lambda path: len(path.name))
+        part = part.with_name(part.name + ".part")
+        try:
+            file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+            if file is not None:
+                raise UserError(f"out: {file} is a file, so {paths[0]} cannot be in it; choose another folder.")
+            if taken := next((path for path in paths if path.is_dir()), None):
+                raise UserError(f"out: {taken} is a folder; choose another name.")
+            folder.mkdir(parents=True, exist_ok=True)
+            part.touch()
+            part.unlink()
+        except OSError as error:
+            raise UserError(
+                f"out: {paths[0]} cannot be written ({error.strerror}); choose another place or a shorter name."
+            ) from error
+
+    def write(self, picture: Tensor, size: int, notes: dict[str, Any]) -> None:
+        """The next picture, H W 3, enlarged to `size` if there is memory for it."""
+        try:
+            image = to_image(picture, size)
+        except MemoryError:
+            image = to_image(picture)
+        self._save(lambda path: save(image, path, notes))
+
+    def write_sheet(
+        self, rows: list[tuple[str, str, Tensor]], names: list[str], size: int, notes: dict[str, Any]
+    ) -> None:
+        """The next picture, a contact sheet."""
+        try:
+            image = contact_sheet(rows, names, size)
+        except MemoryError:
+            image = contact_sheet(rows, names, 0)
+        self._save(lambda path: save(image, path, notes))
+
+    def _save(self, save: Callable[[Path], None]) -> None:
+        path, self.count = self.paths[self.count], self.count + 1
+        try:
+            save(path)
+            self.written.append(path)
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        try:
+            self.spare = self.spare or Path(tempfile.mkdtemp(prefix="linear-"))
+            save(self.spare / path.name)
+            self.written.append(self.spare / path.name)
+            self.problem = f"{path}: could not be written ({reason}); it is in {self.spare} instead."
+        except OSError:
+            self.problem = (
+                f"{path}: could not be written ({reason}), and not elsewhere either; free some space and "
+                "run this again: the same settings draw the same picture."
+            )
+
+    def tell(self, before: str = "") -> None:
+        """Print what was written. Raises UserError if something went elsewhere."""
+        for path in self.written:
+            _say(f"{before}{path}")
+        if self.problem:
+            raise UserError(self.problem)
+
+
+def _say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default to stdout. If its reader has gone, or its disk is full, nobody is told any more."""
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # or else Python complains when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _out(out: Path | None, name: str) -> Path:
     path = out or Path("out") / name
-    if path.is_dir():
-        path = path / name
+    with suppress(OSError):  # what is wrong with it is told before anything is drawn (Writer)
+        path = path / name if path.is_dir() else path
     if path.suffix.lower() != ".png":
         raise UserError(f"out: {path} is not a PNG file; end its name in .png.")
     return path
@@ -464,9 +758,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--step",
-        default="eager",
+        default="auto",
         choices=STEP_KINDS,
-        help="run every token eagerly (eager), or capture token and line end as CUDA graphs (graph)",
+        help="run every token eagerly (eager), capture token and line end as CUDA graphs (graph), or do so on the GPUs "
+        "where that was measured to be faster (auto, the default; none has been measured yet)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="image i uses seed N + i (default: 0)")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical: 2 to 5")
@@ -498,7 +793,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parents = [model, cache, sample, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
-    demo.set_defaults(out=Path("out") / "demo.png", judge=True)
+    demo.set_defaults(judge=True)  # not of an option: those belong to all commands
     add("generate", run_generate, parents, "draw images").add_argument(
         "--heatmap", action="store_true", help="overlay what the cache kept"
     )
@@ -521,4 +816,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.done()
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done
+    sys.exit(status)

@@ -14,6 +14,7 @@ Numbers travel as base64 of little-endian uint16 or uint8, arrays in C order.
 from __future__ import annotations
 
 import base64
+import re
 import sys
 from array import array
 from collections.abc import Iterable
@@ -71,6 +72,7 @@ class Started:
     detail      "heads": evictions are sent for each layer and head of the first image; "layers": a share per layer
     lines       lines that are kept when a line has ended (all of them with the full cache)
     cache_bytes keys and values as allocated; `full_bytes`: of a cache for all lines
+    codebook    what the codes stand for (ImageModel.codebook); "": not stated
     """
 
     run: str
@@ -92,6 +94,7 @@ class Started:
     cache_bytes: int
     full_bytes: int
     kind: str = "started"
+    codebook: str = ""
 
 
 @dataclass(frozen=True)
@@ -279,7 +282,10 @@ def unpack(text: str, kind: str = "H") -> list[int]:
 
 
 def pack_codes(codes: Tensor) -> str:
-    """Codes B rows cols as text, "images x rows x cols : base64 of uint16". web/state.js writes the same."""
+    """Codes B rows cols as text, "images x rows x cols : base64 of uint16".
+
+    web/state.js writes the same, and " : codebook" behind it where the run says so.
+    """
     images, rows, cols = codes.shape
     return f"{images}x{rows}x{cols}:{pack(codes.flatten().tolist())}"
 
@@ -288,7 +294,12 @@ def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:
     """(images, rows, cols) and the codes that `pack_codes` encoded. Raises ValueError for anything else."""
     sizes, _, data = text.partition(":")
     images, rows, cols = map(int, sizes.split("x"))
-    codes = unpack(data)
+    codes = unpack(data.partition(":")[0])
     if min(images, rows, cols) < 1 or len(codes) != images * rows * cols:
         raise ValueError(f"{len(codes)} codes are not {sizes}")
     return (images, rows, cols), codes
+
+
+def codebooks_of(text: str) -> set[str]:
+    """The codebooks that a text of `pack_codes`, or several in one, says its codes are from."""
+    return set(re.findall(r":([0-9a-f]{16})(?![^;])", text))

@@ -91,7 +91,7 @@ class Compare(io.ComfyNode):
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
         cache.check(info.grid)
-        image.decoder.check(prompt)
+        image.check(prompt)
         prompt = prompt.repeat(batch_size)
         (full, few), begun, shown = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
         pictures = [model.pictures(run.tokens) for run in (full, few)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..linear_core.errors import UserError
 from .sockets import MODEL, TOKENS, Model, Tokens, connected
 
 
@@ -33,10 +32,5 @@ class Decode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Model, tokens: Tokens) -> io.NodeOutput:
         connected(model=model, tokens=tokens)
-        tokenizer, info = model.image.tokenizer, model.image.info
-        if tokens.codebook != tokenizer.config.codes:
-            raise UserError(
-                f"tokens: they come from {tokens.model}, whose codebook has {tokens.codebook} codes, but the tokenizer "
-                f"of {info.name} has {tokenizer.config.codes}; connect the model that generated them."
-            )
+        tokens.check(model.image)
         return io.NodeOutput(model.pictures(tokens.codes))

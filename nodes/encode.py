@@ -45,6 +45,7 @@ class EncodeImage(io.ComfyNode):
                 f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."
             )
         if prompt is not None:
+            model.image.check(prompt)
             info = info.with_grid(prompt.grid)
         elif info.sizes:
             height, width = image.shape[1:3]
@@ -59,6 +60,7 @@ class EncodeImage(io.ComfyNode):
             Tokens(
                 codes=codes, shares=nothing, names=("encoded picture",) * len(codes), model=info.name,
                 codebook=info.config.codes, plan=CachePlan("full"), cache_bytes=0, seconds=0.0,
+                meaning=model.image.codebook,
             )
         )  # fmt: skip
 

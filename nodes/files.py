@@ -19,11 +19,12 @@ from ..linear_core.checkpoints.library import (
     decoder_bytes,
     find_tokenizer,
     is_tokenizer,
+    read_checkpoint,
     read_info,
 )
-from ..linear_core.checkpoints.text import TextFiles, find_text_encoder, is_text_encoder
+from ..linear_core.checkpoints.text import TextFiles, encoder_width, find_text_encoder
 from ..linear_core.checkpoints.untrusted import inside
-from ..linear_core.checkpoints.weights import INDEX_FILES, model_path, read_weights, shards
+from ..linear_core.checkpoints.weights import INDEX_FILES, model_path, shards
 from ..linear_core.errors import UserError, quoted
 from . import host
 
@@ -36,26 +37,32 @@ SAMPLING = ("guidance", "temperature", "top_k", "top_p")  # which nodes can leav
 def _kind(path: str, size: int, changed: int) -> str:
     """What a checkpoint is. Reads its header; `size` and `changed` are there so that one replaced is read again."""
     try:
-        weights = read_weights(path, shapes_only=True)
+        weights = read_checkpoint(path)
     except UserError:  # it is listed among the models, and choosing it says what is wrong
         return "decoder"
-    if is_text_encoder(Path(path)):
+    if encoder_width([Path(path)]):
         return "text encoder"
     return "tokenizer" if is_tokenizer(weights) else "decoder"
 
 
 def _checkpoints() -> dict[str, Path]:
-    """What lies in the model folders, by the names that the widgets list; a model of several files is its folder."""
+    """What lies in the model folders, by the names that the widgets list; a model of several files is its folder.
+
+    A model's files may lie straight in a model folder (models/Janus-Pro), whose name is then the model's.
+    """
     found: dict[str, Path] = {}
+    straight: dict[str, Path] = {}
     for name in host.filenames():
         path = Path(host.full_path(name) or name)
         if not path.is_file():
             continue
         folder, parent = model_path(path), Path(name).parent
-        if folder != path and parent.name:
-            found.setdefault(parent.as_posix(), folder)
+        if folder != path:
+            (found if parent.name else straight).setdefault(parent.as_posix() if parent.name else folder.name, folder)
         elif path.suffix != ".bin":  # by themselves these are seldom ours
             found.setdefault(name, path)
+    for name, folder in straight.items():
+        found.setdefault(f"{name}/." if name in found else name, folder)
     return found
 
 
@@ -134,7 +141,7 @@ def find_files(model: str, tokenizer: str, grid: tuple[int, int] | None = None) 
     bundled = bundled_files()
     decoder = find_decoder(model)
     if tokenizer != AUTOMATIC:
-        return ModelFiles(decoder, _find(tokenizer))
+        return ModelFiles(decoder, find_vq(tokenizer))
     if model == BUNDLED_NAME:
         return bundled
     return ModelFiles(decoder, find_tokenizer(decoder, grid, [_find(name) for name in _listed()[1]]))
@@ -146,6 +153,12 @@ def find_decoder(model: str) -> Path:
     return bundled_files().decoder if model == BUNDLED_NAME else _find(model)
 
 
+def find_vq(tokenizer: str) -> Path:
+    """Where the chosen tokenizer, not the automatic one, is. Raises UserError where it is missing."""
+    _check_name("tokenizer", tokenizer)
+    return _find(tokenizer)
+
+
 def _check_name(widget: str, name: object) -> None:
     """A workflow may hold anything where a name belongs, and ComfyUI leaves the check of these widgets to us."""
     if not isinstance(name, str):
@@ -153,7 +166,8 @@ def _check_name(widget: str, name: object) -> None:
 
 
 def _find(name: str) -> Path:
-    path = _checkpoints().get(_in_the_folders(name)) or host.full_path(name)
+    name = _in_the_folders(name)
+    path = _named(_checkpoints(), name) or host.full_path(name)
     if path is None:
         there = [folder for folder in host.folders() if Path(folder).is_dir()] or host.folders()[:1]
         places = " or ".join(str(Path(folder) / name) for folder in there)
@@ -163,12 +177,18 @@ def _find(name: str) -> Path:
 
 
 def _in_the_folders(name: str) -> str:
-    """`name`, as a workflow says it. Raises UserError where it would lead out of the model folders."""
+    """`name`, as a workflow says it, maybe one saved on Windows. Raises UserError where it would lead out of the model
+    folders."""
     try:
         inside(Path(), name)
     except ValueError as error:
         raise UserError(f"{quoted(str(name))} {error}; choose one from the list.") from error
-    return name
+    return name.replace("\\", "/")
+
+
+def _named(listed: dict[str, Path], name: str) -> Path | None:
+    """What is listed under `name`, with either kind of slash."""
+    return next((path for known, path in listed.items() if known.replace("\\", "/") == name), None)
 
 
 # -- text encoders -----------------------------------------------------------------------------------------------------
@@ -177,41 +197,67 @@ TEXT_FOLDER = "text_encoders"
 
 
 @lru_cache(maxsize=256)
-def _is_text_encoder(path: str, size: int, changed: int) -> bool:
-    return is_text_encoder(Path(path))
+def _encoder_width(path: str, size: int, changed: int) -> int:
+    return encoder_width([Path(path)])
 
 
-def _text_encoders() -> dict[str, Path]:
-    """The T5 encoders of the model folders by the names the widget lists: files, and folders with a config.json."""
-    found: dict[str, Path] = {}
+@lru_cache(maxsize=256)
+def _caption_width(path: str, size: int, changed: int) -> int:
+    """Features per token that a LlamaGen takes; 0 for anything else."""
+    try:
+        return read_checkpoint(path).shapes.get("cls_embedding.uncond_embedding", (0,))[-1]
+    except UserError:
+        return 0
+
+
+def _text_encoders() -> dict[str, tuple[Path, int]]:
+    """The T5 encoders of the model folders and their features per token, by the names that the widget lists: files, and
+    folders with a config.json."""
+    found: dict[str, tuple[Path, int]] = {}
     for kind in (TEXT_FOLDER, host.FOLDER):
         for name in host.filenames(kind):
-            path = host.full_path(name, kind)
-            if path is None or not name.endswith(".safetensors"):
+            path = Path(host.full_path(name, kind) or name)
+            in_folder = (path.parent / "config.json").is_file()
+            if not path.is_file() or not (path.suffix == ".safetensors" or (in_folder and path.suffix == ".bin")):
                 continue
-            stat, parent = Path(path).stat(), Path(name).parent
-            if _is_text_encoder(path, stat.st_size, stat.st_mtime_ns):
-                model_path = parent.name and (Path(path).parent / "config.json").is_file()
-                found.setdefault(
-                    parent.as_posix() if model_path else name, Path(path).parent if model_path else Path(path)
-                )
+            stat, parent = path.stat(), Path(name).parent
+            if width := _encoder_width(str(path), stat.st_size, stat.st_mtime_ns):
+                if in_folder:
+                    found.setdefault(parent.as_posix() if parent.name else path.parent.name, (path.parent, width))
+                else:
+                    found.setdefault(name, (path, width))
     return found
+
+
+def _fits_a_model(width: int) -> bool:
+    """Whether a LlamaGen takes so many features per token: a published one, or one that is there."""
+    return width == published.FEATURES or any(
+        width == _caption_width(str(path), *_state(path)) for path in _checkpoints().values()
+    )
 
 
 NO_ENCODER = "none"
 
 
 def text_encoder_names() -> list[str]:
-    return [*(_text_encoders() or [published.TEXT_ENCODER]), NO_ENCODER]
+    fitting = [name for name, (_, width) in _text_encoders().items() if _fits_a_model(width)]
+    return [*(fitting or [published.TEXT_ENCODER]), NO_ENCODER]
 
 
-def find_text_files(name: str) -> TextFiles:
-    """The files of the chosen text encoder. Raises UserError where one is missing."""
+def find_text_files(name: str, width: int = 0) -> TextFiles:
+    """The files of the chosen text encoder. Raises UserError where one is missing, or if it gives other than `width`
+    features per token (0: as many as any model takes)."""
     _check_name("text_encoder", name)
     if name == NO_ENCODER:
         raise UserError(
             "text_encoder: 'none' is for models that read text themselves (Janus, Lumina-mGPT, Emu3); connect one, or "
             "choose FLAN-T5-XL."
         )
-    path = _text_encoders().get(_in_the_folders(name)) or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
-    return find_text_encoder(path, host.t5_tokenizer())
+    name = _in_the_folders(name)
+    listed = _text_encoders()
+    path = _named({known: path for known, (path, _) in listed.items()}, name)
+    path = path or Path(host.folders(TEXT_FOLDER)[0]) / Path(name).name
+    found = next((found for known, found in listed.values() if known == path), 0)
+    if not width and found and not _fits_a_model(found):
+        width = published.FEATURES
+    return find_text_encoder(path, host.t5_tokenizer(), width)

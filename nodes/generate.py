@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
+from ..linear_core.events import codebooks_of
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from .live import VIEW, draw, kept_codes
@@ -157,7 +158,7 @@ class Generate(io.ComfyNode):
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
         sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, **asked)
         cache.check(info.grid)
-        image.decoder.check(prompt)
+        image.check(prompt)
         prompt = prompt.repeat(batch_size)
         above = _above(tokens, keep_rows, view, model)
         node = cls.hidden.unique_id
@@ -172,6 +173,7 @@ class Generate(io.ComfyNode):
                 plan=cache,
                 cache_bytes=run.lines[0].cache_bytes,
                 seconds=run.seconds,
+                meaning=image.codebook,
             ),
             ui=shown,
         )
@@ -182,16 +184,14 @@ def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> 
     if not rows:
         return None
     if view:
+        if codebooks_of(str(view)) - {model.image.codebook}:
+            name = model.image.info.name
+            raise UserError(f"view: the rows kept on the node are not of {name}; press 'Start over' on the node.")
         codes = kept_codes(str(view))
     elif tokens is None:
         raise UserError(f"keep_rows: there is no image to take {rows} rows from; connect tokens, or set it to 0.")
-    elif tokens.codebook != model.image.info.config.codes:
-        raise UserError(
-            f"tokens: they come from {tokens.model}, whose codebook has {tokens.codebook} codes, but "
-            f"{model.image.info.name} has {model.image.info.config.codes}; encode the image with "
-            f"{model.image.info.name}."
-        )
     else:
+        tokens.check(model.image)
         codes = tokens.codes
     if codes.shape[1] < rows:
         raise UserError(

@@ -90,6 +90,8 @@ class RetentionHeatmap(io.ComfyNode):
             raise UserError(f"show: missing or unknown; choose '{LIFETIME}' or '{AFTER}'.")
         if not 0 <= strength <= 1:
             raise UserError(f"strength: {strength} is out of range; choose 0 to 1.")
+        if not tokens.shares.any():
+            raise UserError("tokens: they record nothing of a cache, as those of Encode Image; connect Generate's.")
         share = lifetime(tokens.shares)
         if show["show"] == AFTER:
             share = tokens.shares[:, min(show["row"], tokens.shares.shape[1]) - 1]

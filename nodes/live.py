@@ -17,7 +17,7 @@ from torch import Tensor
 from ..linear_core.errors import UserError
 from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_codes
 from ..linear_core.loop.generate import Run, evict, generate
-from ..linear_core.loop.graph import Graphs
+from ..linear_core.loop.graph import Graphs, use_graphs
 from ..linear_core.loop.memory import max_batch_size, run_bytes
 from ..linear_core.loop.micro_batches import MicroBatches, merge_lines
 from ..linear_core.pictures.preview import Preview, PreviewWorker
@@ -78,6 +78,7 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
         recent=plan.recent,
         cache_bytes=shape.bytes(grid, plan, rows),
         full_bytes=shape.bytes(grid, CachePlan("full"), rows),
+        codebook=model.image.codebook,
     )
 
 
@@ -198,7 +199,7 @@ def draw(
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
-            graphs = _graphs(image.decoder, len(plans))
+            graphs = _graphs(image.decoder, len(plans), _sequences(sample, micro_batch.prompt)[0])
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
             drawing = [
                 generate(
@@ -252,12 +253,12 @@ def draw(
     return micro_batches.runs, trace.started, shown
 
 
-def _graphs(decoder: Any, runs: int) -> list[Graphs]:
-    """CUDA graphs for each run, if the environment asks for them: not tried on a GPU yet, so off by default."""
-    asked = os.environ.get(STEP, "eager")
-    if asked not in ("eager", "graph"):
+def _graphs(decoder: Any, runs: int, sequences: int) -> list[Graphs]:
+    """CUDA graphs for each run, if the environment asks for them or `linear_core/defaults.py` says that they win."""
+    asked = os.environ.get(STEP, "auto")
+    if asked not in ("auto", "eager", "graph"):
         raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
-    return [Graphs(decoder.step, evict) for _ in range(runs)] if asked == "graph" else []
+    return [Graphs(decoder.step, evict) for _ in range(runs)] if use_graphs(asked, decoder.device, sequences) else []
 
 
 def _as_one(

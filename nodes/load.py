@@ -90,12 +90,17 @@ class LoadModel(io.ComfyNode):
         return io.NodeOutput(Model(image, host.managed(image.decoder), host.managed(image.tokenizer)))
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None) -> bool | str:
-        """In place of the host's check, which only says that a name is not in the list; a linked one is None here."""
+    def validate_inputs(cls, model: str | None = None, tokenizer: str | None = None) -> bool | str:
+        """In place of the host's check, which only says that a name is not in the list, as if it were saved on Windows;
+        a linked one is None here."""
         try:
-            return model is None or bool(files.find_decoder(model))
+            if model is not None:
+                files.find_decoder(model)
+            if tokenizer not in (None, files.AUTOMATIC):
+                files.find_vq(tokenizer)
         except UserError as error:
             return str(error)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, model: str, tokenizer: str, grid_rows: int, grid_cols: int, **_: str) -> str:

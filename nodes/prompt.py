@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
-from ..linear_core.prompts import class_prompt
 from . import files
 from .sockets import MODEL, PROMPT, Model, connected
 
@@ -55,4 +54,4 @@ class ClassPrompt(io.ComfyNode):
         names += [line.strip() for line in more_classes.splitlines() if line.strip()]
         if not names:
             raise UserError(f"more_classes: it is empty, and class_name is '{BELOW}'; name at least one class.")
-        return io.NodeOutput(class_prompt([model.image.label(name) for name in names], tuple(names)))
+        return io.NodeOutput(model.image.class_prompt(names))

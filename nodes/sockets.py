@@ -55,7 +55,8 @@ class Tokens:
     shares    float32 B lines rows cols, share of layers and heads that held each token after each line
     names     what each picture shows
     model     name of the model that drew them
-    codebook  codes that model draws from
+    codebook  number of codes that model draws from
+    meaning   what they stand for, as ImageModel.codebook says it; "": not stated
     """
 
     codes: Tensor
@@ -66,6 +67,20 @@ class Tokens:
     plan: CachePlan
     cache_bytes: int
     seconds: float
+    meaning: str = ""
+
+    def check(self, image: ImageModel) -> None:
+        """Raise UserError if these are codes of another codebook than the model's."""
+        if self.codebook != image.tokenizer.config.codes:
+            raise UserError(
+                f"tokens: they come from {self.model}, whose codebook has {self.codebook} codes, but {image.info.name} "
+                f"has {image.tokenizer.config.codes}; connect its model, or encode the image with {image.info.name}."
+            )
+        if self.meaning and self.meaning != image.codebook:
+            raise UserError(
+                f"tokens: they come from {self.model}, whose codes stand for other pieces of images than those of "
+                f"{image.info.name}; connect its model, or encode the image with this one."
+            )
 
 
 TAKES = {

@@ -117,7 +117,7 @@ class TextPrompt(io.ComfyNode):
             return io.NodeOutput(image.prompt(texts, negative))
         if size is not None and size["size"] != OWN:
             raise UserError(f"size: models that need a text encoder have only one size; choose '{OWN}'.")
-        found = files.find_text_files(text_encoder)
+        found = files.find_text_files(text_encoder, 0 if model is None else model.image.info.config.caption_dim)
         bar = host.Progress(max(len(texts), 1), cls.hidden.unique_id)
         placed: list[host.ModelPatcher] = []
 

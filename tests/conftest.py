@@ -33,6 +33,13 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cut_down(folder / "small.safetensors")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` reads only the files that have such tests: others may need packages that a GPU's machine lacks."""
+    if config.option.markexpr == "gpu" and collection_path.name.startswith("test_"):
+        return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Those that wait for a page go first: where two workers share the tests, the other one computes meanwhile.
     items.sort(key=lambda item: item.get_closest_marker("browser") is None)

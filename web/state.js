@@ -8,7 +8,7 @@
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook"],
   "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held"]
@@ -280,7 +280,8 @@ export function keptText(state, rows) {
   const codes = [];
   for (let image = 0; image < images; image++)
     for (const line of state.lines.slice(0, rows)) codes.push(...line.tokens.subarray(image * cols, (image + 1) * cols));
-  return `${images}x${rows}x${cols}:${packed(codes)}`;
+  const of = state.run.codebook; // whose codes they are, so that no other model takes them
+  return `${images}x${rows}x${cols}:${packed(codes)}${of ? `:${of}` : ""}`;
 }
 
 /** How many lines a kept text holds. @param {unknown} text */

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..defaults import wins
 from ..errors import UserError
 from .look_ahead import upcast
 from .storage import RawSlots
@@ -55,22 +56,31 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return weights.to(v.dtype) @ v
 
 
-def kernel(device: torch.device | str, dtype: torch.dtype) -> Kernel | None:
+def kernel(device: torch.device | str, dtype: torch.dtype, rows: int) -> Kernel | None:
     """Our own single-query kernel if LINEAR_ATTENTION=kernel; None means PyTorch's attention.
 
-    The user chooses it by name. It is never chosen by timing, or the same seed could draw another picture another day.
-    Raises UserError if it is requested but cannot run here.
+    Users choose it by name; otherwise a table in `defaults.py` decides, for a batch of `rows` sequences. It is never
+    chosen by timing, or the same seed could draw another picture another day. Raises UserError if it is requested but
+    cannot run here.
     """
-    name = os.environ.get(SWITCH, "sdpa")
+    device = torch.device(device)
+    name = os.environ.get(SWITCH) or ("kernel" if wins("kernel", gpu_name(device), rows) else "sdpa")
     if name not in ATTENTIONS:
         raise UserError(f"{SWITCH}: '{name}' is unknown; set it to sdpa or kernel.")
     if name == "sdpa":
         return None
-    if why := no_kernel(torch.device(device), dtype):
+    if why := no_kernel(device, dtype):
+        if SWITCH not in os.environ:
+            return None
         raise UserError(f"{SWITCH}: the kernel cannot be used because {why}; set it to sdpa or leave it unset.")
     from .kernel import attend_one
 
     return attend_one
+
+
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as PyTorch gives it; empty if the device is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def no_kernel(device: torch.device, dtype: torch.dtype) -> str:

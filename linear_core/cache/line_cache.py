@@ -40,7 +40,7 @@ class LineCache:
         reads: frozenset[str] = frozenset(),
         static: bool = False,
     ):
-        self.kernel = kernel(device, dtype)  # for single queries; None: PyTorch's attention
+        self.kernel = kernel(device, dtype, rows)  # for single queries; None: PyTorch's attention
         self.static = static  # read all slots from the first token on, so that every step has the same shape
         self.shape, self.rows, self.grid, self.plan = shape, rows, grid, plan
         layers, heads, head_dim, stride = shape.layers, shape.heads, shape.head_dim, grid.stride
@@ -73,7 +73,7 @@ class LineCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.kernel = kernel(self.bias.device, self.bias.dtype)
+        self.kernel = kernel(self.bias.device, self.bias.dtype, self.bias.shape[1])
 
     @property
     def full(self) -> bool:

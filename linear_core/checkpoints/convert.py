@@ -16,7 +16,7 @@ from ..models.llamagen import LlamaGen
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from . import library
 from .families import llamagen
-from .weights import KeyMap, Weights, check_finite, match_keys, read_weights
+from .weights import KeyMap, Weights, check_finite, match_keys
 
 Metadata = dict[str, str]
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # names in safetensors
@@ -48,7 +48,7 @@ def convert(
         raise UserError(f"{target}: already exists; choose another name, or remove it first.")
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: there is no such folder.")
-    weights = read_weights(source)
+    weights = library.read_checkpoint(source)
     if library.is_tokenizer(weights):
         tensors, metadata = _tokenizer(weights, grid, tokenizer)
     else:
@@ -109,8 +109,8 @@ def _tokenizer_family(config: VQConfig) -> str:
 def _matching(network: nn.Module, weights: Weights, key_map: KeyMap) -> dict[str, Tensor]:
     targets = match_keys(network, weights, key_map)
     return {
-        target.name: check_finite(weights, key, target.transform(weights.tensors[key]))
-        for key, target in targets.items()
+        targets[key].name: check_finite(weights, key, targets[key].transform(tensor))
+        for key, tensor in weights.stream(targets)
     }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,41 @@ from torch import nn
 
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
-from ..prompts import Prompt
+from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.layouts import rename_key, taming_top_level, transform
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
 from .families import Family, ModelInfo, emu, janus, llamagen, lumina
-from .weights import SUFFIXES, KeyMap, Target, Weights, load_into, model_path, read_weights
+from .weights import (
+    NESTED,
+    SUFFIXES,
+    KeyMap,
+    Target,
+    Weights,
+    display_name,
+    load_into,
+    model_path,
+    read_weights,
+)
 
 FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
+
+# What training wraps around a model, as parts of its weights' names: torch.compile, FSDP and the like anywhere in them;
+# dictionaries, modules and averages in front.
+WITHIN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+IN_FRONT = re.compile(
+    r"(?:_?(?:model|module|state|dict|checkpoint|weights?|params?|ema|averaged|avg|shadow|student|forward|inner|base|raw"
+    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer))+"
+)
+MAX_IN_FRONT, MAX_WORD = 8, 64
+# Which of several state dicts LlamaGen's scripts take: sample_c2i.py for decoders; reconstruction_vq_ddp.py, for
+# tokenizers, takes the averaged one (ema) where there is one.
+ORDER = ("model", "module", "state_dict")
 
 # What a VQ tokenizer's file contains besides its weights: counters, losses and running averages of training.
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.", "ema_")
@@ -54,13 +79,18 @@ class ImageModel:
         """The class id of a class's name or number. Raises UserError for an unknown one."""
         return class_label(self.info, name)
 
-    @cached_property
-    def text_tokenizer(self) -> TextTokenizer:
-        """The model's own text tokenizer. Raises UserError naming the file if it is missing."""
+    @property
+    def text_tokenizer_file(self) -> Path:
+        """Where the model's own text tokenizer is, or should be."""
         decoder = model_path(self.files.decoder)
         folder = decoder if decoder.is_dir() else decoder.parent
         paths = [folder / name for name in self.info.family.tokenizer_files]
-        found = next((path for path in paths if path.is_file()), paths[0])
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The model's own text tokenizer. Raises UserError naming the file if it is missing."""
+        found = self.text_tokenizer_file
         if not found.is_file() and (source := published.download_hint(self.info.family.tokenizer_release)):
             raise UserError(f"{found}: there is no such file, but {self.info.name} needs it to read texts; {source}.")
         return self.info.family.open_tokenizer(found)
@@ -75,7 +105,51 @@ class ImageModel:
             raise UserError(f"text: {self.info.name} cannot read texts by itself; it needs a text encoder.")
         if not texts:
             raise UserError("text: it is empty; describe what to draw.")
-        return make_prompt(self.text_tokenizer, texts, negative, self.info)
+        made = make_prompt(self.text_tokenizer, texts, negative, self.info)
+        room = self.info.context - self.info.grid.tokens
+        if self.info.context and made.max_length > room:
+            raise UserError(
+                f"text: it takes {made.max_length} tokens with what the model adds, but {self.info.name} has room for "
+                f"{room} besides the image; shorten it."
+            )
+        return replace(made, origin=self.origin)
+
+    def class_prompt(self, names: Sequence[str]) -> Prompt:
+        """One image per class, by name or number. Raises UserError for an unknown class, and for a model of texts."""
+        if self.info.text:
+            raise UserError(f"class: {self.info.name} draws from texts, not classes; describe what to draw.")
+        return class_prompt([self.label(name) for name in names], tuple(names), self.origin)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What prompts for this model mean: prompts of models with the same meaning can be exchanged."""
+        info = self.info
+        if not info.text:
+            return Origin(info.name, ("classes", *(info.classes or (info.name, str(info.config.classes)))))
+        if not info.own_tokenizer:
+            return Origin(info.name, ("features",))  # the decoder asks how many
+        file = self.text_tokenizer_file
+        vocabulary = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else info.name
+        return Origin(info.name, ("tokens", info.family.name, str(info.grid.eol), vocabulary))
+
+    @cached_property
+    def codebook(self) -> str:
+        """Names the codebook: codes of models with the same name mean the same.
+
+        Made from the signs of its numbers, which converting a file to another dtype does not change.
+        """
+        table = self.tokenizer.quantize.embedding.weight.detach().float().cpu()
+        return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise UserError for a prompt that was made for another model."""
+        theirs, ours = prompt.origin, self.origin
+        if theirs is not None and theirs.meaning != ours.meaning:
+            name = theirs.model or "models with a text encoder"
+            other = f"another {name}" if name == ours.model else f"{name}, not for {ours.model}"
+            kind = "Text Prompt" if self.info.text else "Class Prompt"
+            raise UserError(f"prompt: it was made for {other}; connect a {kind} made with {ours.model}.")
+        self.decoder.check(prompt)
 
 
 def bundled_files() -> ModelFiles:
@@ -95,14 +169,14 @@ def class_label(info: ModelInfo, name: str) -> int:
     if wanted.lower() in lowered:
         return lowered.index(wanted.lower())
     count = info.config.classes
-    if wanted.isdecimal() and int(wanted) < count:
+    if wanted.isdecimal() and len(wanted) < 10 and int(wanted) < count:
         return int(wanted)
     some = (
         ", ".join(info.classes[:12]) + (", …" if len(info.classes) > 12 else "")
         if info.classes
         else f"0 to {count - 1}"
     )
-    raise UserError(f"class: {info.name} has no class '{name}'; choose one of {some}.")
+    raise UserError(f"class: {info.name} has no class {quoted(name)}; choose one of {some}.")
 
 
 def read_info(path: str | Path, grid: tuple[int, int] | None = None) -> ModelInfo:
@@ -111,14 +185,78 @@ def read_info(path: str | Path, grid: tuple[int, int] | None = None) -> ModelInf
     grid  rows and cols, for files that do not state their own
     Raises UserError naming the file, also if the two grids differ.
     """
-    return describe(_read(path, shapes_only=True), grid)
+    return describe(read_checkpoint(path), grid)
 
 
-def _read(path: str | Path, *, shapes_only: bool = False) -> Weights:
+def read_checkpoint(path: str | Path) -> Weights:
+    """Names and shapes of the model at `path`, a file or a folder, without what training wraps around one.
+
+    Raises UserError naming the file.
+    """
     path = model_path(Path(path))
     if not path.exists() and (source := published.download_hint(path.name)):
         raise UserError(f"{path}: there is no such file; {source}.")
-    return read_weights(path, shapes_only=shapes_only)
+    return unwrapped(read_weights(path, shapes_only=True))
+
+
+def unwrapped(weights: Weights) -> Weights:
+    """`weights` under the names that a family or a VQ tokenizer has for them; as they are if none recognises them.
+
+    They may be in dictionaries or modules of a training script ({"state_dict": {"model._orig_mod.layers.0…": …}}), and
+    more than once: then those are taken that the models' authors take. What is outside is left out.
+    """
+
+    def below(prefix: str) -> dict[str, str]:
+        names = {key: key.removeprefix(prefix) for key in weights.tensors if key.startswith(prefix)}
+        return {
+            key: ".".join(part for part in name.split(".") if part not in WITHIN)
+            for key, name in names.items()
+            if NESTED not in name
+        }
+
+    found = []
+    for prefix in _prefixes(weights.tensors):
+        inner = replace(weights, tensors={new: weights.tensors[old] for old, new in below(prefix).items()})
+        if any(family.recognises(inner) for family in FAMILIES) or is_tokenizer(inner):
+            found.append((prefix, is_tokenizer(inner)))
+            if not prefix:
+                break
+    if not found:
+        return weights
+    if any(
+        not tokenizer for _, tokenizer in found
+    ):  # a whole model has a tokenizer inside, and not the other way round
+        found = [(prefix, tokenizer) for prefix, tokenizer in found if not tokenizer]
+
+    def preference(candidate: tuple[str, bool]) -> tuple[bool, int, int]:
+        prefix, tokenizer = candidate
+        parts = _parts(prefix)[:-1]
+        averaged = any(re.search(r"ema|averaged|avg|shadow", part) for part in parts)
+        rank = ORDER.index(parts[0]) if parts and parts[0] in ORDER else len(ORDER)
+        return averaged != tokenizer, len(parts), rank
+
+    return weights.renamed(below(min(found, key=preference)[0]))
+
+
+def _prefixes(keys: Iterable[str]) -> list[str]:
+    """What may be in front of a model's own names: nothing, words of training, or whatever all names share."""
+    found = {"": None}
+    split = {key: _parts(key) for key in keys}
+    levels = zip(*(parts[:-1] for parts in split.values()), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    for key, parts in split.items():
+        end = 0
+        for number, part in enumerate(parts[:MAX_IN_FRONT]):
+            end += len(part) + 1
+            if number >= min(shared, len(parts) - 1) and part not in WITHIN and not IN_FRONT.fullmatch(part[:MAX_WORD]):
+                break
+            if end < len(key):
+                found[key[:end]] = None
+    return list(found)
+
+
+def _parts(key: str) -> list[str]:
+    return re.split(f"[.{NESTED}]", key)
 
 
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
@@ -159,7 +297,7 @@ def family_of(weights: Weights) -> Family:
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
     if "quantize.embedding.weight" in shapes:
         return "it looks like a VQ tokenizer"
-    if any(k.startswith(("model.diffusion_model.", "double_blocks.", "transformer_blocks.")) for k in shapes):
+    if any(re.search(r"(?:^|\.)(?:diffusion_model|double_blocks|transformer_blocks)\.", k) for k in shapes):
         return "it looks like a diffusion model"
     if any(".lora_" in k for k in shapes):
         return "it looks like a LoRA"
@@ -184,7 +322,7 @@ def load_model(
     ops           namespace of the layers: torch.nn, or a host's casting layers
     Raises UserError naming the file.
     """
-    weights = _read(files.decoder, shapes_only=True)
+    weights = read_checkpoint(files.decoder)
     info = describe(weights, grid)
     tokenizer = load_tokenizer(files.tokenizer, device=device, ops=ops)
     _check_tokenizer(info, tokenizer, files)
@@ -236,12 +374,11 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
             f"{files.tokenizer.name}: makes {tokenizer.config.factor} pixels a side of each code, but "
             f"{files.decoder.name} needs {info.pixels}; choose the tokenizer that belongs to the model."
         )
-    other_kind = tokenizer.config.kind != published.VQ_KINDS.get(info.tokenizer, "vqgan")
-    if not other_kind and (_stem(files.tokenizer) == info.tokenizer or info.config.codes != published.CODES):
+    name, same_kind = display_name(files.tokenizer), tokenizer.config.kind == _kind(info)
+    if same_kind and (_plain(name) == _plain(info.tokenizer) or info.config.codes != published.CODES):
         return
-    ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(files.tokenizer.stem)
-    other = other_kind or files.tokenizer.is_dir() or (ours and theirs and ours != theirs)
-    if tokenizer.config.factor != info.pixels or other:
+    fits = _fits(info, name, tokenizer.config)
+    if not fits or any(family.recognises(read_checkpoint(files.tokenizer)) for family in FAMILIES):
         raise UserError(
             f"{files.tokenizer.name}: is another model's tokenizer; {files.decoder.name} draws the codes of "
             f"{info.tokenizer}: choose that one"
@@ -249,30 +386,82 @@ def _check_tokenizer(info: ModelInfo, tokenizer: VQTokenizer, files: ModelFiles)
         )
 
 
+def _plain(name: str) -> str:
+    """A name as far as people mean the same by it: vq_ds16_c2i is published as vq-ds16-c2i too."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _kind(info: ModelInfo) -> str:
+    """The kind of a model's tokenizer: `VQConfig.kind`."""
+    return published.VQ_KINDS.get(info.tokenizer, "vqgan")
+
+
+def _fits(info: ModelInfo, name: str, config: VQConfig) -> bool:
+    """Whether a tokenizer can be the one of a model with a published codebook, by its sizes and its name."""
+    ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(name)
+    normalized = _kind(info) == "vqgan" and info.tokenizer != published.CHAMELEON_VQ
+    return (
+        config.codes == info.config.codes
+        and config.factor == info.pixels
+        and config.kind == _kind(info)
+        and config.normalized == normalized
+        and not (ours and theirs and ours != theirs)
+    )
+
+
 def find_tokenizer(decoder: str | Path, grid: tuple[int, int] | None = None, among: Iterable[Path] = ()) -> Path:
     """The VQ tokenizer of the checkpoint at `decoder`: inside it, next to it, or one of `among`.
 
-    Raises UserError saying where it was expected and where to get it.
+    It is known by its name, or if the decoder's file names none, by its sizes, provided that only one fits. Raises
+    UserError saying where it was expected and where to get it.
     """
     decoder = Path(decoder)
-    info = read_info(decoder, grid)
+    weights = read_checkpoint(decoder)
+    info = describe(weights, grid)
     if info.family.vq is not None:
         return decoder
     stem = info.tokenizer
-    next_to_it = (decoder.with_name(stem + suffix) for suffix in (*SUFFIXES, ""))
-    for path in (*next_to_it, *among):
-        if _stem(path) == stem and path.exists():
-            return path
+    next_to_it = [decoder.with_name(stem + suffix) for suffix in (*SUFFIXES, "")]
+    candidates = list(dict.fromkeys([*next_to_it, *_next_to(decoder), *among]))
+    for exact in (True, False):
+        for path in candidates:
+            name = display_name(path)
+            if (name == stem if exact else _plain(name) == _plain(stem)) and path.exists():
+                return path
     source = published.download_hint(stem)
+    if source and "tokenizer" not in weights.metadata:
+        fitting = [path for path in candidates if path.exists() and _may_belong(info, path)]
+        if len(fitting) == 1:
+            return fitting[0]
     raise UserError(
         f"{decoder.with_name(stem + SUFFIXES[0])}: there is no such file, but {decoder.name} needs this tokenizer; "
         + (f"{source}, or choose another." if source else "put it there or choose another.")
     )
 
 
-def _stem(path: Path) -> str:
-    """The name of a file without its suffix, or of a folder, which may have a dot in it."""
-    return path.stem if path.suffix.lower() in SUFFIXES else path.name
+def _next_to(decoder: Path) -> Iterator[Path]:
+    """Checkpoints next to a decoder, in its folder and one level below; a model of several files is its folder."""
+    decoder = model_path(decoder)
+    for folder in dict.fromkeys((decoder if decoder.is_dir() else decoder.parent, decoder.parent)):
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in [*inside, *(p for below in inside if below.is_dir() for p in _entries(below))]:
+            if path.suffix.lower() in SUFFIXES and path.is_file() and (model := model_path(path)) != decoder:
+                yield model
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # not ours to read
+        return []
+
+
+def _may_belong(info: ModelInfo, path: Path) -> bool:
+    try:
+        weights = read_checkpoint(path)
+        return is_tokenizer(weights) and _fits(info, display_name(path), describe_tokenizer(weights)[0])
+    except UserError:
+        return False
 
 
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> VQTokenizer:
@@ -280,7 +469,7 @@ def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops:
 
     Raises UserError naming the file.
     """
-    weights = _read(path, shapes_only=True)
+    weights = read_checkpoint(path)
     config, key_map = describe_tokenizer(weights)
     with torch.device("meta"):
         tokenizer = VQTokenizer(config, ops)
@@ -295,13 +484,17 @@ def is_tokenizer(weights: Weights) -> bool:
 
 def describe_tokenizer(weights: Weights) -> tuple[VQConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
-    own = next((family.vq for family in FAMILIES if family.vq and family.recognises(weights)), None)
-    names = ((key, own(key) if own else key) for key in weights.tensors)
+    own = next((family for family in FAMILIES if family.vq and family.recognises(weights)), None)
+    names = ((key, own.vq(key) if own and own.vq else key) for key in weights.tensors)
     keys = {key: name for key, name in names if name is not None and not name.endswith(VQ_COUNTER)}
     top = taming_top_level(keys.values())
     targets = {key: Target(rename_key(name, top), transform=transform(name)) for key, name in keys.items()}
     shapes = {target.name: weights.shapes[key] for key, target in targets.items()}
     if "quantize.embedding.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+        if own is not None:
+            raise weights.problem(
+                f"lacks the weights of the VQ tokenizer that belongs to a {own.name} model; download it again."
+            )
         raise weights.problem(
             f"is not a VQ tokenizer that LineAR supports ({len(weights.tensors)} weights); "
             "choose the tokenizer that belongs to the model."

@@ -111,7 +111,7 @@ EMU = {name: Repository(f"BAAI/{name}", None, "Apache-2.0") for name in (
 MOVQ, EMU3_VQ, EMU35_VQ = "movqgan_270M", "Emu3-VisionTokenizer", "Emu3.5-VisionTokenizer"
 VQ_KINDS = {MOVQ: "movq", EMU3_VQ: "emu3", EMU35_VQ: "ibq"}  # kinds of tokenizers; all others are "vqgan"
 TOKENIZERS = {"c2i": "vq_ds16_c2i", "t2i": "vq_ds16_t2i"}
-TEXT_ENCODER = "flan-t5-xl"
+TEXT_ENCODER, FEATURES = "flan-t5-xl", 2048  # FEATURES: per token, in every published model
 
 
 def _single_file(repository: Repository, path: str, gigabytes: float, *needs: str) -> Release:
@@ -232,7 +232,10 @@ def kind_from_name(name: str) -> str | None:
 def pixels_from_name(name: str, kind: str) -> int | None:
     """The side of the pictures, in pixels, that a decoder's file name states (c2i_XL_384: 384); None without one.
 
-    Only sizes published for this `kind` count, and a name with two of them is ambiguous: None.
+    Only sizes published for this `kind` count, and a name with two of them is ambiguous: None. So is a number in a name
+    that says neither `kind` nor px: it may count steps, or pictures.
     """
+    if kind_from_name(name) != kind and not re.search(r"\d{3}(?:px|pixels)(?![a-z])", name.lower()):
+        return None
     found = {int(n) for n in re.findall(r"(?<!\d)(\d{3})(?!\d)", name)} & set(PIXELS[kind])
     return found.pop() if len(found) == 1 else None

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..prompts import Prompt
+from ..prompts import Origin, Prompt
 from ..prompts.caption import clean
 from ..prompts.t5 import PROBE, T5Tokenizer, build, encode, text_prompt
 from . import published
-from .weights import Weights, check_finite, read_weights, shards_in_index
+from .weights import INDEX_FILES, Weights, check_finite, read_weights, shards
 
-INDEX = "model.safetensors.index.json"
+INDEX = INDEX_FILES[0]
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 MAX_CACHED = 256  # texts, of at most half a megabyte each
 _features: OrderedDict[tuple[object, str], Tensor] = (
@@ -40,11 +40,11 @@ class TextFiles:
         return self.path, tuple((s.st_size, s.st_mtime_ns) for s in stats)
 
 
-def find_text_encoder(path: str | Path, tokenizer: Path | None = None) -> TextFiles:
+def find_text_encoder(path: str | Path, tokenizer: Path | None = None, width: int = 0) -> TextFiles:
     """The files of the encoder at `path`: a folder as published (google/flan-t5-xl), or a ComfyUI text-encoder file.
 
     The tokenizer is looked for next to them; `tokenizer` is used if there is none. Raises UserError naming the file
-    that is missing.
+    that is missing, or an encoder that gives other than `width` features per token (0: any), by its header alone.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,6 +54,11 @@ def find_text_encoder(path: str | Path, tokenizer: Path | None = None) -> TextFi
     else:
         source = published.download_hint(path.name)
         raise UserError(f"{path}: there is no such file or folder" + (f"; {source}." if source else "."))
+    found = encoder_width(weights)
+    if width and found and found != width:
+        raise UserError(
+            f"{path.name}: gives {found} features per token, but the model takes {width}; choose FLAN-T5-XL's encoder."
+        )
     own = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), tokenizer)
     if own is None and not _carries_tokenizer(weights):
         raise UserError(
@@ -64,9 +69,8 @@ def find_text_encoder(path: str | Path, tokenizer: Path | None = None) -> TextFi
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:
-    index = folder / INDEX
-    if index.is_file():
-        found = shards_in_index(index)
+    if any((folder / index).is_file() for index in INDEX_FILES):
+        found = shards(folder)
     else:
         found = tuple(sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")) or tuple(
             sorted(p for p in folder.glob("pytorch_model*.bin"))
@@ -81,12 +85,21 @@ def _carries_tokenizer(weights: tuple[Path, ...]) -> bool:
     return any("spiece_model" in read_weights(path, shapes_only=True).tensors for path in weights)
 
 
+def encoder_width(files: Sequence[Path]) -> int:
+    """Features per token of the T5 encoder in `files`, from their headers alone; 0 if there is none to be read."""
+    for path in files:
+        try:
+            shapes = read_weights(path, shapes_only=True).shapes
+        except UserError:  # loading it says what is wrong
+            continue
+        if found := next((shape for key, shape in shapes.items() if key.endswith(PROBE)), ()):
+            return found[-1]
+    return 0
+
+
 def is_text_encoder(path: Path) -> bool:
     """Whether a checkpoint contains a T5 encoder, from its header alone."""
-    try:
-        return any(k.endswith(PROBE) for k in read_weights(path, shapes_only=True).tensors)
-    except UserError:
-        return False
+    return encoder_width([path]) > 0
 
 
 def load_encoder(files: TextFiles) -> tuple[nn.Module, T5Tokenizer]:
@@ -141,7 +154,7 @@ def prompt(
         _features.popitem(last=False)
     rows = [features[name] for name in cleaned]
     negatives = text_prompt(rows[len(texts) :] * len(texts)) if negative else None
-    return replace(text_prompt(rows[: len(texts)], tuple(texts)), negative=negatives)
+    return replace(text_prompt(rows[: len(texts)], tuple(texts)), negative=negatives, origin=Origin("", ("features",)))
 
 
 def clear_features() -> None:

@@ -10,7 +10,7 @@ import json
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -27,8 +27,19 @@ MAX_NAME = 255  # characters of a file name, on every system
 ALLOWED_GLOBALS = re.compile(
     r"torch (\w+Storage|Size|device|b?float\d+\w*|u?int\d+|complex\d+|bool)|torch\.storage (Untyped|Typed)Storage"
     r"|torch\._utils _rebuild_(tensor|tensor_v[23]|parameter|parameter_with_state)|torch\.nn\.parameter Parameter"
-    r"|collections (OrderedDict|Counter)|(__builtin__|builtins) set|argparse Namespace"
+    r"|collections (OrderedDict|Counter)|(__builtin__|builtins) set"
 )
+
+# What training scripts save beside weights: settings, paths, times, numbers of numpy. None of it is imported or made:
+# `stand_ins` takes its place, so a name in this list can do nothing, whatever it is called with.
+BESIDE_WEIGHTS = re.compile(
+    r"(argparse|collections|datetime|decimal|fractions|pathlib|typing|uuid|zoneinfo)(\._\w+)? \w+|types SimpleNamespace"
+    r"|(numpy|omegaconf|yacs|easydict|addict|ml_collections|pytorch_lightning|lightning|lightning_fabric|transformers)"
+    r"(\.\w+)* \w+|(__builtin__|builtins) (bytes|complex|dict|float|frozenset|int|list|object|range|slice|str|tuple)"
+    r"|torch\.torch_version TorchVersion|torch layout|torch\.serialization _get_layout|__main__ \w+"
+)
+BYTES = "_codecs encode"  # how pickles of torch's version write bytes: a text, and the name of its encoding
+ENCODING = "latin1"
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -47,8 +58,8 @@ def inside(folder: Path, name: object) -> Path:
     return folder / name
 
 
-def parse_json(text: str) -> Any:
-    """Raises ValueError for any fault, endless nesting included."""
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError for any fault, endless nesting included. Bytes may be UTF-8 or UTF-16, with their mark."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -60,7 +71,7 @@ def read_json(path: Path, problem: str) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > JSON_BYTES:
             raise ValueError(f"it takes {size / MIB:.0f} MiB")
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     except (OSError, ValueError) as error:
@@ -98,15 +109,61 @@ def check_header(path: Path) -> None:
         raise ValueError(f"its header takes {length / MIB:.0f} MiB, more than any model's")
 
 
-def check_archive(path: Path) -> None:
+class Unread:
+    """Stands for an object beside the weights: takes anything, keeps nothing."""
+
+    def __new__(cls, *args: object) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class UnreadDict(Unread):
+    """The same for kinds of dictionaries, which are read as plain ones: there may be weights inside."""
+
+    def __new__(cls, *args: object) -> Any:
+        return {}
+
+
+class UnreadList(Unread):
+    def __new__(cls, *args: object) -> Any:
+        return []
+
+
+CONTAINERS = {"defaultdict": UnreadDict, "AttributeDict": UnreadDict, "deque": UnreadList}
+
+
+def stand_ins(names: Iterable[str]) -> list[Any]:
+    """A class for each of `names`, "module name" as in a pickle, that torch takes for what is called so."""
+    found: list[Any] = []
+    for module, _, name in (each.partition(" ") for each in names):
+        kind = CONTAINERS.get(name, Unread)
+        module = "builtins" if module == "__builtin__" else module
+        found.append(type(name, (kind,), {"__module__": module, "__qualname__": name}))
+    return found
+
+
+class NotWeightsAlone(ValueError):
+    """A file that would be the same if it were downloaded again."""
+
+    advice = "save its weights alone, with torch.save(model.state_dict(), …), or choose another file"
+
+
+def check_archive(path: Path) -> set[str]:
     """Raise ValueError for a .pt file that is not what torch.save writes of weights.
 
     Nothing in it may be compressed, so that it takes no more memory than its size, and its pickle may name nothing but
-    weights. torch does not run anything else either, but its errors are worded differently and not all of it is cheap.
+    weights and BESIDE_WEIGHTS. torch does not run anything else either, but its errors are worded differently and not
+    all of it is cheap. Returns the names of BESIDE_WEIGHTS that it has.
     """
     with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            raise ValueError("it was not written by torch.save of PyTorch 1.6 or newer")
+        if (first := file.read(4)) != b"PK\3\4":
+            old = NotWeightsAlone if first[:2] == b"\x80\x02" else ValueError  # a pickle of an older torch
+            raise old("it was not written by torch.save of PyTorch 1.6 or newer")
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -122,6 +179,49 @@ def check_archive(path: Path) -> None:
             pickled = archive.read(pickles[0])
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OverflowError) as error:
         raise ValueError(f"it is incomplete or damaged: {error}") from error
+    beside = set()
     for code, argument, _ in pickletools.genops(pickled):
-        if code.name in ("GLOBAL", "INST") and not ALLOWED_GLOBALS.fullmatch(named := str(argument)):
-            raise ValueError(f"it asks for {named.replace(' ', '.')}, which weights do not need and is not run")
+        if code.name not in ("GLOBAL", "INST") or ALLOWED_GLOBALS.fullmatch(named := str(argument)):
+            continue
+        if named == BYTES:
+            _check_bytes(pickled)
+        elif BESIDE_WEIGHTS.fullmatch(named):
+            beside.add(named)
+        else:
+            raise NotWeightsAlone(f"it asks for {named.replace(' ', '.')}, which weights do not need and is not run")
+    return beside
+
+
+def _check_bytes(pickled: bytes) -> None:
+    """Raise ValueError unless all bytes are written as Python writes them: texts in Latin-1.
+
+    torch runs the encoder, and other encodings take time, or double what they are given as often as they are asked to.
+    """
+    problem = NotWeightsAlone(f"it asks for {BYTES.replace(' ', '.')}, which weights do not need and is not run")
+    encoders: set[int] = set()  # places of the memo that hold the encoder
+    texts: dict[int, str] = {}  # and those that hold a text
+    top: object = None  # what was pushed last: BYTES, a text, or None for anything else
+    expected = 0  # arguments of the encoder that are still to come, then its call
+    for code, argument, _ in pickletools.genops(pickled):
+        name, place = code.name, argument if isinstance(argument, int) else -1
+        if name in ("BINPUT", "LONG_BINPUT"):
+            if top == (BYTES,):
+                encoders.add(place)
+            elif isinstance(top, str):
+                texts[place] = top
+            else:
+                texts.pop(place, None)
+            continue
+        get = name in ("BINGET", "LONG_BINGET")
+        is_encoder = (name == "GLOBAL" and argument == BYTES) or (get and place in encoders)
+        text = argument if name == "BINUNICODE" else texts.get(place) if get else None
+        if expected:
+            fits = {4: text is not None, 3: text == ENCODING, 2: name == "TUPLE2", 1: name == "REDUCE"}[expected]
+            if is_encoder or not fits:
+                raise problem
+            expected -= 1
+        elif is_encoder:
+            expected = 4
+        top = (BYTES,) if is_encoder else text
+    if expected:
+        raise problem

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,32 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import UserError, quoted
-from .untrusted import check_archive, check_header, inside, read_json
+from .untrusted import NotWeightsAlone, check_archive, check_header, inside, read_json, stand_ins
 
 CHUNK_BYTES = 2**28
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # list the shards of a folder
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
-WRAPPERS = ("model", "module", "state_dict")  # keys under which published training scripts save a state dict
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")  # what savers call one file of several, without its suffix
 SAFE_CHECKPOINT = "a checkpoint that can be read safely"
-SAFE_GLOBALS: list[Any] = [argparse.Namespace]  # saved by those scripts too; it holds attributes and runs nothing
+NESTED, MAX_NESTED = "/", 8  # between the keys of dictionaries within dictionaries, and so many at most
 
 
 @dataclass(frozen=True)
 class Weights:
     """A checkpoint: tensors by name (on the meta device if only shapes were read) and the file's metadata.
 
+    Weights inside dictionaries are named by their path: the weight w of {"model": {"w": …}} is model/w.
+
     files  the checkpoint itself, or the shards of a folder
+    keys   names in the files of weights that are called otherwise here (see `renamed`)
     """
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     files: tuple[Path, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -49,8 +53,8 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """The name for people: the folder's, or the file's without its suffix."""
-        return self.path.stem if self.path.suffix.lower() in SUFFIXES else self.path.name
+        """The name for people: see `display_name`."""
+        return display_name(self.path)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -60,17 +64,31 @@ class Weights:
 
     def stream(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The `wanted` weights one by one. Files are remapped every CHUNK_BYTES, to free memory of what was read."""
+        names = {self.keys.get(name, name): name for name in wanted}
         for file in self.files:
             read = _each_of_safetensors if file.suffix.lower() == ".safetensors" else _each_of_pickle
-            left, size = set(wanted), CHUNK_BYTES
+            left, size = set(names), CHUNK_BYTES
             while size >= CHUNK_BYTES:
                 size = 0
-                for name, tensor in read(file, frozenset(left)):
-                    yield name, tensor
-                    left.discard(name)
+                for key, tensor in read(file, frozenset(left)):
+                    yield names[key], tensor
+                    left.discard(key)
                     size += tensor.nbytes
                     if size >= CHUNK_BYTES:
                         break
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Those of the weights that `names` lists, by their present names, under new ones.
+
+        Raises UserError if two would have the same name.
+        """
+        if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+            raise self.problem(f"holds {quoted(twice[0])} twice, under two names.")
+        return replace(
+            self,
+            tensors={new: self.tensors[old] for old, new in names.items()},
+            keys={new: self.keys.get(old, old) for old, new in names.items()},
+        )
 
     def problem(self, what: str) -> UserError:
         """A UserError that names the file."""
@@ -94,8 +112,6 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
         if file.suffix.lower() == ".safetensors":
             found, notes = _read_safetensors(file, shapes_only)
         else:
-            with _readable(file, SAFE_CHECKPOINT):
-                check_archive(file)
             found, notes = _read_pickle(file, shapes_only), {}
         if duplicates := tensors.keys() & found.keys():
             raise UserError(f"{file.name}: contains {quoted(min(duplicates))}, but so does another file of the model.")
@@ -107,21 +123,58 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
     return weights
 
 
+def display_name(path: Path) -> str:
+    """What a model is called: its folder, or its file without the suffix; in the hub's cache, the repository."""
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        return path.parent.name if path.name in SINGLE_FILES and path.parent.name else path.stem
+    if path.parent.name == "snapshots":  # models--owner--name/snapshots/commit
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
+
+
 def model_path(path: Path) -> Path:
     """The model that the file at `path` belongs to: its folder if the model has several files, else the file."""
     folder = path.parent
-    is_shard = path.name in SINGLE_FILES or any((folder / name).is_file() for name in INDEX_FILES)
-    return folder if is_shard and (folder / "config.json").is_file() else path
+    if path.is_dir():
+        return path
+    if path.name in SINGLE_FILES:
+        whole = (folder / "config.json").is_file()
+    else:
+        whole = path.name in (*INDEX_FILES, "config.json") or _is_shard(path)
+    return folder if whole else path
+
+
+def _is_shard(path: Path) -> bool:
+    if SHARD.fullmatch(path.stem):
+        return True
+    for index in (path.with_name(name) for name in INDEX_FILES):
+        try:
+            if index.is_file() and path in shards_in_index(index):
+                return True
+        except UserError:  # reading the model says what is wrong with its index
+            continue
+    return False
 
 
 def shards(folder: Path) -> tuple[Path, ...]:
-    """The files of a model's folder, as its index lists them. Raises UserError if there are none."""
-    for index in (folder / name for name in INDEX_FILES):
-        if index.is_file():
-            return shards_in_index(index)
+    """The files of a model's folder: those in its index, one by its usual name, numbered ones, or the only one.
+
+    Raises UserError if there are none, or if a numbered one is missing.
+    """
+    listed = [shards_in_index(folder / name) for name in INDEX_FILES if (folder / name).is_file()]
+    if listed:
+        return next((files for files in listed if all(file.is_file() for file in files)), listed[0])
     for name in SINGLE_FILES:
         if (folder / name).is_file():
             return (folder / name,)
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    numbered = [(p, found) for p in files if (found := SHARD.fullmatch(p.stem))]
+    if numbered:
+        first, found = next(((p, f) for p, f in numbered if p.suffix.lower() == ".safetensors"), numbered[0])
+        names = (f"{found[1]}-{n:05d}-of-{found[3]}{first.suffix}" for n in range(1, int(found[3]) + 1))
+        return tuple(first.with_name(name) for name in names)
+    if len(files) == 1:
+        return (files[0],)
     raise UserError(
         f"{folder / SINGLE_FILES[0]}: there is no such file and no index of shards; download the model again."
     )
@@ -135,7 +188,8 @@ def shards_in_index(index: Path) -> tuple[Path, ...]:
     found = set()
     for name in names.values():
         try:
-            found.add(inside(index.parent, name))
+            file = inside(index.parent, name)
+            found.add(file if file.is_file() or "\\" not in name else index.parent / name.replace("\\", "/"))
         except ValueError as error:
             raise UserError(f"{index}: {quoted(str(name))} in it {error}; download it again.") from error
     return tuple(sorted(found))
@@ -143,8 +197,9 @@ def shards_in_index(index: Path) -> tuple[Path, ...]:
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 
 
@@ -156,14 +211,15 @@ def _read_safetensors(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor],
             if not shapes_only:
                 return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: _shape_of(name, part) for name, part in parts.items()}, metadata
+            return {name: _shape_of(part) for name, part in parts.items()}, metadata
 
 
-def _shape_of(name: str, part: Any) -> Tensor:
-    """A weight on the meta device. Raises ValueError for an unsupported dtype."""
-    if (kind := part.get_dtype()) not in _DTYPES:
-        raise ValueError(f"{quoted(name)} has dtype {kind}, which is not supported")
-    return torch.empty(part.get_shape(), dtype=_DTYPES[kind], device="meta")
+def _shape_of(part: Any) -> Tensor:
+    """A weight on the meta device; as plain bytes if torch has no such dtype, which `match_keys` refuses if it is used.
+
+    Models do not need every weight of a file, so an unknown kind is no reason to refuse the file.
+    """
+    return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
 
 
 def _each_of_safetensors(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
@@ -178,19 +234,33 @@ def _each_of_pickle(path: Path, wanted: Container[str]) -> Iterator[tuple[str, T
 
 
 def _read_pickle(path: Path, shapes_only: bool) -> dict[str, Tensor]:
-    with _readable(path, SAFE_CHECKPOINT), warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
+    with _readable(path, SAFE_CHECKPOINT), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about storages of old files; nothing a user can act on
-        content: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True, mmap=True)
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path.name}: holds no named weights; choose a model file.")
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if not tensors:
+        with torch.serialization.safe_globals(stand_ins(check_archive(path))):
+            content: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True, mmap=True)
+    if not (tensors := _by_path(content)):
         raise UserError(f"{path.name}: holds no named weights; choose a model file.")
     return tensors
+
+
+def _by_path(content: Any) -> dict[str, Tensor]:
+    """Every tensor in nested dictionaries, by the keys that lead to it."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()  # a pickle can hold one dictionary a million times, or within itself
+    left: list[tuple[str, Any, int]] = [("", content, 0)]
+    while left:
+        prefix, inner, depth = left.pop(0)
+        if not isinstance(inner, Mapping) or id(inner) in seen or depth > MAX_NESTED:
+            continue
+        seen.add(id(inner))
+        for key, value in inner.items():
+            if not isinstance(key, str | int):
+                continue
+            if isinstance(value, Tensor):
+                found[f"{prefix}{key}"] = value
+            else:
+                left.append((f"{prefix}{key}{NESTED}", value, depth + 1))
+    return found
 
 
 @contextmanager
@@ -205,7 +275,10 @@ def _readable(path: Path, what: str) -> Iterator[None]:
         # torch suggests reading the file unprotected, which nobody should be advised to do
         reasons = [line for line in lines if line and "weights_only" not in line and "Weights only" not in line]
         reason = reasons[0] if reasons else type(error).__name__
-        raise UserError(f"{path.name}: not {what} ({reason}); download it again or choose another file.") from error
+        advice = getattr(error, "advice", "download it again or choose another file")
+        if reason.startswith("Can only"):  # torch, of kinds of objects that it does not make
+            advice = NotWeightsAlone.advice
+        raise UserError(f"{path.name}: not {what} ({reason}); {advice}.") from error
 
 
 @dataclass(frozen=True)
@@ -260,6 +333,12 @@ def match_keys(module: nn.Module, weights: Weights, key_map: KeyMap = Target) ->
     if twice := [t.name for t in targets.values() if counts[t.name, t.part] > 1 or t.shares != shares[t.name]]:
         raise weights.problem(f"holds '{twice[0]}' twice, under two names.")
     for key, target in targets.items():
+        if not weights.tensors[key].is_floating_point():
+            kind = str(weights.tensors[key].dtype).removeprefix("torch.")
+            raise weights.problem(
+                f"{quoted(key)} is {kind} where floating-point numbers were expected; choose a file that is not "
+                "quantised."
+            )
         rows, *rest = expected[target.name] or (1,)
         block = target.block(rows)
         shape = [block.stop - block.start, *rest] if expected[target.name] else []
@@ -269,9 +348,6 @@ def match_keys(module: nn.Module, weights: Weights, key_map: KeyMap = Target) ->
             found = None
         if found != shape:
             raise weights.problem(f"{quoted(key)} is {list(weights.tensors[key].shape)} where {shape} was expected.")
-        if not weights.tensors[key].is_floating_point():
-            kind = weights.tensors[key].dtype
-            raise weights.problem(f"{quoted(key)} is {kind} where floating-point numbers were expected.")
     return targets
 
 

@@ -15,6 +15,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ..cache.attention import gpu_name
+from ..defaults import wins
+
 Run = Callable[[], Tensor | None]
 Capture = Callable[[Run], Run]
 
@@ -108,6 +111,11 @@ class CapturedEnd(Captured):
 
     def __call__(self, cache: Any, policy: Any, row: int, rotate: Any) -> None:
         self._run(lambda row: self.work(cache, policy, row, rotate), (row,), cache)
+
+
+def use_graphs(asked: str, device: torch.device, sequences: int) -> bool:
+    """Whether to draw with graphs: "graph" yes, "eager" no, "auto" where `defaults.py` says that they win."""
+    return asked == "graph" or (asked == "auto" and wins("graph", gpu_name(device), sequences))
 
 
 class Graphs:

@@ -12,6 +12,18 @@ from ..grid import Grid
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Whose a prompt is.
+
+    model    name of the model that it was made for; "": of a text encoder, for any model that takes its features
+    meaning  what its numbers mean: "classes", "tokens" or "features", then what tells them from others of the kind
+    """
+
+    model: str
+    meaning: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One row per image; a decoder adds the unconditional rows itself.
 
@@ -20,6 +32,7 @@ class Prompt:
     names     what the user asked for, one per row
     negative  the negative prompt of guidance, one row for each row here, of any length; None: the decoder's own
     grid      of the picture, if the prompt sets a size; None: the model's own
+    origin    whose it is; None: not stated
     """
 
     tokens: Tensor
@@ -27,6 +40,7 @@ class Prompt:
     names: tuple[str, ...] = ()
     negative: Prompt | None = None
     grid: Grid | None = None
+    origin: Origin | None = None
 
     @property
     def rows(self) -> int:
@@ -90,9 +104,10 @@ class Prompt:
         return causal & (index[None, None, :] >= self.pad[:, None, None]) | (index[None, :] == index[:, None])
 
 
-def class_prompt(labels: list[int], names: tuple[str, ...] = ()) -> Prompt:
+def class_prompt(labels: list[int], names: tuple[str, ...] = (), origin: Origin | None = None) -> Prompt:
     """One image for each class id."""
-    return Prompt(torch.tensor(labels, dtype=torch.int64)[:, None], torch.zeros(len(labels), dtype=torch.int64), names)
+    pad = torch.zeros(len(labels), dtype=torch.int64)
+    return Prompt(torch.tensor(labels, dtype=torch.int64)[:, None], pad, names, origin=origin)
 
 
 def token_prompt(

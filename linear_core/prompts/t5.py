@@ -39,7 +39,7 @@ class T5Tokenizer:
         if isinstance(source, Path) and source.suffix == ".json":
             with _comfyui_package():
                 from tokenizers import Tokenizer
-            tokenizer = Tokenizer.from_file(str(source))
+            tokenizer = Tokenizer.from_str(source.read_text(encoding="utf-8-sig"))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self._ids: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -50,8 +50,14 @@ class T5Tokenizer:
             self._ids = SentencePieceProcessor(model_proto=model).encode
 
     def ids(self, text: str) -> list[int]:
-        """At most LENGTH ids, the last of them the end token; a longer text is truncated, as published."""
-        return [*self._ids(text)[: LENGTH - 1], END]
+        """At most LENGTH ids, the last of them the end token; a longer text is truncated, as published.
+
+        Raises UserError for a text that cannot be encoded, such as half a letter.
+        """
+        try:
+            return [*self._ids(text)[: LENGTH - 1], END]
+        except Exception as error:  # both packages have exceptions of their own
+            raise UserError(f"text: the text encoder's tokenizer cannot encode it ({error}).") from error
 
 
 def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:

@@ -25,7 +25,7 @@ class TextTokenizer:
                 "pip install tokenizers."
             ) from error
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # tokenizers raises bare Exceptions
             raise UserError(f"{path}: cannot be read as a tokenizer ({error}); download it again.") from error
         self._tokenizer.no_truncation()

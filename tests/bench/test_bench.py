@@ -12,12 +12,7 @@ from bench.shapes import SHAPES, ModelShape
 from linear_core.grid import Grid
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.plan import CachePlan, SamplePlan
-
-
-def last_line(main, arguments: list[str], monkeypatch, capsys) -> dict:
-    monkeypatch.setattr("sys.argv", ["bench", *arguments])
-    assert main() == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+from tests.bench.command import last_line
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from bench.shapes import SHAPES, ModelShape
 from linear_core.grid import Grid
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.plan import CachePlan, SamplePlan
-from tests.bench.test_bench import last_line
+from tests.bench.command import last_line
 
 SIZES = JanusConfig(2, 48, 3, 80, codes=40, vocabulary=60, head_hidden=48)
 SHAPE = ModelShape("tiny Janus", Janus, SIZES, Grid(4, 5), SamplePlan(guidance=5.0, top_k=7), prompt_tokens=9)

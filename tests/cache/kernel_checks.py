@@ -7,6 +7,7 @@ which Triton has to find when it is imported), and on a GPU as it is compiled.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import speed
+from bench.gpu import Ask
+from bench.gpu_parts.attention import compare
+from bench.gpu_parts.common import drawing
 from bench.shapes import SHAPES, ModelShape
 from linear_core.cache import kernel
 from linear_core.cache.attention import SWITCH, attend
@@ -30,7 +34,7 @@ from linear_core.loop.graph import Captured
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import class_prompt
-from tests.bench.test_bench import last_line
+from tests.bench.command import last_line
 from tests.tiny import Recorder, grouped, janus, llamagen, words
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -265,6 +269,7 @@ def test_the_probe_passes_what_is_whole(monkeypatch):
     probe(kernel, monkeypatch)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter notices, and a GPU would compile each of them")
 @pytest.mark.parametrize(("old", "new"), [pytest.param(old, new, id=breaks) for old, new, breaks in BREAKS])
 def test_what_is_broken_is_noticed(old, new, monkeypatch, tmp_path):
     text = Path(kernel.__file__).read_text(encoding="utf-8")
@@ -360,3 +365,21 @@ def test_the_benchmark_names_who_attended(monkeypatch, capsys):
     assert [r["name"] for r in document["results"]] == ["line 2/4 int8", "line 2/4 int8 kernel"]
     assert [r["attention"] for r in document["results"]] == ["sdpa", "kernel"]
     assert document["circumstances"]["triton"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_the_gpu_benchmark_compares_both(storage):
+    """Its numbers mean nothing in the interpreter, but it finds both, and they agree."""
+    ask = Ask(DEVICE, True, time.monotonic() + 600)
+    told = compare(ask, 1e9, storage, 2, 2, 8, 97)
+    assert told["kernel_us"] > 0 and told["sdpa_us"] > 0 and told["largest_difference"] < 0.05
+
+
+@torch.inference_mode()
+def test_the_gpu_benchmark_draws_with_the_kernel(monkeypatch):
+    monkeypatch.setenv(SWITCH, "sdpa")  # which the benchmark changes
+    ask = Ask(DEVICE, True, time.monotonic() + 600)
+    model = SHAPE.make(torch.bfloat16, DEVICE)
+    told = drawing(ask, model, SHAPE, CachePlan("line", 2, 2, 1), 1, "eager", "kernel", 1e9)
+    assert told["images_per_second"] > 0 and os.environ[SWITCH] == "kernel"

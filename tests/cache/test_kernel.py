@@ -8,20 +8,22 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench import speed
-from linear_core.__main__ import main
 from linear_core.cache import attention
 from linear_core.cache.attention import SWITCH, no_kernel
 from linear_core.cache.line_cache import LineCache
 from linear_core.cache.storage import STORAGE, RawSlots
+from linear_core.defaults import WINS, Win
 from linear_core.errors import UserError
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
+from linear_core.loop.graph import use_graphs
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
 from tests.bench.test_speed import Allocations
@@ -55,9 +57,28 @@ def cache(dtype: torch.dtype = torch.float32) -> LineCache:
 
 def test_nobody_gets_it_who_does_not_ask(gpu, monkeypatch):
     """Neither the machine nor a timing turns it on."""
-    assert attention.kernel(GPU, torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert attention.kernel(GPU, torch.bfloat16, 8) is None and not WINS
     monkeypatch.setenv(SWITCH, "sdpa")
-    assert attention.kernel(GPU, torch.bfloat16) is None and cache().kernel is None
+    assert attention.kernel(GPU, torch.bfloat16, 8) is None and cache().kernel is None
+
+
+def test_where_it_was_measured_to_win_it_is_on(gpu, monkeypatch):
+    """On that GPU, for those batches; not where it cannot run, and not for who says no. The same for graphs."""
+    monkeypatch.setitem(sys.modules, "linear_core.cache.kernel", SimpleNamespace(attend_one=stand_in))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    both = tuple(Win(what, "NVIDIA H100", (2, 8), "a file") for what in ("kernel", "graph"))
+    monkeypatch.setattr("linear_core.defaults.WINS", both)
+    for rows, on in ((1, False), (2, True), (8, True), (9, False)):
+        assert (attention.kernel(GPU, torch.bfloat16, rows) is stand_in) == on
+        assert use_graphs("auto", GPU, rows) == on
+    assert attention.kernel(GPU, torch.float64, 8) is None and cache().kernel is None, "nobody asked for it"
+    assert not use_graphs("auto", CPU, 8) and not use_graphs("eager", GPU, 8) and use_graphs("graph", GPU, 9)
+    with monkeypatch.context() as patch:
+        patch.setenv(SWITCH, "sdpa")
+        assert attention.kernel(GPU, torch.bfloat16, 8) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert attention.kernel(GPU, torch.bfloat16, 8) is None and not use_graphs("auto", GPU, 8)
 
 
 def test_where_it_can_be_used(gpu, monkeypatch):
@@ -85,6 +106,8 @@ def test_who_asks_where_it_cannot_be_is_told_before_anything_is_drawn(gpu, monke
 
 
 def test_the_command_line_and_the_benchmark_say_so(gpu, monkeypatch, capsys):
+    from linear_core.__main__ import main  # which needs Pillow, as a GPU's machine may not have
+
     monkeypatch.setenv(SWITCH, "kernel")
     assert main(["generate", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith(
@@ -132,7 +155,7 @@ def test_it_is_given_what_would_be_read(release, static, storage, monkeypatch):
         return stand_in(*given)
 
     for kernel in (None, counted):
-        monkeypatch.setattr("linear_core.cache.line_cache.kernel", lambda device, dtype, kernel=kernel: kernel)
+        monkeypatch.setattr("linear_core.cache.line_cache.kernel", lambda device, dtype, rows, kernel=kernel: kernel)
         run = Recorder(model)
         above = torch.arange(8).view(1, 2, 4)
         run.lines.extend(generate(run, class_prompt([1, 3]), plan, sample, static=static, above=above))
@@ -259,6 +282,8 @@ def test_it_computes_what_pytorchs_does(where):
         pytest.skip("needs a GPU")
     env = {**os.environ, "TRITON_INTERPRET": "1"} if where == "interpreter" else dict(os.environ)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/cache/kernel_checks.py"]
+    if where == "gpu" and find_spec("xdist"):  # most of the time is compilation
+        command += ["-n", "4"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90

@@ -324,6 +324,11 @@ def first(found: Header, **change: object) -> None:
     found[next(key for key in found if key != "__metadata__")] |= change
 
 
+def each(found: Header, **change: object) -> None:
+    for key in found.keys() - {"__metadata__"}:
+        found[key] |= change
+
+
 def twice(found: Header) -> str:
     """The first weight again, with the bytes of the second."""
     a, b = [key for key in found if key != "__metadata__"][:2]
@@ -366,7 +371,7 @@ HEADERS: list[tuple[str, Damage, str]] = [
     ("shape of fractions", header(lambda h: first(h, shape=[1.5])), SAFETENSORS),
     ("shape of nothing, endless", header(lambda h: first(h, shape=[0, 2**63])), SAFETENSORS),
     ("numbers of an unknown kind", header(lambda h: first(h, dtype="F7")), SAFETENSORS),
-    ("numbers of a kind not read", header(lambda h: first(h, dtype="U16")), f"dtype U16|uint16|{SAFETENSORS}"),
+    ("numbers of a kind not read", header(lambda h: each(h, dtype="U16")), f"uint16 where|{SAFETENSORS}"),
     ("numbers of a larger kind", header(lambda h: first(h, dtype="F64")), SAFETENSORS),
     ("notes are no texts", header(lambda h: h.update(__metadata__={"a": {"b": 1}})), SAFETENSORS),
     ("a weight is a text", header(lambda h: h.update(more="weight")), SAFETENSORS),

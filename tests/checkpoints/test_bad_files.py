@@ -144,5 +144,6 @@ def test_what_training_saves_is_read(tmp_path: Path) -> None:
     extra = bad_files.official.training({}) | {"module": torch.nn.Linear(2, 2).state_dict(), "dtype": torch.bfloat16,
                                                "size": torch.Size([1]), "device": torch.device("cpu")}  # fmt: skip
     torch.save(extra | content, tmp_path / "x.pt")
-    assert read_weights(tmp_path / "x.pt").shapes.keys() == content["model"].keys()
+    read = read_weights(tmp_path / "x.pt").shapes
+    assert content["model"].keys() == {key.removeprefix("model/") for key in read if key.startswith("model/")}
     assert not ALLOWED_GLOBALS.fullmatch("torch Tensor") and not ALLOWED_GLOBALS.fullmatch("torch float32x.y")

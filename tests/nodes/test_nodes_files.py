@@ -85,3 +85,24 @@ def test_links_out_of_the_model_folder_work(models: Path, tmp_path: Path) -> Non
     assert files.find_decoder("mine.safetensors") == models / "mine.safetensors"
     (elsewhere / "linked.pt").symlink_to(tmp_path / "models" / "secret.pt")
     assert files.find_decoder("linked.pt") == models / "linked.pt"
+
+
+def test_a_tokenizer_as_the_hub_has_it_is_listed_and_found(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a config and weights is a tokenizer by its weights, whatever its name, and *automatic* takes it."""
+    heads = importlib.import_module(f"{PACK}.linear_core.models.llamagen").HEADS
+    monkeypatch.setitem(heads, 64, 1)
+    weights = bad_files.official.decoder("c2i", layers=1, width=64, hidden=32, codes=bad_files.official.CODES)
+    torch.save({"model": weights}, models / "c2i_B_256.pt")
+    (models / "vq_ds16_c2i.pt").unlink()
+    for name in ("vq-ds16-c2i", "somebody's"):
+        folder = models / "tokenizers" / name
+        folder.mkdir(parents=True)
+        found = {k: v.detach() for k, v in bad_files.official.tokenizer(16, channels=16).items()}
+        save_file(found, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        assert f"tokenizers/{name}" in files.tokenizer_names()
+        assert f"tokenizers/{name}" not in files.model_names()
+        for choice in (files.AUTOMATIC, f"tokenizers/{name}", f"tokenizers\\{name}"):
+            model = NODES["LineAR_LoadModel"].execute("c2i_B_256.pt", choice, 0, 0).result[0]
+            assert model.image.files.tokenizer == folder
+        folder.rename(models.parent / name)

@@ -171,3 +171,38 @@ def test_room_beside_the_models(monkeypatch: pytest.MonkeyPatch, comfy: Host) ->
     assert module.room(ours, ours) == 20_000
     monkeypatch.setattr(module.management, "get_torch_device", lambda: gpu)
     assert module.room(ours, ours) == 20_000 + 5000 - 6600 - 400
+
+
+def test_files_straight_in_the_folder(comfy: Host) -> None:
+    """The official files put into models/Janus-Pro itself, beside a folder: one model by the folder's name."""
+    folder = comfy.models / "Janus-Pro"
+    official_janus.write(folder)
+    official_janus.write(comfy.models / "ar_image", shards=1, suffix=".safetensors")
+    names = object_info(NODES["LineAR_LoadModel"])["input"]["required"]["model"][1]["options"]
+    assert sorted(names[1:]) == ["Janus-Pro", "Janus-Pro-1B", "ar_image", "chat/Janus-1.3B"]
+    for name in ("Janus-Pro", "ar_image"):
+        assert NODES["LineAR_LoadModel"].validate_inputs(model=name) is True
+        model = load(model=name)
+        assert model.image.info.name == name and model.image.info.family.name == "Janus"
+        assert run("TextPrompt", text_encoder="none", text="a fox", model=model).result[0].length > 2
+        assert NODES["LineAR_LoadModel"].fingerprint_inputs(name, "automatic", 0, 0)
+    (folder / "Janus-Pro").mkdir()
+    official_janus.write(folder / "Janus-Pro")
+    assert load(model="Janus-Pro").image.files.decoder == folder / "Janus-Pro"
+    assert load(model="Janus-Pro/.").image.files.decoder == folder
+
+
+def test_names_saved_on_windows(comfy: Host) -> None:
+    """A workflow's backslash is this system's slash, and the other way round."""
+    check = NODES["LineAR_LoadModel"].validate_inputs
+    assert check(model="chat\\Janus-1.3B", tokenizer="automatic") is True
+    assert load(model="chat\\Janus-1.3B").image.info.name == "Janus-1.3B"
+    vq = comfy.models / "ar_image" / "vq" / "mine.safetensors"
+    vq.parent.mkdir()
+    vq.write_bytes(comfy_double.ROOT.joinpath("linear_core", "assets", "landscapes_vq.safetensors").read_bytes())
+    assert check(model="landscapes (bundled)", tokenizer="vq\\mine.safetensors") is True
+    (model,) = run("LoadModel", model="landscapes (bundled)", tokenizer="vq\\mine.safetensors").result
+    assert model.image.files.tokenizer == vq
+    assert "no such file" in check(model="landscapes (bundled)", tokenizer="vq\\gone.safetensors")
+    assert "leads out" in check(model="landscapes (bundled)", tokenizer="..\\gone.safetensors")
+    assert check(model=None, tokenizer=None) is True, "both are linked"

@@ -255,3 +255,98 @@ def test_a_download_runs_again_when_a_file_has_gone(comfy: comfy_double.Host) ->
     for name in ("c2i_B_256.pt", "vq_ds16_c2i.pt"):
         (comfy.models / "ar_image" / name).write_bytes(b"")
     assert ask() == ask() != nothing
+
+
+# -- whose it is -------------------------------------------------------------------------------------------------------
+
+
+def of_classes(comfy: comfy_double.Host, tokenizer: str = "small_vq.safetensors") -> object:
+    """A model of ImageNet's classes with as many codes as the small one."""
+    weights = official.decoder("c2i", layers=1, width=64, hidden=32, codes=16)
+    notes = {"grid": "4x4", "heads": "4", "tokenizer": tokenizer}
+    save_file(weights, comfy.models / "ar_image" / "c2i.safetensors", notes)
+    return run("LoadModel", model="c2i.safetensors", tokenizer="automatic").result[0]
+
+
+def test_a_prompt_of_another_model_draws_nothing(comfy: comfy_double.Host) -> None:
+    """LlamaGen's goldfish is the bundled model's second class: it would draw that under the fish's name."""
+    imagenet = of_classes(comfy)
+    (bundled,) = run("LoadModel", model="landscapes (bundled)", tokenizer="automatic").result
+    (fish,) = run("ClassPrompt", model=imagenet, class_name="goldfish").result
+    (dusk,) = run("ClassPrompt", model=bundled, class_name="alpine dusk").result
+    assert fish.tokens.tolist() == dusk.tokens.tolist()
+    for model, prompt, told in (
+        (bundled, fish, "made for c2i, not for landscapes; connect a Class Prompt made with landscapes"),
+        (imagenet, dusk, "made for landscapes, not for c2i; connect a Class Prompt made with c2i"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run("Generate", model=model, cache=CachePlan("full"), prompt=prompt)
+        with pytest.raises(UserError, match=told):
+            run("EncodeImage", model=model, image=torch.zeros(1, 8, 8, 3), prompt=prompt)
+    with pytest.raises(UserError, match="made for c2i, not for landscapes"):
+        run("Compare", model=bundled, cache=CachePlan(), prompt=fish, seed=1, guidance=-1, temperature=-1, top_k=-1,
+            top_p=-1, batch_size=1)  # fmt: skip
+    assert comfy.loaded == []
+
+
+def test_tokens_of_another_codebook(comfy: comfy_double.Host) -> None:
+    """As many codes, which stand for something else: neither decoded nor continued, connected or kept on the node."""
+    imagenet = of_classes(comfy)
+    weights = {k: v.detach() for k, v in official.tokenizer(16, channels=16, codes=16).items()}
+    weights["quantize.embedding.weight"] = -weights["quantize.embedding.weight"]
+    save_file(weights, comfy.models / "ar_image" / "other_vq.safetensors")
+    (other,) = run("LoadModel", model="c2i.safetensors", tokenizer="other_vq.safetensors").result
+    (prompt,) = run("ClassPrompt", model=imagenet, class_name="goldfish").result
+    drawn = run("Generate", model=imagenet, cache=CachePlan("full"), prompt=prompt)
+    (tokens,) = drawn.result
+    (encoded,) = run("EncodeImage", model=imagenet, image=torch.zeros(1, 8, 8, 3)).result
+    settings = {"cache": CachePlan("full"), "prompt": prompt, "keep_rows": 2}
+    for given in (tokens, encoded):
+        with pytest.raises(UserError, match="tokens: they come from c2i, whose codes stand for other pieces of images"):
+            run("Decode", model=other, tokens=given)
+        with pytest.raises(UserError, match="whose codes stand for other pieces"):
+            run("Generate", model=other, tokens=given, **settings)
+        run("Decode", model=imagenet, tokens=given)
+    (kept,) = run("Generate", model=imagenet, tokens=tokens, **settings).result
+    assert torch.equal(kept.codes[:, :2], tokens.codes[:, :2])
+    events = importlib.import_module(f"{PACK}.linear_core.events")
+    started = drawn.ui["linear_ar"][0]
+    view = f"{events.pack_codes(tokens.codes[:, :3])}:{started['codebook']}"
+    (kept,) = run("Generate", model=imagenet, view=view, **settings).result
+    assert torch.equal(kept.codes[:, :2], tokens.codes[:, :2])
+    with pytest.raises(UserError, match="view: the rows kept on the node are not of c2i; press 'Start over'"):
+        run("Generate", model=other, view=view, **settings)
+    with pytest.raises(UserError, match="they record nothing of a cache"):
+        run("RetentionHeatmap", tokens=encoded, strength=0.7, size=64, show={"show": "lifetime"})
+
+
+def test_a_text_encoder_of_another_width(
+    comfy: comfy_double.Host, tokenizer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As t5xxl among the text encoders of other models: not offered, and refused by its header where it is chosen."""
+    encoders = comfy.models / "text_encoders"
+    save_file(official.text_encoder(DIM + 8, 64), encoders / "t5xxl_fp16.safetensors")
+    assert options("LineAR_TextPrompt", "text_encoder") == ["flan-t5-xl", "other/model.safetensors", "none"]
+    core = importlib.import_module(f"{PACK}.linear_core.checkpoints.text")
+    monkeypatch.setattr(core, "load_encoder", lambda files: pytest.fail("it was loaded"))
+    told = NODES["LineAR_TextPrompt"].validate_inputs(text_encoder="t5xxl_fp16.safetensors")
+    assert "t5xxl_fp16.safetensors: gives 24 features per token, but the model takes 2048" in told
+    with pytest.raises(UserError, match=f"gives 24 features per token, but the model takes {DIM}; choose FLAN-T5-XL"):
+        run("TextPrompt", text_encoder="t5xxl_fp16.safetensors", text="a fox", model=small())
+    (comfy.models / "ar_image" / "small.safetensors").unlink()
+    assert options("LineAR_TextPrompt", "text_encoder") == ["flan-t5-xl", "none"], "no model takes what is there"
+
+
+def test_text_encoders_straight_in_the_folder_and_pickled(comfy: comfy_double.Host, tokenizer: None) -> None:
+    encoders = comfy.models / "text_encoders"
+    (encoders / "pickled").mkdir()
+    torch.save(official.text_encoder(DIM, 64), encoders / "pickled" / "pytorch_model.bin")
+    for folder in (encoders, encoders / "pickled"):
+        (folder / "config.json").write_text(official.CONFIG)
+    save_file(official.text_encoder(DIM, 64), encoders / "model.safetensors")
+    assert {"pickled", "text_encoders"} <= set(options("LineAR_TextPrompt", "text_encoder"))
+    files = importlib.import_module(f"{PACK}.nodes.files")
+    for name in ("pickled", "text_encoders"):
+        assert files.find_text_files(name).weights[0].parent == (
+            encoders / "pickled" if name == "pickled" else encoders
+        )

@@ -60,7 +60,7 @@ def test_a_value_is_caught_or_answered_in_one_sentence(case: Case, objects):
     inputs = {name: linked(value, objects) for name, value in nested(case.node, given).items()}
     node = NODES[case.node]
     if case.node in ("LineAR_LoadModel", "LineAR_TextPrompt"):  # their own checks come first
-        names = {"LineAR_LoadModel": {"model"}, "LineAR_TextPrompt": {"text_encoder", "model"}}[case.node]
+        names = {"LineAR_LoadModel": {"model", "tokenizer"}, "LineAR_TextPrompt": {"text_encoder", "model"}}[case.node]
         told = node.validate_inputs(**{name: given.get(name) for name in names if name in given})
         if told is not True:
             assert isinstance(told, str) and told.endswith(".") and "\n" not in told

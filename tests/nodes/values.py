@@ -125,7 +125,12 @@ def cases() -> Iterator[Case]:
 
 
 # ComfyUI leaves the check of these to the node.
-OWN_CHECK = {("LineAR_LoadModel", "model"), ("LineAR_TextPrompt", "text_encoder"), ("LineAR_TextPrompt", "size")}
+OWN_CHECK = {
+    ("LineAR_LoadModel", "model"),
+    ("LineAR_LoadModel", "tokenizer"),
+    ("LineAR_TextPrompt", "text_encoder"),
+    ("LineAR_TextPrompt", "size"),
+}
 CONVERT = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
 

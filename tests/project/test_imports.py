@@ -28,13 +28,14 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sizes": (set(), set()),
     "grid": ({"errors"}, set()),
     "plan": ({"errors", "grid"}, set()),
+    "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     # the cache
     "cache.__init__": (set(), set()),
     "cache.storage": (set(), TENSORS),
     "cache.look_ahead": (set(), TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
-    "cache.attention": ({"errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
+    "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
     "cache.view": ({"grid", "cache.attention", "cache.look_ahead"}, TENSORS),
     "cache.fold": ({"cache.look_ahead", "cache.view"}, TENSORS),
     "cache.line_cache": (
@@ -61,7 +62,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "loop.memory": ({"grid", "plan"}, set()),
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
-    "loop.graph": (set(), TENSORS),
+    "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
     "loop.generate": (
         {
             "errors",
@@ -121,9 +122,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     # people
+    "startup": (set(), set()),  # before anything that takes seconds to import, or may be missing
     "__main__": ({"*"}, TENSORS | {"numpy", "PIL", "tqdm", "safetensors"}),
 }
-NUMBERS = ("__init__", "errors", "grid", "sizes", "plan", "events", "loop.memory", "checkpoints.published")
+NUMBERS = ("__init__", "errors", "grid", "sizes", "plan", "defaults", "events", "loop.memory", "checkpoints.published")
 
 
 def module_name(path: Path, package: Path) -> str:

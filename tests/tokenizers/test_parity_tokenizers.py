@@ -141,7 +141,8 @@ def test_a_codebook_that_does_not_fit(tmp_path: Path) -> None:
 def test_a_tokenizer_is_found_beside_its_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file, or as the folder that was published; a dot in its name is no suffix."""
     info = SimpleNamespace(family=SimpleNamespace(vq=None), tokenizer=EMU35_VQ)
-    monkeypatch.setattr(library, "read_info", lambda path, grid=None: info)
+    monkeypatch.setattr(library, "read_checkpoint", lambda path: SimpleNamespace(metadata={}))
+    monkeypatch.setattr(library, "describe", lambda weights, grid=None: info)
     (tmp_path / "Emu3-VisionTokenizer").mkdir()
     (tmp_path / name).touch()
     assert library.find_tokenizer(tmp_path / "Emu3.5-Image") == tmp_path / name

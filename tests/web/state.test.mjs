@@ -13,7 +13,7 @@ const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toStri
 // Two lines of three columns and an end-of-line token, two layers of one head; line 0 loses its first token in layer 0.
 const started = {
   kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
-  detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB,
+  detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB, codebook: "",
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
@@ -132,6 +132,9 @@ test("lines to keep travel as text", () => {
   assert.equal(keptRows(text), 2);
   assert.equal(keptRows(""), 0);
   assert.equal(keptText(state, 3), "");
+  const of = keptText(replay([{ ...started, codebook: "0123456789abcdef" }, first, second]), 2);
+  assert.equal(of, `${text}:0123456789abcdef`);
+  assert.equal(keptRows(of), 2);
 });
 
 test("memory before anything runs", () => {
@@ -151,6 +154,7 @@ test("memory before anything runs", () => {
   assert.equal(picturesThatFit(5, (sequences) => 10 * sequences), 0);
   const square = { rows: 64, cols: 64, stride: 65 };
   assert.deepEqual(gridOf(square, "832 x 1216"), { rows: 76, cols: 52, stride: 53 });
+  assert.deepEqual(gridOf({ ...square, pixels: 8 }, "512 x 768"), { rows: 96, cols: 64, stride: 65 });
   assert.equal(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");

@@ -30,6 +30,7 @@ class ModelInfo:
     tokenizer     file name of its VQ tokenizer, without suffix; "": it comes with the model
     sizes         picture sizes to choose from, width and height in pixels; empty: only that of `grid`
     pixels        per token, along each side
+    context       most tokens of prompt and image together; 0: not limited by the model
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelInfo:
     tokenizer: str = ""
     sizes: tuple[Size, ...] = ()
     pixels: int = PIXELS
+    context: int = 0
 
     @property
     def text(self) -> bool:

@@ -18,6 +18,7 @@ from ..weights import Target, Weights
 from .llama import layer_target
 
 SIDE = 24  # tokens along each side of the only size, 384 pixels
+CONTEXT = 16384  # tokens, in every published config
 
 # Prefixes of official keys, then of converted ones. What follows is the same, or is listed in RENAMED.
 LANGUAGE = re.compile(r"(?:language_model\.model|model\.language_model)\.(.+)")
@@ -88,9 +89,12 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             code_dim=code_dim,
             head_hidden=shapes["gen_head.fc1.weight"][0],
         )
+        context = number(settings, "max_position_embeddings", CONTEXT)
     except (KeyError, ValueError, IndexError) as error:
         raise weights.problem(f"its weights do not describe a Janus ({error}); download it again.") from error
-    return ModelInfo(weights.name, FAMILY, config, Grid(SIDE, SIDE), (), SamplePlan(guidance=5.0), weights.nbytes)
+    return ModelInfo(
+        weights.name, FAMILY, config, Grid(SIDE, SIDE), (), SamplePlan(guidance=5.0), weights.nbytes, context=context
+    )
 
 
 FAMILY = Family(

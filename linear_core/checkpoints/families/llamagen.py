@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ...models.llamagen import LlamaGen, LlamaGenConfig, read_config
 from ...plan import SamplePlan
 from .. import published
 from ..families import Family, ModelInfo
-from ..untrusted import inside, parse_json
+from ..untrusted import inside, number, parse_json, section
 from ..weights import Weights, all_except
 
 SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
@@ -43,22 +44,28 @@ def imagenet_classes() -> tuple[str, ...]:
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
     """Sizes, grid and classes of a LlamaGen checkpoint.
 
-    A published file does not contain the grid. It comes from the metadata of our own files, else from the file's name
-    (c2i_B_256, …), else from `grid` (rows, cols). Two that differ are an error.
+    A published file does not contain the grid. It comes from the metadata of our own files, else from the config.json
+    of a folder pushed to the hub, else from the file's name (c2i_B_256, …), else from `grid` (rows, cols). Two that
+    differ are an error.
     """
     metadata = weights.metadata
     try:
-        config = read_config(weights.shapes, int(metadata["heads"]) if "heads" in metadata else None)
+        settings = section(weights.config, "config") or weights.config
+        heads = int(metadata["heads"]) if "heads" in metadata else number(settings, "n_head", 0) or None
+        tokens = number(settings, "block_size", 0)
+        config = read_config(weights.shapes, heads)
         classes = _read_classes(metadata["classes"], config) if "classes" in metadata else _class_names(config)
         defaults = _read_sampling(metadata["sampling"]) if "sampling" in metadata else _defaults(config)
         kind = "c2i" if config.classes else "t2i"
-        tokenizer = inside(Path(), metadata.get("tokenizer", published.TOKENIZERS[kind])).stem
+        tokenizer = Path(
+            inside(Path(), metadata.get("tokenizer", published.TOKENIZERS[kind])).name.replace("\\", "/")
+        ).stem
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise weights.problem(f"its header does not describe a LlamaGen ({error}).") from error
     except UserError as error:
         raise weights.problem(str(error)) from error
     return ModelInfo(
-        weights.name, FAMILY, config, _grid(weights, kind, grid), classes, defaults, weights.nbytes, tokenizer
+        weights.name, FAMILY, config, _grid(weights, kind, tokens, grid), classes, defaults, weights.nbytes, tokenizer
     )
 
 
@@ -86,14 +93,19 @@ def _defaults(config: LlamaGenConfig) -> SamplePlan:
     return SamplePlan(guidance=4.0, top_k=2000) if config.classes else SamplePlan(guidance=7.5, top_k=1000)
 
 
-def _grid(weights: Weights, kind: str, requested: tuple[int, int] | None) -> Grid:
-    """From our own metadata, else from the file's name, else as requested; two that differ are an error."""
-    text, pixels = weights.metadata.get("grid"), published.pixels_from_name(weights.path.stem, kind)
+def _grid(weights: Weights, kind: str, tokens: int, requested: tuple[int, int] | None) -> Grid:
+    """From our own metadata, else from the config's number of tokens, else from the file's name, else as requested.
+
+    Two that differ are an error.
+    """
+    text, pixels = weights.metadata.get("grid"), published.pixels_from_name(weights.name, kind)
     if text is not None:
         match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
         if match is None:
             raise weights.problem(f"its metadata 'grid' is '{text}', not a grid such as 24x24; convert the file again.")
         found, source = (int(match[1]), int(match[2])), "was made for"
+    elif tokens and isqrt(tokens) ** 2 == tokens:
+        found, source = (isqrt(tokens),) * 2, f"says {tokens} tokens in its config.json, which is"
     elif pixels is not None:
         found, source = (SIDES[pixels],) * 2, f"says {pixels} pixels in its name, which is"
     elif requested is not None:

@@ -33,7 +33,9 @@ from ..weights import Target, Weights
 from .llama import QKV, layer_target, rows_of_codes
 
 SIDES = (512, 768, 1024)  # pixels of Lumina-mGPT's square pictures
+PROMPT_SLOTS = 64
 ANOLE_GRID = Grid(32, 32)  # the only one it draws
+CONTEXT = 16384  # tokens, where the config does not say, or fewer than the image has
 FIRST_CODE, CODES, EOL = 4, 8192, 8803  # as published, for files without a vocabulary_map; prompts check the ids
 
 # Lumina-mGPT 2.0: its code names these ids itself, as its codes have no names (inference_solver.py, item_processor.py).
@@ -122,14 +124,17 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
             qk_norm="layer",
             first_code=first_code,
         )
+        context = number(settings, "max_position_embeddings", CONTEXT)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise weights.problem(f"its weights do not describe a Chameleon ({error}); download it again.") from error
     if second:
         return _lumina_2(weights, config, grid)
     meta = "tok_embeddings.weight" in weights.tensors
     if meta or "anole" in weights.name.lower():
-        return _anole(weights, config, grid)
-    return _lumina(weights, config, grid, eol - first_code)
+        info = _anole(weights, config, grid)
+    else:
+        info = _lumina(weights, config, grid, eol - first_code)
+    return replace(info, context=context if context > info.grid.tokens + PROMPT_SLOTS else CONTEXT)
 
 
 def _ids(names: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -153,14 +158,17 @@ def _anole(weights: Weights, config: LuminaConfig, requested: tuple[int, int] | 
 
 
 def _lumina(weights: Weights, config: LuminaConfig, requested: tuple[int, int] | None, eol: int) -> ModelInfo:
-    found = {int(n) for n in re.findall(r"(?<!\d)(\d{3,4})(?!\d)", weights.name)} & set(SIDES)
-    if not found and requested:
-        found = {side for side in SIDES if (requested[1] * PIXELS, requested[0] * PIXELS) in sizes(side)}
+    published_name = re.search(r"7B-(\d{3,4})(?!\d)", weights.name)  # other numbers of a name may mean anything
+    numbers = [published_name[1]] if published_name else re.findall(r"(?<!\d)(\d{3,4})(?!\d)", weights.name)
+    found = {int(n) for n in numbers} & set(SIDES)
+    if requested and not published_name:
+        size = requested[1] * PIXELS, requested[0] * PIXELS
+        found = {side for side in SIDES if size in sizes(side)} or found
     if len(found) != 1:
         names = " or ".join(str(side) for side in SIDES)
         raise weights.problem(
-            f"does not say how large its pictures are; put their pixels into the folder's name ({names}, as in "
-            "Lumina-mGPT-7B-768), as published."
+            f"does not say how large its pictures are; give the grid, or put their pixels into the folder's name "
+            f"({names}, as in Lumina-mGPT-7B-768), as published."
         )
     side = found.pop()
     grid = Grid(side // PIXELS, side // PIXELS, eol=eol)
@@ -230,7 +238,7 @@ FAMILY = Family(
     prompt=prompt,
     tokenizer_files=TOKENIZER_FILES,
     tokenizer_release=published.LUMINA_TOKENIZER,
-    prompt_slots=64,
+    prompt_slots=PROMPT_SLOTS,
 )
 FAMILY_2 = replace(
     FAMILY, name="Lumina-mGPT 2.0", tokenizer_files=("tokenizer.json",), tokenizer_release=published.LUMINA_2
