@@ -845,12 +845,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("hf.py", "k.element_size(), q.shape[1] // heads)", "k.element_size())", "transformers: one query head a key head"),
     ("hf.py", "_scaled(q, scaling), k, v", "q, k, v", "transformers: the model's scale is ignored"),
-    (
-        "hf.py",
-        "bias.repeat(1, 1, groups, 1)",
-        "bias.repeat_interleave(groups, 2)",
-        "transformers: a line's masks mixed",
-    ),
     ("hf.py", "return self._prompted + self._fed", "return self._fed", "transformers: positions from slots"),
     ("hf.py", "and len(self._column) > 1:", "and False:", "transformers: a line fed at once stays invisible"),
     ("hf.py", "if self._announced != self._attended:", "if False:", "transformers: attention of its own unnoticed"),

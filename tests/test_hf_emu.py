@@ -1,4 +1,4 @@
-"""transformers' Emu3 in a line cache: line ends, tokens that close the image, guidance in both rows."""
+"""transformers' Emu3 in a line cache: lines that end with a token, what closes the image, guidance in both rows."""
 
 from __future__ import annotations
 
