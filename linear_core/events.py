@@ -8,7 +8,7 @@ what each layer and head held. web/state.js uses these field names, and a test c
 A batch that does not fit is drawn in micro-batches, each reported as a run of its own. What the node keeps afterwards
 is one run with all images, as if drawn at once; its `cache_bytes` are those of the largest micro-batch.
 
-Numbers travel as base64 of little-endian uint16 or uint8, arrays in C order.
+Numbers travel as base64 of little-endian uint16 or uint8 (codes above 65,535: uint32), arrays in C order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EVENT = "linear_ar.line"
 IMAGES = 4  # images of a batch whose shares are sent
+CELLS = 1 << 16  # of all these images together, as numbers of cells travel as uint16
 HEAD_BYTES = 1 << 19  # evictions are sent per head up to this size for a whole run, else per layer
 NONE = 0xFFFF  # pads lists of evictions of unequal length
 
@@ -107,7 +108,7 @@ class Started:
 class Row:
     """What one line changed. Cell c of image i has number i*rows*cols + c.
 
-    tokens    uint16 images cols: the codes of this row
+    tokens    uint16 images cols: the codes of this row; uint32 if one of them needs it, as the length tells
     cells     uint16 N: cells whose share has changed
     shares    uint8 N: their new share of layers and heads, 255 for all
     evicted   uint16 layers heads n: image tokens that each head of the first image held after the previous line, or
@@ -213,7 +214,7 @@ class Trace:
             cache_bytes=line.cache_bytes,
             full_bytes=run.full_bytes,
             replayed=line.replayed,
-            tokens=pack(line.tokens.flatten().tolist()),
+            tokens=pack_tokens(line.tokens.flatten().tolist()),
             cells=pack(cells.tolist()),
             shares=pack(share[cells].tolist(), "B"),
             evicted=self._evicted(line),
@@ -287,13 +288,18 @@ def totals(lines: Iterable[Line] | Iterable[Row]) -> tuple[float, float]:
     return round(passes, 3), round(accepted, 3)
 
 
+def images_shown(images: int, rows: int, cols: int) -> int:
+    """How many images of a batch are shown while they are drawn, of so many lines and columns."""
+    return max(1, min(images, IMAGES, CELLS // (rows * cols)))
+
+
 def detail(layers: int, heads: int, tokens: int) -> str:
     """'heads' if the evictions of a whole run fit into HEAD_BYTES (every token leaves every head at most once)."""
     return "heads" if 2 * layers * heads * tokens <= HEAD_BYTES else "layers"
 
 
 def pack(numbers: Iterable[int], kind: str = "H") -> str:
-    """Base64 of little-endian uint16 ("H") or uint8 ("B") numbers."""
+    """Base64 of little-endian uint16 ("H"), uint32 ("I") or uint8 ("B") numbers."""
     packed = array(kind, numbers)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -309,20 +315,30 @@ def unpack(text: str, kind: str = "H") -> list[int]:
     return packed.tolist()
 
 
+def pack_tokens(codes: list[int]) -> str:
+    """Base64 of little-endian uint16, or of uint32 if a code needs it: the codebooks of some models have 131,072."""
+    return pack(codes, "I" if max(codes, default=0) >= 1 << 16 else "H")
+
+
+def unpack_tokens(text: str, count: int) -> list[int]:
+    """The `count` codes that `pack_tokens` encoded."""
+    return unpack(text, "I" if len(base64.b64decode(text, validate=True)) == 4 * count else "H")
+
+
 def pack_codes(codes: Tensor) -> str:
-    """Codes B rows cols as text, "images x rows x cols : base64 of uint16".
+    """Codes B rows cols as text, "images x rows x cols : base64", see `pack_tokens`.
 
     web/state.js writes the same, and " : codebook" behind it where the run says so.
     """
     images, rows, cols = codes.shape
-    return f"{images}x{rows}x{cols}:{pack(codes.flatten().tolist())}"
+    return f"{images}x{rows}x{cols}:{pack_tokens(codes.flatten().tolist())}"
 
 
 def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:
     """(images, rows, cols) and the codes that `pack_codes` encoded. Raises ValueError for anything else."""
     sizes, _, data = text.partition(":")
     images, rows, cols = map(int, sizes.split("x"))
-    codes = unpack(data.partition(":")[0])
+    codes = unpack_tokens(data.partition(":")[0], images * rows * cols)
     if min(images, rows, cols) < 1 or len(codes) != images * rows * cols:
         raise ValueError(f"{len(codes)} codes are not {sizes}")
     return (images, rows, cols), codes

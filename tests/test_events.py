@@ -47,7 +47,8 @@ CASES += [("toy eol", "line", release) for release in RELEASES]
 def started(decoder: Any, plan: CachePlan, images: int, detail: str) -> Started:
     grid, shape = decoder.grid, decoder.cache_shape()
     return Started(
-        run="r", rows=grid.rows, cols=grid.cols, stride=grid.stride, images=images, shown=min(images, events.IMAGES),
+        run="r", rows=grid.rows, cols=grid.cols, stride=grid.stride, images=images,
+        shown=events.images_shown(images, grid.rows, grid.cols),
         columns=1, layers=shape.layers, heads=shape.heads, detail=detail, seed=3, policy=plan.policy,
         release=plan.release, lines=plan.lines(grid) - plan.evicts(grid), anchors=plan.anchors, recent=plan.recent,
         cache_bytes=shape.bytes(grid, plan, images), full_bytes=shape.bytes(grid, CachePlan("full"), images),
@@ -244,12 +245,20 @@ def test_pack():
         pack([65536])
 
 
+def test_cells_of_all_images_shown_have_numbers_that_fit():
+    """Lumina-mGPT 2.0 has 9,216 cells an image; grids of 256 lines of 256 may be typed in."""
+    found = [events.images_shown(9, *sides) for sides in ((24, 24), (192, 48), (128, 128), (256, 128), (256, 256))]
+    assert found == [4, 4, 4, 2, 1]
+
+
 def test_codes_as_text():
     """What the widget hands back is the codes, and anything else is an error."""
     codes = torch.arange(12).view(2, 2, 3) * 1000
     text = pack_codes(codes)
     assert text == "2x2x3:" + pack(codes.flatten().tolist())
     assert unpack_codes(text) == ((2, 2, 3), codes.flatten().tolist())
+    large = codes * 10 + 21_071  # up to 131,071, as in Emu3.5's codebook
+    assert unpack_codes(pack_codes(large)) == ((2, 2, 3), large.flatten().tolist())
     for wrong in ("", "2x2x3", "2x2x4:" + text[6:], "axbxc:", "0x2x3:", text[:-2]):
         with pytest.raises(ValueError):
             unpack_codes(wrong)
