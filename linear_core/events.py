@@ -8,7 +8,7 @@ what each layer and head held. web/state.js uses these field names, and a test c
 A batch that does not fit is drawn in micro-batches, each reported as a run of its own. What the node keeps afterwards
 is one run with all images, as if drawn at once; its `cache_bytes` are those of the largest micro-batch.
 
-Numbers travel as base64 of little-endian uint16 or uint8, arrays in C order.
+Numbers travel as base64 of little-endian uint16 or uint8 (codes above 65,535: uint32 or uint64), arrays in C order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EVENT = "linear_ar.line"
 IMAGES = 4  # images of a batch whose shares are sent
+CELLS = 1 << 16  # of all these images together, as numbers of cells travel as uint16
 HEAD_BYTES = 1 << 19  # evictions are sent per head up to this size for a whole run, else per layer
 NONE = 0xFFFF  # pads lists of evictions of unequal length
 
@@ -168,7 +170,8 @@ class Started:
 class Row:
     """What one line, or one scale, changed. Cell c of image i has number i*rows*cols + c; of scales, i*cells + c.
 
-    tokens    uint16 images cols: the codes of this row
+    tokens    uint16 images cols: the codes of this row, or of all tokens of this scale; uint32 or uint64 if one of
+              them needs it, as the length tells
     cells     uint16 N: cells whose share has changed
     shares    uint8 N: their new share of layers and heads, 255 for all
     evicted   uint16 layers heads n: image tokens that each head of the first image held after the previous line, or
@@ -275,7 +278,7 @@ class Trace:
             cache_bytes=line.cache_bytes,
             full_bytes=run.full_bytes,
             replayed=line.replayed,
-            tokens=pack(line.tokens.flatten().tolist()),
+            tokens=pack_tokens(line.tokens.flatten().tolist()),
             cells=pack(cells.tolist()),
             shares=pack(share[cells].tolist(), "B"),
             evicted=self._evicted(line),
@@ -360,13 +363,18 @@ def totals(lines: Iterable[Line] | Iterable[Row]) -> tuple[float, float]:
     return round(passes, 3), round(accepted, 3)
 
 
+def images_shown(images: int, rows: int, cols: int) -> int:
+    """How many images of a batch are shown while they are drawn, of so many lines and columns."""
+    return max(1, min(images, IMAGES, CELLS // (rows * cols)))
+
+
 def detail(layers: int, heads: int, tokens: int) -> str:
     """'heads' if the evictions of a whole run fit into HEAD_BYTES (every token leaves every head at most once)."""
     return "heads" if 2 * layers * heads * tokens <= HEAD_BYTES else "layers"
 
 
 def pack(numbers: Iterable[int], kind: str = "H") -> str:
-    """Base64 of little-endian uint16 ("H") or uint8 ("B") numbers."""
+    """Base64 of little-endian uint8 ("B"), uint16 ("H"), uint32 ("I") or uint64 ("Q") numbers."""
     packed = array(kind, numbers)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -382,47 +390,47 @@ def unpack(text: str, kind: str = "H") -> list[int]:
     return packed.tolist()
 
 
+def pack_tokens(codes: list[int]) -> str:
+    """Base64 of little-endian uint16, or of uint32 or uint64 if a code needs it: some models have 131,072 codes, and
+    tokens made of bits have up to 56 of them.
+    """
+    most = max(codes, default=0)
+    return pack(codes, "H" if most < 1 << 16 else "I" if most < 1 << 32 else "Q")
+
+
+def unpack_tokens(text: str, count: int) -> list[int]:
+    """The `count` codes that `pack_tokens` encoded."""
+    size = len(base64.b64decode(text, validate=True)) // max(count, 1)
+    return unpack(text, {4: "I", 8: "Q"}.get(size, "H"))
+
+
 def pack_codes(codes: Tensor) -> str:
-    """Codes B rows cols as text, "images x rows x cols : base64 of uint16".
+    """Codes B rows cols as text, "images x rows x cols : base64", see `pack_tokens`; of scales B N, "images x tokens".
 
     web/state.js writes the same, and " : codebook" behind it where the run says so.
     """
-    images, rows, cols = codes.shape
-    return f"{images}x{rows}x{cols}:{pack(codes.flatten().tolist())}"
-
-
-def pack_tokens(tokens: Tensor, bits: int) -> str:
-    """Tokens B N of all scales as text, "images x tokens x words : base64": each takes as many uint16 as its `bits`
-    need, the highest first.
-    """
-    images, count = tokens.shape
-    words = -(-bits // 16)
-    numbers = tokens.flatten().tolist()
-    packed = pack(number >> 16 * word & 0xFFFF for number in numbers for word in range(words - 1, -1, -1))
-    return f"{images}x{count}x{words}:{packed}"
-
-
-def unpack_tokens(text: str) -> tuple[tuple[int, int], list[int]]:
-    """(images, tokens) and the numbers that `pack_tokens` encoded. Raises ValueError for anything else."""
-    sizes, _, data = text.partition(":")
-    images, count, words = map(int, sizes.split("x"))
-    found = unpack(data)
-    if min(images, count, words) < 1 or words > 4 or len(found) != images * count * words:
-        raise ValueError(f"{len(found)} words are not {sizes}")
-    numbers = [0] * (images * count)
-    for word in range(words):
-        numbers = [number << 16 | low for number, low in zip(numbers, found[word::words], strict=True)]
-    return (images, count), numbers
+    return f"{'x'.join(map(str, codes.shape))}:{pack_tokens(codes.flatten().tolist())}"
 
 
 def unpack_codes(text: str) -> tuple[tuple[int, int, int], list[int]]:
     """(images, rows, cols) and the codes that `pack_codes` encoded. Raises ValueError for anything else."""
-    sizes, _, data = text.partition(":")
-    images, rows, cols = map(int, sizes.split("x"))
-    codes = unpack(data.partition(":")[0])
-    if min(images, rows, cols) < 1 or len(codes) != images * rows * cols:
-        raise ValueError(f"{len(codes)} codes are not {sizes}")
+    (images, rows, cols), codes = _unpack(text, 3)
     return (images, rows, cols), codes
+
+
+def unpack_scales(text: str) -> tuple[tuple[int, int], list[int]]:
+    """(images, tokens) and the codes of scales that `pack_codes` encoded. Raises ValueError for anything else."""
+    (images, tokens), codes = _unpack(text, 2)
+    return (images, tokens), codes
+
+
+def _unpack(text: str, count: int) -> tuple[list[int], list[int]]:
+    written, _, data = text.partition(":")
+    sizes = [int(size) for size in written.split("x")]
+    codes = unpack_tokens(data.partition(":")[0], prod(sizes))
+    if len(sizes) != count or min(sizes) < 1 or len(codes) != prod(sizes):
+        raise ValueError(f"{len(codes)} codes are not {written}")
+    return sizes, codes
 
 
 def codebooks_of(text: str) -> set[str]:

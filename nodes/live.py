@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import EVENT, IMAGES, Line, Picture, Started, Trace, detail, unpack_kept
+from ..linear_core.events import EVENT, Line, Picture, Started, Trace, detail, images_shown, unpack_kept
 from ..linear_core.loop.drafts import check, window_size
 from ..linear_core.loop.generate import Run, evict, generate
 from ..linear_core.loop.graph import Graphs, use_graphs
@@ -59,6 +59,7 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
     """The event that describes a run. `at_once` of its images are in the cache together, by default all."""
     decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows
     rows, places = _sequences(sample, prompt.select(range(at_once or images)))
+    shown = images_shown(images, grid.rows, grid.cols)
     shape = decoder.cache_shape(places)
     return Started(
         run=uuid.uuid4().hex[:12],
@@ -66,8 +67,8 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
         cols=grid.cols,
         stride=grid.stride,
         images=images,
-        shown=min(images, IMAGES),
-        columns=_columns(min(images, IMAGES)),
+        shown=shown,
+        columns=_columns(shown),
         layers=shape.layers,
         heads=shape.heads,
         detail=detail(shape.layers, shape.heads, grid.tokens),
@@ -91,7 +92,7 @@ def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, im
     rows, places = _sequences(sample, prompt)
     rows = rows // prompt.rows * images
     shape = model.image.decoder.cache_shape(places)
-    preview = min(images, IMAGES) * model.picture_bytes(info.grid.rows, info.grid.cols)
+    preview = images_shown(images, info.grid.rows, info.grid.cols) * model.picture_bytes(info.grid.rows, info.grid.cols)
     window = window_size(model.image.decoder, sample, images, info.grid)
     return run_bytes(shape, info.grid, plan, rows, info.config.codes, host.device_type(), window) + preview
 
@@ -157,7 +158,8 @@ class Live:
         return [tuple(lines) for lines in (self.beside, self.lines) if lines is not None]
 
     def _render(self, runs: list[tuple[Line, ...]]) -> Image.Image:
-        sheets = [sheet(_pictures(self.tokenizer, lines, self.rows)) for lines in runs]
+        shown = self.trace.started.shown
+        sheets = [sheet(_pictures(self.tokenizer, lines, self.rows, shown)) for lines in runs]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
     def _show(self, picture: Image.Image, lines: int, trace: Trace | None = None) -> None:
@@ -279,11 +281,11 @@ def _as_one(
     return trace, lines
 
 
-def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int) -> Tensor:
+def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int, images: int) -> Tensor:
     preview = Preview(tokenizer, rows)
     for line in lines:
         preview.add(line)
-    return preview.pictures(IMAGES)
+    return preview.pictures(images)
 
 
 def _columns(images: int) -> int:

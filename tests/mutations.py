@@ -1308,7 +1308,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "infinity: sizes that a file was not trained for",
     ),
     ("checkpoints/text.py", "if model is None or model.family.cleaned", "if True", "infinity: texts are cleaned"),
-    ("events.py", "in range(words - 1, -1, -1)", "in range(words)", "tokens of scales: words in reverse"),
+    ("events.py", '{4: "I", 8: "Q"}', '{4: "I"}', "tokens of scales: of many bits"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -23,15 +24,15 @@ from linear_core.events import (
     Line,
     Picture,
     Row,
+    Stage,
     Started,
     Trace,
     pack,
     pack_codes,
-    pack_tokens,
     unpack,
     unpack_codes,
     unpack_kept,
-    unpack_tokens,
+    unpack_scales,
 )
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
@@ -50,7 +51,8 @@ CASES += [("toy eol", "line", release) for release in RELEASES]
 def started(decoder: Any, plan: CachePlan, images: int, detail: str) -> Started:
     grid, shape = decoder.grid, decoder.cache_shape()
     return Started(
-        run="r", rows=grid.rows, cols=grid.cols, stride=grid.stride, images=images, shown=min(images, events.IMAGES),
+        run="r", rows=grid.rows, cols=grid.cols, stride=grid.stride, images=images,
+        shown=events.images_shown(images, grid.rows, grid.cols),
         columns=1, layers=shape.layers, heads=shape.heads, detail=detail, seed=3, policy=plan.policy,
         release=plan.release, lines=plan.lines(grid) - plan.evicts(grid), anchors=plan.anchors, recent=plan.recent,
         cache_bytes=shape.bytes(grid, plan, images), full_bytes=shape.bytes(grid, CachePlan("full"), images),
@@ -286,12 +288,20 @@ def test_scales_are_told_like_lines(plan, detail):
     assert told.finish()["rows"] == 4
 
 
+def test_cells_of_all_images_shown_have_numbers_that_fit():
+    """Lumina-mGPT 2.0 has 9,216 cells an image; grids of 256 lines of 256 may be typed in."""
+    found = [events.images_shown(9, *sides) for sides in ((24, 24), (192, 48), (128, 128), (256, 128), (256, 256))]
+    assert found == [4, 4, 4, 2, 1]
+
+
 def test_codes_as_text():
     """What the widget hands back is the codes, and anything else is an error."""
     codes = torch.arange(12).view(2, 2, 3) * 1000
     text = pack_codes(codes)
     assert text == "2x2x3:" + pack(codes.flatten().tolist())
     assert unpack_codes(text) == ((2, 2, 3), codes.flatten().tolist())
+    large = codes * 10 + 21_071  # up to 131,071, as in Emu3.5's codebook
+    assert unpack_codes(pack_codes(large)) == ((2, 2, 3), large.flatten().tolist())
     for wrong in ("", "2x2x3", "2x2x4:" + text[6:], "axbxc:", "0x2x3:", text[:-2]):
         with pytest.raises(ValueError):
             unpack_codes(wrong)
@@ -341,19 +351,30 @@ def test_javascript_keeps_rows_of_several_runs():
         assert torch.equal(torch.tensor(each.codes).view(each.sizes), codes[:, : each.sizes[1]])
 
 
-@pytest.mark.parametrize(("bits", "words"), [(12, 1), (16, 1), (32, 2), (56, 4)])
-def test_tokens_of_scales_as_text(bits, words):
-    """Numbers beyond sixteen bits travel as words, the highest first; anything else is refused."""
+@pytest.mark.parametrize(("bits", "size"), [(12, 2), (16, 2), (32, 4), (56, 8)])
+def test_tokens_of_scales_as_text(bits, size):
+    """Numbers take as many bytes as they need, in live events too; anything else is refused."""
     tokens = torch.randint(2**bits, (2, 7), generator=torch.Generator().manual_seed(0))
-    tokens[0, 0], tokens[1, 6] = 2**bits - 2, 0
-    written = pack_tokens(tokens, bits)
-    assert written.startswith(f"2x7x{words}:")
-    assert unpack_tokens(written) == ((2, 7), tokens.flatten().tolist())
-    first = unpack(written.partition(":")[2])[:words]
-    assert first == [int(tokens[0, 0]) >> 16 * word & 0xFFFF for word in range(words)][::-1]
-    for broken in ("", written.replace("2x7", "2x8", 1), "1x1x9:" + "AAAA" * 6, "0x0x0:", written[:-4]):
+    tokens[0, 0], tokens[1, 6] = 2**bits - 1, 0
+    written = pack_codes(tokens)
+    assert written.startswith("2x7:") and unpack_scales(written) == ((2, 7), tokens.flatten().tolist())
+    data = written.partition(":")[2]
+    numbers = base64.b64decode(data)
+    assert [int.from_bytes(numbers[at : at + size], "little") for at in range(0, len(numbers), size)] == (
+        tokens.flatten().tolist()
+    )
+    told = Trace(
+        Started(
+            run="r", rows=1, cols=7, stride=7, images=2, shown=2, columns=1, layers=1, heads=1, detail="none", seed=0,
+            policy="full", release="strict", lines=0, anchors=0, recent=0, cache_bytes=0, full_bytes=0, sides=[[1, 7]],
+        )
+    )  # fmt: skip
+    assert told.add(Stage(0, 1, tokens, torch.zeros(2, 1, 1, 7), torch.zeros(2, 7), 0.0, 1.0, 0))["tokens"] == data
+    for broken in ("", written.replace("2x7", "2x8", 1), "1x1x9:" + "AAAA" * 6, "0x0:", written[:-4]):
         with pytest.raises(ValueError):
-            unpack_tokens(broken)
+            unpack_scales(broken)
+    with pytest.raises(ValueError):
+        unpack_codes(written)
 
 
 def test_javascript_knows_the_fields():

@@ -18,7 +18,7 @@ const NONE = 0xffff; // fills up lists of evictions of unequal length
 const MIB = 2 ** 20;
 
 /**
- * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, tokens: Uint16Array,
+ * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, tokens: Uint16Array | Uint32Array,
  *   cells: Uint16Array, shares: Uint8Array, evicted: Uint16Array, byLayer: Uint8Array, merged: Uint16Array,
  *   stands: Uint16Array, passes: number }} Line
  * @typedef {{ run: any, lines: Line[], finished: any, stopped: boolean, partial: boolean }} State
@@ -42,7 +42,7 @@ export function reduce(state, event) {
       const known = state.run?.run === event.run;
       const at = known ? state : { ...EMPTY, run: { ...event, kind: "started", shown: 0, columns: 1, detail: "" } };
       const partial = at.partial || event.row !== (at.lines.at(-1)?.row ?? -1) + 1;
-      return { ...at, partial, lines: [...at.lines, decode(event)] };
+      return { ...at, partial, lines: [...at.lines, decode(event, at.run.images * event.cols)] };
     }
     case "finished":
       if (state.run?.run !== event.run) return state;
@@ -77,15 +77,15 @@ export function replayRuns(events) {
   return starts.map((start, i) => replay(events.slice(start, starts[i + 1])));
 }
 
-/** @param {any} event @returns {Line} */
-function decode(event) {
+/** @param {any} event @param {number} count  codes of a row @returns {Line} */
+function decode(event, count) {
   return {
     row: event.row,
     seconds: event.seconds,
     speed: event.tokens_per_second,
     held: event.held,
     replayed: event.replayed,
-    tokens: words(event.tokens),
+    tokens: codesOf(event.tokens, count),
     cells: words(event.cells),
     shares: bytes(event.shares),
     evicted: words(event.evicted),
@@ -108,10 +108,21 @@ function words(text) {
   return Uint16Array.from({ length: raw.length / 2 }, (_, i) => raw[2 * i] | (raw[2 * i + 1] << 8));
 }
 
-/** @param {number[] | Uint16Array} numbers */
-function packed(numbers) {
+/** `count` codes: two bytes each, or four where a codebook has more than 65,536. @param {string} text @param {number} count */
+function codesOf(text, count) {
+  const raw = bytes(text);
+  if (raw.length !== 4 * count) return words(text);
+  const view = new DataView(raw.buffer);
+  return Uint32Array.from({ length: count }, (_, i) => view.getUint32(4 * i, true));
+}
+
+/** The same the other way. @param {number[]} codes */
+function packed(codes) {
+  const size = codes.some((code) => code > 0xffff) ? 4 : 2;
+  const view = new DataView(new ArrayBuffer(size * codes.length));
+  codes.forEach((code, i) => (size === 4 ? view.setUint32(4 * i, code, true) : view.setUint16(2 * i, code, true)));
   let raw = "";
-  for (const n of numbers) raw += String.fromCharCode(n & 255, n >> 8);
+  for (const byte of new Uint8Array(view.buffer)) raw += String.fromCharCode(byte);
   return btoa(raw);
 }
 
@@ -300,7 +311,7 @@ export function ownText(values, own) {
 
 /**
  * The first `rows` lines of every picture as the text that the Generate node takes back.
- * "images x rows x cols : base64 of uint16", as linear_core/events.py packs them. @param {State} state @param {number} rows
+ * "images x rows x cols : base64", as linear_core/events.py packs them. @param {State} state @param {number} rows
  */
 export function keptText(state, rows) {
   const { images, cols } = state.run;

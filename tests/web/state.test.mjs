@@ -158,6 +158,14 @@ test("a node that runs for each entry of a list: every run is kept, live and aft
   assert.deepEqual(reduceRuns([], { kind: "stopped" }).length, 1);
 });
 
+test("codes of a codebook with more than 65,536", () => {
+  const codes = Uint32Array.of(131071, 2, 3, 4, 65536, 6); // two images of three columns
+  const row = { ...first, tokens: Buffer.from(codes.buffer).toString("base64") };
+  const state = replay([started, row]);
+  assert.deepEqual(state.lines[0].tokens, codes);
+  assert.equal(keptText(state, 1), `2x1x3:${row.tokens}`);
+});
+
 test("lines to keep of one of several runs: the others stay as they are, with their own seeds", () => {
   const runs = [...entry(0, finished), ...entry(1, finished), ...entry(2)].reduce(reduceRuns, []);
   const text = keptTextOfRuns(runs, 1, 1, 99, false);
