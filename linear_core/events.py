@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,7 @@ class Started:
     sides       rows and columns of each scale, if the picture is drawn in scales: `rows` is then their number, `cols`
                 and `stride` are those of the last one, and `lines` is the number of tokens that a head keeps. The cells
                 of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
+    words       uint16 that a token's number takes, the highest first: more than one where a token is many bits
     """
 
     run: str
@@ -137,6 +138,7 @@ class Started:
     cache_bytes: int
     full_bytes: int
     sides: list[list[int]] = field(default_factory=list)
+    words: int = 1
     kind: str = "started"
 
     @property
@@ -149,7 +151,7 @@ class Started:
 class Row:
     """What one line, or one scale, changed. Cell c of image i has number i*rows*cols + c; of scales, i*cells + c.
 
-    tokens    uint16 images cols: the codes of this row
+    tokens    uint16 images cols: the codes of this row; of a scale, all its tokens, `words` numbers each
     cells     uint16 N: cells whose share has changed
     shares    uint8 N: their new share of layers and heads, 255 for all
     evicted   uint16 layers heads n: image tokens that each head of the first image held after the previous line, or
@@ -247,7 +249,7 @@ class Trace:
             cache_bytes=line.cache_bytes,
             full_bytes=run.full_bytes,
             replayed=line.replayed,
-            tokens=pack(line.tokens.flatten().tolist()),
+            tokens=pack(_in_words(line.tokens.flatten().tolist(), run.words)),
             cells=pack(cells.tolist()),
             shares=pack(share[cells].tolist(), "B"),
             evicted=self._evicted(line),
@@ -347,15 +349,22 @@ def pack_codes(codes: Tensor) -> str:
     return f"{images}x{rows}x{cols}:{pack(codes.flatten().tolist())}"
 
 
+def words_of(bits: int) -> int:
+    """How many uint16 a number of so many bits takes."""
+    return -(-bits // 16)
+
+
+def _in_words(numbers: Iterable[int], words: int) -> Iterator[int]:
+    return (number >> 16 * word & 0xFFFF for number in numbers for word in range(words - 1, -1, -1))
+
+
 def pack_tokens(tokens: Tensor, bits: int) -> str:
     """Tokens B N of all scales as text, "images x tokens x words : base64": each takes as many uint16 as its `bits`
     need, the highest first.
     """
     images, count = tokens.shape
-    words = -(-bits // 16)
-    numbers = tokens.flatten().tolist()
-    packed = pack(number >> 16 * word & 0xFFFF for number in numbers for word in range(words - 1, -1, -1))
-    return f"{images}x{count}x{words}:{packed}"
+    words = words_of(bits)
+    return f"{images}x{count}x{words}:{pack(_in_words(tokens.flatten().tolist(), words))}"
 
 
 def unpack_tokens(text: str) -> tuple[tuple[int, int], list[int]]:

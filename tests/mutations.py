@@ -1108,7 +1108,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("checkpoints/weights.py", "if indexed and SHARD", "if False and SHARD", "loading: shards need a config.json"),
     ("checkpoints/text.py", "if model is None or model.family.cleaned", "if True", "infinity: texts are cleaned"),
-    ("events.py", "in range(words - 1, -1, -1)", "in range(words)", "tokens of scales: words in reverse"),
+    (
+        "events.py",
+        "for word in range(words - 1, -1, -1)",
+        "for word in range(words)",
+        "tokens of scales: words in reverse",
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ from linear_core.events import (
     Line,
     Picture,
     Row,
+    Stage,
     Started,
     Trace,
     pack,
@@ -30,6 +31,7 @@ from linear_core.events import (
     unpack,
     unpack_codes,
     unpack_tokens,
+    words_of,
 )
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
@@ -305,6 +307,16 @@ def test_tokens_of_scales_as_text(bits, words):
     assert unpack_tokens(written) == ((2, 7), tokens.flatten().tolist())
     first = unpack(written.partition(":")[2])[:words]
     assert first == [int(tokens[0, 0]) >> 16 * word & 0xFFFF for word in range(words)][::-1]
+    share = torch.zeros(2, 7)
+    told = Trace(
+        Started(
+            run="r", rows=1, cols=7, stride=7, images=2, shown=2, columns=1, layers=1, heads=1, detail="none", seed=0,
+            policy="full", release="strict", lines=0, anchors=0, recent=0, cache_bytes=0, full_bytes=0, sides=[[1, 7]],
+            words=words_of(bits),
+        )
+    )  # fmt: skip
+    event = told.add(Stage(0, 1, tokens, torch.zeros(2, 1, 1, 7), share, 0.0, 1.0, 0))
+    assert event["tokens"] == written.partition(":")[2], "live events carry the same words"
     for broken in ("", written.replace("2x7", "2x8", 1), "1x1x9:" + "AAAA" * 6, "0x0x0:", written[:-4]):
         with pytest.raises(ValueError):
             unpack_tokens(broken)
