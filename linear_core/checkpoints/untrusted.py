@@ -248,9 +248,9 @@ def _check_calls(pickled: bytes) -> None:
         pushed: list[Any] = [None] * len(code.stack_after)
         if pickletools.markobject in before:
             while stack and (top := stack.pop()) is not mark:
-                taken.insert(0, top)
+                taken.append(top)
             before = before[: before.index(pickletools.markobject)]
-        taken = [stack.pop() for _ in before if stack][::-1] + taken
+        taken = (taken + [stack.pop() for _ in before if stack])[::-1]
         if code.name == "MARK":
             pushed = [mark]
         elif code.name == "GLOBAL":
