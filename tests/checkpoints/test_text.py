@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from linear_core.__main__ import main
 from linear_core.checkpoints import text
 from linear_core.errors import UserError
-from linear_core.prompts import class_prompt
+from linear_core.grid import Grid
+from linear_core.prompts import Origin, class_prompt
 from linear_core.prompts.caption import clean
 from linear_core.prompts.t5 import LENGTH
 from tests.models import official
@@ -115,6 +117,25 @@ def test_features_and_padding_as_published(published: Path) -> None:
     assert int(prompt.pad[2]) == 0 and len(set(prompt.pad.tolist())) == 3  # the last text is cut
     for row, pad in zip(mask, prompt.pad.tolist(), strict=True):
         assert not row[:pad].any() and row[pad:].all()
+
+
+def test_infinity_reads_more_and_as_it_is_written(published: Path) -> None:
+    """512 tokens, no cleaning, and a negative text of its own length; LlamaGen's features are kept apart."""
+    reads = {"config": SimpleNamespace(caption_slots=512), "family": SimpleNamespace(cleaned=False)}
+    meaning = ("features", "as written")
+    model = SimpleNamespace(**reads, sizes=((336, 224),), grid=Grid(14, 21), name="mine", features=meaning)
+    files, written = text.find_text_encoder(published), "a fox @home on a hill"
+    prompt = text.prompt([written], files, negative="a hill", model=model)
+    encoder, tokenizer = text.load_encoder(files)
+    ids = tokenizer.ids(written, 512)
+    with torch.no_grad():
+        alone = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
+    assert prompt.tokens.shape == (1, 512, DIM) and int(prompt.pad) == 512 - len(ids) and prompt.grid == Grid(14, 21)
+    torch.testing.assert_close(prompt.tokens[0, 512 - len(ids) :], alone, atol=0.05, rtol=0.05)
+    assert prompt.negative.tokens.shape == (1, 512, DIM) and prompt.origin == Origin("mine", meaning)
+    assert int(prompt.negative.pad) == 512 - len(tokenizer.ids("a hill"))
+    assert ids != tokenizer.ids(clean(written)) and len(tokenizer.ids("fox " * 600, 512)) == 512
+    assert text.prompt([written], files).tokens.shape == (1, LENGTH, DIM)
 
 
 @pytest.mark.parametrize("prefix", ["", "text_encoder.", "text_encoders.t5xl.transformer."])
