@@ -882,7 +882,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("events.py", "(line.share[: run.shown] * 255).round()", "(line.share[: run.shown] * 255)", "told: shares cut off"),
     (
         "events.py",
-        "before[..., line.row * stride : (line.row + 1) * stride] = True",
+        "before[..., self._own(line.row)] = True",
         "pass",
         "told: not what left on its own line",
     ),
@@ -903,7 +903,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "events.py",
-        "changed[: run.rows * run.cols] |= by_layer.any(0)",
+        "changed[: run.cells] |= by_layer.any(0)",
         "pass",
         "told: layers whose change cancels out are left out",
     ),
