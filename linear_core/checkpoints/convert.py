@@ -68,8 +68,7 @@ def _decoder(
         )
     with torch.device("meta"):
         network = LlamaGen(info.config, info.grid, nn)
-    sampling = asdict(info.defaults)
-    del sampling["seed"]  # belongs to a picture, not to a model
+    sampling = {name: value for name, value in asdict(info.defaults).items() if name in llamagen.SAMPLING}
     metadata = {
         "family": "llamagen",
         "grid": f"{info.grid.rows}x{info.grid.cols}",

@@ -68,12 +68,16 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A decoder and the VQ tokenizer of its codes."""
+    """A decoder and the VQ tokenizer of its codes.
+
+    codebook   names the tokenizer's: codes of models with the same name mean the same
+    """
 
     info: ModelInfo
     decoder: Any  # a linear_core.loop.generate.Decoder
     tokenizer: VQTokenizer
     files: ModelFiles = field(repr=False)
+    codebook: str = ""
 
     def label(self, name: str) -> int:
         """The class id of a class's name or number. Raises UserError for an unknown one."""
@@ -131,15 +135,6 @@ class ImageModel:
         file = self.text_tokenizer_file
         vocabulary = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else info.name
         return Origin(info.name, ("tokens", info.family.name, str(info.grid.eol), vocabulary))
-
-    @cached_property
-    def codebook(self) -> str:
-        """Names the codebook: codes of models with the same name mean the same.
-
-        Made from the signs of its numbers, which converting a file to another dtype does not change.
-        """
-        table = self.tokenizer.quantize.embedding.weight.detach().float().cpu()
-        return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
     def check(self, prompt: Prompt) -> None:
         """Raise UserError for a prompt that was made for another model."""
@@ -329,7 +324,13 @@ def load_model(
     decoder = _decoder(info, ops)
     load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), _storage_dtype(weight_dtype))
     decoder.compute_dtype = dtype if weight_dtype else None
-    return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
+    return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files, name_codebook(tokenizer))
+
+
+def name_codebook(tokenizer: VQTokenizer) -> str:
+    """A name from the signs of its numbers, which converting a file to another dtype does not change."""
+    table = tokenizer.quantize.embedding.weight.detach().float().cpu()
+    return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
 
 def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
