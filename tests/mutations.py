@@ -808,8 +808,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/storage.py",
-        "torch.where(chosen[..., 0], self.first + slot, len(self.table) - 1)",
-        "self.first + slot",
+        "torch.where(chosen, x, old.view_as(x))",
+        "x",
         "drafts: rejected tokens overwrite slots",
     ),
     (

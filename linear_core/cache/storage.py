@@ -5,7 +5,6 @@ L layers, B rows of the batch, H heads, S slots, T tokens, D head size.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -41,11 +40,9 @@ class Full:
         dtype: torch.dtype,
         device: Device,
     ):
-        count = math.prod(batch_shape) * slots
-        # All slots as one table, and a last row for what is not to be written. `first`: the row of a head's first slot.
-        self.table = torch.zeros(count + 1, head_dim, dtype=dtype, device=device)
-        self.first = torch.arange(0, count, slots, device=device).view(*batch_shape, 1)
-        self.data = self.table[:-1].view(*batch_shape, slots, head_dim)
+        self.data = torch.zeros(*batch_shape, slots, head_dim, dtype=dtype, device=device)
+        self.table = self.data.view(-1, head_dim)  # all slots; `first` is the row of each head's first one
+        self.first = torch.arange(0, len(self.table), slots, device=device).view(*batch_shape, 1)
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +65,9 @@ class Full:
 
         The other slots stay as they are.
         """
-        row = torch.where(chosen[..., 0], self.first + slot, len(self.table) - 1)
-        self.table.index_copy_(0, row.view(-1), x.reshape(-1, x.shape[-1]))
+        row = (self.first + slot).view(-1)
+        old = self.table.index_select(0, row)
+        self.table.index_copy_(0, row, torch.where(chosen, x, old.view_as(x)).view_as(old))
 
     def write_prompt(self, layer: int, x: Tensor) -> None:
         """Write x B H P D to the first P slots."""

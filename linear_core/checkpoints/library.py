@@ -88,12 +88,16 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A decoder and the VQ tokenizer of its codes."""
+    """A decoder and the VQ tokenizer of its codes.
+
+    codebook   names the tokenizer's: codes of models with the same name mean the same
+    """
 
     info: ModelInfo
     decoder: Any  # a linear_core.loop.generate.Decoder, or a linear_core.loop.scales.ScaleDecoder
     tokenizer: Any  # a VQTokenizer; for models that draw in scales a PyramidTokenizer or a BitTokenizer
     files: ModelFiles = field(repr=False)
+    codebook: str = ""
 
     def label(self, name: str) -> int:
         """The class id of a class's name or number. Raises UserError for an unknown one."""
@@ -151,18 +155,6 @@ class ImageModel:
         file = self.text_tokenizer_file
         vocabulary = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else info.name
         return Origin(info.name, ("tokens", info.family.name, str(info.grid.eol), vocabulary))
-
-    @cached_property
-    def codebook(self) -> str:
-        """Names the codebook: codes of models with the same name mean the same.
-
-        Made from the signs of its numbers, which converting a file to another dtype does not change. Where bits are
-        their own codes, what reads them says what they mean.
-        """
-        tokenizer = self.tokenizer
-        bits = tokenizer.config.kind == "bits"
-        table = (tokenizer.decoder.conv_in if bits else tokenizer.quantize.embedding).weight.detach().float().cpu()
-        return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
     def check(self, prompt: Prompt) -> None:
         """Raise UserError for a prompt that was made for another model."""
@@ -355,7 +347,17 @@ def load_model(
     storage_dtype = _storage_dtype(info, dtype, weight_dtype)
     load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype)
     decoder.compute_dtype = dtype if weight_dtype else None
-    return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files)
+    return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files, name_codebook(tokenizer))
+
+
+def name_codebook(tokenizer: Any) -> str:
+    """A name from the signs of its numbers, which converting a file to another dtype does not change.
+
+    Where bits are their own codes, the layer that reads them says what they mean.
+    """
+    bits = tokenizer.config.kind == "bits"
+    table = (tokenizer.decoder.conv_in if bits else tokenizer.quantize.embedding).weight.detach().float().cpu()
+    return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
 
 def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:

@@ -51,7 +51,11 @@ def held(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and x.device.type == device]
+    tensors = [
+        x
+        for x in gc.get_objects()
+        if issubclass(type(x), Tensor) and x.device.type == device and x.layout == torch.strided
+    ]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 

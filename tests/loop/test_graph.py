@@ -214,7 +214,11 @@ class Tape(TorchDispatchMode):
         if func in ASKING:
             raise RuntimeError("operation not permitted when stream is capturing")
         for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and (storage := x.untyped_storage()).data_ptr() not in self.before:
+            if (
+                isinstance(x, Tensor)
+                and x.layout == torch.strided
+                and (storage := x.untyped_storage()).data_ptr() not in self.before
+            ):
                 self.before[storage.data_ptr()] = storage, storage.clone()
         result = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, result))

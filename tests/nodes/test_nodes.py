@@ -230,7 +230,7 @@ def test_presets_are_those_of_the_core(name):
 def test_custom_plans_take_the_numbers_as_they_are():
     numbers = {"policy": "h2o", "budget": 6, "anchors": 8, "recent": 3, "release": "lazy"}
     assert run("LineCache", preset={"preset": "Custom", **numbers}) == (CachePlan(**numbers),)
-    with pytest.raises(UserError, match="budget: 0 is out of range; choose a whole number from 1 to 128"):
+    with pytest.raises(UserError, match="budget: 0 is out of range; choose a whole number from 1 to 256"):
         run("LineCache", preset={"preset": "Custom", **numbers, "budget": 0})
 
 

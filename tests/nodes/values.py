@@ -40,7 +40,7 @@ GRAPH: dict[str, dict[str, Any]] = {
     "LineAR_Generate": {
         "model": "LineAR_LoadModel", "cache": "LineAR_LineCache", "prompt": "LineAR_ClassPrompt", "seed": 5,
         "guidance": 1.0, "temperature": -1.0, "top_k": -1, "top_p": -1.0, "batch_size": 1, "guidance_interval": -1,
-        "keep_rows": 0, "stop_after": 1, "view": "",
+        "keep_rows": 0, "stop_after": 1, "view": "", "drafts": 0,
     },
     "LineAR_Decode": {"model": "LineAR_LoadModel", "tokens": "LineAR_Generate"},
     "LineAR_RetentionHeatmap": {
