@@ -7,7 +7,6 @@ slots of the next line. Every buffer is allocated before the first token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,6 +55,7 @@ class LineCache:
         self.bias = torch.full(slots, float("-inf"), dtype=dtype, device=device)
         self.index = torch.full(slots, -1, dtype=torch.int32, device=device)
         self.queries: Tensor | None = None
+        self.causal: dict[int, Tensor] = {}  # by number of tokens; kept, as captured graphs read them
         self.mass: Tensor | None = None
         self.count: Tensor | None = None
         self.survey: Tensor | None = None
@@ -155,8 +155,16 @@ class LineCache:
             slots = torch.full_like(before[:, :, 0], count, dtype=token.dtype)
             overwritten = slots.scatter_(2, target, token[:, None].expand_as(target))
             before = before.masked_fill(overwritten[:, :, None] <= order[:, None], float("-inf"))
-        own = _causal(count, before.dtype, before.device).expand(*before.shape[:2], -1, -1)
+        own = self._own(count).expand(*before.shape[:2], -1, -1)
         return keys, values, torch.cat([before, own], -1)
+
+    def _own(self, count: int) -> Tensor:
+        """What `count` tokens in a row see of each other, as a bias: T T."""
+        if count not in self.causal:
+            order = torch.arange(count, device=self.bias.device)
+            seen = torch.zeros(count, count, dtype=self.bias.dtype, device=self.bias.device)
+            self.causal[count] = seen.masked_fill_(order > order[:, None], float("-inf"))
+        return self.causal[count]
 
     def accept(self, window: Window, index: Tensor, column: Tensor, count: Tensor) -> None:
         """Write the first `count` B tokens of a window that `peek` was asked about, as if they had been fed.
@@ -290,13 +298,6 @@ class LineCache:
         cell = (self.index[:, row].long() - self.grid.prompt).clamp(min=-1) + 1
         held = cell.new_zeros(*cell.shape[:2], self.grid.tokens + 1, dtype=torch.bool)
         return held.scatter_(2, cell, True)[..., 1:]
-
-
-@lru_cache(maxsize=64)  # captured graphs read the tensors kept here
-def _causal(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What `count` tokens in a row see of each other, as a bias: T T."""
-    order = torch.arange(count, device=device)
-    return torch.zeros(count, count, dtype=dtype, device=device).masked_fill(order > order[:, None], float("-inf"))
 
 
 def _mark(victims: Tensor, slots: int) -> Tensor:
