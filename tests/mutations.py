@@ -985,8 +985,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/line_cache.py",
-        '.masked_fill(order > order[:, None], float("-inf"))',
-        "",
+        'seen.masked_fill_(order > order[:, None], float("-inf"))',
+        "seen",
         "feed: tokens see those after them",
     ),
     ("cache/line_cache.py", "        self.write(layer, columns, k, v, q)\n", "", "feed: given lines are not written"),

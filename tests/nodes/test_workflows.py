@@ -41,7 +41,7 @@ def widgets(node: dict[str, Any]) -> dict[str, Any]:
             found[entry["name"]] = values.pop(0)
             if values and values[0] in CONTROL:
                 values.pop(0)
-            if entry["name"] == "stop_after":  # behind it Generate's view keeps lines, and has no input
+            if entry["name"] == "stop_after" and values:  # behind it Generate's view keeps lines, and has no input
                 assert values.pop(0) == ""
     assert values == [], f"node {node['id']}, {node['type']}: {values} belong to no widget"
     return found
