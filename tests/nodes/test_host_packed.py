@@ -11,7 +11,7 @@ import re
 import pytest
 
 from tests import archive
-from tests.models import lumina_official, official, official_janus
+from tests.models import emu_official, lumina_official, official, official_janus
 from tests.nodes.comfy_server import GOLDEN, PACK, WORKFLOWS, comfyui, finish, twin
 
 pytestmark = pytest.mark.host
@@ -24,6 +24,8 @@ def server(tmp_path_factory):
         official.write(models)
         official_janus.write(models / "ar_image" / "Janus-Pro-1B")
         lumina_official.write(models)
+        lumina_official.write_2(models)
+        emu_official.write(models)
         yield running
 
 
