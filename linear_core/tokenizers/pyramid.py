@@ -81,9 +81,9 @@ class ResidualPyramid(nn.Module):
     `pyramid` belongs to the transformer, so one tokenizer serves every pyramid: each method takes it.
     """
 
-    def __init__(self, codes: int, dim: int, phis: int):
+    def __init__(self, codes: int, dim: int, phis: int, ops: Ops = nn):
         super().__init__()
-        self.embedding = nn.Embedding(codes, dim)
+        self.embedding = ops.Embedding(codes, dim)
         self.quant_resi = SharedPhi(phis, dim)
 
     @property
