@@ -89,7 +89,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "nan: infinity is let pass",
     ),
     ("loop/generate.py", "if non_finite != 0:", "if False:", "nan: nobody is told"),
-    ("loop/generate.py", "if dtype == torch.float16", "if dtype == torch.bfloat16", "nan: float16 is not named"),
+    ("loop/sampling.py", "if dtype == torch.float16", "if dtype == torch.bfloat16", "nan: float16 is not named"),
     (
         "loop/micro_batches.py",
         "traceback.clear_frames(error.__traceback__)",

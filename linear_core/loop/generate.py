@@ -21,7 +21,7 @@ from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
 from .drafts import Check, Drafts, Passes, check, window_size
 from .memory import fold_pairs
-from .sampling import Noise, apply_guidance, filter_logits, sample_codes
+from .sampling import Noise, apply_guidance, filter_logits, not_finite, sample_codes
 
 
 class Decoder(Protocol):
@@ -147,23 +147,13 @@ def generate(
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the only point in a line where the host waits for the device
         if non_finite != 0:
-            raise UserError(_not_finite(name, decoder.dtype, row, grid.rows))
+            raise UserError(not_finite(name, decoder.dtype, f"line {row + 1} of {grid.rows}"))
         now = time.perf_counter()
         yield Line(
             row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed,
             None if stands is None else stands.cpu(), passes.count, passes.accepted,
         )  # fmt: skip
         started = time.perf_counter()
-
-
-def _not_finite(name: str, dtype: torch.dtype, row: int, rows: int) -> str:
-    hint = (
-        "float16 ends at 65504, which large models exceed; use bfloat16 or float32"
-        if dtype == torch.float16
-        else "its file may be damaged or belong to another model; download it again or choose another"
-    )
-    kind = str(dtype).removeprefix("torch.")
-    return f"{name}: its logits are not finite (NaN or infinity, {kind}) in line {row + 1} of {rows}; {hint}."
 
 
 def draw(logits: Tensor, number: int, images: int, sample: SamplePlan, noise: Noise) -> Tensor:

@@ -87,3 +87,14 @@ def as_number(digits: Tensor, base: int) -> Tensor:
     """The numbers that the digits ... D stand for, the highest digit first: int64 ..."""
     place = torch.arange(digits.shape[-1] - 1, -1, -1, device=digits.device)
     return (digits * base**place).sum(-1)
+
+
+def not_finite(name: str, dtype: torch.dtype, where: str) -> str:
+    """What to tell when logits are NaN or infinite; `where`: "line 3 of 24"."""
+    hint = (
+        "float16 ends at 65504, which large models exceed; use bfloat16 or float32"
+        if dtype == torch.float16
+        else "its file may be damaged or belong to another model; download it again or choose another"
+    )
+    kind = str(dtype).removeprefix("torch.")
+    return f"{name}: its logits are not finite (NaN or infinity, {kind}) in {where}; {hint}."

@@ -17,7 +17,7 @@ from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import POLICIES, Policy, choose, get_policy
 from ..pyramid import Pyramid
 from .memory import fold_pairs
-from .sampling import Noise, apply_guidance, as_number, filter_logits, sample_codes
+from .sampling import Noise, apply_guidance, as_number, filter_logits, not_finite, sample_codes
 
 ALL_PAIRS = 1536  # slots a head whose pairs the policy `fold` compares; beyond, attention chooses what is folded
 
@@ -122,7 +122,7 @@ def generate_scales(
         share, stands = cache.share_held(images), cache.stands_for(images)
         tokens_now = tokens.cpu()  # the only point in a stage where the host waits for the device
         if non_finite != 0:
-            raise UserError(_not_finite(name, decoder.dtype, stage, pyramid.stages))
+            raise UserError(not_finite(name, decoder.dtype, f"scale {stage + 1} of {pyramid.stages}"))
         now = time.perf_counter()
         yield Stage(
             stage, pyramid.stages, tokens_now, canvas.cpu(), share.cpu(), round(float(share.sum()) / images, 3),
@@ -243,13 +243,3 @@ def _check_given(given: Tensor | None, images: int, pyramid: Pyramid, codes: int
     if int(given.min()) < 0 or int(given.max()) >= codes:
         raise UserError(f"tokens: they are of another model; this one has codes 0 to {codes - 1}.")
     return given.expand(images, -1), ends.index(given.shape[1])
-
-
-def _not_finite(name: str, dtype: torch.dtype, stage: int, stages: int) -> str:
-    hint = (
-        "float16 ends at 65504, which large models exceed; use bfloat16 or float32"
-        if dtype == torch.float16
-        else "its file may be damaged or belong to another model; download it again or choose another"
-    )
-    kind = str(dtype).removeprefix("torch.")
-    return f"{name}: its logits are not finite (NaN or infinity, {kind}) in scale {stage + 1} of {stages}; {hint}."

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .tokenizer import TextTokenizer
+from .tokenizer import TextTokenizer, needs_package
 
 # Qwen's: contractions; letters with what stands before them; one digit; other signs; line breaks; spaces
 WORDS = (
@@ -109,10 +109,7 @@ def _splitter() -> Any:
         from tokenizers import Regex
         from tokenizers.pre_tokenizers import Split
     except ImportError as error:
-        raise UserError(
-            f"text prompts need a Python package that comes with ComfyUI ({error}); without ComfyUI, run "
-            "pip install tokenizers."
-        ) from error
+        raise UserError(needs_package(error)) from error
     return Split(Regex(WORDS), "isolated")
 
 

@@ -10,6 +10,14 @@ from pathlib import Path
 from ..errors import UserError
 
 
+def needs_package(error: ImportError) -> str:
+    """What to tell where the package tokenizers cannot be imported."""
+    return (
+        f"text prompts need a Python package that comes with ComfyUI ({error}); without ComfyUI, run "
+        "pip install tokenizers."
+    )
+
+
 class TextTokenizer:
     """Ids of texts. Raises UserError naming the file if it is missing or cannot be read."""
 
@@ -20,10 +28,7 @@ class TextTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise UserError(
-                f"text prompts need a Python package that comes with ComfyUI ({error}); without ComfyUI, run "
-                "pip install tokenizers."
-            ) from error
+            raise UserError(needs_package(error)) from error
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # tokenizers raises bare Exceptions

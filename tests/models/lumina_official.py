@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -177,3 +178,22 @@ def write(models: Path) -> None:
     write_model(folder / "Lumina-mGPT-7B-1024", weights, ids, words=False)
     vq = vq_weights((16, 16, 32, 32, 64), blocks=2, codes=CODES, code_dim=32, z=32)
     torch.save({"state_dict": {name: tensor.bfloat16() for name, tensor in vq.items()}}, folder / "vqgan.ckpt")
+
+
+def chameleon(weights: dict[str, Tensor], ids: dict[str, int], *, words: int, heads: int) -> Any:
+    """transformers' Chameleon with these weights: norms are kept once a head there, and image tokens may be drawn."""
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+    unused = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "resolution": 16}
+    width = weights["model.norm.weight"].shape[0]
+    config = ChameleonConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=96, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=heads, rms_norm_eps=1e-5, vocabulary_map={**ids, "<image>": 1},
+        vq_config={**unused, "embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "attn_type": "none"},
+    )  # fmt: skip
+    network = ChameleonForConditionalGeneration(config).eval()
+    each = {k: v.repeat(heads, 1) if "q_norm" in k or "k_norm" in k else v for k, v in weights.items()}
+    left, unknown = network.load_state_dict(each, strict=False)
+    assert unknown == [] and all(".vqmodel." in name for name in left)
+    network.model.vocabulary_mapping.__dict__["image_tokens"] = []  # which it forbids to draw
+    return network

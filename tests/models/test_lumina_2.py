@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_core.cache.line_cache import LineCache
 from linear_core.checkpoints import library, published
 from linear_core.checkpoints.families import ModelInfo, lumina
 from linear_core.checkpoints.library import ImageModel, ModelFiles, find_tokenizer, load_model, read_info
@@ -30,6 +28,7 @@ from linear_core.prompts import Prompt
 from linear_core.sizes import sizes
 from tests.models import lumina_official as official
 from tests.models import lumina_reference
+from tests.models.stepwise import random_tokens, stepped, unpadded
 from tests.tokenizers import reference
 
 pytest.importorskip("tokenizers")
@@ -73,29 +72,12 @@ def model(folder: Path) -> ImageModel:
 
 
 def theirs(weights: dict[str, Tensor]) -> nn.Module:
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-
-    unused = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "resolution": 16}
-    config = ChameleonConfig(
-        vocab_size=FIRST + CODES, hidden_size=HEADS * DIM, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, rms_norm_eps=1e-5, vocabulary_map={**IDS, "<image>": 1},
-        vq_config={**unused, "embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "attn_type": "none"},
-    )  # fmt: skip
-    network = ChameleonForConditionalGeneration(config).eval()
-    each = {k: v.repeat(HEADS, 1) if "q_norm" in k or "k_norm" in k else v for k, v in weights.items()}
-    left, unknown = network.load_state_dict(each, strict=False)
-    assert unknown == [] and all(".vqmodel." in name for name in left)
-    network.model.vocabulary_mapping.__dict__["image_tokens"] = []  # it would forbid to draw codes
-    return network
+    return official.chameleon(weights, IDS, words=FIRST + CODES, heads=HEADS)
 
 
 def small(model: ImageModel, rows: int = 4, cols: int = 3) -> Prompt:
     prompt = model.prompt(TEXTS)
     return replace(prompt, grid=replace(prompt.grid, rows=rows, cols=cols))
-
-
-def unpadded(prompt: Prompt) -> list[list[int]]:
-    return [row[pad:] for row, pad in zip(prompt.tokens.tolist(), prompt.pad.tolist(), strict=True)]
 
 
 # -- what it draws -----------------------------------------------------------------------------------------------------
@@ -107,22 +89,14 @@ def test_logits_at_prefill_and_every_step(model: ImageModel, weights: dict[str, 
     prompt, network, decoder = small(model), theirs(weights), model.decoder
     rows = decoder.with_unconditional(prompt)
     grid = prompt.grid.after(rows.length)
-    codes = torch.randint(CODES, (2, grid.rows, grid.cols), generator=torch.Generator().manual_seed(0))
-    tokens = F.pad(codes, (0, 1), value=grid.eol).flatten(1).repeat(2, 1)
-    shape = decoder.cache_shape(rows.length)
-    cache = LineCache(shape, rows.rows, grid, CachePlan("full"), dtype=torch.float32, device="cpu")
-    logits = [decoder.prefill(rows, cache)]
-    for n in range(grid.tokens - 1):
-        if n % grid.stride == 0:
-            cache.extend()
-        column = torch.tensor([n % grid.stride])
-        logits.append(decoder.step(tokens[:, n], torch.tensor([grid.prompt + n]), rows.pad, column, cache))
-    for ours, text, drawn in zip(torch.stack(logits, 1), unpadded(rows), tokens.tolist(), strict=True):
+    tokens = random_tokens(CODES, grid)
+    ours = stepped(decoder, rows, grid, tokens)
+    for row, (text, drawn) in enumerate(zip(unpadded(rows), tokens.tolist(), strict=True)):
         ids = torch.tensor([text + [FIRST + token for token in drawn[:-1]]])
         assert (ids == EOL).sum() == grid.rows - 1
         expected = network(input_ids=ids).logits[0, len(text) - 1 :, FIRST : FIRST + CODES]
         assert float(expected.std()) > 0.5
-        assert float((ours - expected).abs().max()) < TOLERANCE
+        assert float((ours[row] - expected).abs().max()) < TOLERANCE
 
 
 @torch.inference_mode()

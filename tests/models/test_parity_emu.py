@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_core.cache.line_cache import LineCache
 from linear_core.checkpoints.library import ImageModel, ModelFiles, find_tokenizer, load_model
 from linear_core.loop.generate import generate
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt
 from linear_core.prompts.emu import NEGATIVE, SUFFIX
 from tests.models import emu_official as official
+from tests.models.stepwise import random_tokens, stepped, unpadded
 from tests.tokenizers import reference
 
 pytest.importorskip("transformers")
@@ -77,10 +76,6 @@ def small(model: ImageModel, rows: int = 5, cols: int = 4) -> Prompt:
     return replace(prompt, grid=replace(prompt.grid, rows=rows, cols=cols))
 
 
-def unpadded(prompt: Prompt) -> list[list[int]]:
-    return [row[pad:] for row, pad in zip(prompt.tokens.tolist(), prompt.pad.tolist(), strict=True)]
-
-
 def said(text: str) -> list[int]:
     return list(text.encode())
 
@@ -135,18 +130,8 @@ def test_logits_at_prefill_and_every_step(
     prompt = small(models[kind])
     rows = decoder.with_unconditional(prompt)
     grid = prompt.grid.after(rows.length)
-    codes = torch.randint(CODES, (2, grid.rows, grid.cols), generator=torch.Generator().manual_seed(0))
-    tokens = F.pad(codes, (0, 1), value=grid.eol).flatten(1).repeat(2, 1)
-    cache = LineCache(
-        decoder.cache_shape(rows.length), rows.rows, grid, CachePlan("full"), dtype=torch.float32, device="cpu"
-    )
-    logits = [decoder.prefill(rows, cache)]
-    for n in range(grid.tokens - 1):
-        if n % grid.stride == 0:
-            cache.extend()
-        column = torch.tensor([n % grid.stride])
-        logits.append(decoder.step(tokens[:, n], torch.tensor([grid.prompt + n]), rows.pad, column, cache))
-    ours = torch.stack(logits, 1)
+    tokens = random_tokens(CODES, grid)
+    ours = stepped(decoder, rows, grid, tokens)
     for row, (text, drawn) in enumerate(zip(unpadded(rows), tokens.tolist(), strict=True)):
         ids = torch.tensor([text + [FIRST + token for token in drawn[:-1]]])
         expected = network(input_ids=ids).logits[0, len(text) - 1 :, FIRST:]

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_core.cache.line_cache import LineCache
 from linear_core.checkpoints.library import ImageModel, ModelFiles, load_model, load_tokenizer
 from linear_core.checkpoints.weights import load_into, read_weights
 from linear_core.errors import UserError
@@ -27,6 +26,7 @@ from linear_core.prompts import Prompt, token_prompt
 from linear_core.tokenizers.tokenizer import VQTokenizer
 from tests.models import lumina_official as official
 from tests.models import lumina_reference as upstream
+from tests.models.stepwise import random_tokens, stepped, unpadded
 from tests.tiny import decode
 
 pytest.importorskip("transformers")
@@ -54,31 +54,13 @@ def load(models: Path, weights: dict[str, Tensor], name: str = "Lumina-mGPT-7B-7
 
 
 def theirs(weights: dict[str, Tensor]) -> nn.Module:
-    """transformers' Chameleon, which keeps the norms once a head."""
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-
-    unused = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "resolution": 16}
-    config = ChameleonConfig(
-        vocab_size=max(IDS.values()) + 1, hidden_size=HEADS * DIM, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, rms_norm_eps=1e-5, vocabulary_map={**IDS, "<image>": 1},
-        vq_config={**unused, "embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "attn_type": "none"},
-    )  # fmt: skip
-    network = ChameleonForConditionalGeneration(config).eval()
-    each = {k: v.repeat(HEADS, 1) if "q_norm" in k or "k_norm" in k else v for k, v in weights.items()}
-    left, unknown = network.load_state_dict(each, strict=False)
-    assert unknown == [] and all(".vqmodel." in name for name in left)
-    network.model.vocabulary_mapping.__dict__["image_tokens"] = []
-    return network
+    return official.chameleon(weights, IDS, words=max(IDS.values()) + 1, heads=HEADS)
 
 
 def small(model: ImageModel, rows: int = 5, cols: int = 4) -> Prompt:
     """Prompts of unequal length as the model makes them, for a grid far below the published ones."""
     prompt = model.prompt(TEXTS)
     return replace(prompt, grid=replace(prompt.grid, rows=rows, cols=cols))
-
-
-def unpadded(prompt: Prompt) -> list[list[int]]:
-    return [row[pad:] for row, pad in zip(prompt.tokens.tolist(), prompt.pad.tolist(), strict=True)]
 
 
 def test_the_prompt(model: ImageModel) -> None:
@@ -103,17 +85,8 @@ def test_logits_at_prefill_and_every_step(model: ImageModel, weights: dict[str, 
     decoder, first = model.decoder, IDS["IMGIMGAZ"]
     rows = decoder.with_unconditional(prompt)
     grid = prompt.grid.after(rows.length)
-    codes = torch.randint(CODES, (2, grid.rows, grid.cols), generator=torch.Generator().manual_seed(0))
-    tokens = F.pad(codes, (0, 1), value=grid.eol).flatten(1).repeat(2, 1)
-    shape = decoder.cache_shape(rows.length)
-    cache = LineCache(shape, rows.rows, grid, CachePlan("full"), dtype=torch.float32, device="cpu")
-    logits = [decoder.prefill(rows, cache)]
-    for n in range(grid.tokens - 1):
-        if n % grid.stride == 0:
-            cache.extend()
-        column = torch.tensor([n % grid.stride])
-        logits.append(decoder.step(tokens[:, n], torch.tensor([grid.prompt + n]), rows.pad, column, cache))
-    ours = torch.stack(logits, 1)
+    tokens = random_tokens(CODES, grid)
+    ours = stepped(decoder, rows, grid, tokens)
     assert torch.allclose(ours, decoder(rows, tokens[:, :-1])[:, rows.length - 1 :], atol=TOLERANCE), (
         "one uncached pass"
     )
