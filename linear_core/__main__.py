@@ -1,4 +1,4 @@
-"""The command line: python -m linear_core {demo, generate, compare, plan, models, convert}."""
+"""The command line: python -m linear_core {demo, generate, compare, batch, check, plan, models, convert, doctor}."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import doctor
+from .batch import draw as batch_draw
+from .batch import over_ray
+from .batch.folder import Drawn, Folder, as_settings
+from .batch.table import MAX_SEED, Skipped, read_table
 from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
@@ -53,9 +58,9 @@ STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MAX_IMAGES = 4096  # per class or text, and at once; counting stops here
+BATCH = 16  # pictures that `batch` draws at once, unless told otherwise
 MAX_SIDE = 8192  # pixels that pictures are enlarged to
 MAX_SHEET = 2**28  # pixels of a contact sheet: 768 MiB
-MAX_SEED = 2**64 - 1
 JUDGED = 6  # images of the demo that are compared at most, because each is computed twice more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
@@ -240,6 +245,48 @@ def _tell_comparison(
         _say(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
 
 
+def run_batch(args: argparse.Namespace) -> None:
+    """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    info = _checked(args, drawing=False)
+    job = _job(args, info)
+    rows, skipped = read_table(args.prompts, args.column)
+    rows, unknown = batch_draw.check_rows(rows, info)
+    skipped += unknown
+    settings = as_settings(
+        model=info.name,
+        weight_bytes=info.weight_bytes,
+        tokenizer=job.files.tokenizer.name,
+        pixels=args.pixels,
+        dtype=args.dtype,
+        images=job.images,
+        negative=job.negative,
+        size=job.size,
+        codes=job.codes,
+        plan=job.plan,
+        sample=job.sample,
+    )
+    with Folder.opened(args.out, settings) as folder:
+        pictures = batch_draw.pictures_of(rows, job)
+        left = [picture for picture in pictures if not folder.has(picture.name, picture.row.prompt, picture.seed)]
+        batches = batch_draw.batches_of(left, args.at_once or BATCH, job)
+        if len(left) < len(pictures):
+            _say(f"{len(pictures) - len(left)} of {len(pictures)} pictures are there already")
+        draw = batch_draw.draw_here(job, batches, _note) if args.ray is None else _over_ray(args, job, batches)
+        with tqdm(total=len(pictures), initial=len(pictures) - len(left), unit="picture", disable=None) as bar:
+            for done in draw if batches else ():
+                with STOP.waiting():
+                    skipped += folder.add(done)
+                    folder.skip(skipped)
+                bar.update(len(done))
+        folder.skip(skipped)
+        folder.close()
+        _say(f"{len(folder.rows)} pictures in {args.out}")
+    for row in skipped[:BATCH]:
+        _say(f"row {row.number} of {args.prompts.name} was skipped: {row.reason}", sys.stderr)
+    if len(skipped) > BATCH:
+        _say(f"{len(skipped) - BATCH} more rows were skipped; {args.out / 'skipped.jsonl'} lists all.", sys.stderr)
+
+
 def run_plan(args: argparse.Namespace) -> None:
     """Show how much memory the cache takes, without loading a model."""
     info = _checked(args, drawing=False)
@@ -300,6 +347,15 @@ def run_models(args: argparse.Namespace) -> None:
             _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
 
 
+def run_doctor(args: argparse.Namespace) -> None:
+    """Versions, device, memory, models and a self-test: text to paste into a bug report, without names of folders."""
+    device = _device(args)
+    folders = [Path(folder) for folder in args.folder] or doctor.usual_folders()
+    encoders = [Path(args.text_encoder)] if args.text_encoder else []
+    for line in doctor.report(folders, device=device, dtype=_dtype(args, device), encoders=encoders):
+        _say(line)
+
+
 def run_convert(args: argparse.Namespace) -> None:
     """Convert a published checkpoint (.pt) to safetensors with metadata: family, grid, tokenizer, sampling."""
     dtype = None if args.dtype == "same" else DTYPES[args.dtype]
@@ -315,6 +371,49 @@ def run_convert(args: argparse.Namespace) -> None:
     _say(f"{args.target}: {Path(args.target).stat().st_size / MIB:.1f} MiB")
     for key, value in notes.items():
         _say(f"  {key}: {value if len(value) < 100 else value[:99] + '…'}")
+
+
+def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
+    """What `batch` draws with. Raises UserError for options that the file of prompts stands for."""
+    for name in ("classes", "texts"):
+        if getattr(args, name):
+            option = {"classes": "class", "texts": "text"}[name]
+            raise UserError(f"{option}: {args.prompts.name} says what to draw; leave --{option} out.")
+    if args.stop_after:
+        raise UserError("stop-after: batch draws whole pictures; leave --stop-after out.")
+    if args.ray is None and (args.workers or args.gpus is not None):
+        raise UserError("workers: they are for --ray; add it, or leave --workers and --gpus out.")
+    needs_encoder = info.text and not info.own_tokenizer
+    if needs_encoder and not args.text_encoder:
+        raise UserError(f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
+                        "google/flan-t5-xl.")  # fmt: skip
+    files, sample = _files(args), _sample_plan(args, info)
+    return batch_draw.Job(
+        files=ModelFiles(files.decoder.absolute(), files.tokenizer.absolute()),
+        plan=_cache_plan(args),
+        sample=replace(sample, drafts=max(sample.drafts, 0)),  # none by itself: all batches are to be drawn alike
+        grid=_grid(args),
+        pixels=_pixels(args),
+        device=None if args.device == "auto" else args.device,
+        dtype=None if args.dtype == "auto" else DTYPES[args.dtype],
+        step=args.step,
+        images=args.images,
+        negative=args.negative,
+        encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
+        size=args.size,
+        codes=args.codes,
+    )
+
+
+def _over_ray(
+    args: argparse.Namespace, job: batch_draw.Job, batches: list[list[batch_draw.Picture]]
+) -> Iterator[list[Drawn | Skipped]]:
+    workers = over_ray.Workers(args.ray, args.workers, args.gpus)
+    return over_ray.draw_over_ray(job, batches, workers, _note)
+
+
+def _note(note: str) -> None:
+    _say(note, sys.stderr)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -480,11 +579,16 @@ def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
 
 def _with_size(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
     """The model with the size that was requested, if any."""
+    size = _pixels(args)
+    return info if size is None else info.with_size(size)
+
+
+def _pixels(args: argparse.Namespace) -> tuple[int, int] | None:
     if args.pixels is None:
-        return info
+        return None
     if not (sides := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", args.pixels)):
         raise UserError(f"pixels: {quoted(args.pixels)} is not a size; write width x height, for example 832x1216.")
-    return info.with_size((int(sides[1]), int(sides[2])))
+    return int(sides[1]), int(sides[2])
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
@@ -547,7 +651,7 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
         raise UserError(f"images: {args.images} is out of range; choose 1 to {MAX_IMAGES}.")
     if args.at_once < 0:
         raise UserError(f"at-once: {args.at_once} is out of range; choose 1 or more, or 0 for all.")
-    if drawing and not 0 <= args.size <= MAX_SIDE:
+    if not 0 <= getattr(args, "size", 0) <= MAX_SIDE:
         raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
     _device(args)
     plan = _cache_plan(args)
@@ -798,9 +902,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
+
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group("model")
-    group.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
     group.add_argument(
         "--model",
         default=library.BUNDLED,
@@ -899,16 +1005,25 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    parents = [model, cache, sample, output]
+    parents = [where, model, cache, sample, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
     add("generate", run_generate, parents, "draw images").add_argument(
         "--heatmap", action="store_true", help="overlay what the cache kept"
     )
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
-    add("plan", run_plan, [model, cache, sample], "memory of the cache, without loading a model")
+    drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
+    _batch_options(drawing)
+    add("plan", run_plan, [where, model, cache, sample], "memory of the cache, without loading a model")
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
+    )
+    report = add("doctor", run_doctor, [], "what is installed and whether it works, to paste into a bug report")
+    report.add_argument("folder", nargs="*", help="model folders to look into (default: those of the ComfyUI around this)")
+    report.add_argument("--text-encoder", metavar="PATH", help="a text encoder to look at")
+    report.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    report.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
     conversion = add("convert", run_convert, [], "published checkpoint (.pt) to safetensors with metadata")
     conversion.add_argument("source", metavar="SRC", help="decoder or VQ tokenizer, as published (.pt) or safetensors")
@@ -921,6 +1036,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     conversion.add_argument("--dtype", default="same", choices=["same", *DTYPES], help="default: as in the file")
     return parser
+
+
+def _batch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts", type=Path, metavar="PROMPTS", help="a .txt with a prompt a line, or a .csv, .jsonl or .parquet"
+    )
+    group = parser.add_argument_group("prompts and pictures")
+    group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
+    group.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the table's column of prompts (default: prompt, text, caption or class); its columns negative and seed "
+        "count too, and all others go along into the metadata",
+    )
+    group.add_argument("--size", type=int, default=0, metavar="PIXELS", help="enlarge pictures up to this size")
+    group.add_argument("--codes", action="store_true", help="also keep each picture's codes, in its metadata")
+    group = parser.add_argument_group("many GPUs or machines", "needs the Python package ray[data]")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const=over_ray.LOCAL,
+        metavar="ADDRESS",
+        help="draw with Ray Data: on this machine, or on the cluster at this address; the pictures are the same",
+    )
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="default: one a GPU, or else one a core")
+    group.add_argument("--gpus", type=float, metavar="SHARE", help="of each worker: 1 (default), or 0.5 for two a GPU")
 
 
 if __name__ == "__main__":
