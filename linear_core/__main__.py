@@ -8,6 +8,7 @@ from . import startup  # first, as importing the others takes seconds
 
 import argparse
 import io
+import json
 import os
 import re
 import signal
@@ -30,6 +31,8 @@ from .batch import draw as batch_draw
 from .batch import over_ray
 from .batch.folder import Drawn, Folder, as_settings
 from .batch.table import MAX_SEED, Skipped, read_table
+from .check import TEXTS, check_plans, joined, usual_classes
+from .check import table as check_table
 from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
@@ -39,7 +42,7 @@ from .loop.drafts import check
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs, use_graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes
+from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes, split_batch
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.scales import check_stop, generate_scales, scale_policy
 from .loop.threads import limit_threads
@@ -59,6 +62,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MAX_IMAGES = 4096  # per class or text, and at once; counting stops here
 BATCH = 16  # pictures that `batch` draws at once, unless told otherwise
+CHECKED_AT_ONCE = 4  # pictures that `check` draws at once, under all caches
 MAX_SIDE = 8192  # pixels that pictures are enlarged to
 MAX_SHEET = 2**28  # pixels of a contact sheet: 768 MiB
 JUDGED = 6  # images of the demo that are compared at most, because each is computed twice more
@@ -345,6 +349,77 @@ def run_models(args: argparse.Namespace) -> None:
         )
         if info.classes:
             _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
+
+
+def run_check(args: argparse.Namespace) -> None:
+    """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
+    info = _check_options(args)
+    sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
+    plans = _plans_to_check(args, info)
+    model = _load(args)
+    prompt = _prompt(args, model)
+    if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
+        raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
+    writer, parts = Writer([out]), []
+    tokens = (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
+    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+        for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
+            part = replace(sample, seed=sample.seed + rows[0])
+            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+    found = joined(parts)
+    names = [_describe(each.plan, info) for each in found]
+    about = {"model": info.name, "pictures": prompt.rows, "at_once": len(parts[0][0].kl), "dtype": str(model.decoder.dtype),
+             "device": str(model.decoder.device), "torch": torch.__version__, "linear": doctor.version(),
+             "names": list(prompt.names), **asdict(sample)}  # fmt: skip
+    _say(
+        f"{info.name}: {prompt.rows} pictures, {about['at_once']} at a time, guidance {sample.guidance:g}, seed "
+        f"{sample.seed}, {about['dtype'].removeprefix('torch.')} on {doctor.device_name(about['device'])}, torch "
+        f"{torch.__version__}, LineAR {about['linear']}"
+    )
+    for line in check_table(found, names):
+        _say(line)
+    _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
+    with STOP.waiting():
+        rows_of_sheet = [
+            (name, f"KL {each.divergence}, {_measurements(each.run)}", _pictures(model, each.run))
+            for name, each in zip(names, found, strict=True)
+        ]
+        writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
+        writer.write_beside(out.with_suffix(".json"), about | {"plans": [each.as_row() for each in found]})
+    writer.tell()
+
+
+def _check_options(args: argparse.Namespace) -> ModelInfo:
+    """The model's sizes, with pictures to check it on if none were asked for."""
+    if not (args.classes or args.texts):
+        decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+        info = library.read_info(decoder, _grid(args))
+        if info.text:
+            args.texts = list(TEXTS)
+        else:
+            args.classes = usual_classes(info, len(TEXTS))
+    return _checked(args)
+
+
+def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan]:
+    """The plan of the options; without any, those presets that the model can be drawn with."""
+    names = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
+    if args.preset != "Balanced" or any(getattr(args, name) is not None for name in names):
+        return [_cache_plan(args)]
+    found = []
+    for plan in PRESETS.values():
+        with suppress(UserError):
+            if info.pyramid is not None:
+                scale_policy(plan, info.pyramid)
+                drops = plan.keeps(info.pyramid) < info.pyramid.kept
+            else:
+                plan.check(info.grid)
+                drops = plan.evicts(info.grid)
+            if drops:
+                found.append(plan)
+    if not found:
+        raise UserError(f"model: {info.name} has too few lines for any preset; choose a --budget.")
+    return found
 
 
 def run_doctor(args: argparse.Namespace) -> None:
@@ -803,6 +878,11 @@ class Writer:
             image = contact_sheet(rows, names, 0)
         self._save(lambda path: save(image, path, notes))
 
+    def write_beside(self, path: Path, notes: dict[str, Any]) -> None:
+        """A file of numbers beside the pictures, as JSON."""
+        self.paths.append(path)
+        self._save(lambda path: path.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8"))
+
     def _save(self, save: Callable[[Path], None]) -> None:
         path, self.count = self.paths[self.count], self.count + 1
         try:
@@ -1018,6 +1098,7 @@ def _parser() -> argparse.ArgumentParser:
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )
+    add("check", run_check, parents, "the full cache against a few lines on your own model, with intervals")
     report = add("doctor", run_doctor, [], "what is installed and whether it works, to paste into a bug report")
     report.add_argument("folder", nargs="*", help="model folders to look into (default: those of the ComfyUI around this)")
     report.add_argument("--text-encoder", metavar="PATH", help="a text encoder to look at")

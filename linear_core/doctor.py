@@ -151,6 +151,11 @@ def _device(device: str, dtype: torch.dtype) -> Iterator[str]:
     yield f"models compute on {device} in {_name(dtype)}"
 
 
+def device_name(device: str) -> str:
+    """A device as people know it."""
+    return gpu_name(torch.device(device)) or (_processor() if device == "cpu" else device)
+
+
 def _processor() -> str:
     with suppress(OSError):
         if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M):
