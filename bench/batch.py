@@ -17,6 +17,7 @@ the same settings and commit are not repeated, so that it can be done in pieces.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -149,8 +150,10 @@ def over_ray(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def workers_of(pid: int) -> list[int]:
     """The processes below this one that hold the model, by their titles (Linux)."""
-    parents = {int(p.name): int((p / "stat").read_text().rpartition(")")[2].split()[1]) for p in Path("/proc").glob("[0-9]*")
-               if (p / "stat").exists()}  # fmt: skip
+    parents = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
     below, found = {pid}, []
     for _ in range(4):
         below |= {child for child, parent in parents.items() if parent in below}
@@ -165,10 +168,15 @@ def compared(scratch: Path, runs: dict[str, Any]) -> dict[str, Any]:
     """Whether the runs drew the same, and what the engine took."""
     result: dict[str, Any] = {}
     if (scratch / "plain" / "metadata.jsonl").exists() and (scratch / "ray" / "metadata.jsonl").exists():
-        one, other = ([json.loads(line) for line in (scratch / run / "metadata.jsonl").open()] for run in ("plain", "ray"))
+        one, other = (
+            [json.loads(line) for line in (scratch / run / "metadata.jsonl").open()] for run in ("plain", "ray")
+        )
         names = [row["file_name"] for row in other]
         files = sorted(f"pictures/{p.name}" for p in (scratch / "ray" / "pictures").iterdir())
-        result["pictures"], result["all_there_none_twice"] = len(one), sorted(names) == files == [r["file_name"] for r in one]
+        result["pictures"], result["all_there_none_twice"] = (
+            len(one),
+            sorted(names) == files == [r["file_name"] for r in one],
+        )
         result["metadata_equal"] = one == other
         differing = [n for n in names if (scratch / "plain" / n).read_bytes() != (scratch / "ray" / n).read_bytes()]
         result["pngs_that_differ"] = len(differing)

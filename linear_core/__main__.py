@@ -361,20 +361,22 @@ def run_check(args: argparse.Namespace) -> None:
     if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
         raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
     writer, parts = Writer([out]), []
-    tokens = (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
+    tokens = (
+        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
+    )
     with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
         for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
             part = replace(sample, seed=sample.seed + rows[0])
             parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
     found = joined(parts)
     names = [_describe(each.plan, info) for each in found]
-    about = {"model": info.name, "pictures": prompt.rows, "at_once": len(parts[0][0].kl), "dtype": str(model.decoder.dtype),
-             "device": str(model.decoder.device), "torch": torch.__version__, "linear": doctor.version(),
-             "names": list(prompt.names), **asdict(sample)}  # fmt: skip
+    at_once, dtype, device = len(parts[0][0].kl), str(model.decoder.dtype), str(model.decoder.device)
+    about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
+    about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
     _say(
-        f"{info.name}: {prompt.rows} pictures, {about['at_once']} at a time, guidance {sample.guidance:g}, seed "
-        f"{sample.seed}, {about['dtype'].removeprefix('torch.')} on {doctor.device_name(about['device'])}, torch "
-        f"{torch.__version__}, LineAR {about['linear']}"
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
+        f"{doctor.version()}"
     )
     for line in check_table(found, names):
         _say(line)
@@ -880,8 +882,12 @@ class Writer:
 
     def write_beside(self, path: Path, notes: dict[str, Any]) -> None:
         """A file of numbers beside the pictures, as JSON."""
+
+        def write(path: Path) -> None:
+            path.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+
         self.paths.append(path)
-        self._save(lambda path: path.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8"))
+        self._save(write)
 
     def _save(self, save: Callable[[Path], None]) -> None:
         path, self.count = self.paths[self.count], self.count + 1
@@ -1100,7 +1106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("check", run_check, parents, "the full cache against a few lines on your own model, with intervals")
     report = add("doctor", run_doctor, [], "what is installed and whether it works, to paste into a bug report")
-    report.add_argument("folder", nargs="*", help="model folders to look into (default: those of the ComfyUI around this)")
+    report.add_argument(
+        "folder", nargs="*", help="model folders to look into (default: those of the ComfyUI around this)"
+    )
     report.add_argument("--text-encoder", metavar="PATH", help="a text encoder to look at")
     report.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     report.add_argument(

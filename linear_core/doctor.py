@@ -46,8 +46,8 @@ from .plan import PRESETS, CachePlan
 from .prompts import Prompt, class_prompt
 
 MIB, GIB = 2**20, 2**30
-PACKAGES = ("torch", "numpy", "pillow", "safetensors", "tqdm", "transformers", "sentencepiece", "tokenizers", "requests",
-            "triton", "triton-windows", "ray", "pyarrow")  # fmt: skip
+PACKAGES = ("torch", "numpy", "pillow", "safetensors", "tqdm", "transformers", "sentencepiece", "tokenizers",
+            "requests", "triton", "triton-windows", "ray", "pyarrow")  # fmt: skip
 SETTINGS = (SWITCH, "LINEAR_STEP", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF",
             "CUDA_VISIBLE_DEVICES", "PYTORCH_ENABLE_MPS_FALLBACK")  # fmt: skip
 SECONDS = 10.0  # that the self-test takes at most, but for what it is doing then
@@ -62,6 +62,7 @@ def report(
     dtype: torch.dtype,
     versions: dict[str, str] | None = None,
     encoders: Iterable[Path] = (),
+    test: bool = True,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """The lines of the report, as they are found.
@@ -70,6 +71,7 @@ def report(
     device    what models compute on, and `dtype`, in what
     versions  of what is around the core, such as ComfyUI
     encoders  files and folders of text encoders
+    test      whether to run the self-test
     tick      called again and again during the self-test; may raise to end it
     """
     folders = [Path(folder) for folder in folders]
@@ -79,7 +81,7 @@ def report(
         _usable(device, dtype),
         _models(folders, dtype),
         _encoders(encoders),
-        self_test(device, dtype, tick),
+        self_test(device, dtype, tick) if test else iter(["self-test: not run"]),
     )
     for part in parts:
         for line in part:
@@ -136,7 +138,7 @@ def version() -> str:
 def _device(device: str, dtype: torch.dtype) -> Iterator[str]:
     free = free_memory()
     memory = f", {free / GIB:.1f} GiB of memory free" if free else ""
-    yield f"CPU: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{memory}"
+    yield f"CPU: {_processor()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}{memory}"
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(number)
@@ -173,7 +175,8 @@ def _usable(device: str, dtype: torch.dtype) -> Iterator[str]:
     graphs = "can be used" if where.type == "cuda" else f"cannot be used, they need cuda and this runs on {where.type}"
     yield f"CUDA graphs: {graphs}; on by themselves: {'yes' if wins('graph', gpu, 2) else 'no'}"
     if where.type == "cpu":
-        yield f"packed matrices (oneDNN): {'yes' if available() else 'no, this PyTorch has none; steps take twice as long'}"
+        slow = "no, this PyTorch has none; steps take twice as long"
+        yield f"packed matrices (oneDNN): {'yes' if available() else slow}"
 
 
 def _models(folders: list[Path], dtype: torch.dtype) -> Iterator[str]:
@@ -246,7 +249,8 @@ def self_test(device: str, dtype: torch.dtype, tick: Callable[[], None] = lambda
 
 def _draw(model: ImageModel, started: float, tick: Callable[[], None]) -> Iterator[str]:
     info, decoder, plan, run = model.info, model.decoder, PRESETS["Balanced"], Run()
-    prompt, seen = class_prompt([class_label(info, CLASS)]), []
+    prompt = class_prompt([class_label(info, CLASS)])
+    seen: list[Tensor] = []
     compared = LINES * info.grid.cols  # tokens whose logits are kept
 
     def step(*given: Any) -> Tensor:
@@ -267,7 +271,8 @@ def _draw(model: ImageModel, started: float, tick: Callable[[], None]) -> Iterat
     )
     picture = decode(model.tokenizer, run.tokens)
     spread = float(picture.std())
-    yield f"  its pixels spread by {spread:.2f} ({'fine' if 0.02 < spread < 0.6 else 'WRONG, it should be 0.02 to 0.6'})"
+    wrong = "WRONG, it should be 0.02 to 0.6"
+    yield f"  its pixels spread by {spread:.2f} ({'fine' if 0.02 < spread < 0.6 else wrong})"
     apart = _apart(model, prompt, run.tokens, plan, seen, tick)
     limit = TOLERANCE.get(decoder.dtype, 0.5)
     yield (

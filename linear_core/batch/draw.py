@@ -235,7 +235,9 @@ def usual_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def draw_here(job: Job, batches: Sequence[list[Picture]], tell: Callable[[str], None]) -> Iterator[list[Drawn | Skipped]]:
+def draw_here(
+    job: Job, batches: Sequence[list[Picture]], tell: Callable[[str], None]
+) -> Iterator[list[Drawn | Skipped]]:
     """Draw all batches in this process, one after the other."""
     drawer = Drawer(job, tell)
     for batch in batches:

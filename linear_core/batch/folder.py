@@ -72,8 +72,8 @@ class Folder:
         for key, wanted in (("prompt", prompt), ("seed", seed)):
             if row.get(key) != wanted:
                 raise UserError(
-                    f"out: in {self.path}, {name} has the {key} {quoted(str(row.get(key)))}, but the file of prompts now "
-                    f"says {quoted(str(wanted))}; choose another folder."
+                    f"out: in {self.path}, {name} has the {key} {quoted(str(row.get(key)))}, but the file of prompts "
+                    f"now says {quoted(str(wanted))}; choose another folder."
                 )
         return True
 
@@ -173,7 +173,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The metadata of the pictures that are there. A last line that was cut off is taken off, so that more can follow."""
+    """The metadata of the pictures that are there. A last line that was cut off goes, so that more can follow."""
     file = path / METADATA
     if not file.exists():
         return {}
