@@ -12,7 +12,7 @@ from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from . import host
 from .inputs import checked
-from .live import COMPARE, SIZE, draw, report
+from .live import COMPARE, SIZE, draw, report, resolve
 from .sockets import CACHE, MODEL, PROMPT, Model
 
 OWN = -1  # in place of a number: what the model was published with
@@ -87,13 +87,13 @@ class Compare(io.ComfyNode):
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
-        if not cache.evicts(info.grid):
-            raise UserError("cache: it keeps every line, so both runs would be the same; choose a smaller budget.")
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
-        cache.check(info.grid)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        cache = resolve(model, cache, sample, prompt)
+        if not cache.evicts(info.grid):
+            raise UserError("cache: it keeps every line, so both runs would be the same; choose a smaller budget.")
         (full, few), begun, shown = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
         pictures = [model.pictures(run.tokens) for run in (full, few)]
         shown["linear_ar_pairs"] = [

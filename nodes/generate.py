@@ -12,7 +12,7 @@ from ..linear_core.events import codebooks_of
 from ..linear_core.plan import AUTO, CachePlan
 from ..linear_core.prompts import Prompt
 from .inputs import checked
-from .live import VIEW, draw, first_rows, kept_codes
+from .live import VIEW, draw, first_rows, kept_codes, resolve
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -173,9 +173,9 @@ class Generate(io.ComfyNode):
         above, own_seed = _above(tokens, keep_rows, view, model)
         seed = seed if own_seed is None else own_seed
         sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, drafts=drafts, **asked)
-        cache.check(info.grid)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        cache = resolve(model, cache, sample, prompt)
         node = cls.hidden.unique_id
         (run,), _, shown = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
         return io.NodeOutput(

@@ -55,6 +55,14 @@ def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
     return (2 * prompt.rows, prompt.max_length) if sample.guided else (prompt.rows, prompt.length)
 
 
+def resolve(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt) -> CachePlan:
+    """The plan with its budget in lines of the picture, now that model and batch are known; checked."""
+    rows, places = _sequences(sample, prompt)
+    plan = plan.resolve(model.image.decoder.cache_shape(places), model.image.info.grid, rows)
+    plan.check(model.image.info.grid)
+    return plan
+
+
 def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
     """The event that describes a run. `at_once` of its images are in the cache together, by default all."""
     decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows

@@ -372,6 +372,39 @@ export function cacheBytes(shape, grid, plan, sequences) {
   return plan.storage === "int8" ? heads * slots * (shape.head_dim + shape.bytes_per_element) + line : heads * shape.head_dim * slots * shape.bytes_per_element;
 }
 
+/** A preset, or settings of one's own, with the budget of the two widgets below in its place: nodes/plan.py.
+ * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
+ * @param {P} plan @param {string} unit  lines, share or MiB @param {number} amount  0: the plan's own @returns {P} */
+export const withBudget = (plan, unit, amount) =>
+  amount > 0 && plan.policy !== "full" ? { ...plan, [{ share: "share", MiB: "mib" }[unit] ?? "budget"]: amount } : plan;
+
+/**
+ * The plan with its budget in lines, as CachePlan.resolve has it; a test holds the two equal. Its budget is 0 where the
+ * memory is not enough for one line.
+ * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
+ * @param {Parameters<typeof cacheBytes>[0]} shape @param {{ rows: number, stride: number }} grid @param {P} plan
+ * @param {number} sequences @returns {P}
+ */
+export function resolved(shape, grid, plan, sequences) {
+  if (plan.policy === "full" || !(plan.share || plan.mib)) return plan;
+  const inLines = (/** @type {number} */ budget) => ({ ...plan, budget, share: 0, mib: 0 });
+  if (plan.share) return inLines(Math.max(1, toEven(plan.share * grid.rows)));
+  let lines = grid.rows;
+  while (lines > 0 && cacheBytes(shape, grid, inLines(lines), sequences) > (plan.mib ?? 0) * MIB) lines--;
+  return inLines(lines);
+}
+
+/** Rounded as Python does: halves to the even number. @param {number} x */
+const toEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
+
+/** "4 of 24 lines (1/6)"; "" where everything is kept. @param {{ policy: string, budget: number }} plan @param {{ rows: number }} grid */
+export function budgetText(plan, grid) {
+  if (plan.policy === "full" || plan.budget + 1 >= grid.rows) return "";
+  const times = grid.rows / plan.budget;
+  const share = Number.isInteger(times) ? `1/${times}` : `${Math.round(100 / times)} %`;
+  return `${plan.budget} of ${grid.rows} lines (${share})`;
+}
+
 /**
  * Bytes of a run beside the weights, as linear_core.loop.memory.run_bytes has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, group?: number, codes: number, device: string }} model
