@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def plain(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def halves(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     edges = [args.pictures * i // args.workers for i in range(args.workers + 1)]
-    parts = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [range(a, b) for a, b in pairwise(edges)]
     running = [start(command(args, scratch, part, scratch / f"part-{part.start}"), 1) for part in parts]
     for process in running:
         wait(process)

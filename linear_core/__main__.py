@@ -419,7 +419,7 @@ def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan
     """The plan of the options; without any, those presets that the model can be drawn with."""
     names = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
     if args.preset != "Balanced" or any(getattr(args, name) is not None for name in names):
-        return [_cache_plan(args)]
+        return [_planned(args, info, args.at_once or CHECKED_AT_ONCE)]
     found = []
     for plan in PRESETS.values():
         with suppress(UserError):
@@ -479,7 +479,7 @@ def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
     files, sample = _files(args), _sample_plan(args, info)
     return batch_draw.Job(
         files=ModelFiles(files.decoder.absolute(), files.tokenizer.absolute()),
-        plan=_cache_plan(args),
+        plan=_planned(args, info, args.at_once or BATCH),
         sample=replace(sample, drafts=max(sample.drafts, 0)),  # none by itself: all batches are to be drawn alike
         grid=_grid(args),
         pixels=_pixels(args),
@@ -726,6 +726,13 @@ def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
         prompt = model.class_prompt(args.classes or _demo_classes(model.info))
     model.check(prompt)
     return prompt.repeat(args.images)
+
+
+def _planned(args: argparse.Namespace, info: ModelInfo, images: int) -> CachePlan:
+    """The plan of the options with its budget in lines, or as a share of a pyramid, for so many images at once."""
+    rows = images * (2 if _sample_plan(args, info).guided else 1)
+    shape = info.cache_shape(_dtype(args, _device(args)))
+    return _cache_plan(args).resolve(shape, info.pyramid or info.grid, rows)
 
 
 def _at_once(args: argparse.Namespace, otherwise: list[str]) -> int:
