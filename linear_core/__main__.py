@@ -382,7 +382,7 @@ def run_check(args: argparse.Namespace) -> None:
             parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
     found = joined(parts)
     names = [_describe(each.plan, info) for each in found]
-    at_once, dtype, device = len(parts[0][0].kl), str(model.decoder.dtype), str(model.decoder.device)
+    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
     about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
     about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
     _say(

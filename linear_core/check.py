@@ -163,8 +163,10 @@ def _forced(model: ImageModel, prompt: Prompt, tokens: Tensor, plan: CachePlan) 
 
 
 def usual_classes(info: ModelInfo, count: int) -> list[str]:
-    """Classes from all over the model's, by number."""
-    return [str(i * info.config.classes // count) for i in range(min(count, info.config.classes))]
+    """Classes from all over the model's, by name where it has names."""
+    count = min(count, info.config.classes)
+    numbers = [i * info.config.classes // count for i in range(count)]
+    return [info.classes[number] if info.classes else str(number) for number in numbers]
 
 
 def half_width(values: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from linear_core.__main__ import main
@@ -26,6 +26,16 @@ from linear_core.plan import PRESETS
 CLASSES = ["desert day", "alpine dawn", "ocean dusk", "alpine dawn", "winter snow"]
 
 
+@pytest.fixture(scope="module")
+def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed run leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "prompts.txt").write_text("\n".join(CLASSES))
+    asked = ["--model", str(small_model), "--device", "cpu", "--at-once", "2", "--seed", "5", "--codes"]
+    assert main(["batch", str(folder / "prompts.txt"), *asked, "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
@@ -37,7 +47,7 @@ def prompts(tmp_path: Path) -> Path:
 def command(small_model: Path, prompts: Path) -> Callable[..., int]:
     def run(out: Path, *more: str, file: Path = prompts) -> int:
         asked = ["batch", str(file), "--model", str(small_model), "--device", "cpu", "--at-once", "2", "--seed", "5"]
-        return main([*asked, "--out", str(out), *more])
+        return main([*asked, "--codes", "--out", str(out), *more])
 
     return run
 
@@ -54,32 +64,26 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
 
 
-def test_pictures_are_those_of_generate(
-    command: Callable[..., int], small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_are_those_of_generate(whole: Path, small_model: Path, tmp_path: Path) -> None:
     """Picture n of a file is what `generate` draws for the same class with seed + n, and says so of itself."""
-    out = tmp_path / "out"
-    assert command(out, "--codes") == 0
-    assert "5 pictures in" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (whole / "metadata.jsonl").read_text().splitlines()]
     assert [(row["row"], row["prompt"], row["seed"]) for row in rows] == [
         (i + 1, c, 5 + i) for i, c in enumerate(CLASSES)
     ]
     assert all(len(row["codes"]) == 64 for row in rows) and rows[1]["codes"] != rows[3]["codes"]
-    assert len(list((out / "pictures").iterdir())) == len(rows)
+    assert len(list((whole / "pictures").iterdir())) == len(rows)
     asked = ["generate", str(small_model), "--class", CLASSES[3], "--seed", "8", "--size", "0", "--device", "cpu"]
     assert main([*asked, "--drafts", "0", "--out", str(tmp_path / "one.png")]) == 0
-    ours, alone = Image.open(out / rows[3]["file_name"]), Image.open(tmp_path / "one.png")
+    ours, alone = Image.open(whole / rows[3]["file_name"]), Image.open(tmp_path / "one.png")
     assert ours.tobytes() == alone.tobytes() and json.loads(ours.text["linear"]) == json.loads(alone.text["linear"])
 
 
 @pytest.mark.parametrize("moment", ["picture", "row", "end"])
 def test_a_run_that_was_killed_goes_on(
-    moment: str, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, whole: Path, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the pictures of a batch, in the middle of a row, or at the end: only what is missing is drawn."""
-    whole, out, drawn = tmp_path / "whole", tmp_path / "out", []
-    assert command(whole) == 0
+    out, drawn = tmp_path / "out", []
     write, calls = folder._write, []
 
     def killed(path: Path, content: bytes) -> None:
@@ -109,7 +113,11 @@ def test_a_run_that_was_killed_goes_on(
 
 
 def test_a_full_disk_loses_nothing(
-    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: Path,
+    command: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write = folder._write
 
@@ -122,8 +130,7 @@ def test_a_full_disk_loses_nothing(
     assert command(tmp_path / "out") == 2
     assert "000004.png: No space left on device" in capsys.readouterr().err
     monkeypatch.setattr(folder, "_write", write)
-    assert command(tmp_path / "out") == 0 and command(tmp_path / "whole") == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert command(tmp_path / "out") == 0 and contents(tmp_path / "out") == contents(whole)
 
 
 def test_a_bad_row_is_reported_and_the_others_are_drawn(
@@ -169,11 +176,11 @@ def test_bad_options_are_one_sentence_and_write_nothing(
 
 
 def test_a_folder_of_another_run_is_refused(
-    command: Callable[..., int], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, command: Callable[..., int], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Other settings, other prompts, pictures of something else, a run that is going on, a file: all is left as it is."""
+    """Other settings or prompts, pictures of something else, a run that is going on: all is left as it is."""
     out = tmp_path / "out"
-    assert command(out) == 0
+    shutil.copytree(whole, out)
     before = contents(out)
 
     def refused(words: str, *more: str, place: Path = out) -> None:
@@ -200,13 +207,12 @@ def test_a_folder_of_another_run_is_refused(
     refused("line 1 of")
 
 
-def test_rows_that_are_added_are_drawn(command: Callable[..., int], prompts: Path, tmp_path: Path) -> None:
+def test_rows_that_are_added_are_drawn(whole: Path, command: Callable[..., int], prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prompts.write_text("\n".join(CLASSES[:3]))
     assert command(out) == 0
     prompts.write_text("\n".join(CLASSES))
-    assert command(out) == 0 and command(tmp_path / "whole") == 0
-    assert contents(out) == contents(tmp_path / "whole")
+    assert command(out) == 0 and contents(out) == contents(whole)
 
 
 # -- batches, wherever they are drawn ----------------------------------------------------------------------------------
