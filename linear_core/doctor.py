@@ -62,7 +62,6 @@ def report(
     dtype: torch.dtype,
     versions: dict[str, str] | None = None,
     encoders: Iterable[Path] = (),
-    test: bool = True,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """The lines of the report, as they are found.
@@ -71,7 +70,6 @@ def report(
     device    what models compute on, and `dtype`, in what
     versions  of what is around the core, such as ComfyUI
     encoders  files and folders of text encoders
-    test      whether to run the self-test
     tick      called again and again during the self-test; may raise to end it
     """
     folders = [Path(folder) for folder in folders]
@@ -81,7 +79,7 @@ def report(
         _usable(device, dtype),
         _models(folders, dtype),
         _encoders(encoders),
-        self_test(device, dtype, tick) if test else iter(["self-test: not run"]),
+        self_test(device, dtype, tick),
     )
     for part in parts:
         for line in part:

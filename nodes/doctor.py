@@ -23,34 +23,25 @@ class Doctor(io.ComfyNode):
             "what is wrong with it, and a self-test of ten seconds. Paste its text into a bug report; it names no "
             "folders of yours.",
             search_aliases=["bug report", "diagnose", "versions", "self-test", "troubleshoot", "linear"],
-            inputs=[
-                io.Boolean.Input(
-                    "self_test",
-                    default=True,
-                    tooltip="Also draw with the bundled model on your device, for about ten seconds.",
-                ),
-            ],
             outputs=[io.String.Output(display_name="report", tooltip="The report, as shown on the node.")],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     @checked
-    def execute(cls, self_test: bool) -> io.NodeOutput:
+    def execute(cls) -> io.NodeOutput:
         lines = doctor.report(
             map(Path, host.folders()),
             device=host.device_type(),
             dtype=host.compute_dtype(),
             versions=host.versions(),
             encoders=files.text_encoder_paths(),
-            test=self_test,
             tick=host.stop_if_asked,
         )
         text = "\n".join(lines)
         return io.NodeOutput(text, ui={"text": [text]})
 
     @classmethod
-    def fingerprint_inputs(cls, self_test: bool | None = True) -> int:
+    def fingerprint_inputs(cls) -> int:
         """It runs every time: what it tells of may have changed."""
         return time.time_ns()

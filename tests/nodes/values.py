@@ -53,6 +53,7 @@ GRAPH: dict[str, dict[str, Any]] = {
         "guidance": 1.0, "temperature": -1.0, "top_k": -1, "top_p": -1.0, "batch_size": 1, "view": "",
     },
     "LineAR_DownloadModel": {"release": "vq_ds16_c2i", "with_needed": False},
+    "LineAR_Doctor": {},
 }  # fmt: skip
 WRONG = {
     "INT": ["three", None, {}, [1, 2, 3], float("nan"), float("inf")],
