@@ -265,9 +265,9 @@ def run_batch(args: argparse.Namespace) -> None:
     """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
     info = _checked(args, drawing=False)
     job = _job(args, info)
-    rows, skipped = read_table(args.prompts, args.column)
+    rows, bad = read_table(args.prompts, args.column)
     rows, unknown = batch_draw.check_rows(rows, info)
-    skipped += unknown
+    skipped = {each.number: each for each in [*bad, *unknown]}
     settings = as_settings(
         model=info.name,
         weight_bytes=info.weight_bytes,
@@ -285,22 +285,22 @@ def run_batch(args: argparse.Namespace) -> None:
         pictures = batch_draw.pictures_of(rows, job)
         left = [picture for picture in pictures if not folder.has(picture.name, picture.row.prompt, picture.seed)]
         batches = batch_draw.batches_of(left, args.at_once or BATCH, job)
-        if len(left) < len(pictures):
-            _say(f"{len(pictures) - len(left)} of {len(pictures)} pictures are there already")
+        if there := len(pictures) - len(left):
+            _say(f"{there} of {len(pictures)} pictures are there already")
         draw = batch_draw.draw_here(job, batches, _note) if args.ray is None else _over_ray(args, job, batches)
-        with tqdm(total=len(pictures), initial=len(pictures) - len(left), unit="picture", disable=None) as bar:
+        with tqdm(total=len(pictures), initial=there, unit="picture", disable=None) as bar:
             for done in draw if batches else ():
                 with STOP.waiting():
-                    skipped += folder.add(done)
-                    folder.skip(skipped)
+                    skipped |= {each.number: each for each in folder.add(done)}
                 bar.update(len(done))
-        folder.skip(skipped)
+        folder.skip(skipped.values())
         folder.close()
         _say(f"{len(folder.rows)} pictures in {args.out}")
-    for row in skipped[:BATCH]:
-        _say(f"row {row.number} of {args.prompts.name} was skipped: {row.reason}", sys.stderr)
-    if len(skipped) > BATCH:
-        _say(f"{len(skipped) - BATCH} more rows were skipped; {args.out / 'skipped.jsonl'} lists all.", sys.stderr)
+    told = [skipped[number] for number in sorted(skipped)]
+    for row in told[:BATCH]:
+        _note(f"row {row.number} of {args.prompts.name} was skipped: {row.reason}")
+    if len(told) > BATCH:
+        _note(f"{len(told) - BATCH} more rows were skipped; {args.out / 'skipped.jsonl'} lists all.")
 
 
 def run_plan(args: argparse.Namespace) -> None:

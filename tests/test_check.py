@@ -59,7 +59,7 @@ def test_divergence_of_a_picture_drawn_in_scales() -> None:
     logits = [torch.cat(list(forced_scales(decoder, quantizer, prompt, full.tokens, each)), 1) for each in (FULL, plan)]
     by_hand = torch.nn.functional.kl_div(*(x.log_softmax(-1) for x in logits[::-1]), reduction="none", log_target=True)
     torch.testing.assert_close(kl, by_hand.sum(-1).double().mean(1))
-    assert same.abs().max() == 0 and kl.min() > 1e-3
+    assert same.abs().max() == 0 and kl.min() > 1e-4
 
 
 def test_the_command_writes_a_table_a_sheet_and_numbers(

@@ -100,6 +100,7 @@ class Folder:
 
     def skip(self, rows: Iterable[Skipped]) -> None:
         """Note what is not drawn, in place of earlier notes."""
+        rows = sorted(rows, key=lambda row: row.number)
         lines = [json.dumps({"row": row.number, "reason": row.reason}, ensure_ascii=False) + "\n" for row in rows]
         if lines or (self.path / SKIPPED).exists():
             _write(self.path / SKIPPED, "".join(lines).encode())
