@@ -52,6 +52,7 @@ from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import (
     AUTO,
+    MAX_SEED,
     PRESETS,
     RELEASES,
     STORAGES,
@@ -59,6 +60,7 @@ from .plan import (
     CacheShape,
     SamplePlan,
     parse_budget,
+    parse_seeds,
     parse_share,
 )
 from .policies import POLICIES
@@ -127,8 +129,9 @@ def run_generate(args: argparse.Namespace) -> None:
             "model": model.info.name,
             "text" if model.info.text else "class": prompt.names[i],
             **asdict(plan),
-            **asdict(replace(sample, seed=sample.seed + i)),
+            **asdict(sample.select([i])),
         }
+        del notes["seeds"]  # `seed` is the picture's own
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
@@ -712,7 +715,12 @@ def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
     names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "drafts", "smooth")
     if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
         raise UserError(f"seed: {args.seed} is out of range; choose 0 to {MAX_SEED}.")
-    return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
+    given = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
+    if args.seeds is not None:
+        if args.seed is not None:
+            raise UserError("seeds: --seed is one for all; leave one of the two out.")
+        given["seeds"] = parse_seeds(args.seeds)
+    return replace(info.defaults, **given)
 
 
 def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
@@ -761,7 +769,9 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
-    rows = _at_once(args, _demo_classes(info) if drawing else ["one"]) * (2 if _sample_plan(args, info).guided else 1)
+    sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
+    sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
+    rows = _at_once(args, otherwise) * (2 if sample.guided else 1)
     plan = plan.resolve(info.cache_shape(_dtype(args, _device(args))), info.pyramid or info.grid, rows)
     if info.pyramid is None:
         plan.check(info.grid)
@@ -1080,6 +1090,7 @@ def _parser() -> argparse.ArgumentParser:
         "where that was measured to be faster (auto, the default; none has been measured yet)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="image i uses seed N + i (default: 0)")
+    group.add_argument("--seeds", metavar="LIST", help="a seed for each image instead, such as 3,7,100-103")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical: 2 to 5")
     group.add_argument(
         "--guidance-interval", type=int, metavar="TOKENS", help="image tokens after which guidance ends; -1: never"
