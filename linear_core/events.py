@@ -187,6 +187,7 @@ class Row:
     tokens_per_second  of all images together, for this line
     passes    forward passes of this line with drafts, mean over the parts of a batch; 0 without drafts
     accepted  share of the checked drafts that were right
+    side      rows and columns of this scale, for a page that came too late to be told of the run; empty: it is a line
     """
 
     run: str
@@ -210,6 +211,7 @@ class Row:
     passes: float = 0
     accepted: float = 0.0
     kind: str = "row"
+    side: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,7 @@ class Trace:
             stands=stands,
             passes=line.passes,
             accepted=round(line.accepted, 3),
+            side=run.sides[line.row] if run.sides else [],
         )
         self._shares, self._by_head, self._layered = share, line.by_head, layers
         self._rows.append(event)
@@ -443,12 +446,12 @@ class Kept(NamedTuple):
 
     list_index: int | None
     seed: int | None
-    sizes: tuple[int, int, int]  # images, rows, cols
+    sizes: tuple[int, ...]  # images, rows, cols; of scales images, tokens
     codes: list[int]
 
 
 def unpack_kept(text: str) -> list[Kept]:
-    """What the widget keeps of a node's runs, that of the run it shows first. web/state.js writes it.
+    """What the widget keeps of a node's runs, lines or scales, that of the run it shows first. web/state.js writes it.
 
     Of one run "codes", as `pack_codes` has them; of several "list index @ seed | codes ; ...". Raises ValueError for
     anything else.
@@ -459,6 +462,6 @@ def unpack_kept(text: str) -> list[Kept]:
         list_index, at, seed = which.partition("@")
         if bar and not (list_index.isdecimal() and at and seed.isdecimal() and int(seed) < 1 << 64):
             raise ValueError(f"'{which[:40]}' names no run")
-        sizes, numbers = unpack_codes(codes)
+        sizes, numbers = unpack_codes(codes) if codes.partition(":")[0].count("x") > 1 else unpack_scales(codes)
         kept.append(Kept(int(list_index), int(seed), sizes, numbers) if bar else Kept(None, None, sizes, numbers))
     return kept
