@@ -135,6 +135,7 @@ class Started:
     sides       rows and columns of each scale, if the picture is drawn in scales: `rows` is then their number, `cols`
                 and `stride` are those of the last one, and `lines` is the number of tokens that a head keeps. The cells
                 of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
+    state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
     """
 
     run: str
@@ -159,6 +160,7 @@ class Started:
     codebook: str = ""
     list_index: int = 0
     sides: list[list[int]] = field(default_factory=list)
+    state_bytes: int = 0
 
     @property
     def cells(self) -> int:
