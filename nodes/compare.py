@@ -12,7 +12,7 @@ from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from . import host
 from .inputs import checked
-from .live import COMPARE, SIZE, draw, report
+from .live import COMPARE, SIZE, draw, report, resolve
 from .loops import loop_of
 from .sockets import CACHE, MODEL, PROMPT, Model
 
@@ -90,13 +90,13 @@ class Compare(io.ComfyNode):
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
-        cache = loop.settled(cache, sample)
+        image.check(prompt)
+        prompt = prompt.repeat(batch_size)
+        cache = resolve(model, cache, sample, prompt)
         if not loop.evicts(cache):
             raise UserError(
                 f"cache: it keeps every {loop.unit}, so both runs would be the same; choose a smaller budget."
             )
-        image.check(prompt)
-        prompt = prompt.repeat(batch_size)
         (full, few), begun, shown, _ = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
         pictures = [model.pictures(run.tokens, loop.sides) for run in (full, few)]
         shown["linear_ar_pairs"] = [
