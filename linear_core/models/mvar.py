@@ -76,7 +76,7 @@ def scan(state: Tensor, x: Tensor, decay: Tensor, write: Tensor, read: Tensor) -
     """
     total = decay.cumsum(1)
     since = total.mT[..., None] - total.mT[..., None, :]  # R H T T: what decays between two tokens
-    later = torch.ones(since.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    later = torch.ones(since.shape[-2:], dtype=torch.bool, device=x.device).triu(diagonal=1)
     pairs = (read @ write.mT)[:, None] * since.masked_fill(later, float("-inf")).exp()
     y = torch.einsum("rhti,rihp->rthp", pairs, x) + torch.einsum("rtn,rhpn,rth->rthp", read, state, total.exp())
     left = (total[:, -1:] - total).exp()  # of each token after the last one
