@@ -132,7 +132,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # pictures
     "pictures.__init__": (set(), set()),
     "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
-    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy"}),
+    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),
     "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
     # files
     "checkpoints.__init__": (set(), set()),
@@ -322,6 +322,7 @@ SHARED = {
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
+    "nodes.loops",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room
