@@ -136,6 +136,7 @@ class Started:
                 and `stride` are those of the last one, and `lines` is the number of tokens that a head keeps. The cells
                 of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
     state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
+    beside      what the run on the left is, where it is another model's: its name; empty: the same with a full cache
     """
 
     run: str
@@ -161,6 +162,7 @@ class Started:
     list_index: int = 0
     sides: list[list[int]] = field(default_factory=list)
     state_bytes: int = 0
+    beside: str = ""
 
     @property
     def cells(self) -> int:

@@ -13,7 +13,7 @@ from ..linear_core.events import Line, Stage, detail, images_shown
 from ..linear_core.loop.drafts import window_size
 from ..linear_core.loop.generate import generate
 from ..linear_core.loop.memory import run_bytes, scales_run_bytes
-from ..linear_core.loop.scales import check_stop, generate_scales, scale_policy
+from ..linear_core.loop.scales import check_stop, generate_scales, scale_policy, with_cache
 from ..linear_core.pictures.preview import CanvasPreview, CanvasWorker, Preview, PreviewWorker
 from ..linear_core.plan import CachePlan, CacheShape, SamplePlan
 from ..linear_core.prompts import Prompt
@@ -133,6 +133,7 @@ class Scales:
         return self.pyramid.stages
 
     def settled(self, plan: CachePlan, sample: SamplePlan, stop_after: int = 0) -> CachePlan:
+        plan = with_cache(plan, self.model.image.decoder.cache_shape())
         scale_policy(plan, self.pyramid)
         check_stop(stop_after, self.pyramid)
         if sample.drafts > 0:
@@ -158,6 +159,7 @@ class Scales:
             "lines": plan.keeps(pyramid),
             "cache_bytes": shape.scales_bytes(pyramid, plan, sequences),
             "full_bytes": shape.scales_bytes(pyramid, FULL, sequences),
+            "state_bytes": shape.state_bytes(sequences),
             "sides": [list(side) for side in pyramid.sides],
         }
 

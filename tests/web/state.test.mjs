@@ -14,7 +14,7 @@ const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toStri
 const started = {
   kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
   detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB, codebook: "",
-  list_index: 0, sides: [], state_bytes: 0,
+  list_index: 0, sides: [], state_bytes: 0, beside: "",
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
@@ -168,7 +168,7 @@ test("scales: what is held of each, over the picture, and in words", () => {
   assert.equal(statusText(replay([pyramid, coarse, middle])), "scale 2/3 · 12 tok/s · cache 3 of 5 tokens · 5.1 MiB of 24.3 · ETA 2 s");
   assert.match(statusText(replay([{ ...pyramid, lines: 5, cache_bytes: pyramid.full_bytes }, coarse])), /^scale 1\/3 · 12 tok\/s · full cache · 24\.3 MiB/);
   const without = { ...pyramid, lines: 5, state_bytes: 3 * MIB, cache_bytes: 3 * MIB, full_bytes: 3 * MIB };
-  assert.match(statusText(replay([without, coarse])), /^scale 1\/3 · 12 tok\/s · no cache, a state of 3\.0 MiB/);
+  assert.match(statusText(replay([without, coarse])), /^scale 1\/3 · 12 tok\/s · no cache: a state of 3\.0 MiB/);
 });
 
 test("scales to keep travel as text, 8 bytes a token where they need it", () => {
