@@ -588,5 +588,5 @@ export function memoryText(bytes, full, weights, fitting, images, unknown = [], 
   if (fitting === 0) parts.push("too little memory is free for one picture");
   else if (!fits) parts.push(`room for ${fitting} of ${images} pictures at once`);
   else if (fitting !== null) parts.push(`room for ${fitting >= most ? `${most} pictures or more` : fitting === 1 ? "one picture" : `${fitting} pictures`} at once`);
-  return { text: parts.join(" · "), fits, share: bytes / full };
+  return { text: parts.join(" · "), fits, share: state ? 0 : bytes / full };
 }

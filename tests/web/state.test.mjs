@@ -169,6 +169,7 @@ test("scales: what is held of each, over the picture, and in words", () => {
   assert.match(statusText(replay([{ ...pyramid, lines: 5, cache_bytes: pyramid.full_bytes }, coarse])), /^scale 1\/3 · 12 tok\/s · full cache · 24\.3 MiB/);
   const without = { ...pyramid, lines: 5, state_bytes: 3 * MIB, cache_bytes: 3 * MIB, full_bytes: 3 * MIB };
   assert.match(statusText(replay([without, coarse])), /^scale 1\/3 · 12 tok\/s · no cache: a state of 3\.0 MiB/);
+  assert.equal(hoverText(replay([without, coarse]), 0), "scale 1 of 3, 1 × 1 · no cache, so no token is held: a state joins the scales");
 });
 
 test("scales to keep travel as text, 8 bytes a token where they need it", () => {
@@ -249,6 +250,7 @@ test("memory before anything runs", () => {
   assert.deepEqual(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");
+  assert.deepEqual(memoryText(full, full, 0, 3, 1, [], 512, true), { text: "no cache: a state of 10.1 MiB · room for 3 pictures at once", fits: true, share: 0 });
   assert.match(memoryText(few, full, 0, 9, 1, ["batch_size"]).text, /^KV cache 2.1 MiB of 10.1 MiB a picture, −79 % · batch_size unknown until it runs · room for 9 pictures at once$/);
   assert.equal(memoryText(full, full, 0, null, 1, ["text", "batch_size"]).text, "KV cache 10.1 MiB a picture, everything kept · text and batch_size unknown until it runs");
 });
