@@ -812,7 +812,7 @@ class Slider extends Told {
     const { run } = this.state;
     ctx.font = "600 11px system-ui, sans-serif";
     ctx.textBaseline = "middle";
-    const words = ["full cache", (run && keptOf(run)) || "few lines"];
+    const words = [run?.beside || "full cache", (run && keptOf(run)) || (run?.beside ? "full cache" : "few lines")];
     const [wide, wideRight] = words.map((text) => ctx.measureText(text).width + 12);
     const label = (/** @type {string} */ text, /** @type {number} */ x, /** @type {number} */ y, /** @type {number} */ width) => {
       ctx.fillStyle = "rgb(0 0 0 / 0.6)";
@@ -921,7 +921,7 @@ class Memory {
       // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
       const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - weights;
       const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
-      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state?.length);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state);
     }
     if (this.status.textContent === memory.text) return;
     say(this.status, memory.text);
