@@ -100,15 +100,15 @@ class Compare(io.ComfyNode):
         cache = loop.settled(cache, sample)
         if not info.cached:
             raise UserError(
-                f"model: {info.name} keeps no cache, so there is no other to compare; connect it to 'beside', and VAR "
-                "here."
+                f"model: {info.name} keeps no cache, so there is no smaller one to compare; connect it to 'beside', "
+                "and a model with a cache here."
             )
         if beside is None and not loop.evicts(cache):
             raise UserError(
                 f"cache: it keeps every {loop.unit}, so both runs would be the same; choose a smaller budget."
             )
         if beside is not None:
-            _check(beside, model)
+            beside = _beside(beside.with_grid(prompt.grid), model)
             beside.image.check(prompt)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
@@ -126,14 +126,15 @@ class Compare(io.ComfyNode):
         return io.NodeOutput(*pictures, report(full, few, begun, label, other), ui=shown)
 
 
-def _check(beside: Model, model: Model) -> None:
-    """Raise UserError if the two models' pictures cannot be drawn side by side."""
+def _beside(beside: Model, model: Model) -> Model:
+    """`beside` with the tokenizer of `model`. Raises UserError if their pictures cannot be drawn side by side."""
     one, other = beside.image, model.image
     if (one.info.grid, one.info.pyramid) != (other.info.grid, other.info.pyramid) or one.codebook != other.codebook:
         raise UserError(
             f"beside: {one.info.name} draws other codes or sizes than {other.info.name}; connect a model with the same "
             "tokenizer and picture size."
         )
+    return replace(beside, image=replace(one, tokenizer=other.tokenizer), tokenizer=model.tokenizer)
 
 
 def _memory(model: Model, run: Run) -> str:

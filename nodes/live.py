@@ -95,8 +95,8 @@ class Live:
     """Sends a run to the page: row by row, or scale by scale, while it is generated, and as a whole afterwards.
 
     `beside` are the lines of another run, which grows meanwhile; the preview shows that one on the left. `name` is that
-    of its model, if it is another. `part` of
-    `parts`: a batch that does not fit is generated in parts, and the page sees each part as a run of its own.
+    of its model, if it is another. `part` of `parts`: a batch that does not fit is generated in parts, and the page
+    sees each part as a run of its own.
 
     decoded  the pictures that are shown, once the run has ended
     """
@@ -201,7 +201,7 @@ def draw(
 
     `beside` draws with the first plan instead; a model whose pictures have the same stages and codes.
     """
-    image, loop = model.image, loop_of(model)
+    loop = loop_of(model)
     models = [beside or model, *[model] * (len(plans) - 1)]
     name = beside.image.info.name if beside else ""
     networks = [model.decoder, model.tokenizer, *([beside.decoder] if beside else [])]
@@ -216,7 +216,8 @@ def draw(
         with micro_batches.watch(micro_batch):
             host.load(*networks, memory=needed(micro_batch.prompt.rows))
             sequences = _sequences(sample, micro_batch.prompt)[0]
-            graphs = _graphs(image.decoder, len(plans), sequences) if isinstance(loop, Lines) else []
+            decoders = [each.image.decoder for each in models]
+            graphs = _graphs(decoders, sequences) if isinstance(loop, Lines) else []
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
             drawing = [
                 loop_of(each).draw(micro_batch.prompt, plan, micro_batch.sample, upper, stop_after, **more)
@@ -264,13 +265,14 @@ def draw(
     return micro_batches.runs, trace.started, shown, decoded
 
 
-def _graphs(decoder: Any, runs: int, sequences: int) -> list[Graphs]:
-    """CUDA graphs for each run, if the environment asks for them or `linear_core/defaults.py` says that they win."""
+def _graphs(decoders: list[Any], sequences: int) -> list[Graphs]:
+    """CUDA graphs for each decoder's run, if the environment asks for them or `linear_core/defaults.py` says that they
+    win."""
     asked = os.environ.get(STEP, "auto")
     if asked not in ("auto", "eager", "graph"):
         raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
-    use = use_graphs(asked, decoder.device, sequences)
-    return [Graphs(decoder.step, evict, check) for _ in range(runs)] if use else []
+    use = use_graphs(asked, decoders[0].device, sequences)
+    return [Graphs(decoder.step, evict, check) for decoder in decoders] if use else []
 
 
 def _as_one(

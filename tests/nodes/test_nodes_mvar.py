@@ -73,7 +73,7 @@ def test_beside_a_model_with_a_cache(both, prompt, comfy):  # noqa: F811
 
 def test_what_cannot_be_compared(both, prompt):
     var, without = both
-    with pytest.raises(UserError, match="model: without keeps no cache, so there is no other to compare"):
+    with pytest.raises(UserError, match="model: without keeps no cache, so there is no smaller one"):
         run("Compare", model=without, prompt=prompt, cache=FEW, seed=5)
     (landscapes,) = run("LoadModel", model="landscapes (bundled)", tokenizer="automatic")
     with pytest.raises(UserError, match="beside: landscapes draws other codes or sizes than tiny"):
