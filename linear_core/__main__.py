@@ -42,7 +42,17 @@ from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
-from .plan import AUTO, PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
+from .plan import (
+    AUTO,
+    PRESETS,
+    RELEASES,
+    STORAGES,
+    CachePlan,
+    CacheShape,
+    SamplePlan,
+    parse_budget,
+    parse_share,
+)
 from .policies import POLICIES
 from .prompts import Prompt
 
@@ -98,6 +108,7 @@ def run_generate(args: argparse.Namespace) -> None:
     plan, sample, out = _cache_plan(args), _sample_plan(args, info), _out(args.out, info.name + ".png")
     model = _load(args)
     prompt = _prompt(args, model)
+    plan = _resolved(args, plan, model, prompt, sample)
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
     micro_batches = _micro_batches(args, prompt, sample, caches=1)
@@ -160,6 +171,7 @@ def run_compare(args: argparse.Namespace) -> None:
         raise UserError(f"size: {images} pictures at {args.size} pixels make too large a sheet; choose a lower --size.")
     model = _load(args)
     prompt = _prompt(args, model)
+    few = _resolved(args, few, model, prompt, sample)
     names = list(prompt.names)
     writer = Writer([out])
     micro_batches = _micro_batches(args, prompt, sample, caches=2)
@@ -248,10 +260,10 @@ def run_plan(args: argparse.Namespace) -> None:
     info = _checked(args, drawing=False)
     dtype = _dtype(args, _device(args))
     few, sample = _cache_plan(args), _sample_plan(args, info)
-    images = args.images * len(args.classes or args.texts or ["one"])
-    images = min(images, args.at_once or images)
+    images = _at_once(args, ["one"])
     rows = images * (2 if sample.guided else 1)
     shape = info.cache_shape(dtype)
+    few = few.resolve(shape, info.pyramid or info.grid, rows)
     weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
     if info.pyramid is None:
         what = f"{info.grid.rows} lines of {info.grid.stride} tokens"
@@ -271,9 +283,9 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
-        size = _planned_bytes(shape, info, plan, rows) / MIB
+        size = shape.cache_bytes(info.pyramid or info.grid, plan, rows) / MIB
         _say(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
-    saved = 1 - _planned_bytes(shape, info, few, rows) / _planned_bytes(shape, info, full, rows)
+    saved = 1 - size / (shape.cache_bytes(info.pyramid or info.grid, full, rows) / MIB)
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
@@ -349,10 +361,13 @@ def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
     return decode(model.tokenizer, (run.tokens if run.canvas is None else run.canvas)[rows])
 
 
-def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int) -> int:
-    if info.pyramid is not None:
-        return shape.scales_bytes(info.pyramid, plan, rows)
-    return shape.bytes(info.grid, plan.in_lines(info.grid), rows)
+def _resolved(
+    args: argparse.Namespace, plan: CachePlan, model: ImageModel, prompt: Prompt, sample: SamplePlan
+) -> CachePlan:
+    """The plan with its budget in lines, or as a share of a pyramid, now that it is known what is drawn at once."""
+    rows = min(prompt.rows, args.at_once or prompt.rows) * (2 if sample.guided else 1)
+    shape = model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)
+    return plan.resolve(shape, model.info.pyramid or model.info.grid, rows)
 
 
 def _draw(
@@ -477,8 +492,7 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: Sam
         if info.pyramid is not None:
             logits, hidden = info.config.logits, info.config.hidden
             return scales_run_bytes(shape, info.pyramid, plan, sequences * images, logits, hidden, device)
-        lines = plan.in_lines(info.grid)
-        return run_bytes(shape, info.grid, lines, sequences * images, info.config.codes, device, window)
+        return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
 
     if needed(1) > room:
         return "none"
@@ -510,13 +524,15 @@ def _with_size(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
     changes = {
         k: getattr(args, k)
-        for k in ("policy", "budget", "anchors", "recent", "release", "storage")
+        for k in ("policy", "anchors", "recent", "release", "storage")
         if getattr(args, k) is not None
     }
     if args.share is not None:
         if args.budget is not None:
             raise UserError("share: --budget says the same in lines; leave one of the two out.")
         changes["share"] = _share(args.share)
+    if args.budget is not None:
+        changes |= parse_budget(args.budget)
     plan = PRESETS[args.preset or "Balanced"]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
@@ -524,14 +540,11 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
 
 
 def _share(text: str) -> float:
-    """'1/6' or '0.17' as a number."""
-    above, _, below = text.partition("/")
+    """'1/6', '15%' or '0.17' as a number."""
     try:
-        if share := float(above) / float(below or 1):
-            return share
-    except (ValueError, ZeroDivisionError):
-        pass
-    raise UserError(f"share: {quoted(text)} is not a share; write it as 1/6 or 0.17.")
+        return parse_share(text)
+    except (ValueError, ArithmeticError):
+        raise UserError(f"share: {quoted(text)} is not a share; write it as 1/6, 15% or 0.17.") from None
 
 
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
@@ -554,6 +567,12 @@ def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
     return prompt.repeat(args.images)
 
 
+def _at_once(args: argparse.Namespace, otherwise: list[str]) -> int:
+    """How many images are drawn at once; `otherwise` are drawn where neither classes nor texts are asked for."""
+    images = args.images * len(args.classes or args.texts or otherwise)
+    return min(images, args.at_once or images)
+
+
 def _demo_classes(info: ModelInfo) -> list[str]:
     return [c for c in DEMO_CLASSES if c in info.classes] or ["0"]
 
@@ -574,11 +593,12 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
+    rows = _at_once(args, _demo_classes(info) if drawing else ["one"]) * (2 if _sample_plan(args, info).guided else 1)
+    plan = plan.resolve(info.cache_shape(_dtype(args, _device(args))), info.pyramid or info.grid, rows)
     if info.pyramid is None:
-        plan.in_lines(info.grid).check(info.grid)
+        plan.check(info.grid)
     else:
-        if info.cached:
-            scale_policy(plan, info.pyramid)
+        scale_policy(plan, info.pyramid)
         check_stop(args.stop_after, info.pyramid)
     if drawing:
         _files(args)
@@ -857,8 +877,13 @@ def _parser() -> argparse.ArgumentParser:
     group = cache.add_argument_group("cache", "default: the preset's values")
     group.add_argument("--preset", choices=list(PRESETS), help="default: Balanced, 4 lines")
     group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
-    group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that are kept")
-    group.add_argument("--share", metavar="SHARE", help="what is kept of a full cache, such as 1/6, instead of lines")
+    group.add_argument(
+        "--budget",
+        metavar="BUDGET",
+        help="how much is kept: lines of image tokens (4), a share of the full cache (1/6 or 15%%), or as much as fits "
+        "into so much memory for all images drawn at once (300MiB, 2GiB)",
+    )
+    group.add_argument("--share", metavar="SHARE", help="the same as --budget with a share, such as 1/6")
     group.add_argument("--anchors", type=int, metavar="TOKENS", help="number of first image tokens that always stay")
     group.add_argument("--recent", type=int, metavar="LINES", help="number of newest whole lines that always stay")
     group.add_argument(

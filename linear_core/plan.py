@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
 
-from .errors import UserError
+from .errors import UserError, quoted
 from .grid import Grid
 from .pyramid import Pyramid, Stages
 
 AUTO = -1  # drafts: by itself, where they were measured to win
+MIB = 2**20
+UNITS = {"kib": 2**10, "mib": MIB, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}  # bytes
 STORAGES = ("full", "int8")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
@@ -34,6 +41,8 @@ class CachePlan:
              replaced by the one chosen. All take the same memory.
     storage  "full": keys and values in the dtype they were computed in. "int8": complete lines in 8 bits.
     share    the budget as a share of what a full cache holds, 0 to 1, in place of lines. 0: `budget` says it
+    mib      the budget as MiB of keys and values of the whole batch, in place of lines: as many lines as fit. 0:
+             `budget` or `share` says it
     """
 
     policy: str = "line"
@@ -43,6 +52,7 @@ class CachePlan:
     release: str = "auto"
     storage: str = "full"
     share: float = 0.0
+    mib: float = 0.0
 
     def __post_init__(self) -> None:
         if self.release == "auto":
@@ -55,6 +65,10 @@ class CachePlan:
             raise UserError(f"recent: {self.recent} is negative; choose 0 or more.")
         if not 0 <= self.share <= 1:
             raise UserError(f"share: {self.share} is out of range; choose more than 0 and at most 1 (0: by lines).")
+        if not 0 <= self.mib or not isfinite(self.mib):
+            raise UserError(f"budget: {self.mib} MiB is out of range; choose more than 0 (0: by lines or share).")
+        if self.share and self.mib:
+            raise UserError("budget: it is stated both as a share and in MiB; leave one of the two out.")
         if self.release not in RELEASES:
             raise UserError(f"release: '{self.release}' is unknown; choose one of auto, {', '.join(RELEASES)}.")
         if self.storage not in STORAGES:
@@ -70,6 +84,36 @@ class CachePlan:
         if not self.share:
             return self
         return replace(self, budget=max(1, round(self.share * grid.rows)), share=0.0)
+
+    def resolve(self, shape: CacheShape, stages: Stages, rows: int) -> CachePlan:
+        """The same plan for `rows` sequences of such a model, with the budget in lines; of a pyramid, as a share.
+
+        Of MiB, the largest budget whose cache takes no more. Raises UserError if not even the smallest fits. A model
+        without a cache has nothing to evict, whatever the plan says.
+        """
+        if shape.state:
+            return CachePlan("full")
+        if not self.mib or self.policy == "full":
+            return self if isinstance(stages, Pyramid) else self.in_lines(stages)
+        most = stages.kept if isinstance(stages, Pyramid) else stages.rows
+
+        def keeping(count: int) -> CachePlan:
+            """So many lines, or tokens of a pyramid."""
+            if isinstance(stages, Pyramid):
+                return replace(self, share=count / max(most, 1), mib=0.0)
+            return replace(self, budget=count, mib=0.0)
+
+        def needed(count: int) -> int:
+            return shape.cache_bytes(stages, keeping(count), rows)
+
+        fitting = bisect_right(range(1, most + 1), self.mib * MIB, key=needed)
+        if not fitting:
+            what = "one scale" if isinstance(stages, Pyramid) else "one line"
+            raise UserError(
+                f"budget: {self.mib:.4g} MiB are not enough for {what} of {rows} sequences (pictures, twice with "
+                f"guidance), which takes {needed(1) / MIB:.4g} MiB; choose more, or draw fewer pictures at once."
+            )
+        return keeping(fitting)
 
     def lines(self, grid: Grid) -> int:
         """Lines of image tokens that each head has room for: the budget and the line being written.
@@ -125,6 +169,35 @@ class CachePlan:
                 f"budget: {self.budget} lines hold {self.budget * grid.stride} tokens, but {self.anchors} anchors and "
                 f"{self.recent} recent lines protect {protected}; raise the budget or lower anchors or recent."
             )
+
+
+def parse_budget(text: str) -> dict[str, Any]:
+    """The setting of CachePlan that a budget in the user's words means: "4" or "4 lines", "1/6", "0.17" or "15 %",
+    "300 MiB" or "2 GiB". Raises UserError for anything else.
+    """
+    words = text.strip().lower()
+    if found := re.fullmatch(r"(-?[0-9]{1,9})( ?lines?)?", words):
+        return {"budget": int(found[1])}
+    if found := re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?|\.[0-9]+) ?([kmg]i?b)", words):
+        if mib := float(found[1]) * UNITS[found[2]] / MIB:
+            return {"mib": mib}
+    else:
+        with suppress(ValueError, ArithmeticError):
+            return {"share": parse_share(words)}
+    raise UserError(
+        f"budget: {quoted(text)} is not a budget; write lines (4), a share of the full cache (1/6 or 15%) or memory "
+        "(300MiB or 2GiB)."
+    )
+
+
+def parse_share(text: str) -> float:
+    """A share such as "1/6", "15 %" or "0.17". Raises ValueError or ArithmeticError for anything else, 0 included."""
+    above, _, below = text.strip().partition("/")
+    if above.endswith("%") and not below:
+        above, below = above.removesuffix("%"), "100"
+    if share := float(above) / float(below or 1):
+        return share
+    raise ValueError(f"{text} is nothing")
 
 
 PRESETS = {
@@ -224,6 +297,12 @@ class CacheShape:
         if plan.policy in ACROSS_LAYERS and plan.keeps(pyramid) < pyramid.kept:
             held += held * (HEADROOM - 1) // 2
         return held + heads * plan.work_slots(pyramid) * self.head_dim * self.bytes_per_element
+
+    def cache_bytes(self, stages: Stages, plan: CachePlan, rows: int) -> int:
+        """Keys and values of the whole cache for `rows` sequences, whether they are drawn in lines or in scales."""
+        if isinstance(stages, Pyramid):
+            return self.scales_bytes(stages, plan, rows)
+        return self.bytes(stages, plan.in_lines(stages), rows)
 
     def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache for `rows` sequences, as allocated before the first token."""

@@ -13,7 +13,7 @@ from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from . import host
 from .inputs import checked
-from .live import COMPARE, MIB, SIZE, draw, report
+from .live import COMPARE, MIB, SIZE, draw, report, resolve
 from .loops import loop_of
 from .sockets import CACHE, MODEL, PROMPT, Model
 
@@ -97,21 +97,21 @@ class Compare(io.ComfyNode):
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
-        cache = loop.settled(cache, sample)
         if not info.cached:
             raise UserError(
                 f"model: {info.name} keeps no cache, so there is no smaller one to compare; connect it to 'beside', "
                 "and a model with a cache here."
             )
+        image.check(prompt)
+        if beside is not None:
+            beside = _beside(beside.with_grid(prompt.grid), model)
+            beside.image.check(prompt)
+        prompt = prompt.repeat(batch_size)
+        cache = resolve(model, cache, sample, prompt)
         if beside is None and not loop.evicts(cache):
             raise UserError(
                 f"cache: it keeps every {loop.unit}, so both runs would be the same; choose a smaller budget."
             )
-        if beside is not None:
-            beside = _beside(beside.with_grid(prompt.grid), model)
-            beside.image.check(prompt)
-        image.check(prompt)
-        prompt = prompt.repeat(batch_size)
         (full, few), begun, shown, _ = draw(
             model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id, beside=beside
         )

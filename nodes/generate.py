@@ -12,7 +12,7 @@ from ..linear_core.events import codebooks_of
 from ..linear_core.plan import AUTO, CachePlan
 from ..linear_core.prompts import Prompt
 from .inputs import checked
-from .live import VIEW, draw, kept_codes
+from .live import VIEW, draw, kept_codes, resolve
 from .loops import Lines, Scales, loop_of
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
@@ -189,9 +189,9 @@ class Generate(io.ComfyNode):
         above, own_seed = _above(tokens, keep_rows, view, model, loop)
         seed = seed if own_seed is None else own_seed
         sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, drafts=drafts, **asked)
-        cache = loop.settled(cache, sample, stop_after)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        cache = resolve(model, cache, sample, prompt, stop_after)
         node = cls.hidden.unique_id
         (run,), _, shown, decoded = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
         shares = run.shares if loop.sides else run.shares[:, :, : len(run.lines)]

@@ -56,6 +56,14 @@ def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
     return (2 * prompt.rows, prompt.max_length) if sample.guided else (prompt.rows, prompt.length)
 
 
+def resolve(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, stop_after: int = 0) -> CachePlan:
+    """The plan with its budget in lines, or as a share of scales, now that model and batch are known; checked."""
+    loop, (rows, places) = loop_of(model), _sequences(sample, prompt)
+    plan = plan.resolve(model.image.decoder.cache_shape(places), loop.of, rows)
+    loop.check(plan, sample, stop_after)
+    return plan
+
+
 def started(
     model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None, beside: str = ""
 ) -> Started:

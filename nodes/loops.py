@@ -13,7 +13,7 @@ from ..linear_core.events import Line, Stage, detail, images_shown
 from ..linear_core.loop.drafts import window_size
 from ..linear_core.loop.generate import generate
 from ..linear_core.loop.memory import run_bytes, scales_run_bytes
-from ..linear_core.loop.scales import check_stop, generate_scales, scale_policy, with_cache
+from ..linear_core.loop.scales import check_stop, generate_scales, scale_policy
 from ..linear_core.pictures.preview import CanvasPreview, CanvasWorker, Preview, PreviewWorker
 from ..linear_core.plan import CachePlan, CacheShape, SamplePlan
 from ..linear_core.prompts import Prompt
@@ -34,17 +34,16 @@ class Lines:
 
     def __init__(self, model: Model):
         self.model, self.grid = model, model.image.info.grid
+        self.of = self.grid
 
     @property
     def stages(self) -> int:
         """What the progress bar counts."""
         return self.grid.rows
 
-    def settled(self, plan: CachePlan, sample: SamplePlan, stop_after: int = 0) -> CachePlan:
-        """The plan as this model takes it. Raises UserError where something does not suit it."""
-        plan = plan.in_lines(self.grid)
+    def check(self, plan: CachePlan, sample: SamplePlan, stop_after: int = 0) -> None:
+        """Raise UserError where something does not suit the model."""
         plan.check(self.grid)
-        return plan
 
     def evicts(self, plan: CachePlan) -> bool:
         return plan.evicts(self.grid)
@@ -125,21 +124,19 @@ class Scales:
     def __init__(self, model: Model):
         pyramid = model.image.info.pyramid
         assert pyramid is not None
-        self.model, self.pyramid = model, pyramid
+        self.model, self.pyramid, self.of = model, pyramid, pyramid
         self.sides = pyramid.sides
 
     @property
     def stages(self) -> int:
         return self.pyramid.stages
 
-    def settled(self, plan: CachePlan, sample: SamplePlan, stop_after: int = 0) -> CachePlan:
-        plan = with_cache(plan, self.model.image.decoder.cache_shape())
+    def check(self, plan: CachePlan, sample: SamplePlan, stop_after: int = 0) -> None:
         scale_policy(plan, self.pyramid)
         check_stop(stop_after, self.pyramid)
         if sample.drafts > 0:
             name = self.model.image.info.name
             raise UserError(f"drafts: {name} draws a whole scale in one pass, and guesses nothing; set drafts to 0.")
-        return plan
 
     def evicts(self, plan: CachePlan) -> bool:
         return plan.keeps(self.pyramid) < self.pyramid.kept

@@ -720,6 +720,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "min(kept + 2, grid.rows)",
         "room for one line more than planned",
     ),
+    ("plan.py", "return keeping(fitting)", "return keeping(max(fitting - 1, 1))", "memory: holds less than fits"),
+    (
+        "plan.py",
+        "shape.cache_bytes(stages, keeping(count), rows)",
+        "shape.cache_bytes(stages, keeping(count), 1)",
+        "memory: is that of one sequence",
+    ),
     (
         "plan.py",
         "protected > self.budget * grid.stride",
@@ -770,7 +777,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         '    globals().setdefault("kept", []).append(cache)\n    noise = Noise(',
         "the cache outlives its run",
     ),
-    ("loop/generate.py", "plan.check(image_grid)", "pass", "a plan that does not fit is not refused"),
+    ("loop/generate.py", "    plan.check(grid)", "pass", "a plan that does not fit is not refused"),
     ("loop/generate.py", "@torch.inference_mode()\n", "", "gradients are recorded"),
     # -- drafts
     ("loop/drafts.py", ".cumprod(1).sum(1)", ".sum(1)", "drafts: a guess behind a wrong one is accepted"),

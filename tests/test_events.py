@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from linear_core import events
+from linear_core.errors import UserError
 from linear_core.events import (
     NONE,
     Finished,
@@ -463,6 +464,7 @@ def test_the_memory_line_is_the_formula():
     """web/state.js says of every preset, grid, pyramid and model what CacheShape and run_bytes say."""
     cases: list[list[Any]] = []
     few = [CachePlan("fold", share=0.1, storage="int8"), CachePlan("hack", share=0.4), CachePlan("adakv", share=0.3)]
+    few += [CachePlan("fold", mib=mib) for mib in (1, 9, 400)]
     for pyramid in (Pyramid.square(1, 2, 3, 4, 5, 6, 8, 10, 12), PYRAMIDS[2240], Pyramid.square(3)):
         for plan in [*PRESETS.values(), *few]:
             for rows, device, shape in product(
@@ -472,8 +474,13 @@ def test_the_memory_line_is_the_formula():
             ):
                 model = {**asdict(shape), "logits": 512, "hidden": 1024, "codes": 512, "device": device}
                 sizes = {"scales": [pyramid.size(0), pyramid.kept, pyramid.size(-1)]}
-                needed = scales_run_bytes(shape, pyramid, plan, rows, 512, 1024, device)
-                cases.append([model, sizes, asdict(plan), rows, [shape.scales_bytes(pyramid, plan, rows), needed]])
+                try:
+                    part = plan.resolve(shape, pyramid, rows)
+                except UserError:
+                    cases.append([model, sizes, asdict(plan), rows, 0])
+                    continue
+                needed = scales_run_bytes(shape, pyramid, part, rows, 512, 1024, device)
+                cases.append([model, sizes, asdict(plan), rows, [shape.scales_bytes(pyramid, part, rows), needed]])
     for shape in (
         CacheShape(8, 8, 32, 1, 4),
         CacheShape(36, 20, 64, 1, 2),
@@ -488,18 +495,29 @@ def test_the_memory_line_is_the_formula():
                 CachePlan("adakv", 11),
                 CachePlan("fold", 3, storage="int8"),
                 CachePlan("headkv", 3, storage="int8"),
+                CachePlan("fold", share=0.3),
+                CachePlan("adakv", mib=60, storage="int8"),
+                CachePlan("fold", mib=200),
             ]:
                 for rows in (1, 2, 16):
                     sizes = {"rows": grid.rows, "stride": grid.stride}
+                    try:
+                        lines = plan.resolve(shape, grid, rows)
+                    except UserError:
+                        # Not even one line fits: the page says 0.
+                        assert plan.mib and shape.bytes(grid, replace(plan, mib=0, budget=1), rows) > plan.mib * 2**20
+                        cases.append([{**asdict(shape), "codes": 1, "device": "cpu"}, sizes, asdict(plan), rows, 0])
+                        continue
                     for device in ("cpu", "cuda"):
                         model = {**asdict(shape), "codes": 1024, "device": device}
-                        ours = [shape.bytes(grid, plan, rows), run_bytes(shape, grid, plan, rows, 1024, device)]
+                        ours = [shape.bytes(grid, lines, rows), run_bytes(shape, grid, lines, rows, 1024, device)]
                         cases.append([model, sizes, asdict(plan), rows, ours])
     script = (
-        f"import {{ cacheBytes, runBytes }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
+        f"import {{ cacheBytes, resolved, runBytes }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
         "import { readFileSync } from 'node:fs';"
         "const cases = JSON.parse(readFileSync(0));"
-        "console.log(JSON.stringify(cases.map(([s, g, p, n]) => [cacheBytes(s, g, p, n), runBytes(s, g, p, n)])));"
+        "const sizes = (s, g, p, n) => p.budget && [cacheBytes(s, g, p, n), runBytes(s, g, p, n)];"
+        "console.log(JSON.stringify(cases.map(([s, g, p, n]) => sizes(s, g, resolved(s, g, p, n), n))));"
     )
     command = ["node", "--input-type=module", "-e", script]
     out = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True)

@@ -530,6 +530,42 @@ export function cacheBytes(shape, grid, plan, sequences) {
   return plan.storage === "int8" ? heads * slots * (shape.head_dim + shape.bytes_per_element) + line : heads * shape.head_dim * slots * shape.bytes_per_element;
 }
 
+/** A preset, or settings of one's own, with the budget of the two widgets below in its place: nodes/plan.py.
+ * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
+ * @param {P} plan @param {string} unit  lines, share or MiB @param {number} amount  0: the plan's own @returns {P} */
+export const withBudget = (plan, unit, amount) =>
+  amount > 0 && plan.policy !== "full" ? { ...plan, share: 0, mib: 0, [{ share: "share", MiB: "mib" }[unit] ?? "budget"]: amount } : plan;
+
+/**
+ * The plan with its budget in lines, of scales as a share, as CachePlan.resolve has it; a test holds the two equal. Its
+ * budget is 0 where the memory is not enough for one line, or one scale.
+ * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
+ * @param {Parameters<typeof cacheBytes>[0]} shape @param {Grid} grid @param {P} plan
+ * @param {number} sequences @returns {P}
+ */
+export function resolved(shape, grid, plan, sequences) {
+  if (shape.state) return { ...plan, policy: "full", budget: 4, share: 0, mib: 0 }; // no cache: nothing to evict
+  if (plan.policy === "full" || !(plan.share || plan.mib)) return plan;
+  const { scales } = grid;
+  const keeping = (/** @type {number} */ count) =>
+    scales ? { ...plan, budget: count && plan.budget, share: count / Math.max(scales[1], 1), mib: 0 } : { ...plan, budget: count, share: 0, mib: 0 };
+  if (plan.share) return scales ? plan : keeping(Math.max(1, toEven(plan.share * grid.rows)));
+  let count = scales ? scales[1] : grid.rows;
+  while (count > 0 && cacheBytes(shape, grid, keeping(count), sequences) > (plan.mib ?? 0) * MIB) count--;
+  return keeping(count);
+}
+
+/** "4 of 24 lines (1/6)", "43 of 255 tokens (1/6)"; "" where everything is kept.
+ * @param {{ policy: string, budget: number, share?: number }} plan @param {Grid} grid */
+export function budgetText(plan, grid) {
+  const [kept, all, unit] = grid.scales ? [keepsOf(plan, grid.scales), grid.scales[1], "tokens"] : [plan.budget, grid.rows, "lines"];
+  if (plan.policy === "full" || kept + (grid.scales ? 0 : 1) >= all) return "";
+  const times = Math.round(all / kept);
+  const exact = grid.scales ? toEven(all / times) === kept : all / kept === times; // a share is rounded to whole tokens
+  const share = exact ? `1/${times}` : `${Math.round((100 * kept) / all)} %`;
+  return `${kept} of ${all} ${unit} (${share})`;
+}
+
 /**
  * Bytes of a run beside the weights, as linear_core.loop.memory.run_bytes has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, group?: number, codes: number, logits?: number, hidden?: number, device: string }} model

@@ -82,8 +82,6 @@ def generate(
     """
     policy = get_policy(plan.policy)
     image_grid = prompt.grid or decoder.grid
-    plan = plan.in_lines(image_grid)
-    plan.check(image_grid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
@@ -93,6 +91,8 @@ def generate(
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
     grid = image_grid.after(rows.length)
     shape = decoder.cache_shape(rows.length)
+    plan = plan.resolve(shape, grid, rows.rows)
+    plan.check(grid)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
     cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads, static=static)
     rotate = partial(decoder.rotate_ahead, grid)

@@ -82,8 +82,6 @@ def generate_scales(
     """
     decoder = decoder.with_grid(prompt.grid)
     pyramid = decoder.pyramid
-    plan = with_cache(plan, decoder.cache_shape())
-    policy = scale_policy(plan, pyramid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
@@ -95,6 +93,8 @@ def generate_scales(
     tokens_given, scales_given = _check_given(given, images, pyramid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
+    plan = plan.resolve(decoder.cache_shape(), pyramid, rows.rows)
+    policy = scale_policy(plan, pyramid)
     cache = scale_cache(decoder, rows.rows, plan, policy)
     noise = Noise(sample.seed, images, decoder.digits * decoder.outcomes, device)
 
@@ -152,7 +152,7 @@ def forced_scales(
     """
     decoder = decoder.with_grid(prompt.grid)
     pyramid, state = decoder.pyramid, decoder.begin(prompt)
-    plan = with_cache(plan, decoder.cache_shape())
+    plan = plan.resolve(decoder.cache_shape(), pyramid, prompt.rows)
     cache = scale_cache(decoder, prompt.rows, plan, scale_policy(plan, pyramid))
     tokens = tokens.to(decoder.device)
     canvas = quantizer.empty(len(tokens), pyramid).to(decoder.device)
@@ -164,11 +164,6 @@ def forced_scales(
         first = pyramid.index(stage)
         drawn = tokens[:, first : first + pyramid.size(stage)].unflatten(1, pyramid.sides[stage])
         canvas = quantizer.add(pyramid, stage, drawn, canvas)
-
-
-def with_cache(plan: CachePlan, shape: CacheShape) -> CachePlan:
-    """The plan, if there is a cache; otherwise one that evicts nothing, whatever it said."""
-    return CachePlan("full") if shape.state else plan
 
 
 def scale_policy(plan: CachePlan, pyramid: Pyramid) -> Policy:

@@ -30,7 +30,7 @@ GRAPH: dict[str, dict[str, Any]] = {
     },
     "LineAR_LineCache": {
         "preset": "Custom", "preset.policy": "line", "preset.budget": 4, "preset.anchors": 4, "preset.recent": 2,
-        "preset.release": "auto", "preset.storage": "full", "memory": "",
+        "preset.release": "auto", "preset.storage": "full", "memory": "", "budget_in": "lines", "amount": 3.0,
     },
     "LineAR_ClassPrompt": {"model": "LineAR_LoadModel", "class_name": "alpine dawn", "more_classes": ""},
     "LineAR_TextPrompt": {
