@@ -129,7 +129,7 @@ def run_generate(args: argparse.Namespace) -> None:
         notes = {
             "model": model.info.name,
             "text" if model.info.text else "class": prompt.names[i],
-            **asdict(plan),
+            **(asdict(plan) if info.cached else {}),
             **asdict(sample.select([i])),
         }
         del notes["seeds"]  # `seed` is the picture's own
@@ -165,12 +165,14 @@ def run_generate(args: argparse.Namespace) -> None:
             raise
     finally:
         writer.tell()
-    _say(_summary(micro_batches.runs[0]))
+    _say(_summary(micro_batches.runs[0], info))
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
     info = _checked(args)
+    if not info.cached:
+        raise UserError(f"compare: {info.name} keeps no cache, so there is nothing to compare; use generate.")
     few, sample, out = (
         _cache_plan(args),
         _sample_plan(args, info),
@@ -223,8 +225,8 @@ def _write_comparison(
         kept = run.shares[:, shown - 1]
     kept = heatmap(kept, *_enlarged_size(below, size), below)
     rows = [
-        ("full cache", _measurements(full), pictures[0]),
-        (_describe(few, model.info), _measurements(run), pictures[1]),
+        ("full cache", _measurements(full, model.info), pictures[0]),
+        (_describe(few, model.info), _measurements(run, model.info), pictures[1]),
         (title, "bright: held by most layers and heads; dark: evicted", kept),
     ]
     writer.write_sheet(rows, names, size, notes)
@@ -329,6 +331,9 @@ def run_plan(args: argparse.Namespace) -> None:
     )
     _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
     _say(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
+    if not info.cached:
+        _tell_state(shape, info, sample, rows, args)
+        return
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
@@ -346,6 +351,19 @@ def run_plan(args: argparse.Namespace) -> None:
         )
     if info.own_tokenizer:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
+
+
+def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: int, args: argparse.Namespace) -> None:
+    """The rest of `plan` for a model without a cache."""
+    _say(f"{_state_words(shape.state_bytes(rows))}, the same at every scale and with every budget")
+    device = _device(args)
+    if (free := _free(device)) is not None:
+        room = free - library.decoder_bytes(info, _dtype(args, device))
+        count = _batch_size(shape, info, CachePlan("full"), sample, room, device.partition(":")[0])
+        _say(
+            f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
+            "larger batch in parts."
+        )
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -699,7 +717,7 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         changes["share"] = _share(args.share)
     if args.budget is not None:
         changes |= parse_budget(args.budget)
-    plan = PRESETS[args.preset]
+    plan = PRESETS[args.preset or "Balanced"]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
     return replace(plan, **changes)
@@ -796,6 +814,10 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
         if given:
             option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
             raise UserError(f"{option}: it does nothing here, as {info.name} draws {stage} by {stage}; leave it out.")
+    if not info.cached:
+        for name in ("preset", "policy", "budget", "share", "anchors", "recent", "release", "storage", "heatmap"):
+            if getattr(args, name, None) not in (None, False):
+                raise UserError(f"{name}: it does nothing here, as {info.name} keeps no cache; leave it out.")
     if not info.text:
         if args.texts:
             raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
@@ -1009,13 +1031,21 @@ def _cache_mib(run: Run) -> float:
     return run.lines[-1].cache_bytes / MIB
 
 
-def _measurements(run: Run) -> str:
-    return f"{_cache_mib(run):.1f} MiB of keys and values, {run.tokens_per_second:.0f} tokens/s"
+def _state_words(size: int) -> str:
+    """What is said instead of a cache's size, of a state of `size` bytes."""
+    return f"no cache: a state of {size / MIB:.1f} MiB"
 
 
-def _summary(run: Run) -> str:
+def _measurements(run: Run, info: ModelInfo) -> str:
+    size = f"{_cache_mib(run):.1f} MiB of keys and values" if info.cached else _state_words(run.lines[-1].cache_bytes)
+    return f"{size}, {run.tokens_per_second:.0f} tokens/s"
+
+
+def _summary(run: Run, info: ModelInfo) -> str:
     stage = "line" if run.canvas is None else "scale"
-    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
+    if not info.cached:
+        return f"{_measurements(run, info)}, {run.seconds:.1f} s"
+    text = f"{_measurements(run, info)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
     if not run.passes:
         return text
     return f"{text}, {run.passes:.0f} passes of {run.tokens_per_pass:.1f} tokens, {run.accepted:.0%} of drafts right"
@@ -1054,7 +1084,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
-    group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
+    group.add_argument("--preset", choices=list(PRESETS), help="default: Balanced, 4 lines")
     group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
     group.add_argument(
         "--budget",

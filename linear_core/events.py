@@ -138,6 +138,7 @@ class Started:
     seeds       of each image, between commas, where they are not seed, seed + 1, …; a text, as a page rounds numbers
                 beyond 2**53
     state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
+    beside      what the run on the left is, where it is another model's: its name; empty: the same with a full cache
     """
 
     run: str
@@ -164,6 +165,7 @@ class Started:
     sides: list[list[int]] = field(default_factory=list)
     seeds: str = ""
     state_bytes: int = 0
+    beside: str = ""
 
     @property
     def cells(self) -> int:

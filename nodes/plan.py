@@ -102,7 +102,8 @@ class LineCache(io.ComfyNode):
                     tooltip="Memory that the connected Generate node will allocate for keys and values: 2 × layers × "
                     "sequences × heads × head size × (prompt + lines × tokens per line) × bytes per number. Sequences: "
                     "the number of images, doubled by guidance. VAR and Infinity: the tokens kept in each layer, and "
-                    "room for one layer to draw the last scale.",
+                    "room for one layer to draw the last scale. M-VAR: no cache, but a state of the same size at every "
+                    "scale, whatever is chosen here.",
                     extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
                 ),
                 io.Combo.Input(

@@ -1286,6 +1286,18 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("models/var.py", ".clamp(max=LARGEST_SCALE)", "", "var: scores without a limit"),
     ("models/var.py", "scale, shift = state.head", "shift, scale = state.head", "var: the head's scale and shift"),
     ("models/var.py", "q = q * PLAIN_SCALE", "pass", "var: plain scores four times too large"),
+    ("models/mvar.py", "return query == key", "return query >= key", "mvar: one pass sees earlier scales"),
+    ("models/mvar.py", "diagonal=1", "diagonal=0", "mvar: a token does not read what it wrote"),
+    ("models/mvar.py", "before.copy_(after)", "pass", "mvar: nothing is carried"),
+    ("models/mvar.py", "x * skip[:, None]", "0", "mvar: no way past the scan"),
+    (
+        "models/mvar.py",
+        "self.norm(y.to(u.dtype))",
+        "self.norm((y / F.silu(upcast(gate))).to(u.dtype)) * F.silu(gate)",
+        "mvar: the gate comes after the norm",
+    ),
+    ("cache/carried_state.py", "torch.promote_types(dtype, torch.float32)", "dtype", "mvar: a state in half precision"),
+    ("checkpoints/families/mvar.py", "name.endswith(IN_FLOAT32)", "False", "mvar: decays in half precision"),
     ("tokenizers/pyramid.py", 'mode="bicubic"', 'mode="bilinear"', "pyramid: scales rise along straight lines"),
     (
         "tokenizers/pyramid.py",

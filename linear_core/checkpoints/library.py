@@ -26,7 +26,7 @@ from ..tokenizers.pyramid import read_config as read_pyramid_config
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, var
+from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, mvar, var
 from .weights import (
     NESTED,
     SUFFIXES,
@@ -39,7 +39,7 @@ from .weights import (
     read_weights,
 )
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, infinity.FAMILY)
+FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, mvar.FAMILY, infinity.FAMILY)
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
@@ -50,7 +50,7 @@ BUNDLED_SCALES = "landscapes_var"  # the same landscapes, drawn in scales
 WITHIN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 IN_FRONT = re.compile(
     r"(?:_?(?:model|module|state|dict|checkpoint|weights?|params?|ema|averaged|avg|shadow|student|forward|inner|base|raw"
-    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer|trainer|var|wo|ddp|fsdp|local))+"
+    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer|trainer|m?var|wo|ddp|fsdp|local))+"
 )
 MAX_IN_FRONT, MAX_WORD = 8, 64
 # Which of several state dicts LlamaGen's scripts take: sample_c2i.py for decoders; reconstruction_vq_ddp.py, for
@@ -313,8 +313,6 @@ def family_of(weights: Weights) -> Family:
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
     if "quantize.embedding.weight" in shapes or _decodes_bits(shapes):
         return "it looks like a VQ tokenizer"
-    if "pos_1LC" in shapes and any(".mamba." in k for k in shapes):
-        return "it looks like M-VAR, which remembers earlier scales in a Mamba state instead of a cache"
     if any(re.search(r"(?:^|\.)(?:diffusion_model|double_blocks|transformer_blocks)\.", k) for k in shapes):
         return "it looks like a diffusion model"
     if any(".lora_" in k for k in shapes):

@@ -48,14 +48,17 @@ def scales_run_bytes(
 ) -> int:
     """Bytes of cache, bookkeeping, the last scale's activations, settling, logits and noise, for `rows` sequences.
 
+    Without a cache, of the state that joins the scales instead.
+
     logits  of a token
     hidden  numbers of a token in the middle of a feed-forward block, where a pass is widest
     """
     held, slots, size = shape.scales_bytes(pyramid, plan, rows), plan.work_slots(pyramid), pyramid.size(-1)
-    bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4)
+    cached = not shape.state
+    bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4) if cached else 0
     activations = rows * size * hidden * (shape.bytes_per_element * 2 + 4)
     settling = 0
-    if plan.keeps(pyramid) < pyramid.kept and pyramid.stages > 1:
+    if cached and plan.keeps(pyramid) < pyramid.kept and pyramid.stages > 1:
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * slots**2)))
         pairs = slots**2 if plan.release == "fold" else 64 * slots
         settling = at_once * shape.heads * pairs * 4 * 3

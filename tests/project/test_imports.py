@@ -56,6 +56,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "cache.carried_state": ({"plan", "pyramid"}, TENSORS),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
     "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
@@ -75,6 +76,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "prompts.*",
             "cache.attention",
+            "cache.carried_state",
             "cache.line_cache",
             "cache.look_ahead",
             "cache.stage_cache",
@@ -112,6 +114,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "events",
             "plan",
             "pyramid",
+            "cache.carried_state",
             "cache.stage_cache",
             "cache.view",
             "policies",
