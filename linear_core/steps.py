@@ -12,6 +12,7 @@ LAST = TIMESTEPS - 1  # where published denoising starts
 SAFE_START = 950  # from here on, an error of the network's is no longer multiplied by hundreds
 SCHEDULES = ("linear", "constant")
 # Which slots are computed again, besides the new and the wanted ones. See cache/refresh.py.
+VALUE_LAYERS = 3  # of the decoder that compute all slots under the rule "values"
 RULES = ("oldest", "attention", "attention x age", "values", "nearest", "random")
 
 
@@ -121,6 +122,10 @@ class StepCachePlan:
         since = step - self.full_first + 1
         return since <= 0 or step >= steps - self.full_last or bool(self.full_every and since % self.full_every == 0)
 
+    def count(self, copies: int) -> int:
+        """Slots that are computed again in a step that is not full, if there are so many."""
+        return self.refresh + (copies if self.rule == "nearest" and self.refresh else 0)
+
     def keeps(self, steps: int) -> bool:
         """Whether anything is kept from step to step."""
         return not all(self.full(step, steps) for step in range(steps))
@@ -133,6 +138,21 @@ STEP_CACHES = {
     "MARché": StepCachePlan(64, "attention", full_every=0, full_first=2, full_last=0),
     "LazyMAR": StepCachePlan(48, "values", full_every=9, full_first=5, full_last=0),
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a picture takes.
+
+    full     whether each step computes everything
+    partial  slots that the decoder computes in the other steps, mean; 0: there are none
+    rows     slots times layers of the transformer, of all steps together, to compare one plan with another. Which slots
+             are computed again is taken to be even over the picture; attention, a few percent, is left out
+    """
+
+    full: tuple[bool, ...]
+    partial: float
+    rows: float
 
 
 @dataclass(frozen=True)
@@ -155,3 +175,23 @@ class StepCacheShape:
             return 0
         layers = self.encoder_layers + self.decoder_layers
         return 2 * layers * rows * self.heads * (self.slots + 1) * self.head_dim * self.bytes_per_element
+
+    def work(self, masked: MaskedPlan, plan: StepCachePlan, tokens: int) -> Work:
+        """What a picture of which nothing is given takes, with `tokens` of the slots."""
+        copies, known, passed = self.slots - tokens, 0, 0
+        full, rows, partial = [], 0.0, []
+        for step, after in enumerate(masked.known(tokens)):
+            new, wanted, count = known - passed, after - known, plan.count(copies)
+            whole = step == 0 or plan.full(step, masked.steps) or new + wanted + count >= self.slots
+            full.append(whole)
+            if whole:
+                rows += self.encoder_layers * (copies + known) + self.decoder_layers * self.slots
+            else:
+                by_values = plan.rule == "values" and count > 0
+                again = copies if by_values else count * (copies + passed) / (self.slots - new - wanted)
+                rows += self.encoder_layers * (new + again)
+                computed, all_of = new + wanted + count, min(VALUE_LAYERS, self.decoder_layers - 1) * by_values
+                rows += all_of * self.slots + (self.decoder_layers - all_of) * computed
+                partial.append(computed)
+            passed, known = known, after
+        return Work(tuple(full), sum(partial) / len(partial) if partial else 0.0, rows)

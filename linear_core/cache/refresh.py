@@ -25,7 +25,6 @@ from ..steps import StepCachePlan
 from .step_cache import StepCache
 
 LOOKS = frozenset({"attention", "attention x age"})  # rules that read attention
-LAYERS_OF_VALUES = 3  # of the decoder that compute all slots, before the values of the next one are compared
 
 
 def scores(plan: StepCachePlan, cache: StepCache, new: slice, places: Tensor, lot: Tensor) -> Tensor:
@@ -46,11 +45,6 @@ def scores(plan: StepCachePlan, cache: StepCache, new: slice, places: Tensor, lo
         return torch.cat([torch.full_like(lot[:, :copies], float("inf")), lot[:, copies:] - distance], 1)
     assert cache.mass is not None, plan.rule
     return cache.mass * (cache.age + 1) if plan.rule == "attention x age" else cache.mass
-
-
-def refresh_count(plan: StepCachePlan, copies: int) -> int:
-    """Slots that are computed again, if there are so many."""
-    return plan.refresh + (copies if plan.rule == "nearest" and plan.refresh else 0)
 
 
 def chosen(score: Tensor, count: int, taken: slice) -> Tensor:

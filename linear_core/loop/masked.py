@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..cache.refresh import LOOKS, chosen, refresh_count, scores
+from ..cache.refresh import LOOKS, chosen, scores
 from ..cache.step_cache import Rows, StepCache
 from ..errors import UserError
 from ..events import Step
@@ -236,7 +236,7 @@ class Masked:
         copies, images = decoder.config.copies, len(group.images)
         known, wanted = copies + group.known, group.drawn - group.known
         active = Active(known, wanted)
-        count = refresh_count(plan, copies)
+        count = plan.count(copies)
         whole = wanted + group.known - group.passed + count >= self.slots
         if cache is not None and group.passed >= 0 and not plan.full(step, self.plan.steps) and not whole:
             new = slice(copies + group.passed, known)

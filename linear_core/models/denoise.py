@@ -30,7 +30,7 @@ LARGEST_BETA = 0.999
 AHEAD_BYTES = 2**26  # of modulations that are computed at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two are the same only if they are one
 class Schedule:
     """The numbers of each denoising step, first to last, float32.
 

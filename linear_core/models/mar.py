@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache.look_ahead import upcast
-from ..cache.refresh import LAYERS_OF_VALUES
 from ..cache.step_cache import Rows, StepCache, put, take
 from ..errors import UserError
 from ..grid import Grid
 from ..prompts import Prompt
-from ..steps import StepCacheShape
+from ..steps import VALUE_LAYERS, StepCacheShape
 from .blocks import Ops
 from .denoise import EPS, Denoiser
 
@@ -314,7 +313,7 @@ class MAR(nn.Module):
         for number, block in enumerate(self.decoder_blocks):
             layer = self.config.layers + number
             q, k, v = block.project(x, self.dtype)
-            if active.choose is not None and number == min(LAYERS_OF_VALUES, len(self.decoder_blocks) - 1):
+            if active.choose is not None and number == min(VALUE_LAYERS, len(self.decoder_blocks) - 1):
                 assert cache is not None
                 extra = active.choose(layer, v)
                 _, chosen = self.rows(replace(active, extra=extra, choose=None), len(extra))
