@@ -155,7 +155,7 @@ def run_compare(args: argparse.Namespace) -> None:
     info = _checked(args)
     if info.masked is not None:
         raise UserError(
-            f"compare: {info.name} draws masked tokens, which need no cache; generate with --step-cache shows its effect."
+            f"compare: {info.name} draws masked tokens, which need no cache; `generate` with --step-cache keeps one."
         )
     few, sample, out = (
         _cache_plan(args),
@@ -262,8 +262,8 @@ def run_plan(args: argparse.Namespace) -> None:
     if info.masked is not None:
         c = info.config
         _say(
-            f"{info.name}: {c.tokens} tokens of {c.numbers} numbers, {c.layers} + {c.decoder_layers} layers, {c.heads} heads "
-            f"of {c.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
+            f"{info.name}: {c.tokens} tokens of {c.numbers} numbers, {c.layers} + {c.decoder_layers} layers, "
+            f"{c.heads} heads of {c.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
         )
         _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
         _say(f"{images} image{'s' * (images > 1)}{' with guidance' * sample.guided}: {rows} sequences in {dtype}")
@@ -1039,14 +1039,18 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     masked = argparse.ArgumentParser(add_help=False)
-    group = masked.add_argument_group("masked models (MAR)", "default: as published; everything is computed in each step")
+    group = masked.add_argument_group(
+        "masked models (MAR)", "default: as published; everything is computed in each step"
+    )
     group.add_argument("--steps", type=int, metavar="N", help="steps that a picture is drawn in (default: 64)")
     group.add_argument("--denoising", type=int, metavar="N", help="denoising steps of a token (default: 100)")
     group.add_argument(
         "--denoising-last", type=int, metavar="N", help="those of the last step's tokens, to which they fall (DiSA: 5)"
     )
     group.add_argument("--start", type=int, metavar="T", help="where denoising starts, up to 999 (default); DiSA: 950")
-    group.add_argument("--guidance-schedule", choices=SCHEDULES, help="guidance grows with what is known, or is constant")
+    group.add_argument(
+        "--guidance-schedule", choices=SCHEDULES, help="guidance grows with what is known, or is constant"
+    )
     group.add_argument(
         "--step-cache", default="Off", choices=list(STEP_CACHES),
         help="keys and values are kept from step to step, which saves time and takes memory (default: Off)",
@@ -1076,7 +1080,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
     drawing = add("generate", run_generate, parents, "draw images")
     drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
-    drawing.add_argument("--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept")
+    drawing.add_argument(
+        "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
+    )
     drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     add("plan", run_plan, [model, cache, sample, masked], "memory of the cache, without loading a model")

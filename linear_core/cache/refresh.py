@@ -11,9 +11,9 @@ has to beat, and LazyMAR's (arXiv 2503.12450).
     oldest           the longest not computed; of equal age, by lot
     nearest          the nearest in the picture to the tokens drawn last; copies of the class come on top
     random           by lot
-    values           those whose values moved most in the decoder's layer 3, up to which all slots are computed (LazyMAR,
-                     whose release drops the unconditional half in such steps and caches the head as well; ours does
-                     neither)
+    values           those whose values moved most in the decoder's fourth layer, up to which all slots are computed
+                     (LazyMAR, whose release drops the unconditional half in such steps and caches the head as well;
+                     ours does neither)
 """
 
 from __future__ import annotations

@@ -99,7 +99,9 @@ class ImageModel:
 
     info: ModelInfo
     decoder: Any  # a linear_core.loop.generate.Decoder, a linear_core.loop.scales.ScaleDecoder or a MaskedDecoder
-    tokenizer: Any  # a VQTokenizer; for models that draw in scales a PyramidTokenizer or a BitTokenizer; a LatentTokenizer
+    tokenizer: (
+        Any  # a VQTokenizer; for models that draw in scales a PyramidTokenizer or a BitTokenizer; a LatentTokenizer
+    )
     files: ModelFiles = field(repr=False)
     codebook: str = ""
 
@@ -392,7 +394,12 @@ def _storage_dtype(
 
 def is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
-    return name.startswith(("layers.", "blocks.", "encoder_blocks.", "decoder_blocks.")) and tensor.ndim == 2 and "norm" not in name and "ada_" not in name
+    return (
+        name.startswith(("layers.", "blocks.", "encoder_blocks.", "decoder_blocks."))
+        and tensor.ndim == 2
+        and "norm" not in name
+        and "ada_" not in name
+    )
 
 
 def _check_tokenizer(info: ModelInfo, tokenizer: Tokenizer, files: ModelFiles) -> None:
@@ -446,8 +453,8 @@ def _check_vae(info: ModelInfo, config: LatentConfig, files: ModelFiles) -> None
     pixels = info.pixels // info.config.patch
     if (config.channels, config.factor) != (info.config.channels, pixels):
         raise UserError(
-            f"{files.tokenizer.name}: is another VAE, of {config.channels} channels and {config.factor} pixels a side of "
-            f"each; {files.decoder.name} needs {info.config.channels} and {pixels}: choose {info.tokenizer}"
+            f"{files.tokenizer.name}: is another VAE, of {config.channels} channels and {config.factor} pixels a side "
+            f"of each; {files.decoder.name} needs {info.config.channels} and {pixels}: choose {info.tokenizer}"
             + (f", or {source}." if (source := published.download_hint(info.tokenizer)) else ".")
         )
 

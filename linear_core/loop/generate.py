@@ -45,7 +45,7 @@ class Decoder(Protocol):
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
 Rotate = Callable[[Tensor, int], Tensor]
 Evict = Callable[[LineCache, Policy, int, Rotate], None]
 
@@ -57,7 +57,7 @@ def generate(
     plan: CachePlan,
     sample: SamplePlan,
     *,
-    step: Step | None = None,
+    step: Forward | None = None,
     line_end: Evict | None = None,
     check_drafts: Check | None = None,
     static: bool = False,

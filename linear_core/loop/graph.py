@@ -184,6 +184,6 @@ class CapturedHead:
             return self.head(*inputs[:2], schedule, inputs[2], temperature)[:count]
         for kept, new in zip(fixed, inputs, strict=True):
             kept.copy_(new)
-        drawn = replay()
-        assert drawn is not None
-        return drawn[:count].clone()
+        result = replay()
+        assert result is not None
+        return result[:count].clone()

@@ -91,11 +91,11 @@ def generate_masked(
         before = run.known
         run.feed(drawn)
         now = run.clock()
-        grid = decoder.grid
+        sides = decoder.grid.rows, decoder.grid.cols
         yield Step(
-            step, plan.steps, run.latents().float().cpu(), (run.known & ~before).unflatten(1, (grid.rows, grid.cols)).cpu(),
-            run.ages().unflatten(1, (grid.rows, grid.cols)).cpu(), run.computed(), run.slots, now - started,
-            transformer - started, head - transformer, run.cache_bytes,
+            step, plan.steps, run.latents().float().cpu(), (run.known & ~before).unflatten(1, sides).cpu(),
+            run.ages().unflatten(1, sides).cpu(), run.computed(), run.slots, now - started, transformer - started,
+            head - transformer, run.cache_bytes,
         )  # fmt: skip
         started = time.perf_counter()
 

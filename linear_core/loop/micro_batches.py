@@ -169,8 +169,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def merge_lines(parts: list[list[Any]]) -> list[Any]:
-    """The lines, stages or steps of a batch drawn in micro-batches, as if drawn at once; seconds add up, cache_bytes are
-    the maximum.
+    """The lines, stages or steps of a batch drawn in micro-batches, as if drawn at once; seconds add up.
+
+    `cache_bytes` are the maximum.
     """
 
     def merge(lines: tuple[Any, ...]) -> Any:
@@ -200,13 +201,9 @@ def merge_lines(parts: list[list[Any]]) -> list[Any]:
 
 def _merge_steps(steps: tuple[Step, ...]) -> Step:
     tensors = ("latents", "drawn", "age", "computed")
-    seconds = ("seconds", "transformer", "head")
-    return replace(
-        steps[0],
-        **{name: torch.cat([getattr(step, name) for step in steps]) for name in tensors},
-        **{name: sum(getattr(step, name) for step in steps) for name in seconds},
-        cache_bytes=max(step.cache_bytes for step in steps),
-    )
+    more: dict[str, Any] = {name: torch.cat([getattr(step, name) for step in steps]) for name in tensors}
+    more |= {name: sum(getattr(step, name) for step in steps) for name in ("seconds", "transformer", "head")}
+    return replace(steps[0], cache_bytes=max(step.cache_bytes for step in steps), **more)
 
 
 def _aligned(parts: list[list[Step]]) -> list[list[Step]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -298,7 +299,7 @@ class MAR(nn.Module):
         """What the encoder says about slots, as the decoder reads it."""
         within = rows if isinstance(rows, slice) else rows.clamp(max=state.encoder.shape[1] - 1)
         x = take(state.encoder, within)
-        for layer, block in enumerate(self.encoder_blocks):
+        for layer, block in enumerate(_blocks(self.encoder_blocks)):
             q, k, v = block.project(x, self.dtype)
             seen = attend(q, k, v) if cache is None else cache.attend(layer, q, k, v, rows, active.known)
             x = block.finish(x, seen, self.dtype)
@@ -310,7 +311,7 @@ class MAR(nn.Module):
         # Where the wanted slots are among the rows: behind the known ones, or last.
         whole = isinstance(rows, slice) and rows.start == 0
         wanted = slice(active.known, active.known + active.wanted) if whole else slice(-active.wanted, None)
-        for number, block in enumerate(self.decoder_blocks):
+        for number, block in enumerate(_blocks(self.decoder_blocks)):
             layer = self.config.layers + number
             q, k, v = block.project(x, self.dtype)
             if active.choose is not None and number == min(VALUE_LAYERS, len(self.decoder_blocks) - 1):
@@ -330,7 +331,12 @@ class MAR(nn.Module):
         return upcast(self.decoder_norm(x)) + repeated(places, x)
 
 
+def _blocks(modules: nn.ModuleList) -> list[Any]:
+    return list(modules)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without a cache."""
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -27,6 +27,8 @@ from .inpaint import fill
 if TYPE_CHECKING:
     from PIL import Image
 
+AnyTokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer
+
 log = logging.getLogger(__name__)
 UNDRAWN = 0.35  # grey value of rows that are not drawn yet
 
@@ -120,8 +122,10 @@ class LatentPreview:
 
 
 @torch.inference_mode()
-def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
-    """Decode finished pictures: codes int64 B rows cols, or a canvas or latents B Z h w -> float32 B H W 3 in 0..1, on the CPU.
+def decode(tokenizer: AnyTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
+    """Decode finished pictures: codes int64 B rows cols, or a canvas or latents B Z h w.
+
+    Returns float32 B H W 3 in 0..1, on the CPU.
 
     Decodes `batch` pictures at a time, and half as many if memory runs out. Raises UserError if it is too little for
     one.
@@ -142,7 +146,7 @@ def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer | LatentToke
     return torch.cat(done)
 
 
-def _try_decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer, codes: Tensor) -> Tensor | None:
+def _try_decode(tokenizer: AnyTokenizer, codes: Tensor) -> Tensor | None:
     """None if memory ran out. By then the error, and with it every tensor of the computation, is freed."""
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()

@@ -1,7 +1,7 @@
 """LatentTokenizer: from pictures to continuous latents and back, for models that draw masked tokens.
 
 KL-16 of latent diffusion (github.com/CompVis/latent-diffusion, MIT), as github.com/LTH14/mar uses it: the network of a
-VQ-GAN without a codebook. Its latents are no ComfyUI LATENT: other VAEs have other channels, other sizes, another scale.
+VQ-GAN without a codebook. Its latents are no ComfyUI LATENT: other VAEs have other channels, sizes and scales.
 """
 
 from __future__ import annotations
