@@ -117,7 +117,7 @@ def run_generate(args: argparse.Namespace) -> None:
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
-        for i in range(len(run.tokens)):
+        for i in range(run.images):
             picture = _pictures(model, run, slice(i, i + 1))
             if args.heatmap:
                 kept = _kept(model, run)[i : i + 1]

@@ -245,6 +245,11 @@ class Run:
         return (torch.cat if self.canvas is not None else torch.stack)([line.tokens for line in self.lines], 1)
 
     @property
+    def images(self) -> int:
+        """Pictures of the batch."""
+        return len(self.tokens if self.latents is None else self.latents)
+
+    @property
     def canvas(self) -> Tensor | None:
         """The running picture B Z h w of a model that draws in scales; None for others."""
         return self.lines[-1].canvas if self.lines and isinstance(self.lines[-1], Stage) else None

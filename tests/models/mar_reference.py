@@ -16,9 +16,10 @@ drawn in ascending place, image by image; with guidance the unconditional rows f
 
     mar_digest, vae_digest  uint8 32  digests of the weights
     x_latents    float32 2 16 6 6     what run x draws; x_conditions float32 n 24, z of all steps one after the other
-    t100_map, t100_tables             timesteps of 100 denoising steps, int64, first to last; and float64 6 100, upstream's
-                                      sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_mean_coef1,
-                                      posterior_mean_coef2, posterior_log_variance_clipped and log betas of each
+    t100_map     int64 100            timesteps of 100 denoising steps, first to last
+    t100_tables  float64 6 100        upstream's sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod,
+                                      posterior_mean_coef1, posterior_mean_coef2, posterior_log_variance_clipped and
+                                      log betas of each
     t25_…, t7_…                       likewise
     vae_picture  float32 2 3 24 24    the decoded latents of run "linear", times VAE_SCALE, before (x + 1) / 2
     vae_mean     float32 2 16 6 6     the mean that the encoder gives for `pictures()`
