@@ -9,7 +9,8 @@ has to beat, and LazyMAR's (arXiv 2503.12450).
     attention        the most attended by the tokens drawn last (MARché)
     attention x age  the same times the steps since a slot was computed
     oldest           the longest not computed; of equal age, by lot
-    nearest          the nearest in the picture to the tokens drawn last; copies of the class come on top
+    nearest          the nearest in the picture to the tokens drawn last, of equal distance by lot; copies of the class
+                     come on top
     random           by lot
     values           those whose values moved most in the decoder's fourth layer, up to which all slots are computed
                      (LazyMAR, whose release drops the unconditional half in such steps and caches the head as well;
@@ -42,7 +43,7 @@ def scores(plan: StepCachePlan, cache: StepCache, new: slice, places: Tensor, lo
     if plan.rule == "nearest":
         tokens = places.float()
         distance = torch.cdist(tokens, tokens[:, new.start - copies : new.stop - copies]).amin(-1)
-        return torch.cat([torch.full_like(lot[:, :copies], float("inf")), lot[:, copies:] - distance], 1)
+        return torch.cat([torch.full_like(lot[:, :copies], float("inf")), lot[:, copies:] / 1000 - distance], 1)
     assert cache.mass is not None, plan.rule
     return cache.mass * (cache.age + 1) if plan.rule == "attention x age" else cache.mass
 

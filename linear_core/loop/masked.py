@@ -115,7 +115,7 @@ def forced_masked(
     kept. They are drawn in the order of the seed.
     """
     run = Masked(decoder, prompt, sample, plan, cache, None)
-    tokens = decoder.to_tokens(latents.to(decoder.device)).float()
+    tokens = decoder.to_tokens(latents.to(run.tokens))
     for step in range(plan.steps):
         z = run.conditions(step)
         yield z
