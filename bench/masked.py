@@ -157,9 +157,7 @@ class Bench:
         run = self.run(step, OFF)
         tokens, known = run.tokens.nan_to_num(), run.known
         label = torch.tensor([1])
-        return min(
-            cpu_seconds(lambda: published.conditions(tokens, known, label)) for _ in range(self.args.repeats)
-        )
+        return min(cpu_seconds(lambda: published.conditions(tokens, known, label)) for _ in range(self.args.repeats))
 
     def heads(self, step: int, plan: MaskedPlan, published: Published | None) -> dict[str, float]:
         """CPU seconds of a step's denoising, by our head, and by the published one, and how far they are apart."""
@@ -254,11 +252,11 @@ def summary(
                 cache = StepCachePlan(count, "oldest", every, first, last)
                 ends = f", first {first} and last {last} full" if last else ""
                 often = f", every {every}th full" if every else ""
-                rows.append(
-                    {"choice": name + often + ends, "transformer": picture(full, partial, cache), "head": head}
-                )
+                rows.append({"choice": name + often + ends, "transformer": picture(full, partial, cache), "head": head})
     few = MaskedPlan(steps=32)  # twice the tokens a step, which the head does not take twice the time for
-    rows.append({"choice": "32 steps, all full, at least", "transformer": sum(full[::2]), "head": head * few.steps / 64})
+    rows.append(
+        {"choice": "32 steps, all full, at least", "transformer": sum(full[::2]), "head": head * few.steps / 64}
+    )
     rows.append({"choice": "all steps full, DiSA", "transformer": sum(full), "head": disa})
     named = next(row for row in rows if row["choice"] in ("K = 64, every 8th full", "K = 32, every 8th full"))
     rows.append({"choice": f"{named['choice']}, DiSA", "transformer": named["transformer"], "head": disa})
@@ -273,7 +271,9 @@ def summary(
     for row in rows:
         row["sum"] = row["transformer"] + row["head"]
         row["faster"] = (base["transformer"] + base["head"]) / row["sum"]
-        print(f"{row['choice']:48}{row['transformer']:>12.1f}{row['head']:>8.1f}{row['sum']:>8.1f}{row['faster']:>14.2f}")
+        print(
+            f"{row['choice']:48}{row['transformer']:>12.1f}{row['head']:>8.1f}{row['sum']:>8.1f}{row['faster']:>14.2f}"
+        )
     return {"picture": rows, "base": base["choice"]}
 
 
@@ -317,7 +317,9 @@ def main() -> int:
                         help="where a full step is followed by others (default: 2 26 50)")  # fmt: skip
     parser.add_argument("--stretch", type=int, default=8, metavar="N", help="steps of a stretch (default: 8)")
     parser.add_argument("--latents", metavar="FILE.pt", help="real latents, for errors")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="passes of which the least counts (default: 1)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="passes of which the least counts (default: 1)"
+    )
     parser.add_argument("--out", metavar="NAME", help="also write bench/results/masked-NAME.json")
     args = parser.parse_args()
     out = RESULTS / f"masked-{args.out}.json" if args.out else None

@@ -116,7 +116,14 @@ def mar(*, seed: int = 0, side: int = 6, patch: int = 1, dtype: torch.dtype = to
     numbers = 4 * patch**2
     config = MARConfig(2, 4, 24, 3, 32, CLASSES, side * side, 3, numbers, 16, 2, patch)
     model = MAR(config).requires_grad_(False).eval()
-    deviation = {"qkv": 0.5, "fc2": 0.3, "class_emb": 1.0, "pos_embed": 0.7, "z_proj.weight": 0.7, "final_layer.linear": 0.05}
+    deviation = {
+        "qkv": 0.5,
+        "fc2": 0.3,
+        "class_emb": 1.0,
+        "pos_embed": 0.7,
+        "z_proj.weight": 0.7,
+        "final_layer.linear": 0.05,
+    }
     return _filled(model, deviation, seed).to(dtype)
 
 

@@ -172,8 +172,9 @@ class Masked:
         self.schedule = plan.known(config.tokens)
         self.tokens = self._given(given).to(device, torch.promote_types(decoder.dtype, torch.float32))
         self.known = self.tokens[:, :, 0].isfinite()
-        self.normal = Noise(sample.seed, self.images, 2 * config.numbers, device)
-        self.lots = Noise(sample.seed, self.images, self.slots, device)
+        seeds = sample.image_seeds(self.images)
+        self.normal = Noise(seeds, self.images, 2 * config.numbers, device)
+        self.lots = Noise(seeds, self.images, self.slots, device)
         lot = self.lots.uniform(-1)[:, config.copies :]
         order = lot.argsort(dim=-1, stable=True)
         order = order.gather(1, (~self.known).gather(1, order).byte().argsort(dim=-1, stable=True))
