@@ -293,9 +293,8 @@ def errors(bench: Bench) -> list[dict[str, Any]]:
 def whole(bench: Bench) -> list[dict[str, Any]]:
     """Whole pictures by our loop, the plans one after the other."""
     found = []
-    for name, cache, plan in (
-        ("all steps full", OFF, PUBLISHED), ("K = 64, every 8th full, DiSA", StepCachePlan(64, "oldest", 8, 1, 0), DISA),
-    ):  # fmt: skip
+    kept = StepCachePlan(64, "oldest", 8, 1, 0)
+    for name, cache, plan in (("all steps full", OFF, PUBLISHED), ("K = 64, every 8th full, DiSA", kept, DISA)):
         started = time.process_time()
         steps = list(generate_masked(bench.model, class_prompt([1]), SamplePlan(guidance=2.9), plan, cache))
         seconds = time.process_time() - started
@@ -317,9 +316,7 @@ def main() -> int:
                         help="where a full step is followed by others (default: 2 26 50)")  # fmt: skip
     parser.add_argument("--stretch", type=int, default=8, metavar="N", help="steps of a stretch (default: 8)")
     parser.add_argument("--latents", metavar="FILE.pt", help="real latents, for errors")
-    parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="passes of which the least counts (default: 1)"
-    )
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="the least of so many passes counts")
     parser.add_argument("--out", metavar="NAME", help="also write bench/results/masked-NAME.json")
     args = parser.parse_args()
     out = RESULTS / f"masked-{args.out}.json" if args.out else None

@@ -30,7 +30,7 @@ from . import doctor
 from .batch import draw as batch_draw
 from .batch import over_ray
 from .batch.folder import Drawn, Folder, as_settings
-from .batch.table import MAX_SEED, Skipped, read_table
+from .batch.table import Skipped, read_table
 from .check import TEXTS, check_plans, joined, usual_classes
 from .check import table as check_table
 from .checkpoints import library, text

@@ -1,4 +1,4 @@
-"""The loop of masked models: noise, order and steps belong to a picture, and what is kept changes nothing it should not.
+"""The loop of masked models: noise and order belong to a picture, and what is kept changes nothing it should not.
 
 In double precision, so that equal means equal whatever the shapes. Denoising starts at 950: from 999 on, random weights
 multiply every difference by hundreds.
