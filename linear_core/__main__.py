@@ -924,14 +924,14 @@ def _check_kind(args: argparse.Namespace, info: ModelInfo) -> None:
         raise UserError("mask: --image says what is kept and --mask what is drawn anew; give both.")
     if getattr(args, "image", None):
         picture, mask = _picture_and_mask(args)
-        check_mask(picture, mask, _pixels(info))
+        check_mask(picture, mask, _picture_size(info))
 
 
 def _given(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
     """What --image and --mask leave of a picture: latents with gaps."""
     if not getattr(args, "image", None):
         return None
-    return known_latents(model.tokenizer, *_picture_and_mask(args), _pixels(model.info), model.info.config.patch)
+    return known_latents(model.tokenizer, *_picture_and_mask(args), _picture_size(model.info), model.info.config.patch)
 
 
 def _picture_and_mask(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -939,7 +939,7 @@ def _picture_and_mask(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return read_image(args.image, "image")[None], read_image(args.mask, "mask")[None, ..., 0]
 
 
-def _pixels(info: ModelInfo) -> tuple[int, int]:
+def _picture_size(info: ModelInfo) -> tuple[int, int]:
     """Height and width of what a model draws."""
     return info.grid.rows * info.pixels, info.grid.cols * info.pixels
 
