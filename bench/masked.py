@@ -199,10 +199,10 @@ class Bench:
         return float((kept - whole).norm() / whole.norm())
 
 
-def over_steps(at: dict[int, float], plan: MaskedPlan, full: Callable[[int], bool] | None = None) -> list[float]:
-    """Seconds of each step, interpolated between those measured; even beyond the first and the last."""
+def over_steps(at: dict[int, float]) -> list[float]:
+    """Seconds of each of 64 steps, interpolated between those measured; even beyond the first and the last."""
     steps, found = sorted(at), []
-    for step in range(plan.steps):
+    for step in range(PUBLISHED.steps):
         above = next((s for s in steps if s >= step), steps[-1])
         below = next((s for s in reversed(steps) if s <= step), steps[0])
         share = (step - below) / (above - below) if above > below else 0.0
@@ -241,14 +241,14 @@ def summary(
     passes: dict[str, dict[int, float]], heads: dict[str, dict[int, dict[str, float]]], published: bool
 ) -> dict[str, Any]:
     """Seconds of a picture of 64 steps, transformer and head, for each choice."""
-    full = over_steps(passes["full"], PUBLISHED)
-    head = sum(over_steps({s: found["ours"] for s, found in heads["100 steps"].items()}, PUBLISHED))
-    disa = sum(over_steps({s: found["ours"] for s, found in heads["DiSA"].items()}, PUBLISHED))
+    full = over_steps(passes["full"])
+    head = sum(over_steps({s: found["ours"] for s, found in heads["100 steps"].items()}))
+    disa = sum(over_steps({s: found["ours"] for s, found in heads["DiSA"].items()}))
     rows = [{"choice": "all steps full", "transformer": sum(full), "head": head}]
     for name, at in passes.items():
         if name.startswith("K"):
-            partial, count = over_steps(at, PUBLISHED), int(name[4:])
-            for every, first, last in ((0, 1, 0), (8, 1, 0), (8, 10, 2), (4, 10, 2)):
+            partial, count = over_steps(at), int(name[4:])
+            for every, first, last in ((0, 1, 0), (8, 1, 0), (4, 10, 2)):
                 cache = StepCachePlan(count, "oldest", every, first, last)
                 ends = f", first {first} and last {last} full" if last else ""
                 often = f", every {every}th full" if every else ""
@@ -258,12 +258,13 @@ def summary(
         {"choice": "32 steps, all full, at least", "transformer": sum(full[::2]), "head": head * few.steps / 64}
     )
     rows.append({"choice": "all steps full, DiSA", "transformer": sum(full), "head": disa})
-    named = next(row for row in rows if row["choice"] in ("K = 64, every 8th full", "K = 32, every 8th full"))
-    rows.append({"choice": f"{named['choice']}, DiSA", "transformer": named["transformer"], "head": disa})
+    rows.append({"choice": "32 steps, all full, DiSA, at least", "transformer": sum(full[::2]), "head": disa / 2})
+    for row in [row for row in rows if row["choice"].startswith("K = 64, every")]:
+        rows.append({"choice": f"{row['choice']}, DiSA", "transformer": row["transformer"], "head": disa})
     if published:
-        theirs = over_steps({s: found["published"] for s, found in heads["100 steps"].items()}, PUBLISHED)
+        theirs = over_steps({s: found["published"] for s, found in heads["100 steps"].items()})
         rows.append(
-            {"choice": "published code", "transformer": sum(over_steps(passes["published"], PUBLISHED)),
+            {"choice": "published code", "transformer": sum(over_steps(passes["published"])),
              "head": sum(theirs)}
         )  # fmt: skip
     base = rows[-1] if published else rows[0]
@@ -281,7 +282,7 @@ def errors(bench: Bench) -> list[dict[str, Any]]:
     """Each rule with as many refreshed slots, at three stretches of a picture."""
     found = []
     plain = {first: bench.stretch(first, OFF) for first in bench.args.stretches}
-    cases = [("none", 0)] + [(rule, count) for rule in bench.args.rules for count in REFRESH[1:]]
+    cases = [("none", 0)] + [(rule, count) for rule in bench.args.rules for count in bench.args.refresh]
     for rule, count in cases:
         cache = StepCachePlan(count, rule if count else "oldest", 0, 1, 0)
         at = {first: bench.error(first, cache, z) for first, z in plain.items()}
@@ -312,6 +313,8 @@ def main() -> int:
     parser.add_argument("--errors", action="store_true", help="errors of z as well")
     parser.add_argument("--whole", action="store_true", help="whole pictures as well")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, help="default: all")
+    parser.add_argument("--refresh", nargs="+", type=int, default=REFRESH[1:], metavar="TOKENS",
+                        help="for the errors (default: 32 64 128)")  # fmt: skip
     parser.add_argument("--stretches", nargs="+", type=int, default=[2, 26, 50], metavar="STEP",
                         help="where a full step is followed by others (default: 2 26 50)")  # fmt: skip
     parser.add_argument("--stretch", type=int, default=8, metavar="N", help="steps of a stretch (default: 8)")

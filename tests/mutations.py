@@ -1341,6 +1341,30 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("checkpoints/text.py", "if model is None or model.family.cleaned", "if True", "infinity: texts are cleaned"),
     ("events.py", '{4: "I", 8: "Q"}', '{4: "I"}', "tokens of scales: of many bits"),
+    # masked models
+    ("steps.py", "min(known, tokens - 1)", "known", "masked: the last step is guided more than published"),
+    ("steps.py", "min(round(at), self.start)", "round(at)", "masked: denoising starts at 999 whatever is asked"),
+    ("steps.py", "step - self.full_first + 1", "step - self.full_first", "masked: full steps are one late"),
+    ("models/denoise.py", "eps[count:], eps[:count]", "eps[:count], eps[count:]", "masked: guidance the other way"),
+    ("models/denoise.py", "variances[-1] = variances[-2]", "pass", "masked: the last variance is 0"),
+    ("models/denoise.py", "ahead, step - first", "ahead, 0", "masked: modulation of the first step for all"),
+    ("models/mar.py", "repeated(places[:, :copies], label)", "0", "masked: copies of the class without their places"),
+    (
+        "models/mar.py",
+        "again = torch.where(again < new, again, slots)",
+        "pass",
+        "masked: the encoder writes slots that are not known",
+    ),
+    ("cache/step_cache.py", "self.age += 1", "pass", "masked: nothing grows old"),
+    ("cache/refresh.py", 'score[:, taken] = float("-inf")', "pass", "masked: what is computed anyway is chosen"),
+    ("cache/refresh.py", "cache.mass * (cache.age + 1)", "cache.mass", "masked: attention x age is attention"),
+    ("loop/masked.py", "and group.passed >= 0", "", "masked: the first pass uses what was never computed"),
+    ("loop/masked.py", "self.normal.select(group.images)", "self.normal", "masked: noise of other images"),
+    ("loop/masked.py", "max(group.known, self.schedule[step])", "self.schedule[step]", "masked: given places are lost"),
+    ("loop/graph.py", "kept.copy_(new)", "pass", "masked: a recorded head draws the same tokens again"),
+    ("pictures/inpaint.py", "mask > 0.5", "mask > 0.3", "masked: hardly covered is covered"),
+    ("checkpoints/families/mar.py", "averaged=True", "averaged=False", "masked: the weights that draw worse"),
+    ("tokenizers/latents.py", "chunk(2, 1)[0] * SCALE", "chunk(2, 1)[0]", "masked: latents without their scale"),
 ]
 
 
