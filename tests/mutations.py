@@ -1092,7 +1092,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "loading: pickles name anything",
     ),
     ("checkpoints/untrusted.py", "3: text == ENCODING", "3: text is not None", "loading: bytes in any encoding"),
-    ("checkpoints/library.py", "averaged != tokenizer,", "averaged,", "loading: of a tokenizer the model, not its ema"),
+    (
+        "checkpoints/library.py",
+        "averaged != (family is None or family.averaged),",
+        "averaged,",
+        "loading: of a tokenizer the model, not its ema",
+    ),
     ("checkpoints/library.py", "            if NESTED not in name\n", "", "loading: an optimizer among the weights"),
     ("checkpoints/library.py", "part not in WITHIN)", "part)", "loading: names of compiled blocks"),
     ("checkpoints/library.py", "if len(fitting) == 1:", "if fitting:", "loading: a tokenizer is guessed"),
