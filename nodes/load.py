@@ -95,6 +95,11 @@ class LoadModel(io.ComfyNode):
         kept = host.WEIGHT_DTYPES[weight_dtype]
         layers = host.CastingLayers if kept else host.Layers
         image = load_model(found, grid=grid, dtype=host.compute_dtype(), weight_dtype=kept, ops=layers)
+        if image.info.masked is not None:
+            raise UserError(
+                f"{found.decoder.name}: draws masked tokens, which the nodes cannot show yet; use it on the command "
+                "line: python -m linear_core generate."
+            )
         return io.NodeOutput(Model(image, host.managed(image.decoder), host.managed(image.tokenizer)))
 
     @classmethod
