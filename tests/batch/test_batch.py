@@ -156,6 +156,7 @@ def test_a_bad_row_is_reported_and_the_others_are_drawn(
     [
         (["--class", "desert day"], "class: prompts.txt says what to draw"),
         (["--text", "a fox"], "draws classes, not texts"),
+        (["--seeds", "1-5"], "seeds: a table's column seed says them"),
         (["--workers", "2"], "workers: they are for --ray"),
         (["--gpus", "0.5"], "workers: they are for --ray"),
         (["--ray", "--gpus", "1.5"], "gpus: 1.5 is neither"),
