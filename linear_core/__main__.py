@@ -67,6 +67,7 @@ from .policies import POLICIES
 from .prompts import Prompt
 
 MIB = 2**20
+BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
 STEP_KINDS = ("auto", "eager", "graph")
@@ -350,8 +351,9 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def run_models(args: argparse.Namespace) -> None:
-    """List the bundled model and those in the given folders."""
-    paths = [library.bundled_files().decoder, *library.find_checkpoints([Path(f) for f in args.folder])]
+    """List the bundled models and those in the given folders."""
+    bundled = (library.bundled_files(name).decoder for name in BUNDLED)
+    paths = [*(path for path in bundled if path.is_file()), *library.find_checkpoints([Path(f) for f in args.folder])]
     for path in paths:
         try:
             info = library.read_info(path)
@@ -610,8 +612,8 @@ def _load(args: argparse.Namespace) -> ImageModel:
 
 
 def _files(args: argparse.Namespace) -> ModelFiles:
-    if args.model == library.BUNDLED:
-        return library.bundled_files()
+    if args.model in BUNDLED:
+        return library.bundled_files(args.model)
     tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
     return ModelFiles(Path(args.model), tokenizer)
 
@@ -767,7 +769,7 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
         raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
     _device(args)
     plan = _cache_plan(args)
-    decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+    decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
@@ -787,7 +789,7 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
     """Refuse options that do not apply to the model, and ask for those that it needs."""
     guided = _sample_plan(args, info).guided
-    if args.tokenizer and args.model == library.BUNDLED:
+    if args.tokenizer and args.model in BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
     in_scales = info.pyramid is not None
     of_lines, of_scales = {"drafts": args.drafts > 0, "step": args.step == "graph"}, ("stop_after", "smooth")
@@ -1036,7 +1038,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default=library.BUNDLED,
         metavar="PATH",
-        help="file or folder of the decoder; default: the bundled model",
+        help=f"file or folder of the decoder; default: {library.BUNDLED}, the bundled model; "
+        f"{library.BUNDLED_SCALES}: the bundled one that draws in scales",
     )
     group.add_argument("--tokenizer", metavar="FILE", help="its VQ tokenizer, if it is not next to it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")

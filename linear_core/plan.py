@@ -218,6 +218,7 @@ PRESETS = {
     "Balanced": CachePlan("fold", budget=4, recent=0),
     "Small": CachePlan("fold", budget=3, recent=0),
     "Smallest": CachePlan("fold", budget=2, recent=0),
+    "Tiny": CachePlan("fold", share=1 / 20, recent=0),  # for large pyramids
     "LineAR": CachePlan("line", budget=4, recent=2),  # as published
     "Full": CachePlan(policy="full"),
 }

@@ -13,6 +13,7 @@ from ..linear_core.prompts import Prompt
 from . import host
 from .inputs import checked
 from .live import COMPARE, SIZE, draw, report, resolve
+from .loops import loop_of
 from .sockets import CACHE, MODEL, PROMPT, Model
 
 OWN = -1  # in place of a number: what the model was published with
@@ -92,7 +93,7 @@ class Compare(io.ComfyNode):
         seeds: str = "",
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
-        image, info = model.image, model.image.info
+        image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}
         sample = replace(info.defaults, seed=seed, seeds=parse_seeds(seeds), **asked)
@@ -100,13 +101,14 @@ class Compare(io.ComfyNode):
         prompt = prompt.repeat(batch_size)
         sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt)
-        if not cache.evicts(info.grid):
-            raise UserError("cache: it keeps every line, so both runs would be the same; choose a smaller budget.")
-        (full, few), begun, shown = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
-        pictures = [model.pictures(run.tokens) for run in (full, few)]
+        if not loop.evicts(cache):
+            raise UserError(
+                f"cache: it keeps every {loop.unit}, so both runs would be the same; choose a smaller budget."
+            )
+        (full, few), begun, shown, _ = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
+        pictures = [model.pictures(run.tokens, loop.sides) for run in (full, few)]
         shown["linear_ar_pairs"] = [
             [host.keep_for_the_page(to_image(picture.cpu(), SIZE)) | {"run": begun.run} for picture in pair]
             for pair in zip(*pictures, strict=True)
         ]
-        label = f"{cache.budget} of {info.grid.rows} lines"
-        return io.NodeOutput(*pictures, report(full, few, begun, label), ui=shown)
+        return io.NodeOutput(*pictures, report(full, few, begun, loop.budget(cache)), ui=shown)

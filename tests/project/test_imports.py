@@ -130,7 +130,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # pictures
     "pictures.__init__": (set(), set()),
     "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
-    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy"}),
+    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),
     "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
     # files
     "checkpoints.__init__": (set(), set()),
@@ -373,6 +373,7 @@ SHARED = {
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
+    "nodes.loops",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room
