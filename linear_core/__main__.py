@@ -281,6 +281,8 @@ def _tell_comparison(
 
 def run_batch(args: argparse.Namespace) -> None:
     """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    if args.seeds is not None:
+        raise UserError("seeds: a table's column seed says them; leave --seeds out (--seed is that of the first row).")
     info = _checked(args, drawing=False)
     if info.masked is not None:
         raise UserError(f"batch: {info.name} draws masked tokens, which only `generate` draws so far; use that.")
@@ -420,20 +422,19 @@ def run_check(args: argparse.Namespace) -> None:
     if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
         raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
     writer, parts = Writer([out]), []
-    tokens = (
-        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
-    )
-    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+    tokens = info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols
+    total = (len(plans) + 1) * 2 * prompt.rows * tokens  # drawn, then fed
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
-            part = replace(sample, seed=sample.seed + rows[0])
-            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+            parts.append(check_plans(model, prompt.select(rows), plans, sample.select(rows), bar.update))
     found = joined(parts)
     names = [_describe(each.plan, info) for each in found]
-    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
+    at_once, seed = max(len(part[0].kl) for part in parts), sample.select([0]).seed
+    dtype, device = str(model.decoder.dtype), str(model.decoder.device)
     about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
     about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
     _say(
-        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {seed}, "
         f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
         f"{doctor.version()}"
     )

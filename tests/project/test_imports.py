@@ -227,7 +227,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "batch.__init__": (set(), set()),
-    "batch.table": ({"errors"}, {"pyarrow"}),
+    "batch.table": ({"errors", "plan"}, {"pyarrow"}),
     "batch.folder": ({"errors", "batch.table"}, {"pyarrow", "msvcrt", "fcntl"}),
     "batch.draw": (
         {
