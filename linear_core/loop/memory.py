@@ -11,6 +11,10 @@ from ..grid import Grid
 from ..plan import CachePlan, CacheShape
 from ..pyramid import Pyramid
 
+CONTEXT_BYTES = 2**30  # of a card's memory, that CUDA and PyTorch take for themselves
+STREAMED_ROOM = 2**30  # of a card's memory, for weights that pass through it
+BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0 slot of 16 lanes
+
 
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
@@ -61,6 +65,22 @@ def scales_run_bytes(
         settling = at_once * shape.heads * pairs * 4 * 3
     sampling = rows * size * logits * (4 * 3 + 8 * 2)  # guidance, sorting, softmax; noise in int64
     return held + bookkeeping + max(activations, settling, sampling)
+
+
+def streamed_bytes(weights: int, card: int, run: int) -> int | None:
+    """Bytes of `weights` that every pass has to fetch if `run` of the `card`'s bytes are taken; None: it does not fit.
+
+    If all fit, nothing is fetched. Otherwise STREAMED_ROOM is left for those that are, and the rest stays on the card.
+    """
+    room = card - run
+    if weights <= room:
+        return 0
+    return weights - (room - STREAMED_ROOM) if room >= STREAMED_ROOM else None
+
+
+def streamed_seconds(streamed: int, passes: int, images: int) -> float:
+    """Seconds that fetching alone takes for each of `images` that are drawn at once: they share every pass."""
+    return streamed * passes / BUS_BYTES / images
 
 
 def free_memory() -> int | None:

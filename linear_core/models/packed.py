@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .quantised import INT8, PackedInt8, QuantisedLinear, packs
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -47,7 +49,7 @@ def available() -> bool:
 
 
 def pack(model: nn.Module) -> int:
-    """Pack every plain Linear of `model` on the CPU, in place; returns how many there were.
+    """Pack every plain Linear of `model` on the CPU, and every one in 8 bits, in place; returns how many there were.
 
     The packed model can only compute: it can be neither moved nor saved. Does nothing if packing is unavailable.
     """
@@ -57,8 +59,16 @@ def pack(model: nn.Module) -> int:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in DTYPES
+        if type(child) in (nn.Linear, QuantisedLinear) and child.weight.device.type == "cpu"
     ]
-    for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child))
-    return len(found)
+    count = 0
+    while found:  # each layer is freed once it is packed
+        parent, name, child = found.pop()
+        if isinstance(child, QuantisedLinear):
+            packed = PackedInt8(child) if child.kind == INT8 and packs() else None
+        else:
+            packed = PackedLinear(child) if child.weight.dtype in DTYPES else None
+        if packed is not None:
+            setattr(parent, name, packed)
+            count += 1
+    return count
