@@ -122,6 +122,8 @@ def run_generate(args: argparse.Namespace) -> None:
             **asdict(plan),
             **asdict(replace(sample, seed=sample.seed + i)),
         }
+        if _weight_dtype(args):
+            notes["weight_dtype"] = args.weight_dtype
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:

@@ -148,6 +148,11 @@ def managed(module: nn.Module, streamed: bool = False) -> ModelPatcher:
     return patcher
 
 
+def is_streamed(model: ModelPatcher) -> bool:
+    """Whether `model`'s weights are fetched layer by layer."""
+    return bool(getattr(model, "linear_streamed", False))
+
+
 def managed_text_encoder(module: nn.Module) -> ModelPatcher:
     """The same for a text encoder, on the device that ComfyUI uses for those."""
     holder = nn.ModuleList([module])  # ComfyUI writes down the device on it, and transformers' modules refuse
@@ -176,9 +181,7 @@ def room(*models: ModelPatcher) -> int:
     if device.type == "cpu":
         return free_memory()  # models are in the computer's memory wherever they are used
     loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
-    sizes = (
-        min(model.model_size(), STREAMED_ROOM if getattr(model, "linear_streamed", False) else 1e32) for model in models
-    )
+    sizes = (min(model.model_size(), STREAMED_ROOM if is_streamed(model) else 1e32) for model in models)
     needed = sum(sizes) * 1.1 + management.extra_reserved_memory()
     return int(free_memory() + loaded - needed)
 

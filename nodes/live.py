@@ -206,7 +206,9 @@ def draw(
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
-            graphs = _graphs(image.decoder, len(plans), _sequences(sample, micro_batch.prompt)[0])
+            graphs = []
+            if not host.is_streamed(model.decoder):  # a graph reads weights where they were when it was recorded
+                graphs = _graphs(image.decoder, len(plans), _sequences(sample, micro_batch.prompt)[0])
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
             drawing = [
                 generate(

@@ -22,7 +22,10 @@ ROWS = (1, 2, 8, 16)
 
 @torch.inference_mode()
 def run(ask: Ask) -> Iterator[Result]:
-    yield {"what": "products chosen", **{name: layout(kind.bits, _device(ask)) for name, kind in QUANTISATIONS.items()}}
+    yield {
+        "what": "products chosen",
+        **{name: layout(kind.bits, _device(ask), 4096) for name, kind in QUANTISATIONS.items()},
+    }
     sizes = ((64, 256),) if ask.dry else SIZES
     yield from attempts(
         ask, [({"what": "products", "outputs": o, "inputs": i}, partial(products, ask, o, i)) for o, i in sizes]

@@ -128,11 +128,15 @@ def _cuda_4(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix lies in memory, for a device's product. `unpack`: back to rows, for products of many rows."""
+    """How a matrix lies in memory, for a device's product. `unpack`: back to rows, for products of many rows.
+
+    multiple  what the number of input channels must be a multiple of
+    """
 
     product: Product
     pack: Callable[[Tensor], Tensor] = lambda stored: stored
     unpack: Callable[[Tensor], Tensor] = lambda packed: packed
+    multiple: int = 1
 
 
 def _pack_cpu_4(stored: Tensor) -> Tensor:
@@ -172,21 +176,22 @@ PLAIN = "rows"
 LAYOUTS = {
     PLAIN: Layout(_converted),
     "int8, kernel": Layout(_kernel_8),
-    "int8": Layout(_weight_only_8),
+    "int8": Layout(_weight_only_8, multiple=64),  # it reads past the end of a row that is no multiple (torch 2.13)
     "int4 on CPU": Layout(_cpu_4, _pack_cpu_4, _unpack_cpu_4),
     "int4 on CUDA": Layout(_cuda_4, _pack_cuda_4, _unpack_cuda_4),
 }
 
 
-def layout(bits: int, device: torch.device) -> str:
-    """The first of the layouts for this device whose product works there."""
+def layout(bits: int, device: torch.device, inputs: int) -> str:
+    """The first of the layouts for this device and so many input channels whose product works there."""
     names = {
         (8, "cpu"): ("int8",),
         (8, "cuda"): ("int8, kernel", "int8"),
         (4, "cpu"): ("int4 on CPU",),
         (4, "cuda"): ("int4 on CUDA",),
     }.get((bits, device.type), ())
-    return next((name for name in names if works(name, str(device))), PLAIN)
+    fitting = (name for name in names if inputs % LAYOUTS[name].multiple == 0)
+    return next((name for name in fitting if works(name, str(device))), PLAIN)
 
 
 @lru_cache
@@ -242,7 +247,7 @@ class QuantisedLinear(nn.Module):
 
     def arrange(self, device: torch.device) -> None:
         """Lay the filled matrix out for the product of `device`. Afterwards it computes only there."""
-        self.layout = layout(self.kind.bits, device)
+        self.layout = layout(self.kind.bits, device, self.in_features)
         if self.kind.bits == 4:
             self.weight.data = LAYOUTS[self.layout].pack(self.weight.data.to(device)).to(self.weight.device)
 
@@ -282,10 +287,10 @@ class PackedInt8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ... I -> ... O."""
-        flat = x.reshape(-1, x.shape[-1])
-        rows, inputs = flat.shape
-        step = torch.add(self.tiny, torch.linalg.vector_norm(flat, float("inf"), -1, True), alpha=1 / self.STEPS)
-        digits = torch.addcdiv(self.middle, flat, step).to(torch.int32).view(torch.uint8)  # little end first
+        x_rows = x.reshape(-1, x.shape[-1])
+        rows, inputs = x_rows.shape
+        step = torch.add(self.tiny, torch.linalg.vector_norm(x_rows, float("inf"), -1, True), alpha=1 / self.STEPS)
+        digits = torch.addcdiv(self.middle, x_rows, step).to(torch.int32).view(torch.uint8)  # little end first
         pair = digits.as_strided((2, rows, inputs), (1, 4 * inputs, 4)).reshape(2 * rows, inputs)
         product = torch.ops.onednn.qlinear_pointwise.default
         low, high = product(

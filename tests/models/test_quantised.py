@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.shapes import SHAPES
-from linear_core.__main__ import main
 from linear_core.checkpoints.library import ModelFiles, bundled_files, decoder_bytes, is_large, load_model, read_info
 from linear_core.errors import UserError
 from linear_core.loop.forced import forced_lines
@@ -39,7 +38,6 @@ from linear_core.models.quantised import (
 )
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import class_prompt
-from tests.models import official_janus
 from tests.tiny import cut_down, llamagen, var
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -120,6 +118,16 @@ def test_integers_multiply_as_exactly_as_numbers(dtype):
         assert torch.equal(PackedInt8(made)(x[row : row + 1]), found[row : row + 1])
 
 
+@needs_packing
+def test_matrices_that_read_the_same_are_one():
+    """A packed feed-forward block computes what its layers compute; all five linears of a layer are counted."""
+    model = quantise_model(llamagen(2, 2), INT8, is_large)
+    block, x = model.layers[0].feed_forward, rows(3, inputs=24)
+    expected = PackedInt8(block.w2)(nn.functional.silu(PackedInt8(block.w1)(x)) * PackedInt8(block.w3)(x))
+    assert packed.pack(model) == 5 * 2 + 1 and type(model.layers[0].feed_forward) is packed.PackedFeedForward
+    torch.testing.assert_close(model.layers[0].feed_forward(x), expected)
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("count", [1, 2, 16])
 def test_the_kernel_in_tritons_interpreter(count, monkeypatch):
@@ -159,6 +167,8 @@ def test_a_product_that_is_missing_or_wrong_is_passed_over(monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A Janus in shards of both kinds, whose queries, keys and values are separate matrices."""
+    from tests.models import official_janus  # which needs more than a GPU's machine may have
+
     made = {}
     for suffix in (".bin", ".safetensors"):
         made[suffix] = tmp_path_factory.mktemp("janus") / "Janus"
@@ -187,7 +197,13 @@ def test_a_file_is_quantised_while_it_is_read(name, suffix, folders, monkeypatch
 def test_what_cannot_be_divided_is_kept_in_8_bits(tmp_path):
     assert chosen(INT4, 768, 250) == chosen(INT4, 100, 256) == INT8 and chosen(INT4, 768, 256) == INT4
     model = quantise_model(llamagen(3, 3), INT4, is_large)
-    assert {m.kind for m in model.modules() if isinstance(m, QuantisedLinear)} == {INT8}
+    few = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
+    assert {m.kind for m in few} == {INT8} and {m.layout for m in few} == {PLAIN}, (
+        "PyTorch's product reads past the end"
+    )
+    wide = layer(INT8)
+    wide.arrange(torch.device("cpu"))
+    assert wide.layout == "int8"
     with pytest.raises(UserError, match="weight-dtype: 'int3' is unknown; choose int8 or int4"):
         load_model(bundled_files(), weight_dtype="int3")
 
@@ -308,6 +324,8 @@ def test_streaming_is_shared_by_a_batch():
 
 def test_the_command_line(capsys, tmp_path):
     """It draws with each; the plan counts what each takes, and says what a card too small would cost."""
+    from linear_core.__main__ import main
+
     for name in ("int8", "int4"):
         out = tmp_path / f"{name}.png"
         assert main(["generate", str(cut_down(tmp_path / "small.safetensors", grid=3)), "--tokenizer",
