@@ -293,18 +293,19 @@ def run_plan(args: argparse.Namespace) -> None:
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
     if args.card is not None:
-        _say_of_card(args, info, shape, sample)
+        _say_of_card(args, info, sample)
     if info.own_tokenizer:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
 
-def _say_of_card(args: argparse.Namespace, info: ModelInfo, shape: CacheShape, sample: SamplePlan) -> None:
+def _say_of_card(args: argparse.Namespace, info: ModelInfo, sample: SamplePlan) -> None:
     """What a card of --card GB holds, and what it costs to stream the weights that it has no room for."""
     if not 1 <= args.card <= 1024:
         raise UserError(f"card: {args.card:g} GB is out of range; choose 1 to 1024.")
     dtype, card = _dtype(args, "cuda"), int(args.card * 2**30) - CONTEXT_BYTES
+    shape = info.cache_shape(dtype)
     weights = library.decoder_bytes(info, dtype, _weight_dtype(args))
-    _say(f"On a card of {args.card:g} GB, with {weights / MIB:.0f} MiB of weights:")
+    _say(f"On a card of {args.card:g} GB, with {weights / MIB:.0f} MiB of weights, computed in {dtype}:")
     for plan in (CachePlan(policy="full"), _cache_plan(args)):
         needed = _needed(shape, info, plan, sample, "cuda")
         passes = info.pyramid.stages if info.pyramid else info.grid.rows * info.grid.stride
@@ -321,7 +322,7 @@ def _say_of_card(args: argparse.Namespace, info: ModelInfo, shape: CacheShape, s
                 )
             else:
                 said.append(f"{images} at once: nothing is streamed")
-        most = max_batch_size(card - STREAMED_ROOM, MAX_IMAGES, needed)
+        most = _batch_size(needed, card - STREAMED_ROOM)
         _say(
             f"  {_describe(plan, info)}: {held} at once beside all weights, {most} if they are streamed; "
             + "; ".join(said)

@@ -88,7 +88,7 @@ class Weights:
                 matrix, what = key.rpartition(".")[0] + ".weight", key.rpartition(".")[2]
                 if what == SCALE:
                     found[matrix] = tensor.float().reshape(-1, 1)
-                elif b'"convrot": true' in tensor.numpy().tobytes():
+                elif tensor.dtype == torch.uint8 and b'"convrot": true' in tensor.numpy().tobytes():
                     raise self.problem(f"{quoted(matrix)} is rotated before it is quantised; choose another file.")
         return found
 
@@ -158,9 +158,10 @@ def _without_scales(weights: Weights) -> Weights:
     tensors, scaled = dict(weights.tensors), set()
     for name, tensor in weights.tensors.items():
         place, _, what = name.rpartition(".")
-        if what != "weight" or tensor.dtype not in EIGHT_BITS or (scale := tensors.get(f"{place}.{SCALE}")) is None:
+        scale = tensors.get(f"{place}.{SCALE}")
+        if what != "weight" or tensor.dtype not in EIGHT_BITS or tensor.ndim != 2 or scale is None:
             continue
-        if not scale.is_floating_point() or scale.numel() not in (1, len(tensor) if tensor.ndim else 1):
+        if not scale.is_floating_point() or scale.numel() not in (1, len(tensor)):
             raise weights.problem(
                 f"{quoted(f'{place}.{SCALE}')} is not a scale of rows; choose a file that is not quantised."
             )

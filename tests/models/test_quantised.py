@@ -326,11 +326,12 @@ def test_the_command_line(capsys, tmp_path):
     """It draws with each; the plan counts what each takes, and says what a card too small would cost."""
     from linear_core.__main__ import main
 
+    told = ["generate", str(cut_down(tmp_path / "small.safetensors", grid=3)), "--class", "ocean dusk"]
+    told += ["--tokenizer", str(bundled_files().tokenizer)]
     for name in ("int8", "int4"):
         out = tmp_path / f"{name}.png"
-        assert main(["generate", str(cut_down(tmp_path / "small.safetensors", grid=3)), "--tokenizer",
-                     str(bundled_files().tokenizer), "--weight-dtype", name, "--out", str(out)]) == 0  # fmt: skip
-        assert out.is_file()
+        assert main([*told, "--weight-dtype", name, "--out", str(out)]) == 0
+        assert f'"weight_dtype": "{name}"'.encode() in out.read_bytes()
     capsys.readouterr()
     assert main(["plan", "--card", "8"]) == 0
     told = capsys.readouterr().out
