@@ -80,7 +80,7 @@ class Weights:
                     if size >= CHUNK_BYTES:
                         break
 
-    def _scales(self, keys: Container[str]) -> dict[str, Tensor]:
+    def _scales(self, keys: frozenset[str]) -> dict[str, Tensor]:
         """The scale of each matrix, one for each of its rows or for all. Raises UserError for other kinds of scales."""
         found: dict[str, Tensor] = {}
         for file in self.files if keys else ():

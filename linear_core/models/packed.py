@@ -79,14 +79,15 @@ def pack(model: nn.Module) -> int:
     count = 0
     while found:  # layers are freed as they are packed
         parent, name, child = found.pop(0)
+        packed: nn.Module | None = None
         if isinstance(child, FeedForward) and all(_in_8_bits(linear) for linear in child.children()):
-            packed: nn.Module | None = PackedFeedForward(child)
+            packed = PackedFeedForward(child)
             found = [one for one in found if one[0] is not child]
-        elif _in_8_bits(child):
+        elif isinstance(child, QuantisedLinear) and _in_8_bits(child):
             packed = PackedInt8(child)
-        else:
-            plain = type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in DTYPES
-            packed = PackedLinear(child) if plain else None
+        elif isinstance(child, nn.Linear) and type(child) is nn.Linear:
+            fits = child.weight.device.type == "cpu" and child.weight.dtype in DTYPES
+            packed = PackedLinear(child) if fits else None
         if packed is not None:
             setattr(parent, name, packed)
             count += 3 if isinstance(packed, PackedFeedForward) else 1

@@ -101,7 +101,7 @@ def test_rows_of_quantised_weights():
     decoder, prompt, run = drawn("class", plan)
     found = weights.rows(decoder, prompt, run.tokens, ["int8"], plan)
     assert [(r["weights"], r["cache"]) for r in found] == [
-        ("int8", "full"), ("default", "line 2/6"), ("int8", "line 2/6")
+        ("int8", "full"), ("default", "line 2/7"), ("int8", "line 2/7")
     ]  # fmt: skip
     eight, few, both = found
     assert 0 < eight["kl"] < few["kl"] and eight["matrix_bytes"] < few["matrix_bytes"]
