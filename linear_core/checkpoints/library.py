@@ -44,6 +44,7 @@ FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAM
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
+BUNDLED_SCALES = "landscapes_var"  # the same landscapes, drawn in scales
 
 # What training wraps around a model, as parts of its weights' names: torch.compile, FSDP and the like anywhere in them;
 # dictionaries, modules and averages in front.
@@ -169,9 +170,9 @@ class ImageModel:
         self.decoder.check(prompt)
 
 
-def bundled_files() -> ModelFiles:
-    """The bundled model."""
-    return ModelFiles(ASSETS / f"{BUNDLED}.safetensors", ASSETS / f"{BUNDLED}_vq.safetensors")
+def bundled_files(name: str = BUNDLED) -> ModelFiles:
+    """The bundled model, or the one of this name."""
+    return ModelFiles(ASSETS / f"{name}.safetensors", ASSETS / f"{name}_vq.safetensors")
 
 
 def class_label(info: ModelInfo, name: str) -> int:
