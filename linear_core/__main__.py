@@ -43,11 +43,24 @@ from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import CapturedHead, Graphs, use_graphs
 from .loop.masked import generate_masked
-from .loop.memory import free_memory, masked_run_bytes, max_batch_size, run_bytes, scales_run_bytes, split_batch
+from .loop.memory import (
+    BUS_BYTES,
+    CONTEXT_BYTES,
+    STREAMED_ROOM,
+    free_memory,
+    masked_run_bytes,
+    max_batch_size,
+    run_bytes,
+    scales_run_bytes,
+    split_batch,
+    streamed_bytes,
+    streamed_seconds,
+)
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.scales import check_stop, generate_scales, scale_policy
 from .loop.threads import limit_threads
 from .models.packed import pack
+from .models.quantised import QUANTISATIONS
 from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.inpaint import check_mask, known_latents
 from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
@@ -72,7 +85,9 @@ from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 MIB = 2**20
 BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+WEIGHT_DTYPES = {
+    "as computed": None, "matrices in int8": "int8", "in int4": "int4", "in fp8 (ComfyUI)": torch.float8_e4m3fn
+}  # fmt: skip
 STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
@@ -140,6 +155,8 @@ def run_generate(args: argparse.Namespace) -> None:
             **asdict(sample.select([i])),
         }
         del notes["seeds"]  # `seed` is the picture's own
+        if _weight_dtype(args):
+            notes["weight_dtype"] = args.weight_dtype
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
@@ -296,6 +313,7 @@ def run_batch(args: argparse.Namespace) -> None:
         tokenizer=job.files.tokenizer.name,
         pixels=args.pixels,
         dtype=args.dtype,
+        weight_dtype=args.weight_dtype,
         images=job.images,
         negative=job.negative,
         size=job.size,
@@ -369,12 +387,14 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
-        room = free - library.decoder_bytes(info, dtype)
-        counts = [_batch_size(shape, info, plan, sample, room, device) for plan in (full, few)]
+        room = free - library.decoder_bytes(info, dtype, _weight_dtype(args))
+        counts = [_batch_size(_needed(shape, info, plan, sample, device), room) for plan in (full, few)]
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
+    if args.card is not None:
+        _say_of_card(args, info, few, sample)
     if info.own_tokenizer:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
@@ -390,6 +410,38 @@ def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: in
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
             "larger batch in parts."
         )
+
+
+def _say_of_card(args: argparse.Namespace, info: ModelInfo, few: CachePlan, sample: SamplePlan) -> None:
+    """What a card of --card GB holds, and what it costs to stream the weights that it has no room for."""
+    if not 1 <= args.card <= 1024:
+        raise UserError(f"card: {args.card:g} GB is out of range; choose 1 to 1024.")
+    dtype, card = _dtype(args, "cuda"), int(args.card * 2**30) - CONTEXT_BYTES
+    shape = info.cache_shape(dtype)
+    weights = library.decoder_bytes(info, dtype, _weight_dtype(args))
+    _say(f"On a card of {args.card:g} GB, with {weights / MIB:.0f} MiB of weights, computed in {dtype}:")
+    for plan in (CachePlan(policy="full"), few):
+        needed = _needed(shape, info, plan, sample, "cuda")
+        passes = info.pyramid.stages if info.pyramid else info.grid.rows * info.grid.stride
+        held = _batch_size(needed, card - weights)
+        said = []
+        for images in (1, 32):
+            left = streamed_bytes(weights, card, needed(images))
+            if left is None:
+                said.append(f"{images} at once: does not fit")
+            elif left:
+                seconds = streamed_seconds(left, passes, images)
+                said.append(
+                    f"{images} at once: {left / MIB:.0f} MiB streamed a pass, at least {seconds:.1f} s a picture"
+                )
+            else:
+                said.append(f"{images} at once: nothing is streamed")
+        most = _batch_size(needed, card - STREAMED_ROOM)
+        _say(
+            f"  {_describe(plan, info)}: {held} at once beside all weights, {most} if they are streamed; "
+            + "; ".join(said)
+        )
+    _say(f"  Load AR Model in ComfyUI can stream. Seconds are predicted, for {BUS_BYTES / 1e9:.0f} GB/s over the bus.")
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -539,6 +591,7 @@ def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
         encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
         size=args.size,
         codes=args.codes,
+        weight_dtype=_weight_dtype(args),
     )
 
 
@@ -678,7 +731,9 @@ def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
     if device == "cpu" and (note := limit_threads()):
         _say(f"note: {note}.", sys.stderr)
-    model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    model = library.load_model(
+        _files(args), grid=_grid(args), device=device, dtype=_dtype(args, device), weight_dtype=_weight_dtype(args)
+    )
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
     return replace(model, info=_with_size(args, model.info))
 
@@ -718,8 +773,10 @@ def _free(device: str) -> int | None:
     return free_memory() if device == "cpu" else None
 
 
-def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, room: int, device: str) -> str:
-    """How many images fit into `room` bytes, up to MAX_IMAGES."""
+def _needed(
+    shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, device: str
+) -> Callable[[int], int]:
+    """From a number of images to the bytes that drawing them at once takes besides the weights."""
     sequences, window = 2 if sample.guided else 1, max(sample.drafts, 0)  # AUTO: none for more than one image
 
     def needed(images: int) -> int:
@@ -728,10 +785,19 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: Sam
             return scales_run_bytes(shape, info.pyramid, plan, sequences * images, logits, hidden, device)
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
 
+    return needed
+
+
+def _batch_size(needed: Callable[[int], int], room: int) -> str:
+    """How many images fit into `room` bytes, up to MAX_IMAGES."""
     if needed(1) > room:
         return "none"
     count = max_batch_size(room, MAX_IMAGES, needed)
     return f"{count} or more" if count == MAX_IMAGES else str(count)
+
+
+def _weight_dtype(args: argparse.Namespace) -> str | None:
+    return None if args.weight_dtype == "default" else args.weight_dtype
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
@@ -1248,6 +1314,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
+    group.add_argument(
+        "--weight-dtype",
+        default="default",
+        choices=["default", *QUANTISATIONS],
+        help="how the decoder's large matrices are stored: as computed (default), or in 8 or 4 bits a weight, which "
+        "saves memory, and time when few images are drawn at once",
+    )
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
@@ -1370,7 +1443,12 @@ def _parser() -> argparse.ArgumentParser:
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
     _batch_options(drawing)
-    add("plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model")
+    planning = add(
+        "plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model"
+    )
+    planning.add_argument(
+        "--card", type=float, metavar="GB", help="also say what a graphics card with so much memory can draw at once"
+    )
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )

@@ -230,6 +230,23 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "kernel: int8: the line being written is not seen",
     ),
     ("models/packed.py", "= linear.bias, linear.out", "= None, linear.out", "packed layers lose their bias"),
+    # -- weights in few bits
+    ("models/quantised.py", "alpha=256).mul_(step)", "alpha=255).mul_(step)", "quantised: digits of the wrong worth"),
+    ("models/quantised.py", "(128 * 257 + 0.5)", "(128 * 256 + 0.5)", "quantised: the lower digit is half a step off"),
+    (
+        "models/quantised.py",
+        "zero = (low + 8 * scale.float())",
+        "zero = (low + 7 * scale.float())",
+        "quantised: int4's middle is elsewhere",
+    ),
+    ("models/quantised.py", "return same and bool(", "return True or bool(", "quantised: a wrong product is used"),
+    (
+        "checkpoints/weights.py",
+        "tensor.float() * scales[key] if key in scales",
+        "tensor.float() if key in scales",
+        "files: scales of quantised matrices are left out",
+    ),
+    ("loop/memory.py", "* passes / BUS_BYTES / images", "* passes / BUS_BYTES", "streaming: a batch does not share it"),
     ("cache/view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
     # -- storage
     (

@@ -12,6 +12,10 @@ from ..plan import CachePlan, CacheShape
 from ..pyramid import Pyramid
 from ..steps import StepCachePlan, StepCacheShape
 
+CONTEXT_BYTES = 2**30  # of a card's memory, that CUDA and PyTorch take for themselves
+STREAMED_ROOM = 2**30  # of a card's memory, for weights that pass through it
+BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0 slot of 16 lanes
+
 
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
@@ -77,6 +81,22 @@ def masked_run_bytes(shape: StepCacheShape, plan: StepCachePlan, steps: int, row
     activations = rows * shape.slots * (hidden * (shape.bytes_per_element + 4) + 8 * width * 4)
     modulations = 2**28  # of the diffusion head, and its noise
     return shape.bytes(plan, steps, rows) + fed + activations + modulations
+
+
+def streamed_bytes(weights: int, card: int, run: int) -> int | None:
+    """Bytes of `weights` that every pass has to fetch if `run` of the `card`'s bytes are taken; None: it does not fit.
+
+    If all fit, nothing is fetched. Otherwise STREAMED_ROOM is left for those that are, and the rest stays on the card.
+    """
+    room = card - run
+    if weights <= room:
+        return 0
+    return weights - (room - STREAMED_ROOM) if room >= STREAMED_ROOM else None
+
+
+def streamed_seconds(streamed: int, passes: int, images: int) -> float:
+    """Seconds that fetching alone takes for each of `images` that are drawn at once: they share every pass."""
+    return streamed * passes / BUS_BYTES / images
 
 
 def free_memory() -> int | None:

@@ -69,7 +69,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "models.__init__": (set(), set()),
     "models.blocks": (set(), TENSORS),
-    "models.packed": (set(), TENSORS),
+    "models.packed": ({"models.blocks", "models.quantised"}, TENSORS),
+    "models.quantised": ({"models.blocks", "models.quantised_kernel"}, TENSORS),
+    "models.quantised_kernel": (set(), TENSORS | {"triton"}),
     "models.*": (
         {
             "errors",
