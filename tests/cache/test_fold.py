@@ -217,7 +217,10 @@ def test_fold_is_what_its_words_say(seed, empty):
                 t[at].tolist() for t in (view.keys, view.values, view.bias, view.index, count)
             )
             slots = range(len(index))
-            asked = [q for n in HORIZONS for q in (view.queries[at] * (1 - 0.05 * n)).tolist()]
+            first, *further = HORIZONS  # the first for all queries, the others in turn
+            asked = (view.queries[at] * (1 - 0.05 * first)).tolist()
+            for turn, n in enumerate(further):
+                asked += (view.queries[at][turn :: len(further)] * (1 - 0.05 * n)).tolist()
 
             def dot(a, b):
                 return sum(x * y for x, y in zip(a, b, strict=True)) / DIM**0.5
