@@ -74,8 +74,9 @@ def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None)
 
     def mean(x: Tensor) -> Tensor:
         """Means of vectors x L B H S D over all that ends up in each receiving slot: L B H V D."""
-        own, added = upcast(gather_vectors(x, slot)), upcast(gather_vectors(x, victims))
-        return own * share + shares @ added
+        own, added = (upcast(gather_vectors(x, slots)) for slots in (slot, victims))
+        own.mul_(share).flatten(0, 2).baddbmm_(shares.flatten(0, 2), added.flatten(0, 2))
+        return own
 
     keys, values, tokens = mean(view.keys), mean(view.values), total(count.to(importance.dtype))
     log_count = tokens.log()
@@ -93,7 +94,7 @@ def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
     keys, squares = view.centred
     usable = squares.masked_fill(~kept, float("inf"))[..., None, :]
     distance = least_squares(gather_vectors(keys, victims), keys, usable)
-    distance = (distance + squares.gather(-1, victims)[..., None]).clamp_(min=0.0).float()
+    distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0).float()
     # Positive floats sort like their bits. The last of them make room for the token's age.
     room = max(12, (view.grid.prompt + view.grid.tokens).bit_length())
     age = (1 << room) - 1 - view.index[..., None, :]

@@ -126,12 +126,9 @@ class View:
         lines = (1,) if isinstance(self.grid, Pyramid) else lines
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
-            if lines:
-                some = [(n, self.queries) for n in lines]
-            else:
-                first, *further = HORIZONS
-                some = [(n, self.queries[:, :, :, start :: len(further)]) for start, n in enumerate(further)]
-                some = [(first, self.queries), *some]
+            first, *further = HORIZONS
+            some = [(n, self.queries[:, :, :, start :: len(further)]) for start, n in enumerate(further)]
+            some = [(n, self.queries) for n in lines] or [(first, self.queries), *some]
             queries = torch.cat([self.rotate(queries, n) for n, queries in some], 3)
             queries = stack_groups(queries, queries.shape[2] // self.keys.shape[2])
             self._look_aheads[lines] = LookAhead.of(queries, self.upcast_keys, self.bias)
