@@ -1381,7 +1381,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=AUTO,
         metavar="TOKENS",
-        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
+        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 8 for a "
         "single float32 image on the CPU, none otherwise (default)",
     )
     group.add_argument(

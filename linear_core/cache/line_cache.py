@@ -222,7 +222,10 @@ class LineCache:
         if self.mass is not None and queries is not None:
             mass = self.mass[one, ..., :end]
             mass += attention_weights(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
-        return View(keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey)
+        protected = self.plan.anchors + self.plan.recent * self.grid.stride
+        return View(
+            keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey, protected=protected
+        )
 
     def release(self, view: View, victims: Tensor) -> None:
         """Release `victims` (slots, int64 1 B H V, least useful first; -1: none) in the layer and rows of `view`.

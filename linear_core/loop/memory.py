@@ -19,7 +19,7 @@ BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0
 
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
-    return 2**19 if device == "cpu" else 2**25
+    return 2**21 if device == "cpu" else 2**25
 
 
 def run_bytes(
@@ -36,9 +36,12 @@ def run_bytes(
     bookkeeping = slots * (shape.bytes_per_element + 4 + 4 + 8) + shape.line_bytes(grid, rows) * shape.group // 2
     head_slots = shape.prompt + plan.lines(grid) * grid.stride
     attention = rows * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
-    if plan.evicts(grid) and plan.release == "fold":  # distances between slots, and look-ahead over four lines
+    if plan.evicts(grid) and plan.release == "fold":
+        # Keys as float32, centred and sorted; distances to candidates; scores and weights of the look-ahead's queries.
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
-        attention = at_once * shape.heads * head_slots * (7 * head_slots + 2 * 4 * shape.group * grid.stride) * 4
+        near = min(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots)
+        each = 3 * shape.head_dim + 2 * near + 2 * 2 * shape.group * grid.stride
+        attention = at_once * shape.heads * head_slots * each * 4
     if window:  # what a window's queries see, their scores, and queries, keys and values of all layers, twice
         seen = head_slots + window
         vectors = rows * shape.heads * shape.head_dim * shape.bytes_per_element
