@@ -436,6 +436,7 @@ def test_the_memory_line_is_the_formula():
                 CachePlan("adakv", 11),
                 CachePlan("fold", 3, storage="int8"),
                 CachePlan("headkv", 3, storage="int8"),
+                CachePlan("fold", 3, storage="int4"),
             ]:
                 for rows in (1, 2, 16):
                     sizes = {"rows": grid.rows, "stride": grid.stride}
