@@ -218,9 +218,9 @@ PRESETS = {
     "Balanced": CachePlan("fold", budget=4, recent=0),
     "Small": CachePlan("fold", budget=3, recent=0),
     "Smallest": CachePlan("fold", budget=2, recent=0),
+    "Tiny": CachePlan("fold", budget=2, recent=0, storage="int8"),
     "LineAR": CachePlan("line", budget=4, recent=2),  # as published
     "Full": CachePlan(policy="full"),
-    "Tiny": CachePlan("fold", budget=2, recent=0, storage="int8"),
 }
 
 
