@@ -1251,7 +1251,7 @@ def _describe(plan: CachePlan, info: ModelInfo) -> str:
     return (
         f"{what}, {plan.policy}"
         + (f", {plan.release}" if other_release else "")
-        + (", 8 bits" if plan.storage == "int8" else "")
+        + ("" if plan.storage == "full" else f", {plan.storage.removeprefix('int')} bits")
     )
 
 
@@ -1341,7 +1341,9 @@ def _parser() -> argparse.ArgumentParser:
         help="evicted tokens vanish (strict), stay until they are overwritten (lazy) or are merged into the nearest "
         "kept one (fold); auto: fold for policy fold, strict for others",
     )
-    group.add_argument("--storage", choices=STORAGES, help="keys and values as computed (full) or in 8 bits (int8)")
+    group.add_argument(
+        "--storage", choices=STORAGES, help="keys and values as computed (full), in 8 bits (int8) or in 4 (int4)"
+    )
 
     sample = argparse.ArgumentParser(add_help=False)
     group = sample.add_argument_group("sampling", "default: the model's own settings")
