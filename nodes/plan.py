@@ -94,8 +94,8 @@ class LineCache(io.ComfyNode):
                     tooltip="Balanced: 4 lines; evicted tokens are folded into the most similar ones. Small: 3 lines. "
                     "Smallest: 2 lines. Tiny: a twentieth of the cache, for Infinity. Compact: 2 lines in 8 bits. "
                     "LineAR: 4 lines, as in the paper; with the bundled model ten times as far from the full cache as "
-                    "Balanced. Full: everything, as without this pack. Custom: your own settings. Lines are those of an image of "
-                    "24: VAR and Infinity, which draw in scales, keep the same share, 1/6 for 4 lines.",
+                    "Balanced. Full: everything, as without this pack. Custom: your own settings. Lines are those of "
+                    "an image of 24: VAR and Infinity, which draw in scales, keep the same share, 1/6 for 4 lines.",
                 ),
                 MEMORY.Input(
                     "memory",
