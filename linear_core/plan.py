@@ -13,9 +13,17 @@ STORAGES = ("full", "int8")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
 # times the budget: shapes stay the same for all heads, at the price of unused room.
-UNEVEN = frozenset({"adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"})
-ACROSS_LAYERS = frozenset({"cake", "hack", "prefixkv", "pyramidkv"})  # of these, those that share among all layers
+UNEVEN = frozenset({"adakv", "amskv", "cake", "hack", "headkv", "heatkv", "prefixkv", "pyramidkv", "scalekv"})
+WHOLE = frozenset({"heatkv", "scalekv"})  # of these, those under which a layer may keep all, at the others' expense
+ACROSS_LAYERS = WHOLE | {
+    "amskv",
+    "cake",
+    "hack",
+    "prefixkv",
+    "pyramidkv",
+}  # of these, those that share among all layers
 HEADROOM = 2
+ROOMS = 4  # over scales, heads of unequal room are grouped by quarters of the budget
 LINES = 24  # of a picture whose budget is stated in lines while it is drawn in scales: 4 lines are then 1/6
 
 
@@ -98,9 +106,24 @@ class CachePlan:
         """Tokens that each head keeps, on average: a share of all scales but the last, which nobody reads."""
         return min(max(1, pyramid.size(0), round(self.ratio(pyramid) * pyramid.kept)), pyramid.kept)
 
-    def work_slots(self, pyramid: Pyramid) -> int:
-        """Slots of working memory that one layer at a time needs: what its fullest head holds, and the last scale."""
-        return min(self.keeps(pyramid) * (HEADROOM if self.uneven else 1), pyramid.kept) + pyramid.size(-1)
+    def sure_slots(self, pyramid: Pyramid, stages: int = 0) -> int:
+        """Slots of working memory for each head of a layer that any layer needs: the budget and the last scale drawn.
+
+        Where heads keep unequal numbers, they are rounded up to parts of the budget.
+        """
+        keeps = self.keeps(pyramid)
+        room = -(-keeps // ROOMS) if self.uneven and self.policy not in ACROSS_LAYERS else 0
+        return min(keeps + room, pyramid.kept) + pyramid.size((stages or pyramid.stages) - 1)
+
+    def work_slots(self, pyramid: Pyramid, stages: int = 0) -> int:
+        """The same for the layer that needs most: with a budget that layers share, at most what one of them may keep.
+
+        stages  scales that are drawn; 0: all
+        """
+        sure, keeps = self.sure_slots(pyramid, stages), self.keeps(pyramid)
+        if self.policy not in ACROSS_LAYERS:
+            return sure
+        return sure - keeps + (pyramid.kept if self.policy in WHOLE else min(keeps * HEADROOM, pyramid.kept))
 
     def check_scales(self, pyramid: Pyramid) -> None:
         """Raise UserError if the plan does not suit a picture drawn in scales, or the first scales exceed its share."""
@@ -203,18 +226,20 @@ class CacheShape:
         """Keys and values of one line for `rows` sequences (images, twice with guidance)."""
         return 2 * self.layers * rows * self.heads * self.head_dim * grid.stride * self.bytes_per_element
 
-    def scales_bytes(self, pyramid: Pyramid, plan: CachePlan, rows: int) -> int:
+    def scales_bytes(self, pyramid: Pyramid, plan: CachePlan, rows: int, stages: int = 0) -> int:
         """Keys and values over the scales for `rows` sequences: every layer's budget and one working memory.
 
-        Exact, but for policies that divide a budget among layers: until all layers have settled for the first time, the
-        earlier ones may have grown before the later ones shrink. Then it is the most there can be.
+        Exact, but for policies that divide a budget among layers: while a scale is drawn, the earlier layers may have
+        grown before the later ones shrink. Then it is the most there can be.
+
+        stages  scales that are drawn; 0: all
         """
         heads = 2 * rows * self.heads
         slot = self.head_dim + 4 if plan.storage == "int8" else self.head_dim * self.bytes_per_element
         held = self.layers * heads * plan.keeps(pyramid) * slot
         if plan.policy in ACROSS_LAYERS and plan.keeps(pyramid) < pyramid.kept:
-            held += held * (HEADROOM - 1) // 2
-        return held + heads * plan.work_slots(pyramid) * self.head_dim * self.bytes_per_element
+            held += held if plan.policy in WHOLE else held * (HEADROOM - 1) // 2
+        return held + heads * plan.work_slots(pyramid, stages) * self.head_dim * self.bytes_per_element
 
     def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache for `rows` sequences, as allocated before the first token."""

@@ -19,6 +19,7 @@ from ..pyramid import Pyramid
 from .memory import fold_pairs
 from .sampling import Noise, apply_guidance, as_number, filter_logits, not_finite, sample_codes
 
+SCORED = 2**26  # pairs of slots at once where nothing is folded, so that a part's temporaries stay small
 ALL_PAIRS = 1536  # slots a head whose pairs the policy `fold` compares; beyond, attention chooses what is folded
 
 
@@ -182,21 +183,37 @@ def scale_cache(decoder: ScaleDecoder, rows: int, plan: CachePlan, policy: Polic
     )  # fmt: skip
 
 
-def settler(plan: CachePlan, policy: Policy) -> Callable[[StageCache, View], None]:
-    """What a layer does when it holds more than its budget: the policy scores, the others leave."""
+def settler(plan: CachePlan, policy: Policy) -> Callable[[StageCache, list[View]], None]:
+    """What a layer does when it holds more than its budget: the policy scores, the others leave.
 
-    def settle(cache: StageCache, view: View) -> None:
-        parts = view.parts(fold_pairs(view.index.device.type)) if plan.release == "fold" else iter((view,))
-        for part in parts:
-            scores = policy.score(part)
-            keep = None if policy.keep is None else policy.keep(part, scores, plan)
-            victims = choose(
-                scores, part, part.index.shape[-1] - part.keeps, anchors=plan.protected(cache.pyramid), recent=0,
-                prompt_slots=0, keep=keep,
-            )  # fmt: skip
-            cache.release(part, victims)
+    The policy sees a part of the layer at a time, as many rows and heads as fit; who leaves is decided over all of it.
+    """
+
+    def settle(cache: StageCache, views: list[View]) -> None:
+        pairs = fold_pairs(views[0].index.device.type) if plan.release == "fold" else SCORED
+        parts = [(number, part) for number, view in enumerate(views) for part in view.parts(pairs)]
+        whole = cache.whole(views)
+        scores = _all_scores(whole, [(part, policy.score(part)) for _, part in parts])
+        keep = None if policy.keep is None else policy.keep(whole, scores, plan)
+        victims = choose(
+            scores, whole, whole.index.shape[-1] - whole.keeps, anchors=plan.protected(cache.pyramid), recent=0,
+            prompt_slots=0, keep=keep,
+        )  # fmt: skip
+        for number, part in parts:
+            own = victims if part.rows is None else victims[:, part.rows, part.heads]
+            cache.release(number, part, own.masked_fill(own >= part.index.shape[-1], -1))
 
     return settle
+
+
+def _all_scores(whole: View, parts: list[tuple[View, Tensor]]) -> Tensor:
+    """The scores of a layer's parts as one: L R H S."""
+    if len(parts) == 1 and parts[0][0].rows is None:
+        return parts[0][1]
+    found = parts[0][1].new_full(whole.index.shape, float("-inf"))
+    for part, scores in parts:
+        found[:, part.rows, part.heads, : scores.shape[-1]] = scores
+    return found
 
 
 def scale_scores(decoder: ScaleDecoder, logits: Tensor, stage: int, images: int, sample: SamplePlan) -> Tensor:

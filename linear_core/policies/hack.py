@@ -43,7 +43,7 @@ def contextual(view: View) -> Tensor:
 
 
 def score(view: View) -> Tensor:
-    is_contextual = contextual(view)[view.layer :][: len(view.index)]
+    is_contextual = view.own(contextual(view))
     return torch.where(is_contextual[..., None], h2o(view), line(view))
 
 
