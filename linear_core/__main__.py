@@ -1,4 +1,4 @@
-"""The command line: python -m linear_core {demo, generate, compare, plan, models, convert}."""
+"""The command line: python -m linear_core {demo, generate, compare, plan, models, calibrate, convert}."""
 
 from __future__ import annotations
 
@@ -29,22 +29,26 @@ from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
+from .checkpoints.weights import model_path
 from .errors import UserError, quoted
+from .loop.calibrate import calibrate
 from .loop.drafts import check
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs, use_graphs
 from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
-from .loop.scales import check_stop, generate_scales, scale_policy
+from .loop.scales import check_stop, generate_scales, scale_policy, surveys, with_drafter
 from .loop.threads import limit_threads
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
-from .plan import AUTO, PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, SamplePlan
+from .plan import AUTO, PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, PrunePlan, SamplePlan
 from .policies import POLICIES
+from .profile import profile_path
 from .prompts import Prompt
+from .pyramid import Pyramid
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -300,6 +304,33 @@ def run_models(args: argparse.Namespace) -> None:
             _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
 
 
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Measure what a model's heads attend to, on a few pictures, and write its profile next to it.
+
+    For models that draw in scales. The policies hack, heatkv, scalekv and amskv read it.
+    """
+    if not 1 <= args.samples <= MAX_IMAGES:
+        raise UserError(f"samples: {args.samples} is out of range; choose 1 to {MAX_IMAGES}.")
+    info = _checked(args)
+    if info.pyramid is None:
+        raise UserError(f"model: {info.name} draws in lines; profiles are of models that draw in scales.")
+    if not info.text and not args.classes:
+        args.classes = [str(i * info.config.classes // args.samples) for i in range(args.samples)]
+    path = args.out or profile_path(model_path(Path(args.model)))
+    if path.suffix != ".json" or path.is_dir():
+        raise UserError(f"out: {path} is not a JSON file; end its name in .json.")
+    sample, model = _sample_plan(args, info), _load(args)
+    prompt = _prompt(args, model)
+    prompt = prompt.select([i % prompt.rows for i in range(max(args.samples, prompt.rows))])
+    with tqdm(total=prompt.rows, unit="picture", leave=False, disable=None) as bar:
+        found = calibrate(
+            model.decoder, model.tokenizer.quantize, prompt, sample, name=info.name, told=lambda done: bar.update(1)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.write(path)
+    _say(f"{path}: {found.mass.shape[0]} layers of {found.mass.shape[1]} heads, from {found.samples} pictures")
+
+
 def run_convert(args: argparse.Namespace) -> None:
     """Convert a published checkpoint (.pt) to safetensors with metadata: family, grid, tokenizer, sampling."""
     dtype = None if args.dtype == "same" else DTYPES[args.dtype]
@@ -381,11 +412,16 @@ def _draw_micro_batch(
     graphs: list[Graphs] = []
     drawing: list[Iterator[Any]]
     if pyramid is not None:
-        quantizer, stop = model.tokenizer.quantize, args.stop_after
+        quantizer, scales = (
+            model.tokenizer.quantize,
+            {"stop_after": args.stop_after, "prune": _prune(args), "name": name},
+        )
         drawing = [
-            generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, stop_after=stop, name=name)
+            generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, **scales)
             for plan, given in zip(plans, micro_batch.above, strict=True)
         ]
+        for note in dict.fromkeys(note for plan in plans if (note := surveys(plan, model.decoder))):
+            _say(f"note: {note}.", sys.stderr)
     else:
         use = use_graphs(args.step, model.decoder.device, prompt.rows * (2 if sample.guided else 1))
         graphs = [Graphs(model.decoder.step, evict, check) for _ in plans] if use else []
@@ -411,14 +447,26 @@ def _load(args: argparse.Namespace) -> ImageModel:
         _say(f"note: {note}.", sys.stderr)
     model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
+    if args.drafter:
+        drafter = library.load_model(_files(args, args.drafter), device=device, dtype=_dtype(args, device))
+        pack(drafter.decoder)
+        if drafter.codebook != model.codebook:
+            raise UserError(
+                f"drafter: {drafter.info.name}'s codes stand for other pieces of pictures than {model.info.name}'s; "
+                "choose two models of the same tokenizer."
+            )
+        paired = with_drafter(model.decoder, drafter.decoder, args.drafter_scales or model.decoder.pyramid.stages - 2)
+        model = replace(model, decoder=paired)
     return replace(model, info=_with_size(args, model.info))
 
 
-def _files(args: argparse.Namespace) -> ModelFiles:
-    if args.model == library.BUNDLED:
+def _files(args: argparse.Namespace, model: str = "") -> ModelFiles:
+    """Of --model, or of another one that shares its tokenizer."""
+    model = model or args.model
+    if model == library.BUNDLED:
         return library.bundled_files()
-    tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
-    return ModelFiles(Path(args.model), tokenizer)
+    tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(model, _grid(args))
+    return ModelFiles(Path(model), tokenizer)
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -514,6 +562,22 @@ def _share(text: str) -> float:
     raise UserError(f"share: {quoted(text)} is not a share; write it as 1/6 or 0.17.")
 
 
+def _prune(args: argparse.Namespace) -> PrunePlan | None:
+    """'0.4,0.5' and '3-27' as a plan."""
+    if not args.prune:
+        if args.prune_layers:
+            raise UserError("prune-layers: it says in which layers --prune leaves tokens out; add that one.")
+        return None
+    try:
+        ratios = tuple(float(part) for part in args.prune.split(","))
+    except ValueError:
+        raise UserError(f"prune: {quoted(args.prune)} are no shares; write them as 0.4,0.5.") from None
+    layers = re.fullmatch(r"(\d{1,4})-(\d{1,4})", args.prune_layers or "0-0")
+    if layers is None:
+        raise UserError(f"prune-layers: {quoted(args.prune_layers)} are no layers; write them as 3-27.")
+    return PrunePlan(ratios, int(layers[1]), int(layers[2])) if args.prune_layers else PrunePlan(ratios)
+
+
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
     names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "drafts", "smooth")
     if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
@@ -559,9 +623,28 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     else:
         scale_policy(plan, info.pyramid)
         check_stop(args.stop_after, info.pyramid)
+        if prune := _prune(args):
+            prune.check(args.stop_after or info.pyramid.stages, info.config.layers)
+        _check_drafter(args, info.pyramid)
     if drawing:
         _files(args)
     return info
+
+
+def _check_drafter(args: argparse.Namespace, pyramid: Pyramid) -> None:
+    """Refuse a drafter that cannot draw the model's first scales."""
+    if not args.drafter:
+        if args.drafter_scales:
+            raise UserError("drafter-scales: it says how many scales --drafter draws; add that one.")
+        return
+    drafter = library.read_info(args.drafter)
+    if drafter.pyramid is None:
+        raise UserError(f"drafter: {drafter.name} draws in lines; choose a model that draws in scales.")
+    if not 0 <= args.drafter_scales < pyramid.stages:
+        raise UserError(
+            f"drafter-scales: {args.drafter_scales} is out of range; choose 1 to {pyramid.stages - 1}, or 0 for all but "
+            "the last two."
+        )
 
 
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
@@ -570,7 +653,10 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
     if args.tokenizer and args.model == library.BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
     in_scales = info.pyramid is not None
-    of_lines, of_scales = {"drafts": args.drafts > 0, "step": args.step == "graph"}, ("stop_after", "smooth")
+    of_lines, of_scales = (
+        {"drafts": args.drafts > 0, "step": args.step == "graph"},
+        ("stop_after", "smooth", "drafter", "prune"),
+    )
     for name, given in (of_lines if in_scales else {name: getattr(args, name) for name in of_scales}).items():
         if given:
             option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
@@ -885,6 +971,24 @@ def _parser() -> argparse.ArgumentParser:
         help="for models that draw in scales: mix codes, for smoother pictures",
     )
 
+    group.add_argument(
+        "--prune",
+        default="",
+        metavar="SHARES",
+        help="for models that draw in scales: leave out these shares of the tokens of the last scales, such as 0.4,0.5 "
+        "(FastVAR); faster, other pictures",
+    )
+    group.add_argument("--prune-layers", default="", metavar="FIRST-LAST", help="in these layers only, such as 3-27")
+    group.add_argument(
+        "--drafter",
+        default="",
+        metavar="PATH",
+        help="for models that draw in scales: a larger model of the same tokenizer that draws the first scales (CoDe)",
+    )
+    group.add_argument(
+        "--drafter-scales", type=int, default=0, metavar="N", help="how many; default: all but the last two"
+    )
+
     output = argparse.ArgumentParser(add_help=False)
     group = output.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="FILE.png", help="file to write (default: in ./out)")
@@ -910,6 +1014,13 @@ def _parser() -> argparse.ArgumentParser:
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )
+    calibration = add("calibrate", run_calibrate, [model, sample], "what its heads attend to, for some policies")
+    calibration.add_argument(
+        "--samples", type=int, default=10, metavar="N", help="pictures that are drawn (default: 10)"
+    )
+    calibration.add_argument("--out", type=Path, metavar="FILE.json", help="default: next to the model")
+    plan_options = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
+    calibration.set_defaults(preset="Full", size=0, **dict.fromkeys(plan_options))
     conversion = add("convert", run_convert, [], "published checkpoint (.pt) to safetensors with metadata")
     conversion.add_argument("source", metavar="SRC", help="decoder or VQ tokenizer, as published (.pt) or safetensors")
     conversion.add_argument(

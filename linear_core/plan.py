@@ -22,6 +22,7 @@ ACROSS_LAYERS = WHOLE | {
     "prefixkv",
     "pyramidkv",
 }  # of these, those that share among all layers
+ONLY_SCALES = frozenset({"amskv", "heatkv", "scalekv"})  # policies that mean nothing where a picture is drawn in lines
 HEADROOM = 2
 ROOMS = 4  # over scales, heads of unequal room are grouped by quarters of the budget
 LINES = 24  # of a picture whose budget is stated in lines while it is drawn in scales: 4 lines are then 1/6
@@ -141,7 +142,12 @@ class CachePlan:
             )
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError if the protected tokens alone exceed the budget on this grid."""
+        """Raise UserError if the policy needs scales, or the protected tokens alone exceed the budget on this grid."""
+        if self.policy in ONLY_SCALES:
+            raise UserError(
+                f"policy: {self.policy} weighs scales, and this model draws in lines; choose fold, or a model that "
+                "draws in scales."
+            )
         protected = self.anchors + self.recent * grid.stride
         if self.evicts(grid) and protected > self.budget * grid.stride:
             raise UserError(
@@ -209,6 +215,39 @@ class SamplePlan:
     def guides(self, token: int) -> bool:
         """Whether image token number `token` is sampled with guidance. LlamaGen counts from the second token."""
         return self.guided and (self.guidance_interval < 0 or token - 1 <= self.guidance_interval)
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Tokens that are not computed at the last scales (`models/pruning.py`). Raises UserError for what cannot be.
+
+    ratios  share of a scale's tokens that is left out, for the last scales that are drawn, coarse to fine
+    first   number of the first layer that leaves any out
+    last    number of the last one; -1: the model's last
+    """
+
+    ratios: tuple[float, ...]
+    first: int = 0
+    last: int = -1
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not all(0 <= ratio < 1 for ratio in self.ratios):
+            raise UserError("prune: each share has to be 0 or more and less than 1; write it as 0.4,0.5.")
+        if self.first < 0 or self.last < -1 or 0 <= self.last < self.first:
+            raise UserError(f"prune layers: {self.first} to {self.last} are no layers; write them as 3-27.")
+
+    def layer(self, number: int) -> bool:
+        """Whether this layer leaves tokens out."""
+        return self.first <= number and (self.last < 0 or number <= self.last)
+
+    def check(self, stages: int, layers: int) -> None:
+        """Raise UserError if a run of so many scales, or a model of so many layers, cannot do that."""
+        if len(self.ratios) >= stages:
+            raise UserError(
+                f"prune: {len(self.ratios)} of {stages} scales leave no scale to be computed whole; name fewer shares."
+            )
+        if self.first >= layers or self.last >= layers:
+            raise UserError(f"prune layers: the model's layers are 0 to {layers - 1}.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ and nobody is padded to the fullest head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,8 @@ class Group:
     start: Tensor
     index: Tensor
     bias: Tensor
-    count: Tensor | None
-    mass: Tensor | None
+    count: Tensor | None = None
+    mass: Tensor | None = None
     rows: Tensor | None = None
     heads: Tensor | None = None
     padded: bool = False
@@ -77,11 +78,8 @@ class Group:
     def first_rows(self, rows: int) -> Group:
         """The heads of the first `rows` rows."""
         own = slice(rows) if self.rows is None else self.rows[:, 0] < rows
-        parts = {
-            name: None if (x := getattr(self, name)) is None else x[own]
-            for name in ("start", "index", "bias", "count", "mass", "rows", "heads")
-        }
-        return Group(**parts, padded=self.padded)  # type: ignore[arg-type]
+        parts: dict[str, Any] = {f.name: x[own] for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **parts)
 
 
 class Layer:
@@ -139,7 +137,7 @@ class StageCache:
         self.shape, self.rows, self.pyramid, self.plan = shape, rows, pyramid, plan
         self.settle, self.rotate, self.reads = settle, rotate, reads
         self.surveyor, self.survey = (survey if found is None else None), found
-        self.keeps, self.stages = plan.keeps(pyramid), stages or pyramid.stages
+        self.keeps, self.protected, self.stages = plan.keeps(pyramid), plan.protected(pyramid), stages or pyramid.stages
         self.int8 = plan.storage == "int8"
         self.fits = max((n for n in range(pyramid.stages) if pyramid.index(n + 1) <= self.keeps), default=-1)
         self._surveys: list[Tensor] = []
@@ -204,10 +202,7 @@ class StageCache:
         """
         layer, new = self.layers[number], q.shape[2]
         fits = self.stage <= self.fits and self.stores
-        if fits and not self.int8:
-            held = [self._append(layer, k, v)]
-        else:
-            held = self._load(layer, k, v)
+        held = [self._append(layer, k, v)] if fits and not self.int8 else self._load(layer, k, v)
         out = q.new_empty(q.shape[0], new, q.shape[1] * q.shape[3])
         for group, kv in zip(layer.groups, held, strict=True):
             bias = None
@@ -291,7 +286,7 @@ class StageCache:
             kv[0][None], kv[1][None], group.bias[None], group.index[None],
             None if queries is None else upcast(queries)[None], mass, self.pyramid, self.stage, number,
             lambda queries, stages: self.rotate(self.stage, queries), self.survey, keeps=self.keeps, rows=group.rows,
-            heads=group.heads,
+            heads=group.heads, protected=self.protected,
         )  # fmt: skip
 
     def whole(self, views: list[View]) -> View:
@@ -299,12 +294,12 @@ class StageCache:
         if len(views) == 1 and views[0].rows is None:
             return views[0]
         layer = self.layers[views[0].layer]
-        index, bias = self._padded(layer, "index", -1), self._padded(layer, "bias", float("-inf"))
-        assert index is not None and bias is not None
+        index = self._padded(layer, [group.index for group in layer.groups], -1)
+        bias = self._padded(layer, [group.bias for group in layer.groups], float("-inf"))
         nothing = views[0].keys.new_empty(1, self.rows, self.shape.heads, 0, self.shape.head_dim)
         return View(
             nothing, nothing, bias[None], index[None], None, None, self.pyramid, self.stage, views[0].layer, None,
-            self.survey, keeps=self.keeps,
+            self.survey, keeps=self.keeps, protected=self.protected,
         )  # fmt: skip
 
     def release(self, number: int, view: View, victims: Tensor) -> None:
@@ -332,64 +327,67 @@ class StageCache:
         group.index[own].masked_fill_(released, -1)
 
     def _save(self, layer: Layer, held: list[Tensor]) -> None:
-        """Store the slots of working memory that are not empty, and group the heads by how many those are."""
-        if not self.plan.uneven:
+        """Store the slots of working memory that are not empty."""
+        if self.plan.uneven:
+            rows = self._regroup(layer, held)
+            if len(rows[0]) != layer.data.shape[1]:
+                self._allocate(layer, len(rows[0]))
+        else:
             (group,), (kv,) = layer.groups, held
             order = _filled(group.index, min(self.keeps, group.slots))
-            group.start = (
-                torch.arange(group.start.numel(), device=order.device).view(group.start.shape) * order.shape[-1]
-            )
-            row = (
-                order + torch.arange(group.start.numel(), device=order.device).view(*group.start.shape, 1) * kv.shape[3]
-            )
+            number = torch.arange(group.start.numel(), device=order.device).view(group.start.shape)
+            group.start = number * order.shape[-1]
             group.select(order)
-            for part in range(2):
-                self._store(layer, part, kv[part].reshape(-1, kv.shape[-1]), row.view(-1))
-            return
-        # Heads keep unequal numbers, so they are grouped anew: by length, rounded up to a part of the budget.
-        names = {"index": -1, "bias": float("-inf"), "count": 0, "mass": 0}
-        told = {name: self._padded(layer, name, empty) for name, empty in names.items()}
-        filled = told["index"] >= 0
+            places = _places(kv)[:, :, :, :1] + order
+            rows = places[0].view(-1), places[1].view(-1)
+        vectors = self.work[: self.work.numel() // self.shape.head_dim * self.shape.head_dim]
+        vectors = vectors.view(-1, self.shape.head_dim)
+        for part, row in enumerate(rows):
+            into = layer.data[part, : len(row)]
+            if layer.scale is None:
+                torch.index_select(vectors, 0, row, out=into)
+            else:
+                into[:], layer.scale[part, : len(row)] = quantize(vectors.index_select(0, row), torch.float32)
+
+    def _regroup(self, layer: Layer, held: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Group the heads by how many slots of each are not empty, rounded up to a part of the budget.
+
+        Returns where in working memory the keys and the values of these slots are, one head after the other.
+        """
+        index = self._padded(layer, [group.index for group in layer.groups], -1)
+        told = {"bias": self._padded(layer, [group.bias for group in layer.groups], float("-inf"))}
+        for name in ("count", "mass"):
+            if getattr(layer.groups[0], name) is not None:
+                told[name] = self._padded(layer, [getattr(group, name) for group in layer.groups], 0)
+        filled = index >= 0
+        places = [_places(kv) for kv in held]
+        keys, values = (self._padded(layer, [one[part] for one in places], -1)[filled] for part in range(2))
         lengths = filled.sum(-1)
-        places = [
-            kv.storage_offset() // kv.shape[-1]
-            + torch.arange(kv[0, ..., 0].numel(), device=self.device).view(kv.shape[1:4])
-            for kv in held
-        ]
-        source = _spread(layer, places, -1, self.rows, self.shape.heads)[filled]
-        values = _spread(layer, [x + x.numel() for x in places], -1, self.rows, self.shape.heads)[filled]
         start = (lengths.view(-1).cumsum(0) - lengths.view(-1)).view(lengths.shape)
         rooms = -(-lengths // -(-self.keeps // ROOMS))
         layer.groups = []
         for room in rooms.unique().tolist():
             rows, heads = (rooms == room).nonzero(as_tuple=True)
-            all_alike = len(rows) == lengths.numel()
-            own = (slice(None), slice(None)) if all_alike else (rows[:, None], heads[:, None])
-            order = _filled(told["index"][own], int(lengths[own].max()))
-            parts = {name: None if x is None else x[own].gather(-1, order) for name, x in told.items()}
-            group = Group(start[own], **parts, rows=None if all_alike else own[0], heads=None if all_alike else own[1])
+            whole = len(rows) == lengths.numel()
+            own = (rows.view(lengths.shape), heads.view(lengths.shape)) if whole else (rows[:, None], heads[:, None])
+            order = _filled(index[own], int(lengths[own].max()))
+            group = Group(start[own], index[own].gather(-1, order), told["bias"][own].gather(-1, order))
+            for name in set(told) - {"bias"}:
+                setattr(group, name, told[name][own].gather(-1, order))
+            if not whole:
+                group.rows, group.heads = own
             group.padded = bool((group.index < 0).any())
             layer.groups.append(group)
-        if len(source) != layer.data.shape[1]:
-            self._allocate(layer, len(source))
-        vectors = self.work[: self.work.numel() // self.shape.head_dim * self.shape.head_dim].view(
-            -1, self.shape.head_dim
-        )
-        for part, row in enumerate((source, values)):
-            self._store(layer, part, vectors, row)
+        return keys, values
 
-    def _store(self, layer: Layer, part: int, vectors: Tensor, row: Tensor) -> None:
-        """Make `vectors` at `row` the layer's keys (part 0) or values (part 1)."""
-        into = layer.data[part, : len(row)]
-        if layer.scale is None:
-            torch.index_select(vectors, 0, row, out=into)
-        else:
-            into[:], layer.scale[part, : len(row)] = quantize(vectors.index_select(0, row), torch.float32)
-
-    def _padded(self, layer: Layer, name: str, empty: float) -> Tensor | None:
-        """What is said about the slots of all rows and heads, R H S: `empty` behind those that a group has."""
-        parts = [getattr(group, name) for group in layer.groups]
-        return None if parts[0] is None else _spread(layer, parts, empty, self.rows, self.shape.heads)
+    def _padded(self, layer: Layer, parts: list[Tensor], empty: float) -> Tensor:
+        """What is said about each group's slots, G H' S, for all rows and heads, R H S: `empty` behind a group's."""
+        if layer.groups[0].rows is None:
+            return parts[0]
+        found = parts[0].new_full((self.rows, self.shape.heads, max(part.shape[-1] for part in parts)), empty)
+        for group, part in zip(layer.groups, parts, strict=True):
+            found[group.rows, group.heads, : part.shape[-1]] = part
+        return found
 
     # -- the batch -----------------------------------------------------------------------------------------------------
 
@@ -435,14 +433,10 @@ class StageCache:
         return cells
 
 
-def _spread(layer: Layer, parts: list[Tensor], empty: float, rows: int, heads: int) -> Tensor:
-    """What is said of each group's slots, G H' S, as one for all rows and heads: R H S."""
-    if layer.groups[0].rows is None:
-        return parts[0]
-    found = parts[0].new_full((rows, heads, layer.slots), empty)
-    for group, part in zip(layer.groups, parts, strict=True):
-        found[group.rows, group.heads, : part.shape[-1]] = part
-    return found
+def _places(kv: Tensor) -> Tensor:
+    """Which vectors of working memory these keys and values are: 2 G H' S D -> int64 2 G H' S."""
+    first = kv.storage_offset() // kv.shape[-1]
+    return first + torch.arange(kv[..., 0].numel(), device=kv.device).view(kv.shape[:-1])
 
 
 def _filled(index: Tensor, count: int) -> Tensor:

@@ -38,6 +38,7 @@ class View:
     rows, heads   numbers of the rows and heads that are shown, int64, as one index of x B H ...: x[rows, heads]. None:
                   all, in order
     first_head    number of the first head in the view
+    protected     first image tokens that no head will lose; 0: not told
 
     A picture drawn in scales (`Pyramid`) is shown at the end of a layer's pass over a scale: "line" above is then
     "scale", C is some of its queries, evenly spread, and every query sees the whole scale.
@@ -59,6 +60,7 @@ class View:
     rows: Tensor | None = None
     heads: Tensor | None = None
     first_head: int = 0
+    protected: int = 0
     _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
@@ -84,11 +86,10 @@ class View:
         if rows >= count[0] and heads >= count[1]:
             yield self
             return
-        numbers = [
-            torch.arange(n, device=self.index.device).view(shape)
-            for n, shape in zip(count, ((-1, 1), (1, -1)), strict=True)
-        ]
-        all_rows, all_heads = numbers if self.rows is None else (self.rows, self.heads)
+        all_rows, all_heads = self.rows, self.heads
+        if all_rows is None or all_heads is None:
+            all_rows, all_heads = (torch.arange(n, device=self.index.device) for n in count)
+            all_rows, all_heads = all_rows[:, None], all_heads[None]
         for first in range(0, count[0], rows):
             for first_head in range(0, count[1], heads):
                 cut = slice(first, first + rows), slice(first_head, first_head + heads)

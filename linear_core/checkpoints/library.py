@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
+from ..profile import profile_path, read_profile
 from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.bits import BitConfig, BitTokenizer, file_key
@@ -347,6 +348,8 @@ def load_model(
     storage_dtype = _storage_dtype(info, dtype, weight_dtype)
     load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype)
     decoder.compute_dtype = dtype if weight_dtype else None
+    if info.pyramid is not None and (beside := profile_path(model_path(files.decoder))).is_file():
+        decoder.profile = read_profile(beside)
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files, name_codebook(tokenizer))
 
 

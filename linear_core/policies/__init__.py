@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..errors import UserError
 from .adakv import adakv
+from .amskv import amskv
 from .attention_distance import attention_distance
 from .cake import cake
 from .choose import choose
@@ -19,6 +20,7 @@ from .full import full
 from .h2o import h2o
 from .hack import hack
 from .headkv import headkv
+from .heatkv import heatkv
 from .keydiff import keydiff
 from .line import line
 from .next_line import next_line
@@ -27,6 +29,7 @@ from .prefixkv import prefixkv
 from .pyramidkv import pyramidkv
 from .random import random
 from .rkv import rkv
+from .scalekv import scalekv
 from .snapkv import snapkv
 from .ssd import ssd
 from .stratified import stratified
@@ -63,6 +66,9 @@ POLICIES: dict[str, Policy] = {
     "headkv": headkv,
     "prefixkv": prefixkv,
     "pyramidkv": pyramidkv,
+    "heatkv": heatkv,
+    "scalekv": scalekv,
+    "amskv": amskv,
 }
 
 

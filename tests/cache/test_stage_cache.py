@@ -16,7 +16,7 @@ from linear_core.cache.view import View
 from linear_core.errors import UserError
 from linear_core.loop import scales
 from linear_core.loop.scales import forced_scales, generate_scales, scale_cache, scale_policy
-from linear_core.plan import ACROSS_LAYERS, UNEVEN, CachePlan, SamplePlan
+from linear_core.plan import ACROSS_LAYERS, UNEVEN, WHOLE, CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
 from linear_core.pyramid import Pyramid
@@ -142,7 +142,8 @@ def test_heads_and_layers_differ() -> None:
         counts = run(name, "strict").held[-1].sum(-1)
         assert counts.unique().numel() > 1, name
         among = (1, 2) if name in ACROSS_LAYERS else (2,)
-        assert (counts.double().mean(among) == CachePlan(name, share=SHARE).keeps(model()[0].pyramid)).all(), name
+        mean, budget = counts.double().mean(among), CachePlan(name, share=SHARE).keeps(model()[0].pyramid)
+        assert (mean <= budget).all() and (name in WHOLE or (mean == budget).all()), name
 
 
 @pytest.mark.parametrize("storage", ["full", "int8"])
@@ -174,9 +175,9 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
     passed: list[Tensor] = []
     original = found.attend
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         passed[:] = [q, k, v]
-        return original(layer, q, k, v)
+        return original(layer, q, k, v, **more)
 
     monkeypatch.setattr(stage_cache.F, "scaled_dot_product_attention", watch)
     monkeypatch.setattr(found, "attend", attend)

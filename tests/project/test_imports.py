@@ -29,6 +29,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "grid": ({"errors"}, set()),
     "pyramid": ({"errors", "grid"}, set()),
     "plan": ({"errors", "grid", "pyramid"}, set()),
+    "profile": ({"errors", "pyramid"}, TENSORS),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     # the cache
@@ -56,7 +57,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
-    "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
+    "policies.*": ({"plan", "profile", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
     "prompts.*": (
         {"errors", "grid", "sizes", "prompts", "prompts.*"},
@@ -70,6 +71,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "errors",
             "grid",
             "plan",
+            "profile",
             "pyramid",
             "prompts",
             "prompts.*",
@@ -115,11 +117,15 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "cache.view",
             "policies",
             "policies.choose",
+            "profile",
             "loop.memory",
+            "loop.pruning",
             "loop.sampling",
         },
         TENSORS,
     ),
+    "loop.pruning": ({"plan", "pyramid"}, TENSORS),
+    "loop.calibrate": ({"plan", "profile", "pyramid", "cache.look_ahead", "loop.scales"}, TENSORS),
     "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
@@ -161,7 +167,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "checkpoints.*": (
-        {"errors", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
+        {"errors", "profile", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
         TENSORS,
     ),
     # people
