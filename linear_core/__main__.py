@@ -45,7 +45,7 @@ from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import AUTO, PRESETS, RELEASES, STORAGES, CachePlan, CacheShape, PrunePlan, SamplePlan
-from .policies import POLICIES
+from .policies import POLICIES, SCALE_POLICIES
 from .profile import profile_path
 from .prompts import Prompt
 from .pyramid import Pyramid
@@ -642,8 +642,8 @@ def _check_drafter(args: argparse.Namespace, pyramid: Pyramid) -> None:
         raise UserError(f"drafter: {drafter.name} draws in lines; choose a model that draws in scales.")
     if not 0 <= args.drafter_scales < pyramid.stages:
         raise UserError(
-            f"drafter-scales: {args.drafter_scales} is out of range; choose 1 to {pyramid.stages - 1}, or 0 for all but "
-            "the last two."
+            f"drafter-scales: {args.drafter_scales} is out of range; choose 1 to {pyramid.stages - 1}, or 0 for all "
+            "but the last two."
         )
 
 
@@ -908,7 +908,7 @@ def _parser() -> argparse.ArgumentParser:
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
     group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
-    group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
+    group.add_argument("--policy", choices=[*POLICIES, *SCALE_POLICIES], help="decides which tokens stay")
     group.add_argument("--budget", type=int, metavar="LINES", help="lines of image tokens that are kept")
     group.add_argument("--share", metavar="SHARE", help="what is kept of a full cache, such as 1/6, instead of lines")
     group.add_argument("--anchors", type=int, metavar="TOKENS", help="number of first image tokens that always stay")

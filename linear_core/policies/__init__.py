@@ -37,7 +37,7 @@ from .streaming import streaming
 from .tova import tova
 from .vase import vase
 
-__all__ = ["POLICIES", "Policy", "choose", "get_policy"]
+__all__ = ["POLICIES", "SCALE_POLICIES", "Policy", "choose", "get_policy"]
 
 QUERIES, MASS, AHEAD = (frozenset({name}) for name in ("queries", "mass", "ahead"))
 _LINE = Policy(line, QUERIES)
@@ -66,14 +66,14 @@ POLICIES: dict[str, Policy] = {
     "headkv": headkv,
     "prefixkv": prefixkv,
     "pyramidkv": pyramidkv,
-    "heatkv": heatkv,
-    "scalekv": scalekv,
-    "amskv": amskv,
 }
+# These weigh scales against each other, and mean nothing where a picture is drawn in lines (plan.ONLY_SCALES).
+SCALE_POLICIES: dict[str, Policy] = {"heatkv": heatkv, "scalekv": scalekv, "amskv": amskv}
 
 
 def get_policy(name: str) -> Policy:
     """The policy of this name. Raises UserError listing the names if there is none."""
-    if name not in POLICIES:
-        raise UserError(f"policy: '{name}' is unknown; choose one of {', '.join(POLICIES)}.")
-    return POLICIES[name]
+    known = POLICIES | SCALE_POLICIES
+    if name not in known:
+        raise UserError(f"policy: '{name}' is unknown; choose one of {', '.join(known)}.")
+    return known[name]

@@ -17,14 +17,14 @@ from linear_core.errors import UserError
 from linear_core.loop import scales
 from linear_core.loop.scales import forced_scales, generate_scales, scale_cache, scale_policy
 from linear_core.plan import ACROSS_LAYERS, UNEVEN, WHOLE, CachePlan, SamplePlan
-from linear_core.policies import POLICIES
+from linear_core.policies import POLICIES, SCALE_POLICIES
 from linear_core.prompts import class_prompt
 from linear_core.pyramid import Pyramid
 from tests.tiny import CODES, var
 
 SIDES = (1, 2, 3, 4, 4, 5)  # 71 tokens, 46 of them ever held
 SHARE = 0.36  # 17 of them: overflows at the fourth scale and the fifth
-ON_SCALES = [name for name, policy in POLICIES.items() if not policy.lines]
+ON_SCALES = [name for name, policy in (POLICIES | SCALE_POLICIES).items() if not policy.lines]
 EVICTING = [name for name in ON_SCALES if name != "full"]
 SAMPLE = SamplePlan(seed=3, guidance=2.0)
 
