@@ -112,6 +112,11 @@ def run_generate(args: argparse.Namespace) -> None:
             "text" if model.info.text else "class": prompt.names[i],
             **asdict(plan),
             **asdict(replace(sample, seed=sample.seed + i)),
+            **{
+                name: value
+                for name in ("prune", "prune_layers", "drafter", "drafter_scales")
+                if (value := getattr(args, name))
+            },
         }
         writer.write(picture, args.size, notes | more)
 
@@ -269,9 +274,10 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
-        size = _planned_bytes(shape, info, plan, rows) / MIB
+        size = _planned_bytes(shape, info, plan, rows, args.stop_after) / MIB
         _say(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
-    saved = 1 - _planned_bytes(shape, info, few, rows) / _planned_bytes(shape, info, full, rows)
+    few_bytes, full_bytes = (_planned_bytes(shape, info, plan, rows, args.stop_after) for plan in (few, full))
+    saved = 1 - few_bytes / full_bytes
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
@@ -360,9 +366,9 @@ def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
     return decode(model.tokenizer, (run.tokens if run.canvas is None else run.canvas)[rows])
 
 
-def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int) -> int:
+def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int, stop_after: int = 0) -> int:
     if info.pyramid is not None:
-        return shape.scales_bytes(info.pyramid, plan, rows)
+        return shape.scales_bytes(info.pyramid, plan, rows, stop_after)
     return shape.bytes(info.grid, plan.in_lines(info.grid), rows)
 
 
@@ -374,6 +380,9 @@ def _draw(
     then: Callable[[], None] = lambda: None,
 ) -> list[Run]:
     """Draw the images once for each plan, in micro-batches if there are too many. `then` is called after each."""
+    if model.info.pyramid is not None:
+        for note in dict.fromkeys(note for plan in plans if (note := surveys(plan, model.decoder))):
+            _say(f"note: {note}.", sys.stderr)
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             _draw_micro_batch(model, micro_batch, plans, args)
@@ -420,8 +429,6 @@ def _draw_micro_batch(
             generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, **scales)
             for plan, given in zip(plans, micro_batch.above, strict=True)
         ]
-        for note in dict.fromkeys(note for plan in plans if (note := surveys(plan, model.decoder))):
-            _say(f"note: {note}.", sys.stderr)
     else:
         use = use_graphs(args.step, model.decoder.device, prompt.rows * (2 if sample.guided else 1))
         graphs = [Graphs(model.decoder.step, evict, check) for _ in plans] if use else []

@@ -15,7 +15,7 @@ from linear_core.errors import UserError
 from linear_core.loop import scales
 from linear_core.loop.calibrate import Watch, calibrate
 from linear_core.loop.pruning import Pruning
-from linear_core.loop.scales import force, forced_scales, generate_scales, surveys, with_drafter
+from linear_core.loop.scales import force, forced_scales, generate_scales, scale_cache, surveys, with_drafter
 from linear_core.plan import CachePlan, PrunePlan, SamplePlan
 from linear_core.policies import get_policy
 from linear_core.policies.scalekv import observers
@@ -262,7 +262,7 @@ def test_hack_keeps_the_newest_scale_in_structural_heads(model, tokens) -> None:
     assert held[:, structural][..., 14:30].all(), "all of the scale drawn last"
 
 
-# -- fewer tokens, fewer scales ------------------------------------------------------------------------------------------
+# -- fewer tokens, fewer scales --------------------------------------------------------------------------------------
 
 
 def test_pruned_tokens_come_from_the_scale_before() -> None:
@@ -299,6 +299,7 @@ def test_pruning_a_model(kind: str) -> None:
         pair = infinity((1, 1), (2, 3), (3, 4), (4, 5), (5, 6), dtype=torch.float64)
         prompt = caption_prompt([3, 5], dtype=torch.float64)
     pyramid = pair[0].pyramid
+    check_pruned_logits(*pair, prompt)
 
     def run(plan: CachePlan, **more) -> list:
         return list(generate_scales(*pair, prompt, plan, SAMPLE, **more))
@@ -313,6 +314,41 @@ def test_pruning_a_model(kind: str) -> None:
     for name in ("fold", "adakv"):
         few = run(CachePlan(name, share=0.4), prune=PrunePlan((0.5, 0.5)))
         assert few[-1].held <= CachePlan(name, share=0.4).keeps(pyramid) and few[-1].canvas.isfinite().all()
+
+
+def check_pruned_logits(decoder, quantizer, prompt) -> None:
+    """Pruned in the last layer of the last scale alone: tokens that all of its sub-blocks computed have the logits of
+    one uncached pass in which that layer sees only what its attention computed."""
+    pyramid, places = decoder.pyramid, {}
+
+    class Spy(Pruning):
+        def __call__(self, layer, part, x, compute):
+            def noted(x: Tensor, at: Tensor | None) -> Tensor:
+                places[part] = at
+                return compute(x, at)
+
+            return super().__call__(layer, part, x, noted)
+
+    prune = Spy(PrunePlan((0.5,), first=1), pyramid, pyramid.stages)
+    cache = scale_cache(decoder, 2, FULL, get_policy("full"))
+    state, canvas, below = decoder.begin(prompt), quantizer.empty(2, pyramid), []
+    for stage in range(pyramid.stages):
+        cache.begin(stage)
+        prune.begin(stage)
+        below += [quantizer.shrink(pyramid, stage, canvas)] if stage else []
+        logits = decoder.stage(stage, below[-1] if stage else None, state, cache, prune)
+        drawn = torch.randint(4, (2, *pyramid.sides[stage]), generator=torch.Generator().manual_seed(stage))
+        canvas = quantizer.add(pyramid, stage, drawn, canvas)
+    scale = torch.cat([torch.full((pyramid.size(n),), n) for n in range(pyramid.stages)])
+    visible = (scale[:, None] >= scale).expand(2, 2, 3, -1, -1).clone()
+    last, size = pyramid.index(pyramid.stages - 1), pyramid.size(-1)
+    computed = {part: torch.zeros(2, size, dtype=torch.bool).scatter(1, at, True) for part, at in places.items()}
+    visible[1, :, :, last:, last:] = computed["attention"][:, None, None]
+    expected = decoder(prompt, below, visible)[:, last:]
+    by_all = torch.stack(list(computed.values())).all(0)
+    assert 0 < by_all.sum() < by_all.numel()
+    torch.testing.assert_close(logits[by_all], expected[by_all], atol=1e-9, rtol=1e-9)
+    assert not torch.isclose(logits[~by_all], expected[~by_all]).all()
 
 
 def test_bad_pruning(model) -> None:
