@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +38,7 @@ from linear_core.loop.calibrate import calibrate
 from linear_core.loop.scales import forced_scales, generate_scales, scale_policy
 from linear_core.pictures.preview import decode
 from linear_core.pictures.sheet import contact_sheet, save
-from linear_core.plan import LINES, PRESETS, CachePlan, SamplePlan
+from linear_core.plan import LINES, PRESETS, CachePlan
 from linear_core.policies import get_policy
 from linear_core.profile import Profile
 from linear_core.prompts import Prompt, class_prompt
@@ -79,7 +79,7 @@ class ScaleLab:
         self.model.decoder.profile = profile or self.model.decoder.profile
         if self.model.decoder.profile is None:
             prompt = class_prompt([i % self.kinds for i in range(10)])
-            sample = SamplePlan(**{**vars(info.defaults), "seed": CALIBRATED})
+            sample = replace(info.defaults, seed=CALIBRATED)
             quantizer = self.model.tokenizer.quantize
             self.model.decoder.profile = calibrate(self.model.decoder, quantizer, prompt, sample, name=info.name)
             self.calibrated = "made for this run, from 10 pictures"
@@ -149,7 +149,7 @@ class ScaleLab:
         """Codes B N, with the model's own settings; picture i with seed + i."""
         drawn = []
         for start in range(0, len(labels), BATCH):
-            sample = SamplePlan(**{**vars(self.model.info.defaults), "seed": seed + start, "smooth": False})
+            sample = replace(self.model.info.defaults, seed=seed + start, smooth=False)
             prompt = class_prompt(labels[start : start + BATCH])
             stages = generate_scales(self.model.decoder, self.model.tokenizer.quantize, prompt, plan, sample)
             drawn.append(torch.cat([stage.tokens for stage in stages], 1))
@@ -388,7 +388,7 @@ def run(files: ModelFiles, args: argparse.Namespace, weights: str, core: str) ->
     jobs = []
     for share in args.shares or SHARES:
         for name, plan in contenders(args.policies):
-            asked = CachePlan(**{**asdict(plan), "budget": max(1, round(LINES / share))})
+            asked = replace(plan, budget=max(1, round(LINES / share)))
             scale_policy(asked, lab.pyramid)
             if (name, asked.budget) not in known:
                 jobs.append((name, asked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def calibrate(
     sums: dict[str, Tensor] = {}
     for number in range(prompt.rows):
         row = prompt.select(range(number, number + 1))
-        own = SamplePlan(**{**vars(sample), "seed": sample.seed + number, "smooth": False})
+        own = replace(sample, seed=sample.seed + number, smooth=False)
         drawn = list(generate_scales(decoder, quantizer, row, CachePlan("full"), own, name=name))
         watch = Watch(shape.layers, shape.heads, pyramid)
         for _ in force(decoder, quantizer, row, torch.cat([stage.tokens for stage in drawn], 1), watch):
