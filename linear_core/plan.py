@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
 
-from .errors import UserError
+from .errors import UserError, quoted
 from .grid import Grid
 from .pyramid import Pyramid, Stages
 
+MAX_SEED = 2**64 - 1
+MAX_SEEDS = 2**16  # in one text
 AUTO = -1  # drafts: by itself, where they were measured to win
+MIB = 2**20
+UNITS = {"kib": 2**10, "mib": MIB, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}  # bytes
 STORAGES = ("full", "int8")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
@@ -43,6 +53,8 @@ class CachePlan:
              replaced by the one chosen. All take the same memory.
     storage  "full": keys and values in the dtype they were computed in. "int8": complete lines in 8 bits.
     share    the budget as a share of what a full cache holds, 0 to 1, in place of lines. 0: `budget` says it
+    mib      the budget as MiB of keys and values of the whole batch, in place of lines: as many lines as fit. 0:
+             `budget` or `share` says it
     """
 
     policy: str = "line"
@@ -52,6 +64,7 @@ class CachePlan:
     release: str = "auto"
     storage: str = "full"
     share: float = 0.0
+    mib: float = 0.0
 
     def __post_init__(self) -> None:
         if self.release == "auto":
@@ -64,6 +77,10 @@ class CachePlan:
             raise UserError(f"recent: {self.recent} is negative; choose 0 or more.")
         if not 0 <= self.share <= 1:
             raise UserError(f"share: {self.share} is out of range; choose more than 0 and at most 1 (0: by lines).")
+        if not 0 <= self.mib or not isfinite(self.mib):
+            raise UserError(f"budget: {self.mib} MiB is out of range; choose more than 0 (0: by lines or share).")
+        if self.share and self.mib:
+            raise UserError("budget: it is stated both as a share and in MiB; leave one of the two out.")
         if self.release not in RELEASES:
             raise UserError(f"release: '{self.release}' is unknown; choose one of auto, {', '.join(RELEASES)}.")
         if self.storage not in STORAGES:
@@ -79,6 +96,33 @@ class CachePlan:
         if not self.share:
             return self
         return replace(self, budget=max(1, round(self.share * grid.rows)), share=0.0)
+
+    def resolve(self, shape: CacheShape, stages: Stages, rows: int) -> CachePlan:
+        """The same plan for `rows` sequences of such a model, with the budget in lines; of a pyramid, as a share.
+
+        Of MiB, the largest budget whose cache takes no more. Raises UserError if not even the smallest fits.
+        """
+        if not self.mib or self.policy == "full":
+            return self if isinstance(stages, Pyramid) else self.in_lines(stages)
+        most = stages.kept if isinstance(stages, Pyramid) else stages.rows
+
+        def keeping(count: int) -> CachePlan:
+            """So many lines, or tokens of a pyramid."""
+            if isinstance(stages, Pyramid):
+                return replace(self, share=count / max(most, 1), mib=0.0)
+            return replace(self, budget=count, mib=0.0)
+
+        def needed(count: int) -> int:
+            return shape.cache_bytes(stages, keeping(count), rows)
+
+        fitting = bisect_right(range(1, most + 1), self.mib * MIB, key=needed)
+        if not fitting:
+            what = "one scale" if isinstance(stages, Pyramid) else "one line"
+            raise UserError(
+                f"budget: {self.mib:.4g} MiB are not enough for {what} of {rows} sequences (pictures, twice with "
+                f"guidance), which takes {needed(1) / MIB:.4g} MiB; choose more, or draw fewer pictures at once."
+            )
+        return keeping(fitting)
 
     def lines(self, grid: Grid) -> int:
         """Lines of image tokens that each head has room for: the budget and the line being written.
@@ -156,6 +200,49 @@ class CachePlan:
             )
 
 
+def parse_budget(text: str) -> dict[str, Any]:
+    """The setting of CachePlan that a budget in the user's words means: "4" or "4 lines", "1/6", "0.17" or "15 %",
+    "300 MiB" or "2 GiB". Raises UserError for anything else.
+    """
+    words = text.strip().lower()
+    if found := re.fullmatch(r"(-?[0-9]{1,9})( ?lines?)?", words):
+        return {"budget": int(found[1])}
+    if found := re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?|\.[0-9]+) ?([kmg]i?b)", words):
+        if mib := float(found[1]) * UNITS[found[2]] / MIB:
+            return {"mib": mib}
+    else:
+        with suppress(ValueError, ArithmeticError):
+            return {"share": parse_share(words)}
+    raise UserError(
+        f"budget: {quoted(text)} is not a budget; write lines (4), a share of the full cache (1/6 or 15%) or memory "
+        "(300MiB or 2GiB)."
+    )
+
+
+def parse_share(text: str) -> float:
+    """A share such as "1/6", "15 %" or "0.17". Raises ValueError or ArithmeticError for anything else, 0 included."""
+    above, _, below = text.strip().partition("/")
+    if above.endswith("%") and not below:
+        above, below = above.removesuffix("%"), "100"
+    if share := float(above) / float(below or 1):
+        return share
+    raise ValueError(f"{text} is nothing")
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds such as "3, 7, 100-103", between commas, spaces or line breaks. Raises UserError for anything else."""
+    seeds: list[int] = []
+    for part in re.split(r"[\s,;]+", text.strip()) if text.strip() else ():
+        found = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise UserError(f"seeds: {quoted(part)} is not a seed; write whole numbers or ranges, such as 3, 7, 10-13.")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise UserError(f"seeds: {quoted(part)} makes more than {MAX_SEEDS} seeds; give one for each image.")
+        seeds += range(first, last + 1)
+    return tuple(seeds)
+
+
 PRESETS = {
     "Balanced": CachePlan("fold", budget=4, recent=0),
     "Small": CachePlan("fold", budget=3, recent=0),
@@ -180,6 +267,8 @@ class SamplePlan:
                        without (`loop/drafts.py`). 0: none; -1: by itself, where they were measured to win
     smooth             models that draw in scales: each place gets a mixture of codes around the one that is sampled.
                        Published as "more smooth", for looks; the picture is then more than its tokens
+    seeds              a seed for each image, in place of seed + i. A batch may then be split in any way over processes
+                       or machines, and the images stay the same
     """
 
     seed: int = 0
@@ -190,6 +279,7 @@ class SamplePlan:
     top_p: float = 1.0
     drafts: int = 0
     smooth: bool = False
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.guidance >= 0 or self.guidance > 1000:
@@ -206,6 +296,27 @@ class SamplePlan:
             )
         if self.drafts < AUTO:
             raise UserError(f"drafts: {self.drafts} is out of range; choose 0 (none) or more, or -1 (automatic).")
+        for seed in self.seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise UserError(f"seeds: {seed} is out of range; choose 0 to {MAX_SEED}.")
+
+    def image_seeds(self, images: int) -> tuple[int, ...]:
+        """The seed of each image. Raises UserError if there is not one for each."""
+        if len(self.seeds) not in (0, images):
+            raise UserError(
+                f"seeds: there are {len(self.seeds)}, but {images} images are drawn; give one for each, or none."
+            )
+        return self.seeds or tuple(self.seed + i for i in range(images))
+
+    def select(self, rows: Sequence[int]) -> SamplePlan:
+        """The plan for the images with these numbers, which keep their seeds."""
+        if self.seeds:
+            seeds = tuple(self.seeds[i] for i in rows)
+        elif list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            return replace(self, seed=self.seed + rows[0])
+        else:
+            seeds = tuple(self.seed + i for i in rows)
+        return replace(self, seed=seeds[0], seeds=seeds if len(seeds) > 1 else ())
 
     @property
     def guided(self) -> bool:
@@ -279,6 +390,12 @@ class CacheShape:
         if plan.policy in ACROSS_LAYERS and plan.keeps(pyramid) < pyramid.kept:
             held += held if plan.policy in WHOLE else held * (HEADROOM - 1) // 2
         return held + heads * plan.work_slots(pyramid, stages) * self.head_dim * self.bytes_per_element
+
+    def cache_bytes(self, stages: Stages, plan: CachePlan, rows: int) -> int:
+        """Keys and values of the whole cache for `rows` sequences, whether they are drawn in lines or in scales."""
+        if isinstance(stages, Pyramid):
+            return self.scales_bytes(stages, plan, rows)
+        return self.bytes(stages, plan.in_lines(stages), rows)
 
     def bytes(self, grid: Grid, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache for `rows` sequences, as allocated before the first token."""

@@ -55,6 +55,14 @@ def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
     return (2 * prompt.rows, prompt.max_length) if sample.guided else (prompt.rows, prompt.length)
 
 
+def resolve(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt) -> CachePlan:
+    """The plan with its budget in lines of the picture, now that model and batch are known; checked."""
+    rows, places = _sequences(sample, prompt)
+    plan = plan.resolve(model.image.decoder.cache_shape(places), model.image.info.grid, rows)
+    plan.check(model.image.info.grid)
+    return plan
+
+
 def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
     """The event that describes a run. `at_once` of its images are in the cache together, by default all."""
     decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows
@@ -82,6 +90,7 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
         full_bytes=shape.bytes(grid, CachePlan("full"), rows),
         codebook=model.image.codebook,
         list_index=host.list_index(),
+        seeds=",".join(map(str, sample.image_seeds(images))) if sample.seeds else "",
     )
 
 
@@ -275,7 +284,8 @@ def _as_one(
     """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
-    trace = Trace(started(model, plan, sample, prompt.select(range(len(lines[0].tokens))), at_once))
+    images = range(len(lines[0].tokens))
+    trace = Trace(started(model, plan, sample.select(images), prompt.select(images), at_once))
     for line in lines:
         trace.add(line)
     return trace, lines
@@ -308,8 +318,9 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def kept_codes(text: str, rows: int) -> tuple[Tensor | None, int | None]:
-    """The codes that the widget sent back for this run, int64 B rows cols, and the run's seed if it is not the node's.
+def kept_codes(text: str, rows: int) -> tuple[Tensor | None, dict[str, Any]]:
+    """The codes that the widget sent back for this run, int64 B rows cols, and the run's seeds, as SamplePlan has them,
+    if they are not the node's.
 
     `rows` is how many to keep of the run that the widget shows. Of the node's other runs, which are not to change, all
     that the widget sent; None for a run that it knows nothing of.
@@ -323,8 +334,9 @@ def kept_codes(text: str, rows: int) -> tuple[Tensor | None, int | None]:
     for each in kept:
         if each.list_index in (None, host.list_index()):
             codes = torch.tensor(each.codes).view(each.sizes)
-            return (first_rows(codes, rows) if each is kept[0] else codes), each.seed
-    return None, None
+            own = {} if each.seed is None else {"seed": each.seed, "seeds": each.seeds}
+            return (first_rows(codes, rows) if each is kept[0] else codes), own
+    return None, {}
 
 
 def first_rows(codes: Tensor, rows: int) -> Tensor:

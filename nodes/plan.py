@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..linear_core.errors import UserError
 from ..linear_core.plan import PRESETS, RELEASES, STORAGES, CachePlan
 from ..linear_core.policies import POLICIES
 from .inputs import checked
@@ -14,6 +15,7 @@ from .live import MEMORY
 from .sockets import CACHE
 
 CUSTOM = "Custom"
+LINES, SHARE, MEMORY_MIB = "lines", "share", "MiB"
 
 
 def _custom() -> list[io.Input]:
@@ -97,13 +99,51 @@ class LineCache(io.ComfyNode):
                     "the number of images, doubled by guidance.",
                     extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
                 ),
+                io.Combo.Input(
+                    "budget_in",
+                    options=[LINES, SHARE, MEMORY_MIB],
+                    default=LINES,
+                    optional=True,
+                    tooltip="What amount counts. lines: lines of image tokens. share: how much of the full cache is "
+                    "kept. MiB: memory for all images of the batch together; as many lines are kept as fit into it. "
+                    "The line above shows all three.",
+                ),
+                io.Float.Input(
+                    "amount",
+                    default=0.0,
+                    min=0.0,
+                    max=float(2**24),
+                    step=0.01,
+                    round=0.0001,
+                    optional=True,
+                    tooltip="The budget, in place of the preset's (Full keeps everything all the same). 0: the "
+                    "preset's own. Lines: 4. Share: 1/6 or 0.15, for 15 %. MiB: 2048, for 2 GiB.",
+                ),
             ],
             outputs=[CACHE.Output(display_name="cache", tooltip="For Generate and Compare.")],
         )
 
     @classmethod
     @checked
-    def execute(cls, preset: dict[str, Any], memory: str | None = None) -> io.NodeOutput:
+    def execute(
+        cls, preset: dict[str, Any], memory: str | None = None, budget_in: str = LINES, amount: float = 0.0
+    ) -> io.NodeOutput:
         settings = dict(preset)
         name = settings.pop("preset")
-        return io.NodeOutput(CachePlan(**settings) if name == CUSTOM else PRESETS[name])
+        plan = CachePlan(**settings) if name == CUSTOM else PRESETS[name]
+        return io.NodeOutput(replace(plan, **_budget(budget_in, amount)) if amount else plan)
+
+
+def _budget(budget_in: str, amount: float) -> dict[str, Any]:
+    """The setting of CachePlan that states this budget."""
+    if budget_in == MEMORY_MIB:
+        return {"mib": amount}
+    if budget_in == SHARE:
+        if amount > 1:
+            raise UserError(
+                f"amount: {amount:g} is more than the whole cache; for {amount:g} % write {amount / 100:g}."
+            )
+        return {"share": amount}
+    if amount != int(amount):
+        raise UserError(f"amount: {amount:g} is no whole number of lines; choose 1 or more, or set budget_in to share.")
+    return {"budget": int(amount)}

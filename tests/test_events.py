@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from linear_core import events
+from linear_core.errors import UserError
 from linear_core.events import (
     NONE,
     Finished,
@@ -311,6 +312,8 @@ def test_kept_runs_as_text():
     """Of one run its codes, of several each with its list index and seed; anything else is an error."""
     one, other = pack_codes(torch.arange(6).view(1, 2, 3)), pack_codes(torch.arange(3).view(1, 1, 3))
     assert unpack_kept(one) == [Kept(None, None, (1, 2, 3), [*range(6)])]
+    (listed,) = unpack_kept(f"0@5,{2**64 - 1}|{one}")
+    assert listed == Kept(0, 5, (1, 2, 3), [*range(6)], (5, 2**64 - 1))
     kept = unpack_kept(f"2@{2**64 - 1}|{one};0@7|{other}")
     assert [each[:3] for each in kept] == [(2, 2**64 - 1, (1, 2, 3)), (0, 7, (1, 1, 3))]
     for wrong in (
@@ -436,18 +439,29 @@ def test_the_memory_line_is_the_formula():
                 CachePlan("adakv", 11),
                 CachePlan("fold", 3, storage="int8"),
                 CachePlan("headkv", 3, storage="int8"),
+                CachePlan("fold", share=0.3),
+                CachePlan("adakv", mib=60, storage="int8"),
+                CachePlan("fold", mib=200),
             ]:
                 for rows in (1, 2, 16):
                     sizes = {"rows": grid.rows, "stride": grid.stride}
+                    try:
+                        lines = plan.resolve(shape, grid, rows)
+                    except UserError:
+                        # Not even one line fits: the page says 0.
+                        assert plan.mib and shape.bytes(grid, replace(plan, mib=0, budget=1), rows) > plan.mib * 2**20
+                        cases.append([{**asdict(shape), "codes": 1, "device": "cpu"}, sizes, asdict(plan), rows, 0])
+                        continue
                     for device in ("cpu", "cuda"):
                         model = {**asdict(shape), "codes": 1024, "device": device}
-                        ours = [shape.bytes(grid, plan, rows), run_bytes(shape, grid, plan, rows, 1024, device)]
+                        ours = [shape.bytes(grid, lines, rows), run_bytes(shape, grid, lines, rows, 1024, device)]
                         cases.append([model, sizes, asdict(plan), rows, ours])
     script = (
-        f"import {{ cacheBytes, runBytes }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
+        f"import {{ cacheBytes, resolved, runBytes }} from {json.dumps((ROOT / 'web' / 'state.js').as_uri())};"
         "import { readFileSync } from 'node:fs';"
         "const cases = JSON.parse(readFileSync(0));"
-        "console.log(JSON.stringify(cases.map(([s, g, p, n]) => [cacheBytes(s, g, p, n), runBytes(s, g, p, n)])));"
+        "const sizes = (s, g, p, n) => p.budget && [cacheBytes(s, g, p, n), runBytes(s, g, p, n)];"
+        "console.log(JSON.stringify(cases.map(([s, g, p, n]) => sizes(s, g, resolved(s, g, p, n), n))));"
     )
     command = ["node", "--input-type=module", "-e", script]
     out = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, draw, layout } from "./draw.js";
-import { EMPTY, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptRun, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduceRuns, replayRuns, runBytes, statusText } from "./state.js";
+import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, replayRuns, resolved, runBytes, statusText, withBudget } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -541,7 +541,9 @@ class View extends Told {
   /** Queue a run that keeps rows of this one. @param {number} rows @param {number} stop @param {boolean} [anew] */
   async again(rows, stop, anew = false) {
     const seed = anew ? Math.floor(Math.random() * 2 ** 32) : this.state.run.seed;
-    const text = keptTextOfRuns(this.states, this.at, rows, seed, isLinked(this.node, "seed"));
+    const own = this.state.run.seeds; // one for each picture
+    const listed = own || widgetValue(this.node, "seeds") || isLinked(this.node, "seeds");
+    const text = keptTextOfRuns(this.states, this.at, rows, anew ? seed : own || seed, !!listed || isLinked(this.node, "seed"));
     if (!text) return;
     this.kept = text;
     this.wanted = this.states.length > 1 ? this.at : -1;
@@ -843,7 +845,8 @@ class Memory {
     const model = read(loader, "model", Object.keys(known.models)[0]);
     const preset = read(this.node, "preset", "");
     const own = (/** @type {string} */ name) => read(this.node, `preset.${name}`, undefined) ?? read(this.node, name, undefined);
-    const plan = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release") };
+    const chosen = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release") };
+    const plan = withBudget(chosen, read(this.node, "budget_in", "lines"), Number(read(this.node, "amount", 0)));
     const pixels = read(prompt, "size.pixels", undefined);
     const weight_dtype = read(loader, "weight_dtype", "default");
     const shape = known.models[model];
@@ -869,12 +872,17 @@ class Memory {
     if (sizes?.lacking) {
       memory.text = `KV cache: unknown until it runs, as ${sizes.lacking.join(" and ")} ${sizes.lacking.length > 1 ? "come" : "comes"} through a link`;
     } else if (sizes) {
-      const { shape, grid, plan, weights = 0, images, each, unknown } = sizes;
+      const { shape, grid, weights = 0, images, each, unknown } = sizes;
+      const plan = resolved(shape, grid, sizes.plan, images * each);
       const bytes = (/** @type {any} */ plan) => cacheBytes(shape, grid, plan, images * each);
       // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
       const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - weights;
       const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
       memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown);
+      const budget = budgetText(plan, grid);
+      if (budget) memory.text = `${budget} · ${memory.text}`;
+      if (sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many lines that is depends on ${unknown.join(" and ")}, unknown until it runs`;
+      if (!plan.budget) memory = { text: `${sizes.plan.mib} MiB are not enough for one line, which takes ${mib(bytes({ ...plan, budget: 1 }))} MiB`, fits: false, share: 0 };
     }
     if (this.status.textContent === memory.text) return;
     say(this.status, memory.text);

@@ -8,7 +8,7 @@
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds"],
   "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held", "passes", "accepted"]
@@ -328,24 +328,25 @@ export function keptText(state, rows) {
  * The same of a node that runs several times, or whose seed comes through a link: "list index @ seed | lines to keep" of
  * the run that is shown, then of the others all that can be kept, with their own seeds, so that they stay as they are.
  * @param {State[]} runs @param {number} shown  which of them @param {number} rows  to keep of it
- * @param {number} seed  for the rest of it @param {boolean} linked  whether the node gets its seed through a link
+ * @param {number | string} seed  for the rest of it, or several between commas, one for each picture
+ * @param {boolean} linked  whether the node gets its seed through a link, or has seeds for each picture
  */
 export function keptTextOfRuns(runs, shown, rows, seed, linked) {
   const text = keptText(runs[shown], rows);
   if (!text || (runs.length < 2 && !linked)) return text;
   const others = runs.filter((_, i) => i !== shown).map((state) => ({ state, rows: Math.min(state.lines.length, state.run.rows - 1) }));
-  const parts = others.map(({ state, rows }) => [indexOf(state), state.run.seed, keptText(state, rows)]).filter((part) => part[2]);
+  const parts = others.map(({ state, rows }) => [indexOf(state), state.run.seeds || state.run.seed, keptText(state, rows)]).filter((part) => part[2]);
   return [[indexOf(runs[shown]), seed, text], ...parts].map(([index, seed, kept]) => `${index}@${wholeSeed(seed)}|${kept}`).join(";");
 }
 
-/** A seed in full; the largest were rounded up, beyond what a seed can be. @param {number} seed */
-const wholeSeed = (seed) => (seed < 2 ** 64 ? BigInt(seed) : 2n ** 64n - 1n);
+/** A seed in full; the largest were rounded up, beyond what a seed can be. @param {number | string} seed */
+const wholeSeed = (seed) => (typeof seed === "string" ? seed : seed < 2 ** 64 ? BigInt(seed) : 2n ** 64n - 1n);
 
 /** Which run a kept text is about; -1 where the node has only one. @param {unknown} text */
 export const keptRun = (text) => Number(/^(\d+)@/.exec(String(text ?? ""))?.[1] ?? -1);
 
 /** How many lines a kept text holds, of the run that it is about. @param {unknown} text */
-export const keptRows = (text) => Number(/^(?:\d+@\d+\|)?\d+x(\d+)x\d+:/.exec(String(text ?? ""))?.[1] ?? 0);
+export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)x\d+:/.exec(String(text ?? ""))?.[1] ?? 0);
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
@@ -370,6 +371,39 @@ export function cacheBytes(shape, grid, plan, sequences) {
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
   const line = heads * shape.head_dim * grid.stride * shape.bytes_per_element;
   return plan.storage === "int8" ? heads * slots * (shape.head_dim + shape.bytes_per_element) + line : heads * shape.head_dim * slots * shape.bytes_per_element;
+}
+
+/** A preset, or settings of one's own, with the budget of the two widgets below in its place: nodes/plan.py.
+ * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
+ * @param {P} plan @param {string} unit  lines, share or MiB @param {number} amount  0: the plan's own @returns {P} */
+export const withBudget = (plan, unit, amount) =>
+  amount > 0 && plan.policy !== "full" ? { ...plan, [{ share: "share", MiB: "mib" }[unit] ?? "budget"]: amount } : plan;
+
+/**
+ * The plan with its budget in lines, as CachePlan.resolve has it; a test holds the two equal. Its budget is 0 where the
+ * memory is not enough for one line.
+ * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
+ * @param {Parameters<typeof cacheBytes>[0]} shape @param {{ rows: number, stride: number }} grid @param {P} plan
+ * @param {number} sequences @returns {P}
+ */
+export function resolved(shape, grid, plan, sequences) {
+  if (plan.policy === "full" || !(plan.share || plan.mib)) return plan;
+  const inLines = (/** @type {number} */ budget) => ({ ...plan, budget, share: 0, mib: 0 });
+  if (plan.share) return inLines(Math.max(1, toEven(plan.share * grid.rows)));
+  let lines = grid.rows;
+  while (lines > 0 && cacheBytes(shape, grid, inLines(lines), sequences) > (plan.mib ?? 0) * MIB) lines--;
+  return inLines(lines);
+}
+
+/** Rounded as Python does: halves to the even number. @param {number} x */
+const toEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
+
+/** "4 of 24 lines (1/6)"; "" where everything is kept. @param {{ policy: string, budget: number }} plan @param {{ rows: number }} grid */
+export function budgetText(plan, grid) {
+  if (plan.policy === "full" || plan.budget + 1 >= grid.rows) return "";
+  const times = grid.rows / plan.budget;
+  const share = Number.isInteger(times) ? `1/${times}` : `${Math.round(100 / times)} %`;
+  return `${plan.budget} of ${grid.rows} lines (${share})`;
 }
 
 /**

@@ -166,7 +166,6 @@ def _draw_scales(
     """`generate_scales` by one model."""
     decoder = decoder.with_grid(prompt.grid)
     pyramid = decoder.pyramid
-    policy = scale_policy(plan, pyramid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
@@ -176,11 +175,14 @@ def _draw_scales(
         raise UserError(f"drafts: {name} draws a whole scale in one pass, and guesses nothing; set drafts to 0.")
     check_stop(stop_after, pyramid)
     pruning = _pruning(decoder, prune, stop_after, name)
+    seeds = sample.image_seeds(images)
     tokens_given, scales_given = _check_given(given, images, pyramid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
+    plan = plan.resolve(decoder.cache_shape(), pyramid, rows.rows)
+    policy = scale_policy(plan, pyramid)
     cache = scale_cache(decoder, rows.rows, plan, policy, stop_after, name)
-    noise = Noise(sample.seed, images, decoder.digits * decoder.outcomes, device)
+    noise = Noise(seeds, images, decoder.digits * decoder.outcomes, device)
 
     started = time.perf_counter()
     state = decoder.begin(rows)
@@ -237,6 +239,7 @@ def forced_scales(
     observe  called with the stage and the cache after each scale
     """
     decoder = decoder.with_grid(prompt.grid)
+    plan = plan.resolve(decoder.cache_shape(), decoder.pyramid, prompt.rows)
     cache = scale_cache(decoder, prompt.rows, plan, scale_policy(plan, decoder.pyramid))
     for stage, logits in enumerate(force(decoder, quantizer, prompt, tokens, cache)):
         yield logits
