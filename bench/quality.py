@@ -463,7 +463,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=every, choices=every, metavar="POLICY")
     parser.add_argument("--shares", type=int, nargs="+", help="budgets: N keeps 1/N of the lines, or of a full cache")
     parser.add_argument(
-        "--images", type=int, help="number of held-out pictures to report on (default: 256; 32 for models of scales)"
+        "--images", type=int, help="number of held-out pictures to report on (default: 256; 24 for models of scales)"
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=SEEDS, help="of the pictures to report on, then of further sets"
@@ -474,7 +474,7 @@ def main() -> None:
     parser.add_argument(
         "--samples",
         type=int,
-        help="number of pictures to draw for each cache; 0: none (default: 96; 24 for models of scales)",
+        help="number of pictures to draw for each cache; 0: none (default: 96; 12 for models of scales)",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes, for models of scales (default: 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")

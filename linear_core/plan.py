@@ -88,8 +88,8 @@ class CachePlan:
 
     @property
     def uneven(self) -> bool:
-        """Whether heads keep unequal numbers of tokens."""
-        return self.policy in UNEVEN
+        """Whether heads keep unequal numbers of tokens over scales, where they have room for just that."""
+        return self.policy in UNEVEN or self.policy == "fold"
 
     def in_lines(self, grid: Grid) -> CachePlan:
         """The same plan with the budget in lines of this grid, at least one and no fewer than are protected."""

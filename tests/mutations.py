@@ -587,7 +587,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "folds = view.index.gather(-1, victims) >= 0",
         "uneven: the prompt is folded into the picture",
     ),
-    ("policies/allocate.py", ".clamp(max=HEADROOM * budget)", "", "uneven: a head may exceed its room"),
+    ("policies/allocate.py", ".clamp(max=headroom * budget)", "", "uneven: a head may exceed its room"),
     (
         "policies/allocate.py",
         "return plan.anchors + plan.recent * view.grid.stride,",

@@ -16,7 +16,7 @@ from ..cache.view import View
 from ..errors import UserError
 from ..events import Stage
 from ..plan import CachePlan, CacheShape, PrunePlan, SamplePlan
-from ..policies import POLICIES, Policy, choose, get_policy
+from ..policies import OVER_SCALES, POLICIES, Policy, choose, get_policy
 from ..profile import Profile
 from ..pyramid import Pyramid
 from .memory import fold_pairs
@@ -262,7 +262,7 @@ def force(decoder: ScaleDecoder, quantizer: Quantizer, prompt: Any, tokens: Tens
 
 def scale_policy(plan: CachePlan, pyramid: Pyramid) -> Policy:
     """The plan's policy for a picture drawn in scales. Raises UserError if it, or the plan, needs lines."""
-    policy = get_policy(plan.policy)
+    policy = OVER_SCALES.get(plan.policy) or get_policy(plan.policy)
     if policy.lines:
         raise UserError(f"policy: {plan.policy} {policy.lines}; choose fold for a model that draws in scales.")
     plan.check_scales(pyramid)

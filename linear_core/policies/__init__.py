@@ -37,7 +37,7 @@ from .streaming import streaming
 from .tova import tova
 from .vase import vase
 
-__all__ = ["POLICIES", "SCALE_POLICIES", "Policy", "choose", "get_policy"]
+__all__ = ["OVER_SCALES", "POLICIES", "SCALE_POLICIES", "Policy", "choose", "get_policy"]
 
 QUERIES, MASS, AHEAD = (frozenset({name}) for name in ("queries", "mass", "ahead"))
 _LINE = Policy(line, QUERIES)
@@ -69,6 +69,8 @@ POLICIES: dict[str, Policy] = {
 }
 # These weigh scales against each other, and mean nothing where a picture is drawn in lines (plan.ONLY_SCALES).
 SCALE_POLICIES: dict[str, Policy] = {"heatkv": heatkv, "scalekv": scalekv, "amskv": amskv}
+# Over scales, where heads of unequal room cost nothing, those of a layer share one budget: `fold` loses a third of it.
+OVER_SCALES: dict[str, Policy] = {"fold": adakv(POLICIES["fold"])}
 
 
 def get_policy(name: str) -> Policy:

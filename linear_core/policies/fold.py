@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..cache.look_ahead import gather_vectors, upcast
 from ..cache.view import View
+from ..pyramid import Pyramid
 
 
 def fold(view: View) -> Tensor:
@@ -16,6 +17,9 @@ def fold(view: View) -> Tensor:
     where a and b are the importance of the two (`View.importance`): the variance of keys within a slot that merging the
     pair would add. Only into a more important token, because one of two near tokens has to stay; in a tie the older
     counts as more important. Reads: ahead. Defaults: 4 anchors, 1 recent line, release "fold".
+
+    Over scales the heads of a layer share one budget (`adakv`), so costs are compared across heads: distances count as
+    what they change in scores, by the length of the queries.
     """
     # Sorted by importance, so that a token may only fold into those before it; image tokens come before all others.
     importance = view.importance().masked_fill(~view.candidates(), 0.0)
@@ -30,4 +34,7 @@ def fold(view: View) -> Tensor:
     cost = (keys @ keys.transpose(-1, -2)).mul_(-2).add_(square[..., :, None]).add_(square[..., None, :])
     cost = cost.add_(less_important).div_(inverse[..., :, None] + inverse[..., None, :]).amin(-1)
     cost = cost.clamp(0.0, limits.max)  # the maximum goes to the most important token
-    return torch.empty_like(cost).scatter_(-1, order, cost)
+    cost = torch.empty_like(cost).scatter_(-1, order, cost)
+    if isinstance(view.grid, Pyramid):
+        cost = cost * view.look_ahead().queries.square().sum(-1).mean(-1)[..., None]
+    return cost
