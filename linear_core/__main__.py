@@ -43,15 +43,17 @@ from .loop.calibrate import calibrate
 from .loop.drafts import check
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
-from .loop.graph import Graphs, use_graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes, split_batch
+from .loop.graph import CapturedHead, Graphs, use_graphs
+from .loop.masked import generate_masked
+from .loop.memory import free_memory, masked_run_bytes, max_batch_size, run_bytes, scales_run_bytes, split_batch
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.scales import check_stop, generate_scales, scale_policy, surveys, with_drafter
 from .loop.threads import limit_threads
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime, over_scales
-from .pictures.preview import UNDRAWN, Preview, decode
-from .pictures.sheet import contact_sheet, save, to_image
+from .pictures.inpaint import check_mask, known_latents
+from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
+from .pictures.sheet import contact_sheet, read_image, save, to_image
 from .plan import (
     AUTO,
     MAX_SEED,
@@ -70,8 +72,10 @@ from .policies import POLICIES, SCALE_POLICIES
 from .profile import profile_path
 from .prompts import Prompt
 from .pyramid import Pyramid
+from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 
 MIB = 2**20
+BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
 STEP_KINDS = ("auto", "eager", "graph")
@@ -126,14 +130,18 @@ def run_generate(args: argparse.Namespace) -> None:
     plan = _resolved(args, plan, model, prompt, sample)
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
-    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    masked = _masked_plans(args, info)
+    micro_batches = _micro_batches(args, prompt, sample, caches=1, above=_given(args, model))
+    settings = asdict(plan) if info.cached else {}
+    if masked is not None:
+        settings = {name: value for each in masked for name, value in asdict(each).items()}
 
     def write(picture: Tensor, **more: Any) -> None:
         i = writer.count
         notes = {
             "model": model.info.name,
             "text" if model.info.text else "class": prompt.names[i],
-            **asdict(plan),
+            **settings,
             **asdict(sample.select([i])),
             **{
                 name: value
@@ -145,10 +153,10 @@ def run_generate(args: argparse.Namespace) -> None:
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
-        for i in range(len(run.tokens)):
-            picture, shares, pyramid = _pictures(model, run, slice(i, i + 1)), run.shares[i : i + 1], model.info.pyramid
+        for i in range(run.images):
+            picture = _pictures(model, run, slice(i, i + 1))
             if args.heatmap:
-                kept = lifetime(shares) if pyramid is None else over_scales(shares[:, -1], pyramid)
+                kept = _kept(model, run)[i : i + 1]
                 picture = heatmap(kept, *_enlarged_size(picture, args.size), picture)
             write(picture[0])
 
@@ -174,12 +182,19 @@ def run_generate(args: argparse.Namespace) -> None:
             raise
     finally:
         writer.tell()
-    _say(_summary(micro_batches.runs[0]))
+    run = micro_batches.runs[0]
+    _say(_summary(run, info) if run.latents is None else _masked_summary(run))
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
     info = _checked(args)
+    if not info.cached:
+        raise UserError(f"compare: {info.name} keeps no cache, so there is nothing to compare; use generate.")
+    if info.masked is not None:
+        raise UserError(
+            f"compare: {info.name} draws masked tokens, which need no cache; `generate` with --step-cache keeps one."
+        )
     few, sample, out = (
         _cache_plan(args),
         _sample_plan(args, info),
@@ -232,8 +247,8 @@ def _write_comparison(
         kept = run.shares[:, shown - 1]
     kept = heatmap(kept, *_enlarged_size(below, size), below)
     rows = [
-        ("full cache", _measurements(full), pictures[0]),
-        (_describe(few, model.info), _measurements(run), pictures[1]),
+        ("full cache", _measurements(full, model.info), pictures[0]),
+        (_describe(few, model.info), _measurements(run, model.info), pictures[1]),
         (title, "bright: held by most layers and heads; dark: evicted", kept),
     ]
     writer.write_sheet(rows, names, size, notes)
@@ -277,6 +292,8 @@ def _tell_comparison(
 def run_batch(args: argparse.Namespace) -> None:
     """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
     info = _checked(args, drawing=False)
+    if info.masked is not None:
+        raise UserError(f"batch: {info.name} draws masked tokens, which only `generate` draws so far; use that.")
     job = _job(args, info)
     rows, bad = read_table(args.prompts, args.column)
     rows, unknown = batch_draw.check_rows(rows, info)
@@ -323,9 +340,19 @@ def run_plan(args: argparse.Namespace) -> None:
     few, sample = _cache_plan(args), _sample_plan(args, info)
     images = _at_once(args, ["one"])
     rows = images * (2 if sample.guided else 1)
+    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
+    if info.masked is not None:
+        c = info.config
+        _say(
+            f"{info.name}: {c.tokens} tokens of {c.numbers} numbers, {c.layers} + {c.decoder_layers} layers, "
+            f"{c.heads} heads of {c.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
+        )
+        _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
+        _say(f"{images} image{'s' * (images > 1)}{' with guidance' * sample.guided}: {rows} sequences in {dtype}")
+        _plan_masked(args, info, images, rows, dtype)
+        return
     shape = info.cache_shape(dtype)
     few = few.resolve(shape, info.pyramid or info.grid, rows)
-    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
     if info.pyramid is None:
         what = f"{info.grid.rows} lines of {info.grid.stride} tokens"
         holds = "the prompt, the budget and the line being written"
@@ -338,6 +365,9 @@ def run_plan(args: argparse.Namespace) -> None:
     )
     _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
     _say(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
+    if not info.cached:
+        _tell_state(shape, info, sample, rows, args)
+        return
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
@@ -357,9 +387,23 @@ def run_plan(args: argparse.Namespace) -> None:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
 
+def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: int, args: argparse.Namespace) -> None:
+    """The rest of `plan` for a model without a cache."""
+    _say(f"{_state_words(shape.state_bytes(rows))}, the same at every scale and with every budget")
+    device = _device(args)
+    if (free := _free(device)) is not None:
+        room = free - library.decoder_bytes(info, _dtype(args, device))
+        count = _batch_size(shape, info, CachePlan("full"), sample, room, device.partition(":")[0])
+        _say(
+            f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
+            "larger batch in parts."
+        )
+
+
 def run_models(args: argparse.Namespace) -> None:
-    """List the bundled model and those in the given folders."""
-    paths = [library.bundled_files().decoder, *library.find_checkpoints([Path(f) for f in args.folder])]
+    """List the bundled models and those in the given folders."""
+    bundled = (library.bundled_files(name).decoder for name in BUNDLED)
+    paths = [*(path for path in bundled if path.is_file()), *library.find_checkpoints([Path(f) for f in args.folder])]
     for path in paths:
         try:
             info = library.read_info(path)
@@ -367,7 +411,7 @@ def run_models(args: argparse.Namespace) -> None:
             _say(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
-        scales = f" in scales {info.pyramid.text}" if info.pyramid else ""
+        scales = f" in scales {info.pyramid.text}" if info.pyramid else " in any order" if info.masked else ""
         _say(
             f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens{scales}, {kind}, "
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
@@ -388,10 +432,12 @@ def run_calibrate(args: argparse.Namespace) -> None:
         raise UserError(f"model: {info.name} draws in lines; profiles are of models that draw in scales.")
     if not info.text and not args.classes:
         args.classes = [str(i * info.config.classes // args.samples) for i in range(args.samples)]
-    path = args.out or profile_path(model_path(Path(args.model)))
+    path = args.out or profile_path(model_path(_files(args).decoder))
     if path.suffix != ".json" or path.is_dir():
         raise UserError(f"out: {path} is not a JSON file; end its name in .json.")
     sample, model = _sample_plan(args, info), _load(args)
+    if model.decoder.carried:
+        raise UserError(f"model: {info.name} keeps no cache, so there is nothing that a profile could say.")
     prompt = _prompt(args, model)
     prompt = prompt.select([i % prompt.rows for i in range(max(args.samples, prompt.rows))])
     with tqdm(total=prompt.rows, unit="picture", leave=False, disable=None) as bar:
@@ -548,13 +594,28 @@ def _note(note: str) -> None:
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> MicroBatches:
-    return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
+def _micro_batches(
+    args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int, above: Tensor | None = None
+) -> MicroBatches:
+    return MicroBatches(prompt, sample, args.at_once or prompt.rows, above, caches=caches, advice=ADVICE)
 
 
 def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
     """The finished pictures of a run, or some of them: float32 B H W 3."""
-    return decode(model.tokenizer, (run.tokens if run.canvas is None else run.canvas)[rows])
+    drawn = next((each for each in (run.latents, run.canvas) if each is not None), None)
+    return decode(model.tokenizer, (run.tokens if drawn is None else drawn)[rows])
+
+
+def _kept(model: ImageModel, run: Run) -> Tensor:
+    """What a heatmap shows of each place, B rows cols: how much of the picture's time the cache held it; of a masked
+    picture, in which share of the steps its keys and values were computed.
+    """
+    if run.latents is not None:
+        steps = [step for step in run.lines if not step.full] or run.lines
+        return torch.stack([(step.age == 0).float() for step in steps]).mean(0)
+    if (pyramid := model.info.pyramid) is not None:
+        return over_scales(run.shares[:, -1], pyramid)
+    return lifetime(run.shares)
 
 
 def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int, stop_after: int = 0) -> int:
@@ -567,6 +628,8 @@ def _resolved(
     args: argparse.Namespace, plan: CachePlan, model: ImageModel, prompt: Prompt, sample: SamplePlan
 ) -> CachePlan:
     """The plan with its budget in lines, or as a share of a pyramid, now that it is known what is drawn at once."""
+    if model.info.masked is not None:
+        return plan
     rows = min(prompt.rows, args.at_once or prompt.rows) * (2 if sample.guided else 1)
     shape = model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)
     return plan.resolve(shape, model.info.pyramid or model.info.grid, rows)
@@ -599,7 +662,12 @@ def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, s
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
-    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3."""
+    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3.
+
+    Of masked steps, latents Z h w: the gaps are filled from around them, and dimmed.
+    """
+    if model.info.masked is not None:
+        return LatentPreview.of(model.tokenizer, codes[None])[0]
     if (pyramid := model.info.pyramid) is not None:
         quantizer = model.tokenizer.quantize
         ends = [pyramid.index(stage + 1) for stage in range(pyramid.stages)]
@@ -620,11 +688,17 @@ def _draw_micro_batch(
     prompt, sample, name, pyramid = micro_batch.prompt, micro_batch.sample, model.info.name, model.info.pyramid
     graphs: list[Graphs] = []
     drawing: list[Iterator[Any]]
-    if pyramid is not None:
-        quantizer, scales = (
-            model.tokenizer.quantize,
-            {"stop_after": args.stop_after, "prune": _prune(args), "name": name},
-        )
+    if masked := _masked_plans(args, model.info):
+        head = model.decoder.head
+        if use_graphs(args.step, model.decoder.device, prompt.rows * (2 if sample.guided else 1)):
+            head = CapturedHead(head)
+        drawing = [
+            generate_masked(model.decoder, prompt, sample, *masked, given=given, denoise=head, name=name)
+            for given in micro_batch.above
+        ]
+    elif pyramid is not None:
+        quantizer = model.tokenizer.quantize
+        scales = {"stop_after": args.stop_after, "prune": _prune(args), "name": name}
         drawing = [
             generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, **scales)
             for plan, given in zip(plans, micro_batch.above, strict=True)
@@ -643,7 +717,7 @@ def _draw_micro_batch(
         for lines in zip(*drawing, strict=True):
             for run, line in zip(micro_batch.runs, lines, strict=True):
                 run.add(line)
-                bar.update(line.tokens.numel())
+                bar.update(int(line.drawn.sum()) if masked else line.tokens.numel())
     if why := next((each.why for each in graphs if each.why), ""):
         _say(f"{why}.", sys.stderr)
 
@@ -670,8 +744,8 @@ def _load(args: argparse.Namespace) -> ImageModel:
 def _files(args: argparse.Namespace, model: str = "") -> ModelFiles:
     """Of --model, or of another one that shares its tokenizer."""
     model = model or args.model
-    if model == library.BUNDLED:
-        return library.bundled_files()
+    if model in BUNDLED:
+        return library.bundled_files(model)
     tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(model, _grid(args))
     return ModelFiles(Path(model), tokenizer)
 
@@ -758,7 +832,7 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         changes["share"] = _share(args.share)
     if args.budget is not None:
         changes |= parse_budget(args.budget)
-    plan = PRESETS[args.preset]
+    plan = PRESETS[args.preset or "Balanced"]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
     return replace(plan, **changes)
@@ -843,11 +917,16 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
         raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
     _device(args)
     plan = _cache_plan(args)
-    decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+    decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
+    if masked := _masked_plans(args, info):
+        masked[0].check(info.config.tokens)
+        if drawing:
+            _files(args)
+        return info
     rows = _at_once(args, otherwise) * (2 if sample.guided else 1)
     plan = plan.resolve(info.cache_shape(_dtype(args, _device(args))), info.pyramid or info.grid, rows)
     if info.pyramid is None:
@@ -882,8 +961,9 @@ def _check_drafter(args: argparse.Namespace, pyramid: Pyramid) -> None:
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
     """Refuse options that do not apply to the model, and ask for those that it needs."""
     guided = _sample_plan(args, info).guided
-    if args.tokenizer and args.model == library.BUNDLED:
+    if args.tokenizer and args.model in BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
+    _check_kind(args, info)
     in_scales = info.pyramid is not None
     of_lines, of_scales = (
         {"drafts": args.drafts > 0, "step": args.step == "graph"},
@@ -893,6 +973,10 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
         if given:
             option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
             raise UserError(f"{option}: it does nothing here, as {info.name} draws {stage} by {stage}; leave it out.")
+    if not info.cached:
+        for name in ("preset", "policy", "budget", "share", "anchors", "recent", "release", "storage", "heatmap"):
+            if getattr(args, name, None) not in (None, False):
+                raise UserError(f"{name}: it does nothing here, as {info.name} keeps no cache; leave it out.")
     if not info.text:
         if args.texts:
             raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
@@ -922,6 +1006,112 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
             f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
             "google/flan-t5-xl."
         )
+
+
+# -- masked models ---------------------------------------------------------------------------------------------------
+
+OF_MASKED = {
+    "steps": "steps", "denoising": "denoising", "denoising_last": "denoising_last", "start": "start",
+    "guidance_schedule": "schedule",
+}  # fmt: skip
+OF_STEP_CACHE = ("refresh", "rule", "full_every", "full_first", "full_last")
+OF_OTHERS = (
+    "policy", "budget", "share", "anchors", "recent", "release", "storage", "top_k", "top_p", "guidance_interval",
+    "stop_after", "smooth",
+)  # fmt: skip
+
+
+def _masked_plans(args: argparse.Namespace, info: ModelInfo) -> tuple[MaskedPlan, StepCachePlan] | None:
+    """How a masked picture is drawn, and what a step computes again; None for other models."""
+    if info.masked is None:
+        return None
+
+    def asked(*options: str) -> dict[str, Any]:
+        return {name: value for name in options if (value := getattr(args, name, None)) is not None}
+
+    changes = {OF_MASKED[option]: value for option, value in asked(*OF_MASKED).items()}
+    preset = STEP_CACHES[getattr(args, "step_cache", "Off")]
+    return replace(info.masked, **changes), replace(preset, **asked(*OF_STEP_CACHE))
+
+
+def _check_kind(args: argparse.Namespace, info: ModelInfo) -> None:
+    """Refuse options of masked models for others, and the reverse."""
+    for_masked = [*OF_MASKED, *OF_STEP_CACHE, "image", "mask"]
+    refused = [name for name in (for_masked if info.masked is None else OF_OTHERS) if getattr(args, name, None)]
+    if info.masked is None and getattr(args, "step_cache", "Off") != "Off":
+        refused.append("step_cache")
+    if info.masked is not None and args.drafts > 0:
+        refused.append("drafts")
+    if refused:
+        how = "draws masked tokens step by step" if info.masked else "does not draw masked tokens"
+        raise UserError(f"{refused[0].replace('_', '-')}: it does nothing here, as {info.name} {how}; leave it out.")
+    if bool(getattr(args, "image", None)) != bool(getattr(args, "mask", None)):
+        raise UserError("mask: --image says what is kept and --mask what is drawn anew; give both.")
+    if getattr(args, "image", None):
+        picture, mask = _picture_and_mask(args)
+        check_mask(picture, mask, _picture_size(info))
+
+
+def _given(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
+    """What --image and --mask leave of a picture: latents with gaps."""
+    if not getattr(args, "image", None):
+        return None
+    return known_latents(model.tokenizer, *_picture_and_mask(args), _picture_size(model.info), model.info.config.patch)
+
+
+def _picture_and_mask(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """1 H W 3 and 1 H W."""
+    return read_image(args.image, "image")[None], read_image(args.mask, "mask")[None, ..., 0]
+
+
+def _picture_size(info: ModelInfo) -> tuple[int, int]:
+    """Height and width of what a model draws."""
+    return info.grid.rows * info.pixels, info.grid.cols * info.pixels
+
+
+def _plan_masked(args: argparse.Namespace, info: ModelInfo, images: int, rows: int, dtype: torch.dtype) -> None:
+    """What a masked picture takes: work, and memory for what is kept from step to step."""
+    masked, cache = _masked_plans(args, info) or (MaskedPlan(), StepCachePlan())
+    shape = info.config.step_cache_shape(dtype.itemsize)
+    work = shape.work(masked, cache, info.config.tokens)
+    full = shape.work(masked, STEP_CACHES["Off"], info.config.tokens)
+    _say(
+        f"{masked.steps} steps, {sum(work.full)} of them full; the others compute "
+        + (f"{work.partial:.0f} of {shape.slots} slots on average." if work.partial else "nothing, as there are none.")
+    )
+    steps = [masked.denoising_steps(step) for step in range(masked.steps)]
+    _say(f"{sum(steps) / len(steps):.0f} denoising steps a token on average, from t = {masked.start}.")
+    _say(f"The transformer's work is 1/{full.rows / work.rows:.3g} of that of full steps.")
+    kept = shape.bytes(cache, masked.steps, rows)
+    _say(
+        f"Keys and values that are kept take {kept / MIB:.1f} MiB more memory; full steps keep none."
+        if kept
+        else "Nothing is kept from step to step, so no memory is added."
+    )
+    device = _device(args).partition(":")[0]
+    if (free := _free(_device(args))) is not None:
+        room = free - library.decoder_bytes(info, dtype)
+        sequences = rows // images
+
+        def needed(images: int) -> int:
+            return masked_run_bytes(shape, cache, masked.steps, sequences * images, info.config.hidden)
+
+        count = "none" if needed(1) > room else str(max_batch_size(room, MAX_IMAGES, needed))
+        _say(f"{free / MIB:.0f} MiB are free on {device}. Images that fit at once, besides the weights: {count}.")
+
+
+def _masked_summary(run: Run) -> str:
+    steps = run.lines
+    computed = torch.cat([step.computed for step in steps])
+    drawn = sum(int(step.drawn.sum()) for step in steps)
+    mean = float(computed[computed > 0].float().mean())
+    kept = steps[-1].cache_bytes / MIB
+    return (
+        f"{drawn} tokens in {len(steps)} steps, {mean:.0f} of {steps[0].slots} slots computed in a step on average, "
+        f"{run.seconds:.1f} s: transformer {sum(step.transformer for step in steps):.1f}, diffusion head "
+        f"{sum(step.head for step in steps):.1f}; "
+        + (f"keys and values add {kept:.1f} MiB" if kept else "no keys and values are kept")
+    )
 
 
 # -- what must not be lost -------------------------------------------------------------------------------------------
@@ -1106,13 +1296,21 @@ def _cache_mib(run: Run) -> float:
     return run.lines[-1].cache_bytes / MIB
 
 
-def _measurements(run: Run) -> str:
-    return f"{_cache_mib(run):.1f} MiB of keys and values, {run.tokens_per_second:.0f} tokens/s"
+def _state_words(size: int) -> str:
+    """What is said instead of a cache's size, of a state of `size` bytes."""
+    return f"no cache: a state of {size / MIB:.1f} MiB"
 
 
-def _summary(run: Run) -> str:
+def _measurements(run: Run, info: ModelInfo) -> str:
+    size = f"{_cache_mib(run):.1f} MiB of keys and values" if info.cached else _state_words(run.lines[-1].cache_bytes)
+    return f"{size}, {run.tokens_per_second:.0f} tokens/s"
+
+
+def _summary(run: Run, info: ModelInfo) -> str:
     stage = "line" if run.canvas is None else "scale"
-    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
+    if not info.cached:
+        return f"{_measurements(run, info)}, {run.seconds:.1f} s"
+    text = f"{_measurements(run, info)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
     if not run.passes:
         return text
     return f"{text}, {run.passes:.0f} passes of {run.tokens_per_pass:.1f} tokens, {run.accepted:.0%} of drafts right"
@@ -1134,7 +1332,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default=library.BUNDLED,
         metavar="PATH",
-        help="file or folder of the decoder; default: the bundled model",
+        help=f"file or folder of the decoder; default: {library.BUNDLED}, the bundled model; "
+        f"{library.BUNDLED_SCALES}: the bundled one that draws in scales",
     )
     group.add_argument("--tokenizer", metavar="FILE", help="its VQ tokenizer, if it is not next to it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")
@@ -1150,7 +1349,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
-    group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
+    group.add_argument("--preset", choices=list(PRESETS), help="default: Balanced, 4 lines")
     group.add_argument("--policy", choices=[*POLICIES, *SCALE_POLICIES], help="decides which tokens stay")
     group.add_argument(
         "--budget",
@@ -1237,6 +1436,28 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--drafter-scales", type=int, default=0, metavar="N", help="how many; default: all but the last two"
     )
+    masked = argparse.ArgumentParser(add_help=False)
+    group = masked.add_argument_group(
+        "masked models (MAR)", "default: as published; everything is computed in each step"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="steps that a picture is drawn in (default: 64)")
+    group.add_argument("--denoising", type=int, metavar="N", help="denoising steps of a token (default: 100)")
+    group.add_argument(
+        "--denoising-last", type=int, metavar="N", help="those of the last step's tokens, to which they fall (DiSA: 5)"
+    )
+    group.add_argument("--start", type=int, metavar="T", help="where denoising starts, up to 999 (default); DiSA: 950")
+    group.add_argument(
+        "--guidance-schedule", choices=SCHEDULES, help="guidance grows with what is known, or is constant"
+    )
+    group.add_argument(
+        "--step-cache", default="Off", choices=list(STEP_CACHES),
+        help="keys and values are kept from step to step, which saves time and takes memory (default: Off)",
+    )  # fmt: skip
+    group.add_argument("--refresh", type=int, metavar="TOKENS", help="tokens computed again in a step that is not full")
+    group.add_argument("--rule", choices=RULES, help="which tokens are computed again")
+    group.add_argument("--full-every", type=int, metavar="N", help="every so many steps one is full; 0: never")
+    group.add_argument("--full-first", type=int, metavar="N", help="steps at the beginning that are full")
+    group.add_argument("--full-last", type=int, metavar="N", help="steps at the end that are full")
 
     output = argparse.ArgumentParser(add_help=False)
     group = output.add_argument_group("output")
@@ -1252,16 +1473,19 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    parents = [where, model, cache, sample, output]
+    parents = [where, model, cache, sample, masked, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
-    add("generate", run_generate, parents, "draw images").add_argument(
-        "--heatmap", action="store_true", help="overlay what the cache kept"
+    drawing = add("generate", run_generate, parents, "draw images")
+    drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
+    drawing.add_argument(
+        "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
     )
+    drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
     _batch_options(drawing)
-    add("plan", run_plan, [where, model, cache, sample], "memory of the cache, without loading a model")
+    add("plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model")
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )

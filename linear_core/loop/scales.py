@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..cache.carried_state import CarriedState
 from ..cache.stage_cache import StageCache
 from ..cache.view import View
 from ..errors import UserError
@@ -39,13 +40,14 @@ class ScaleDecoder(Protocol):
     profile: Profile | None
     prunes: bool
     drafter: tuple[Any, int] | None
+    carried: tuple[tuple[int, ...], ...]
 
     def with_grid(self, grid: Any) -> Any: ...
     def cache_shape(self, prompt: int = 0) -> CacheShape: ...
     def with_unconditional(self, prompt: Any) -> Any: ...
     def begin(self, prompt: Any) -> Any: ...
     def select_rows(self, state: Any, rows: int) -> Any: ...
-    def stage(self, stage: int, below: Tensor | None, state: Any, cache: StageCache, **more: Any) -> Tensor: ...
+    def stage(self, stage: int, below: Tensor | None, state: Any, cache: Any, **more: Any) -> Tensor: ...
     def guidance(self, stage: int, scale: float) -> float: ...
     def rotate_ahead(self, stage: int, queries: Tensor) -> Tensor: ...
 
@@ -78,7 +80,7 @@ def generate_scales(
     """Draw one image for each row of `prompt`; yields a Stage when a scale is finished.
 
     decoder     if it has a drafter (`with_drafter`), that one draws the first scales
-    plan        what the cache keeps, as a share
+    plan        what the cache keeps, as a share; a model without a cache is drawn the same under every plan
     sample      how tokens are sampled
     given       codes B N, or one image's for all: tokens of the first scales, which exist already. They are passed
                 through the model with the same eviction, so the cache is as if they had been drawn
@@ -229,7 +231,7 @@ def forced_scales(
     prompt: Any,
     tokens: Tensor,
     plan: CachePlan,
-    observe: Callable[[int, StageCache], None] = lambda stage, cache: None,
+    observe: Callable[[int, Any], None] = lambda stage, cache: None,
 ) -> Iterator[Tensor]:
     """For each scale of the pictures `tokens` B N, the logits of its codes under the plan: float32 B n V.
 
@@ -273,27 +275,31 @@ def scale_policy(plan: CachePlan, pyramid: Pyramid) -> Policy:
 
 def scale_cache(
     decoder: ScaleDecoder, rows: int, plan: CachePlan, policy: Policy, stages: int = 0, name: str = "the model"
-) -> StageCache:
-    """An empty cache for `rows` sequences of which `stages` scales are drawn (0: all).
+) -> StageCache | CarriedState:
+    """An empty cache for `rows` sequences of which `stages` scales are drawn (0: all), or for a model without one, the
+    state that joins its scales.
 
     Raises UserError if the model's profile does not fit it.
     """
+    shape, dtype, device = decoder.cache_shape(), decoder.dtype, decoder.device
+    if decoder.carried:
+        return CarriedState(shape, decoder.carried, rows, decoder.pyramid, dtype=dtype, device=device)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    shape, found = decoder.cache_shape(), None
+    found = None
     if policy.profile is not None and decoder.profile is not None:
         decoder.profile.check(shape.layers, shape.heads, decoder.pyramid, name)
-        known = policy.profile(decoder.profile, decoder.pyramid).to(decoder.device)
+        known = policy.profile(decoder.profile, decoder.pyramid).to(device)
         found = known[:, None].expand(-1, rows, *known.shape[1:])
     return StageCache(
-        shape, rows, decoder.pyramid, plan, settler(plan, policy), dtype=decoder.dtype, device=decoder.device,
-        reads=reads, survey=policy.survey, found=found, rotate=decoder.rotate_ahead, stages=stages,
+        shape, rows, decoder.pyramid, plan, settler(plan, policy), dtype=dtype, device=device, reads=reads,
+        survey=policy.survey, found=found, rotate=decoder.rotate_ahead, stages=stages,
     )  # fmt: skip
 
 
 def surveys(plan: CachePlan, decoder: ScaleDecoder) -> str:
     """A sentence if the plan's policy has to judge heads while it draws, as no profile of the model is there; or ""."""
     policy = get_policy(plan.policy)
-    if policy.profile is None or decoder.profile is not None:
+    if policy.profile is None or decoder.profile is not None or decoder.carried:
         return ""
     return (
         f"policy {plan.policy} judges the model's heads by the first scales it draws, as there is no profile of them; "

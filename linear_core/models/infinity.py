@@ -351,7 +351,7 @@ class Infinity(Scales):
             masks = list(visible)
         for layer, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, places: None, mask: Tensor = mask) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, places: None = None, mask: Tensor = mask) -> Tensor:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
             x = block(x, state.blocks[layer], state.texts[layer], attend, table, self.dtype)
