@@ -458,7 +458,11 @@ export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)(?:x\d+)?:/
 /** Policies that share the budget out unevenly have room for twice the budget in every head: plan.py's UNEVEN. */
 const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
 /** Of these, those that share it among all layers: plan.py's ACROSS_LAYERS. */
-const ACROSS_LAYERS = ["cake", "hack", "prefixkv", "pyramidkv"];
+const ACROSS_LAYERS = ["amskv", "cake", "hack", "heatkv", "prefixkv", "pyramidkv", "scalekv"];
+/** Of these, those under which a layer may keep all: plan.py's WHOLE. */
+const WHOLE = ["heatkv", "scalekv"];
+/** Over scales, heads of unequal room are grouped by quarters of the budget: plan.py's ROOMS. */
+const ROOMS = 4;
 const LINES = 24; // of a picture whose budget is stated in lines while it is drawn in scales
 
 /**
@@ -476,8 +480,14 @@ function keepsOf(plan, [first, kept]) {
   return Math.min(Math.max(1, first, toEven(share * kept)), kept);
 }
 
-/** Slots of the fullest head and the last scale, in the layer that is computed: CachePlan.work_slots. @param {any} plan @param {[number, number, number]} scales */
-const workSlots = (plan, scales) => Math.min(keepsOf(plan, scales) * (UNEVEN.includes(plan.policy) ? 2 : 1), scales[1]) + scales[2];
+/** Slots for each head and the last scale, in the layer that is computed: CachePlan.work_slots. @param {any} plan @param {[number, number, number]} scales */
+function workSlots(plan, scales) {
+  const [keeps, [, kept, last]] = [keepsOf(plan, scales), scales];
+  if (WHOLE.includes(plan.policy)) return kept + last;
+  if (ACROSS_LAYERS.includes(plan.policy)) return Math.min(2 * keeps, kept) + last;
+  const room = plan.policy === "fold" || UNEVEN.includes(plan.policy) ? Math.ceil(keeps / ROOMS) : 0;
+  return Math.min(keeps + room, kept) + last;
+}
 
 /** CacheShape.scales_bytes. @param {any} shape @param {[number, number, number]} scales @param {any} plan @param {number} sequences */
 function scalesBytes(shape, scales, plan, sequences) {
@@ -486,7 +496,7 @@ function scalesBytes(shape, scales, plan, sequences) {
   const [keeps, heads] = [keepsOf(plan, scales), 2 * sequences * shape.heads];
   const slot = slotBytes(shape, plan.storage, 4);
   let held = shape.layers * heads * keeps * slot;
-  if (ACROSS_LAYERS.includes(plan.policy) && keeps < scales[1]) held += Math.floor(held / 2);
+  if (ACROSS_LAYERS.includes(plan.policy) && keeps < scales[1]) held += WHOLE.includes(plan.policy) ? held : Math.floor(held / 2);
   return held + heads * workSlots(plan, scales) * shape.head_dim * shape.bytes_per_element;
 }
 

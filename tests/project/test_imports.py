@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "pyramid": ({"errors", "grid"}, set()),
     "steps": ({"errors"}, set()),
     "plan": ({"errors", "grid", "pyramid"}, set()),
+    "profile": ({"errors", "pyramid"}, TENSORS),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     # the cache
@@ -61,7 +62,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cache.carried_state": ({"plan", "pyramid"}, TENSORS),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
-    "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
+    "policies.*": ({"plan", "profile", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
     "prompts.*": (
         {"errors", "grid", "sizes", "prompts", "prompts.*"},
@@ -77,6 +78,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "errors",
             "grid",
             "plan",
+            "profile",
             "pyramid",
             "prompts",
             "prompts.*",
@@ -126,11 +128,15 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "cache.view",
             "policies",
             "policies.choose",
+            "profile",
             "loop.memory",
+            "loop.pruning",
             "loop.sampling",
         },
         TENSORS,
     ),
+    "loop.pruning": ({"plan", "pyramid"}, TENSORS),
+    "loop.calibrate": ({"plan", "profile", "pyramid", "cache.look_ahead", "loop.scales"}, TENSORS),
     "loop.masked": (
         {
             "errors",
@@ -192,7 +198,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "checkpoints.*": (
-        {"errors", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
+        {"errors", "profile", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
         TENSORS,
     ),
     # people
