@@ -36,7 +36,7 @@ from tests.nodes.values import (
 
 CASES = list(cases())
 # What may be anything: texts, what our page draws where no code reads it, and a sampling setting that is "the model's".
-ANYTHING = {"more_classes", "text", "negative_text", "memory", "view"}
+ANYTHING = {"more_classes", "text", "negative_text", "memory", "view", "stream_weights"}  # the last: yes or no, to ComfyUI
 
 
 @pytest.fixture(autouse=True)
