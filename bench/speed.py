@@ -129,8 +129,10 @@ class Ours:
         self.cache = make(reads=reads, static=self.static)
         for stored in (self.cache.keys, self.cache.values):
             for tensor in vars(stored).values():
-                if tensor.dtype == torch.int8:
-                    tensor.random_(-127, 127)
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if tensor.dtype in (torch.int8, torch.uint8):
+                    tensor.random_(0, 127)
                 elif tensor.is_floating_point():
                     tensor.normal_(0, 0.01)
         if self.cache.queries is not None:
@@ -155,9 +157,6 @@ class Ours:
         first = self.grid.index(row) - held
         cache.index[..., prompt : prompt + held] = torch.arange(first, first + held, device=cache.index.device)
         cache.target.copy_(torch.arange(prompt + held, cache.extent, device=cache.target.device))
-        for layer in range(cache.shape.layers):
-            for stored in (cache.keys, cache.values):
-                stored.start_line(layer, cache.target[layer])
         self.row = row
 
     def steps(self, first: int, steps: int) -> None:

@@ -96,6 +96,7 @@ class Layers:
         __init__ = nn.Embedding.__init__
         _load_from_state_dict = nn.Module._load_from_state_dict
 
+    Conv1d = comfy.ops.disable_weight_init.Conv1d
     Conv2d = comfy.ops.disable_weight_init.Conv2d
     GroupNorm = comfy.ops.disable_weight_init.GroupNorm
     RMSNorm = comfy.ops.disable_weight_init.RMSNorm

@@ -31,11 +31,11 @@ class LoadModel(io.ComfyNode):
                     options=files.model_names(),
                     extra_dict={"linear_ar": files.model_facts()},
                     tooltip="The decoder. Bundled ones come with the pack; others go into models/ar_image: "
-                    "LlamaGen, VAR and Infinity files (.safetensors, .pt or .pth) and folders of Infinity 8B, Janus "
-                    "(also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. "
-                    "Licences: LlamaGen, VAR and Infinity MIT; Janus DeepSeek Model License; Lumina-mGPT 2.0 "
-                    "Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT 7B and "
-                    "Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
+                    "LlamaGen, VAR, M-VAR and Infinity files (.safetensors, .pt or .pth) and folders of Infinity 8B, "
+                    "Janus (also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. "
+                    "Licences: LlamaGen, VAR and Infinity MIT; M-VAR Apache-2.0 (its code: none stated); Janus "
+                    "DeepSeek Model License; Lumina-mGPT 2.0 Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT "
+                    "7B and Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
                 ),
                 io.Combo.Input(
                     "tokenizer",
@@ -43,8 +43,8 @@ class LoadModel(io.ComfyNode):
                     tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' finds it: the bundled one, the "
                     "one in the model's folder or named in its file, vq_ds16_c2i or vq_ds16_t2i for LlamaGen, vqgan "
                     "for Lumina-mGPT and Anole, movqgan_270M for Lumina-mGPT 2.0, Emu3-VisionTokenizer and "
-                    "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's), vae_ch160v4096z32 for VAR, "
-                    "infinity_vae_d16, _d32reg and _d56_f8_14_patchify for Infinity 125M, 2B and 8B.",
+                    "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's), vae_ch160v4096z32 for VAR and "
+                    "M-VAR, infinity_vae_d16, _d32reg and _d56_f8_14_patchify for Infinity 125M, 2B and 8B.",
                 ),
                 io.Int.Input(
                     "grid_rows",
@@ -122,6 +122,11 @@ class LoadModel(io.ComfyNode):
             ops=layers,
             compute_device=host.compute_device(),
         )
+        if image.info.masked is not None:
+            raise UserError(
+                f"{found.decoder.name}: draws masked tokens, which the nodes cannot show yet; use it on the command "
+                "line: python -m linear_core generate."
+            )
         return io.NodeOutput(Model(image, host.managed(image.decoder, stream_weights), host.managed(image.tokenizer)))
 
     @classmethod

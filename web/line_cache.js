@@ -814,7 +814,7 @@ class Slider extends Told {
     const { run } = this.state;
     ctx.font = "600 11px system-ui, sans-serif";
     ctx.textBaseline = "middle";
-    const words = ["full cache", (run && keptOf(run)) || "few lines"];
+    const words = [run?.beside || "full cache", (run && keptOf(run)) || (run?.beside ? "full cache" : "few lines")];
     const [wide, wideRight] = words.map((text) => ctx.measureText(text).width + 12);
     const label = (/** @type {string} */ text, /** @type {number} */ x, /** @type {number} */ y, /** @type {number} */ width) => {
       ctx.fillStyle = "rgb(0 0 0 / 0.6)";
@@ -928,11 +928,11 @@ class Memory {
       const resident = streamed ? Math.min(weights, STREAMED_ROOM) : weights;
       const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - resident;
       const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
-      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state?.length);
-      const budget = shape.state?.length ? "" : budgetText(plan, grid);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state);
+      const budget = shape.state ? "" : budgetText(plan, grid);
       const [kept, one] = grid.scales ? ["tokens", "one scale"] : ["lines", "one line"];
       if (budget) memory.text = `${budget} · ${memory.text}`;
-      if (sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many ${kept} that is depends on ${unknown.join(" and ")}, unknown until it runs`;
+      if (!shape.state && sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many ${kept} that is depends on ${unknown.join(" and ")}, unknown until it runs`;
       if (!plan.budget) memory = { text: `${sizes.plan.mib} MiB are not enough for ${one}, which takes ${mib(bytes({ ...plan, budget: grid.scales ? 1e-9 : 1, share: 0 }))} MiB`, fits: false, share: 0 };
     }
     if (this.status.textContent === memory.text) return;
