@@ -495,7 +495,7 @@ def run_check(args: argparse.Namespace) -> None:
     _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
     with STOP.waiting():
         rows_of_sheet = [
-            (name, f"KL {each.divergence}, {_measurements(each.run)}", _pictures(model, each.run))
+            (name, f"KL {each.divergence}, {_measurements(each.run, info)}", _pictures(model, each.run))
             for name, each in zip(names, found, strict=True)
         ]
         writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
