@@ -35,7 +35,8 @@ from tests.nodes.values import (
 )
 
 CASES = list(cases())
-# What may be anything: what is yes or no to ComfyUI, texts, what our page draws where no code reads it, and a sampling setting that is "the model's".
+# What may be anything: texts, what is yes or no to ComfyUI, what our page draws where no code reads it, and a sampling
+# setting that is "the model's".
 ANYTHING = {"more_classes", "text", "negative_text", "memory", "view", "stream_weights"}
 
 
