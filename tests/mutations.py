@@ -226,7 +226,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("models/packed.py", "= linear.bias, linear.out", "= None, linear.out", "packed layers lose their bias"),
     # -- weights in few bits
     ("models/quantised.py", "alpha=256).mul_(step)", "alpha=255).mul_(step)", "quantised: digits of the wrong worth"),
-    ("models/quantised.py", "(128 * 257 + 0.5)", "(128 * 256 + 0.5)", "quantised: the lower digit is half a step off"),
+    ("models/quantised.py", "128 * 257 + 0.5", "128 * 256 + 0.5", "quantised: the lower digit is half a step off"),
     (
         "models/quantised.py",
         "zero = (low + 8 * scale.float())",
