@@ -43,11 +43,24 @@ from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import CapturedHead, Graphs, use_graphs
 from .loop.masked import generate_masked
-from .loop.memory import free_memory, masked_run_bytes, max_batch_size, run_bytes, scales_run_bytes, split_batch
+from .loop.memory import (
+    BUS_BYTES,
+    CONTEXT_BYTES,
+    STREAMED_ROOM,
+    free_memory,
+    masked_run_bytes,
+    max_batch_size,
+    run_bytes,
+    scales_run_bytes,
+    split_batch,
+    streamed_bytes,
+    streamed_seconds,
+)
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.scales import check_stop, generate_scales, scale_policy
 from .loop.threads import limit_threads
 from .models.packed import pack
+from .models.quantised import QUANTISATIONS
 from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.inpaint import check_mask, known_latents
 from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
@@ -70,8 +83,11 @@ from .prompts import Prompt
 from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 
 MIB = 2**20
+BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+WEIGHT_DTYPES = {
+    "as computed": None, "matrices in int8": "int8", "in int4": "int4", "in fp8 (ComfyUI)": torch.float8_e4m3fn
+}  # fmt: skip
 STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
@@ -126,7 +142,9 @@ def run_generate(args: argparse.Namespace) -> None:
     writer = Writer(paths if prompt.rows > 1 else [out])
     masked = _masked_plans(args, info)
     micro_batches = _micro_batches(args, prompt, sample, caches=1, above=_given(args, model))
-    settings = asdict(plan) if masked is None else {name: v for each in masked for name, v in asdict(each).items()}
+    settings = asdict(plan) if info.cached else {}
+    if masked is not None:
+        settings = {name: value for each in masked for name, value in asdict(each).items()}
 
     def write(picture: Tensor, **more: Any) -> None:
         i = writer.count
@@ -137,6 +155,8 @@ def run_generate(args: argparse.Namespace) -> None:
             **asdict(sample.select([i])),
         }
         del notes["seeds"]  # `seed` is the picture's own
+        if _weight_dtype(args):
+            notes["weight_dtype"] = args.weight_dtype
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
@@ -170,12 +190,14 @@ def run_generate(args: argparse.Namespace) -> None:
     finally:
         writer.tell()
     run = micro_batches.runs[0]
-    _say(_summary(run) if run.latents is None else _masked_summary(run))
+    _say(_summary(run, info) if run.latents is None else _masked_summary(run))
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
     info = _checked(args)
+    if not info.cached:
+        raise UserError(f"compare: {info.name} keeps no cache, so there is nothing to compare; use generate.")
     if info.masked is not None:
         raise UserError(
             f"compare: {info.name} draws masked tokens, which need no cache; `generate` with --step-cache keeps one."
@@ -232,8 +254,8 @@ def _write_comparison(
         kept = run.shares[:, shown - 1]
     kept = heatmap(kept, *_enlarged_size(below, size), below)
     rows = [
-        ("full cache", _measurements(full), pictures[0]),
-        (_describe(few, model.info), _measurements(run), pictures[1]),
+        ("full cache", _measurements(full, model.info), pictures[0]),
+        (_describe(few, model.info), _measurements(run, model.info), pictures[1]),
         (title, "bright: held by most layers and heads; dark: evicted", kept),
     ]
     writer.write_sheet(rows, names, size, notes)
@@ -276,6 +298,8 @@ def _tell_comparison(
 
 def run_batch(args: argparse.Namespace) -> None:
     """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    if args.seeds is not None:
+        raise UserError("seeds: a table's column seed says them; leave --seeds out (--seed is that of the first row).")
     info = _checked(args, drawing=False)
     if info.masked is not None:
         raise UserError(f"batch: {info.name} draws masked tokens, which only `generate` draws so far; use that.")
@@ -289,6 +313,7 @@ def run_batch(args: argparse.Namespace) -> None:
         tokenizer=job.files.tokenizer.name,
         pixels=args.pixels,
         dtype=args.dtype,
+        weight_dtype=args.weight_dtype,
         images=job.images,
         negative=job.negative,
         size=job.size,
@@ -350,6 +375,9 @@ def run_plan(args: argparse.Namespace) -> None:
     )
     _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
     _say(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
+    if not info.cached:
+        _tell_state(shape, info, sample, rows, args)
+        return
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
@@ -359,19 +387,67 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
-        room = free - library.decoder_bytes(info, dtype)
-        counts = [_batch_size(shape, info, plan, sample, room, device) for plan in (full, few)]
+        room = free - library.decoder_bytes(info, dtype, _weight_dtype(args))
+        counts = [_batch_size(_needed(shape, info, plan, sample, device), room) for plan in (full, few)]
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
+    if args.card is not None:
+        _say_of_card(args, info, few, sample)
     if info.own_tokenizer:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
 
+def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: int, args: argparse.Namespace) -> None:
+    """The rest of `plan` for a model without a cache."""
+    _say(f"{_state_words(shape.state_bytes(rows))}, the same at every scale and with every budget")
+    device = _device(args)
+    if (free := _free(device)) is not None:
+        room = free - library.decoder_bytes(info, _dtype(args, device), _weight_dtype(args))
+        count = _batch_size(_needed(shape, info, CachePlan("full"), sample, device.partition(":")[0]), room)
+        _say(
+            f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
+            "larger batch in parts."
+        )
+
+
+def _say_of_card(args: argparse.Namespace, info: ModelInfo, few: CachePlan, sample: SamplePlan) -> None:
+    """What a card of --card GB holds, and what it costs to stream the weights that it has no room for."""
+    if not 1 <= args.card <= 1024:
+        raise UserError(f"card: {args.card:g} GB is out of range; choose 1 to 1024.")
+    dtype, card = _dtype(args, "cuda"), int(args.card * 2**30) - CONTEXT_BYTES
+    shape = info.cache_shape(dtype)
+    weights = library.decoder_bytes(info, dtype, _weight_dtype(args))
+    _say(f"On a card of {args.card:g} GB, with {weights / MIB:.0f} MiB of weights, computed in {dtype}:")
+    for plan in (CachePlan(policy="full"), few):
+        needed = _needed(shape, info, plan, sample, "cuda")
+        passes = info.pyramid.stages if info.pyramid else info.grid.rows * info.grid.stride
+        held = _batch_size(needed, card - weights)
+        said = []
+        for images in (1, 32):
+            left = streamed_bytes(weights, card, needed(images))
+            if left is None:
+                said.append(f"{images} at once: does not fit")
+            elif left:
+                seconds = streamed_seconds(left, passes, images)
+                said.append(
+                    f"{images} at once: {left / MIB:.0f} MiB streamed a pass, at least {seconds:.1f} s a picture"
+                )
+            else:
+                said.append(f"{images} at once: nothing is streamed")
+        most = _batch_size(needed, card - STREAMED_ROOM)
+        _say(
+            f"  {_describe(plan, info)}: {held} at once beside all weights, {most} if they are streamed; "
+            + "; ".join(said)
+        )
+    _say(f"  Load AR Model in ComfyUI can stream. Seconds are predicted, for {BUS_BYTES / 1e9:.0f} GB/s over the bus.")
+
+
 def run_models(args: argparse.Namespace) -> None:
-    """List the bundled model and those in the given folders."""
-    paths = [library.bundled_files().decoder, *library.find_checkpoints([Path(f) for f in args.folder])]
+    """List the bundled models and those in the given folders."""
+    bundled = (library.bundled_files(name).decoder for name in BUNDLED)
+    paths = [*(path for path in bundled if path.is_file()), *library.find_checkpoints([Path(f) for f in args.folder])]
     for path in paths:
         try:
             info = library.read_info(path)
@@ -398,20 +474,19 @@ def run_check(args: argparse.Namespace) -> None:
     if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
         raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
     writer, parts = Writer([out]), []
-    tokens = (
-        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
-    )
-    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+    tokens = info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols
+    total = (len(plans) + 1) * 2 * prompt.rows * tokens  # drawn, then fed
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
-            part = replace(sample, seed=sample.seed + rows[0])
-            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+            parts.append(check_plans(model, prompt.select(rows), plans, sample.select(rows), bar.update))
     found = joined(parts)
     names = [_describe(each.plan, info) for each in found]
-    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
+    at_once, seed = max(len(part[0].kl) for part in parts), sample.select([0]).seed
+    dtype, device = str(model.decoder.dtype), str(model.decoder.device)
     about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
     about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
     _say(
-        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {seed}, "
         f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
         f"{doctor.version()}"
     )
@@ -420,7 +495,7 @@ def run_check(args: argparse.Namespace) -> None:
     _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
     with STOP.waiting():
         rows_of_sheet = [
-            (name, f"KL {each.divergence}, {_measurements(each.run)}", _pictures(model, each.run))
+            (name, f"KL {each.divergence}, {_measurements(each.run, info)}", _pictures(model, each.run))
             for name, each in zip(names, found, strict=True)
         ]
         writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
@@ -516,6 +591,7 @@ def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
         encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
         size=args.size,
         codes=args.codes,
+        weight_dtype=_weight_dtype(args),
     )
 
 
@@ -655,14 +731,16 @@ def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
     if device == "cpu" and (note := limit_threads()):
         _say(f"note: {note}.", sys.stderr)
-    model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    model = library.load_model(
+        _files(args), grid=_grid(args), device=device, dtype=_dtype(args, device), weight_dtype=_weight_dtype(args)
+    )
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
     return replace(model, info=_with_size(args, model.info))
 
 
 def _files(args: argparse.Namespace) -> ModelFiles:
-    if args.model == library.BUNDLED:
-        return library.bundled_files()
+    if args.model in BUNDLED:
+        return library.bundled_files(args.model)
     tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
     return ModelFiles(Path(args.model), tokenizer)
 
@@ -695,8 +773,10 @@ def _free(device: str) -> int | None:
     return free_memory() if device == "cpu" else None
 
 
-def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, room: int, device: str) -> str:
-    """How many images fit into `room` bytes, up to MAX_IMAGES."""
+def _needed(
+    shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, device: str
+) -> Callable[[int], int]:
+    """From a number of images to the bytes that drawing them at once takes besides the weights."""
     sequences, window = 2 if sample.guided else 1, max(sample.drafts, 0)  # AUTO: none for more than one image
 
     def needed(images: int) -> int:
@@ -705,10 +785,19 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: Sam
             return scales_run_bytes(shape, info.pyramid, plan, sequences * images, logits, hidden, device)
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
 
+    return needed
+
+
+def _batch_size(needed: Callable[[int], int], room: int) -> str:
+    """How many images fit into `room` bytes, up to MAX_IMAGES."""
     if needed(1) > room:
         return "none"
     count = max_batch_size(room, MAX_IMAGES, needed)
     return f"{count} or more" if count == MAX_IMAGES else str(count)
+
+
+def _weight_dtype(args: argparse.Namespace) -> str | None:
+    return None if args.weight_dtype == "default" else args.weight_dtype
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
@@ -749,7 +838,7 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         changes["share"] = _share(args.share)
     if args.budget is not None:
         changes |= parse_budget(args.budget)
-    plan = PRESETS[args.preset]
+    plan = PRESETS[args.preset or "Balanced"]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
     return replace(plan, **changes)
@@ -818,7 +907,7 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
         raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
     _device(args)
     plan = _cache_plan(args)
-    decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+    decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
@@ -843,7 +932,7 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
     """Refuse options that do not apply to the model, and ask for those that it needs."""
     guided = _sample_plan(args, info).guided
-    if args.tokenizer and args.model == library.BUNDLED:
+    if args.tokenizer and args.model in BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
     _check_kind(args, info)
     in_scales = info.pyramid is not None
@@ -852,6 +941,10 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
         if given:
             option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
             raise UserError(f"{option}: it does nothing here, as {info.name} draws {stage} by {stage}; leave it out.")
+    if not info.cached:
+        for name in ("preset", "policy", "budget", "share", "anchors", "recent", "release", "storage", "heatmap"):
+            if getattr(args, name, None) not in (None, False):
+                raise UserError(f"{name}: it does nothing here, as {info.name} keeps no cache; leave it out.")
     if not info.text:
         if args.texts:
             raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
@@ -1158,7 +1251,7 @@ def _describe(plan: CachePlan, info: ModelInfo) -> str:
     return (
         f"{what}, {plan.policy}"
         + (f", {plan.release}" if other_release else "")
-        + (", 8 bits" if plan.storage == "int8" else "")
+        + ("" if plan.storage == "full" else f", {plan.storage.removeprefix('int')} bits")
     )
 
 
@@ -1171,13 +1264,21 @@ def _cache_mib(run: Run) -> float:
     return run.lines[-1].cache_bytes / MIB
 
 
-def _measurements(run: Run) -> str:
-    return f"{_cache_mib(run):.1f} MiB of keys and values, {run.tokens_per_second:.0f} tokens/s"
+def _state_words(size: int) -> str:
+    """What is said instead of a cache's size, of a state of `size` bytes."""
+    return f"no cache: a state of {size / MIB:.1f} MiB"
 
 
-def _summary(run: Run) -> str:
+def _measurements(run: Run, info: ModelInfo) -> str:
+    size = f"{_cache_mib(run):.1f} MiB of keys and values" if info.cached else _state_words(run.lines[-1].cache_bytes)
+    return f"{size}, {run.tokens_per_second:.0f} tokens/s"
+
+
+def _summary(run: Run, info: ModelInfo) -> str:
     stage = "line" if run.canvas is None else "scale"
-    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
+    if not info.cached:
+        return f"{_measurements(run, info)}, {run.seconds:.1f} s"
+    text = f"{_measurements(run, info)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
     if not run.passes:
         return text
     return f"{text}, {run.passes:.0f} passes of {run.tokens_per_pass:.1f} tokens, {run.accepted:.0%} of drafts right"
@@ -1199,7 +1300,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default=library.BUNDLED,
         metavar="PATH",
-        help="file or folder of the decoder; default: the bundled model",
+        help=f"file or folder of the decoder; default: {library.BUNDLED}, the bundled model; "
+        f"{library.BUNDLED_SCALES}: the bundled one that draws in scales",
     )
     group.add_argument("--tokenizer", metavar="FILE", help="its VQ tokenizer, if it is not next to it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")
@@ -1212,10 +1314,17 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
+    group.add_argument(
+        "--weight-dtype",
+        default="default",
+        choices=["default", *QUANTISATIONS],
+        help="how the decoder's large matrices are stored: as computed (default), or in 8 or 4 bits a weight, which "
+        "saves memory, and time when few images are drawn at once",
+    )
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
-    group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
+    group.add_argument("--preset", choices=list(PRESETS), help="default: Balanced, 4 lines")
     group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
     group.add_argument(
         "--budget",
@@ -1232,7 +1341,9 @@ def _parser() -> argparse.ArgumentParser:
         help="evicted tokens vanish (strict), stay until they are overwritten (lazy) or are merged into the nearest "
         "kept one (fold); auto: fold for policy fold, strict for others",
     )
-    group.add_argument("--storage", choices=STORAGES, help="keys and values as computed (full) or in 8 bits (int8)")
+    group.add_argument(
+        "--storage", choices=STORAGES, help="keys and values as computed (full), in 8 bits (int8) or in 4 (int4)"
+    )
 
     sample = argparse.ArgumentParser(add_help=False)
     group = sample.add_argument_group("sampling", "default: the model's own settings")
@@ -1272,7 +1383,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=AUTO,
         metavar="TOKENS",
-        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
+        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 8 for a "
         "single float32 image on the CPU, none otherwise (default)",
     )
     group.add_argument(
@@ -1334,7 +1445,12 @@ def _parser() -> argparse.ArgumentParser:
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
     _batch_options(drawing)
-    add("plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model")
+    planning = add(
+        "plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model"
+    )
+    planning.add_argument(
+        "--card", type=float, metavar="GB", help="also say what a graphics card with so much memory can draw at once"
+    )
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )

@@ -180,6 +180,8 @@ class Started:
                 of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
     seeds       of each image, between commas, where they are not seed, seed + 1, …; a text, as a page rounds numbers
                 beyond 2**53
+    state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
+    beside      what the run on the left is, where it is another model's: its name; empty: the same with a full cache
     """
 
     run: str
@@ -205,6 +207,8 @@ class Started:
     list_index: int = 0
     sides: list[list[int]] = field(default_factory=list)
     seeds: str = ""
+    state_bytes: int = 0
+    beside: str = ""
 
     @property
     def cells(self) -> int:
@@ -233,6 +237,7 @@ class Row:
     tokens_per_second  of all images together, for this line
     passes    forward passes of this line with drafts, mean over the parts of a batch; 0 without drafts
     accepted  share of the checked drafts that were right
+    side      rows and columns of this scale, for a page that came too late to be told of the run; empty: it is a line
     """
 
     run: str
@@ -256,6 +261,7 @@ class Row:
     passes: float = 0
     accepted: float = 0.0
     kind: str = "row"
+    side: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -333,6 +339,7 @@ class Trace:
             stands=stands,
             passes=line.passes,
             accepted=round(line.accepted, 3),
+            side=run.sides[line.row] if run.sides else [],
         )
         self._shares, self._by_head, self._layered = share, line.by_head, layers
         self._rows.append(event)
@@ -492,13 +499,13 @@ class Kept(NamedTuple):
 
     list_index: int | None
     seed: int | None
-    sizes: tuple[int, int, int]  # images, rows, cols
+    sizes: tuple[int, ...]  # images, rows, cols; of scales images, tokens
     codes: list[int]
     seeds: tuple[int, ...] = ()
 
 
 def unpack_kept(text: str) -> list[Kept]:
-    """What the widget keeps of a node's runs, that of the run it shows first. web/state.js writes it.
+    """What the widget keeps of a node's runs, lines or scales, that of the run it shows first. web/state.js writes it.
 
     Of one run "codes", as `pack_codes` has them; of several, or with seeds of their own, "list index @ seeds | codes ;
     ...". Raises ValueError for anything else.
@@ -510,7 +517,7 @@ def unpack_kept(text: str) -> list[Kept]:
         seeds = written.split(",")
         if bar and not (list_index.isdecimal() and at and all(s.isdecimal() and int(s) < 1 << 64 for s in seeds)):
             raise ValueError(f"'{which[:40]}' names no run")
-        sizes, numbers = unpack_codes(codes)
+        sizes, numbers = unpack_codes(codes) if codes.partition(":")[0].count("x") > 1 else unpack_scales(codes)
         if not bar:
             kept.append(Kept(None, None, sizes, numbers))
             continue

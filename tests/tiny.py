@@ -31,6 +31,7 @@ from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.models.lumina import Lumina, LuminaConfig
 from linear_core.models.mar import MAR, MARConfig
+from linear_core.models.mvar import MVAR, MVARConfig
 from linear_core.models.var import VAR, VARConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
@@ -95,6 +96,19 @@ def var(
     model = VAR(config).requires_grad_(False).eval()
     quantizer = ResidualPyramid(CODES, 6, 4).requires_grad_(False)
     deviation = {"mat_qkv": 0.4, "fc2": 0.1, "scale_mul": 0.7, "ada": 0.4, "head": 0.5, "class_emb": 1.0}
+    return _filled(model, deviation, seed).to(dtype), _filled(quantizer, {"embedding": 1.0}, seed).to(dtype)
+
+
+def mvar(
+    *sides: int, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[MVAR, ResidualPyramid]:
+    """VAR's with attention within a scale, and a scan of three heads of 16 channels, 5 numbers of state for each."""
+    sizes = {"inner": 48, "scan_heads": 3, "scan_size": 5, "span": 4}
+    model = MVAR(MVARConfig(layers, 24, 3, 32, CODES, CLASSES, 6, Pyramid.square(*sides), **sizes))
+    model = model.requires_grad_(False).eval()
+    quantizer = ResidualPyramid(CODES, 6, 4).requires_grad_(False)
+    deviation = {"mat_qkv": 0.4, "fc2": 0.1, "scale_mul": 0.7, "ada": 0.4, "head": 0.5, "class_emb": 1.0}
+    deviation |= {"A_log": 2.0, "dt_bias": 1.5, "conv1d": 0.5, "in_proj": 0.3}  # some heads remember several scales
     return _filled(model, deviation, seed).to(dtype), _filled(quantizer, {"embedding": 1.0}, seed).to(dtype)
 
 

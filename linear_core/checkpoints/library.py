@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
+from ..models.quantised import QUANTISATIONS, quantised
 from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.bits import BitConfig, BitTokenizer, file_key
@@ -28,7 +29,7 @@ from ..tokenizers.pyramid import read_config as read_pyramid_config
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, mar, var
+from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, mar, mvar, var
 from .weights import (
     NESTED,
     SUFFIXES,
@@ -41,17 +42,20 @@ from .weights import (
     read_weights,
 )
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, infinity.FAMILY, mar.FAMILY)
+FAMILIES = (
+    llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, mvar.FAMILY, infinity.FAMILY, mar.FAMILY,
+)  # fmt: skip
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
+BUNDLED_SCALES = "landscapes_var"  # the same landscapes, drawn in scales
 
 # What training wraps around a model, as parts of its weights' names: torch.compile, FSDP and the like anywhere in them;
 # dictionaries, modules and averages in front.
 WITHIN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 IN_FRONT = re.compile(
     r"(?:_?(?:model|module|state|dict|checkpoint|weights?|params?|ema|averaged|avg|shadow|student|forward|inner|base|raw"
-    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer|trainer|var|wo|ddp|fsdp|local))+"
+    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer|trainer|m?var|wo|ddp|fsdp|local))+"
 )
 MAX_IN_FRONT, MAX_WORD = 8, 64
 # Which of several state dicts LlamaGen's scripts take: sample_c2i.py for decoders; reconstruction_vq_ddp.py, for
@@ -71,6 +75,7 @@ VQ_COUNTER = ".num_batches_tracked"  # of batch norms
 VQ_FAMILY = "{}-vq"  # family in a converted file's metadata, for each of KINDS
 PYRAMID_KEY = "quantize.quant_resi.qresi_ls.0.weight"  # only multi-scale VQ tokenizers have it
 
+WeightDtype = torch.dtype | str | None
 Tokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer
 TokenizerConfig = VQConfig | PyramidConfig | BitConfig | LatentConfig
 # Kinds of tokenizers that are no VQTokenizers: how sizes are read, what is built, and what it decodes.
@@ -173,9 +178,9 @@ class ImageModel:
         self.decoder.check(prompt)
 
 
-def bundled_files() -> ModelFiles:
-    """The bundled model."""
-    return ModelFiles(ASSETS / f"{BUNDLED}.safetensors", ASSETS / f"{BUNDLED}_vq.safetensors")
+def bundled_files(name: str = BUNDLED) -> ModelFiles:
+    """The bundled model, or the one of this name."""
+    return ModelFiles(ASSETS / f"{name}.safetensors", ASSETS / f"{name}_vq.safetensors")
 
 
 def class_label(info: ModelInfo, name: str) -> int:
@@ -319,8 +324,6 @@ def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
         return "it looks like a VQ tokenizer"
     if _decodes_latents(shapes):
         return "it looks like a VAE"
-    if "pos_1LC" in shapes and any(".mamba." in k for k in shapes):
-        return "it looks like M-VAR, which remembers earlier scales in a Mamba state instead of a cache"
     if any(re.search(r"(?:^|\.)(?:diffusion_model|double_blocks|transformer_blocks)\.", k) for k in shapes):
         return "it looks like a diffusion model"
     if any(".lora_" in k for k in shapes):
@@ -335,15 +338,18 @@ def load_model(
     grid: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    weight_dtype: torch.dtype | None = None,
+    weight_dtype: WeightDtype = None,
     ops: Ops = nn,
+    compute_device: torch.device | str | None = None,
 ) -> ImageModel:
     """Load both checkpoints and build the model. The tokenizer stays in float32, as published.
 
-    grid          rows and cols, for files that do not state their own
-    dtype         compute dtype of the decoder
-    weight_dtype  storage dtype of its large matrices, if `ops` are layers that cast; None: dtype
-    ops           namespace of the layers: torch.nn, or a host's casting layers
+    grid            rows and cols, for files that do not state their own
+    dtype           compute dtype of the decoder
+    weight_dtype    how its large matrices are stored: "int8" or "int4" (see models/quantised.py); a dtype, if `ops`
+                    are layers that cast; None: dtype
+    ops             namespace of the layers: torch.nn, or a host's casting layers
+    compute_device  where it will compute, if a host moves it there from `device`
     Raises UserError naming the file.
     """
     weights = read_checkpoint(files.decoder)
@@ -352,9 +358,25 @@ def load_model(
     _check_tokenizer(info, tokenizer, files)
     decoder = _decoder(info, ops)
     storage_dtype = _storage_dtype(info, dtype, weight_dtype)
-    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype)
-    decoder.compute_dtype = dtype if weight_dtype else None
+    layers = _quantised(decoder, info, weight_dtype, ops)
+    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype, layers)
+    for layer in layers.values():
+        layer.arrange(torch.device(compute_device or device))
+    decoder.compute_dtype = dtype if isinstance(weight_dtype, torch.dtype) else None
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files, name_codebook(tokenizer))
+
+
+def _quantised(decoder: Any, info: ModelInfo, weight_dtype: WeightDtype, ops: Ops = nn) -> dict[str, Any]:
+    """Layers for the matrices that `weight_dtype` quantises, by the matrices' names."""
+    if not isinstance(weight_dtype, str):
+        return {}
+    if weight_dtype not in QUANTISATIONS:
+        raise UserError(f"weight-dtype: {quoted(weight_dtype)} is unknown; choose {' or '.join(QUANTISATIONS)}.")
+
+    def wanted(name: str, matrix: torch.Tensor) -> bool:
+        return is_large(name, matrix) and not info.family.precise(name)
+
+    return quantised(decoder, QUANTISATIONS[weight_dtype], wanted, ops)
 
 
 def name_codebook(tokenizer: Any) -> str:
@@ -367,11 +389,17 @@ def name_codebook(tokenizer: Any) -> str:
     return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
 
-def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
+def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype = None) -> int:
     """Memory of a decoder's weights when loaded with these dtypes (see `load_model`)."""
-    storage_dtype = _storage_dtype(info, dtype, weight_dtype)
-    weights = _decoder(info, nn).state_dict().items()
-    return sum(tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize for name, tensor in weights)
+    storage_dtype, decoder = _storage_dtype(info, dtype, weight_dtype), _decoder(info, nn)
+    with torch.device("meta"):
+        layers = _quantised(decoder, info, weight_dtype)
+    return sum(
+        layers[name].kind.bytes(*tensor.shape)
+        if name in layers
+        else tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize
+        for name, tensor in decoder.state_dict().items()
+    )
 
 
 def _decoder(info: ModelInfo, ops: Ops) -> Any:
@@ -380,14 +408,14 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
 
 
 def _storage_dtype(
-    info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None
+    info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype
 ) -> Callable[[str, torch.Tensor], torch.dtype | None]:
     """What a weight of the decoder is stored as, if not as `dtype`."""
 
     def storage_dtype(name: str, tensor: torch.Tensor) -> torch.dtype | None:
         if info.family.precise(name):
             return torch.promote_types(dtype, torch.float32)
-        return weight_dtype if weight_dtype and is_large(name, tensor) else None
+        return weight_dtype if isinstance(weight_dtype, torch.dtype) and is_large(name, tensor) else None
 
     return storage_dtype
 

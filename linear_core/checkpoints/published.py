@@ -105,6 +105,7 @@ LUMINAS_2 = {name: Repository(f"Alpha-VLLM/{name}", None, "Apache-2.0") for name
 MOVQGAN = Repository("ai-forever/MoVQGAN", None, "none stated")
 VAR = Repository("FoundationVision/var", None, "MIT")
 VAR_TOKENIZER = "vae_ch160v4096z32"
+MVAR = Repository("OliverRen/M-VAR", None, "Apache-2.0")  # by its card; the repository of its code states none
 INFINITY = Repository("FoundationVision/Infinity", None, "MIT")
 # By bits of a token. The file called d32 has as many as d32reg and other bits; only their names tell them apart.
 INFINITY_TOKENIZERS = {
@@ -173,6 +174,11 @@ def _lumina_2(name: str) -> Release:
     files = (*((file, 0.0) for file in small), *zip(shards, (4.96, 4.98, 4.42, 1.40), strict=True))
     own = tuple(Remote(LUMINAS_2[name], *file) for file in files)
     return Release(name, "ar_image", own, (MOVQ,), subfolder=name)
+
+
+def _mvar(depth: int, gigabytes: float) -> Remote:
+    """Its file, which the hub calls by its depth alone. Sizes are counted: four bytes for each parameter."""
+    return Remote(MVAR, f"d{depth}.pth", gigabytes, local_name=f"mvar_d{depth}.pth")
 
 
 # Hashes as the hub's pages state them.
@@ -254,6 +260,10 @@ RELEASES: dict[str, Release] = {
             for depth, gigabytes in ((16, 1.24), (20, 2.41), (24, 4.14), (30, 8.04), (36, 9.44))
         ),
         _single_file(VAR, f"{VAR_TOKENIZER}.pth", 0.44),
+        *(
+            Release(f"mvar_d{depth}", "ar_image", (_mvar(depth, gigabytes),), (VAR_TOKENIZER,))
+            for depth, gigabytes in ((12, 0.79), (16, 1.86), (20, 3.60), (24, 6.20), (32, 14.64))
+        ),
         *(
             Release(path.rpartition(".")[0], "ar_image", (Remote(INFINITY, path, gigabytes, sha256),), needs)
             for path, gigabytes, sha256, needs in _INFINITY_FILES

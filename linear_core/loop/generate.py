@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.line_cache import LineCache, Window
+from ..cache.look_ahead import by_matrices
 from ..cache.view import View
 from ..errors import UserError
 from ..events import Line, Stage, Step, totals
@@ -195,7 +196,7 @@ def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -
     The work is the same for every line, so it can be captured in a CUDA graph (`graph.py`); `row` is then a tensor of
     one element on the device. The first eviction of a cache also runs the policy's survey and cannot be captured.
     """
-    plan, grid = cache.plan, cache.grid
+    plan, grid, rotate = cache.plan, cache.grid, by_matrices(rotate)
     views: Iterable[View] = (cache.view(row, layer, rotate) for layer in range(cache.shape.layers))
     if policy.survey is not None and cache.survey is None:
         views = list(views)

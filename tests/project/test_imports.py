@@ -59,6 +59,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "cache.carried_state": ({"plan", "pyramid"}, TENSORS),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
     "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
@@ -68,7 +69,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "models.__init__": (set(), set()),
     "models.blocks": (set(), TENSORS),
-    "models.packed": (set(), TENSORS),
+    "models.packed": ({"models.blocks", "models.quantised"}, TENSORS),
+    "models.quantised": ({"models.blocks", "models.quantised_kernel"}, TENSORS),
+    "models.quantised_kernel": (set(), TENSORS | {"triton"}),
     "models.*": (
         {
             "errors",
@@ -78,6 +81,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "prompts.*",
             "cache.attention",
+            "cache.carried_state",
             "cache.line_cache",
             "cache.look_ahead",
             "cache.stage_cache",
@@ -117,6 +121,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "events",
             "plan",
             "pyramid",
+            "cache.carried_state",
             "cache.stage_cache",
             "cache.view",
             "policies",
@@ -151,7 +156,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "pictures.__init__": (set(), set()),
     "pictures.sheet": ({"errors"}, TENSORS | {"numpy", "PIL"}),
     "pictures.inpaint": ({"errors", "tokenizers.latents"}, TENSORS),
-    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy"}),
+    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),
     "pictures.preview": (
         {"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches", "pictures.inpaint"},
         TENSORS | {"numpy"},
@@ -224,7 +229,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "batch.__init__": (set(), set()),
-    "batch.table": ({"errors"}, {"pyarrow"}),
+    "batch.table": ({"errors", "plan"}, {"pyarrow"}),
     "batch.folder": ({"errors", "batch.table"}, {"pyarrow", "msvcrt", "fcntl"}),
     "batch.draw": (
         {
@@ -399,6 +404,7 @@ SHARED = {
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
+    "nodes.loops",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room

@@ -68,6 +68,11 @@ class ModelInfo:
         """What features of a text encoder mean to it (`Origin.meaning`): of cleaned texts, or of what was written."""
         return ("features",) if self.family.cleaned else ("features", "as written")
 
+    @property
+    def cached(self) -> bool:
+        """Whether it keeps keys and values; otherwise a state joins its scales, and there is nothing to evict."""
+        return not self.cache_shape(torch.float32).state
+
     def with_size(self, size: Size) -> ModelInfo:
         """The model with the grid for pictures of `size`. Raises UserError listing sizes of similar shape."""
         width, height = size
