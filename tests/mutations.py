@@ -171,8 +171,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/graph.py", "CapturedGraph(ref(cache)", "CapturedGraph((lambda: cache)", "a graph keeps its cache"),
     (
         "loop/graph.py",
-        "except RuntimeError as error:",
-        "except KeyError as error:",
+        "except RuntimeError as error:  # an",
+        "except KeyError as error:  # an",
         "a failed recording costs the picture",
     ),
     (
@@ -1418,7 +1418,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/refresh.py", "cache.mass * (cache.age + 1)", "cache.mass", "masked: attention x age is attention"),
     ("loop/masked.py", "and group.passed >= 0", "", "masked: the first pass uses what was never computed"),
     ("loop/masked.py", "self.normal.select(group.images)", "self.normal", "masked: noise of other images"),
-    ("loop/masked.py", "max(group.known, self.schedule[step])", "self.schedule[step]", "masked: given places are lost"),
+    ("loop/masked.py", "if known > fewest", "if known >= 0", "masked: steps that draw nothing take place"),
     ("loop/graph.py", "kept.copy_(new)", "pass", "masked: a recorded head draws the same tokens again"),
     ("pictures/inpaint.py", "mask > 0.5", "mask > 0.3", "masked: hardly covered is covered"),
     ("checkpoints/families/mar.py", "averaged=True", "averaged=False", "masked: the weights that draw worse"),
