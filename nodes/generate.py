@@ -27,8 +27,9 @@ class Generate(io.ComfyNode):
             node_id="LineAR_Generate",
             display_name="Generate",
             category="LineAR",
-            description="Generates images line by line, or with VAR and Infinity scale by scale, with the KV cache set "
-            "in Line Cache. Finished rows or scales appear on the node; Stop takes effect within one.",
+            description="Generates images line by line, or with VAR, M-VAR and Infinity scale by scale, with the KV "
+            "cache set in Line Cache. M-VAR needs no cache, whatever is set. Finished rows or scales appear on the "
+            "node; Stop takes effect within one.",
             search_aliases=[
                 "autoregressive sampler",
                 "sampler",
@@ -60,7 +61,8 @@ class Generate(io.ComfyNode):
                     tooltip="Classifier-free guidance scale: how closely the image follows the prompt. Typical: 2 to "
                     "5. 1 or less: none, which halves compute and cache. -1: the model's own value (bundled model 3; "
                     "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3; Emu3 and "
-                    "U0 3; Emu3.5 2, Emu3.5-Image 5; VAR 5, growing from 1 at the first scale; Infinity 2B 4, 8B 3).",
+                    "U0 3; Emu3.5 2, Emu3.5-Image 5; VAR and M-VAR 5, growing from 1 at the first scale; Infinity 2B "
+                    "4, 8B 3).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -78,7 +80,7 @@ class Generate(io.ComfyNode):
                     max=65536,
                     tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
                     "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0: "
-                    "4096; Emu3: 2048; Emu3.5 and U0: 5120; VAR: 900).",
+                    "4096; Emu3: 2048; Emu3.5 and U0: 5120; VAR and M-VAR: 900).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -87,8 +89,8 @@ class Generate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Sample from the most likely codes whose probabilities add up to this. 1: all. Typical: "
-                    "0.9 to 1. -1: the model's own value, which is 1 for all but Anole (0.9), VAR (0.95) and Infinity "
-                    "(0.97).",
+                    "0.9 to 1. -1: the model's own value, which is 1 for all but Anole (0.9), VAR and M-VAR (0.95) "
+                    "and Infinity (0.97).",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -146,8 +148,8 @@ class Generate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same, "
-                    "except where two codes are equal but for rounding. Can make one to four images faster; try 12 to "
-                    "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise. None with VAR and "
+                    "except where two codes are equal but for rounding. Can make one to four images faster; try 8 to "
+                    "24. 0: none. -1: 8 for a single float32 image on the CPU, none otherwise. None with VAR and "
                     "Infinity, which draw a whole scale in one pass.",
                 ),
                 io.String.Input(
@@ -215,6 +217,7 @@ class Generate(io.ComfyNode):
                 seconds=run.seconds,
                 meaning=image.codebook,
                 sides=loop.sides,
+                cached=info.cached,
                 decoded=decoded,
             ),
             ui=shown,

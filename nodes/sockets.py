@@ -71,6 +71,7 @@ class Tokens:
     codebook  number of codes that model draws from
     meaning   what they stand for, as ImageModel.codebook says it; "": not stated
     sides     rows and columns of each scale; empty: it was drawn in lines
+    cached    whether the model keeps a cache, so that shares say something
     decoded   float32 B H W 3: the finished picture, where it was decoded already; by the tokenizer with this meaning
     """
 
@@ -84,6 +85,7 @@ class Tokens:
     seconds: float
     meaning: str = ""
     sides: tuple[tuple[int, int], ...] = ()
+    cached: bool = True
     decoded: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property

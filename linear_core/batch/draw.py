@@ -48,6 +48,7 @@ class Job:
     encoder   a text encoder, for models that need one
     size      pixels that pictures are enlarged to
     codes     whether a picture's codes go into its metadata
+    weight_dtype  how the decoder's large matrices are stored, see `load_model`
     """
 
     files: ModelFiles
@@ -63,6 +64,7 @@ class Job:
     encoder: str | None = None
     size: int = 0
     codes: bool = False
+    weight_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Drawer:
         if device == "cpu" and (note := limit_threads()):
             tell(f"note: {note}.")
         dtype = job.dtype or usual_dtype(device)
-        model = load_model(job.files, grid=job.grid, device=device, dtype=dtype)
+        model = load_model(job.files, grid=job.grid, device=device, dtype=dtype, weight_dtype=job.weight_dtype)
         pack(model.decoder)  # on the CPU only, where it halves the time of a step
         self.model = replace(model, info=model.info.with_size(job.pixels) if job.pixels else model.info)
         self.encoder = text.find_text_encoder(job.encoder) if job.encoder else None
