@@ -566,6 +566,7 @@ def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan
                 scale_policy(plan, info.pyramid)
                 drops = plan.keeps(info.pyramid) < info.pyramid.kept
             else:
+                plan = plan.in_lines(info.grid)
                 plan.check(info.grid)
                 drops = plan.evicts(info.grid)
             if drops:
