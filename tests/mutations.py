@@ -333,8 +333,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/look_ahead.py", "- self.logsumexp[..., None, :]", "", "pull is no share of attention"),
     (
         "cache/view.py",
-        "some = [(first, self.queries), *some]",
-        "some = [(first, self.queries)]",
+        "[(first, self.queries), *some]",
+        "[(first, self.queries)]",
         "only the next line is foreseen",
     ),
     (
@@ -361,7 +361,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/fold.py", 'squares.masked_fill(~image, float("inf"))', "squares", "fold: the prompt may stand in"),
     (
         "policies/fold.py",
-        "CANDIDATES * view.released + view.protected",
+        "max(CANDIDATES * view.released + view.protected, slots // 2)",
         "view.released + view.protected",
         "fold: importance alone chooses",
     ),

@@ -8,7 +8,7 @@ from ..cache.view import View
 from ..pyramid import Pyramid
 from .rank import sortable
 
-CANDIDATES = 2  # times as many tokens as are released, and as many as are protected, may be victims
+CANDIDATES = 2  # times as many tokens as are released may be victims, and as many more as are protected
 
 
 def fold(view: View) -> Tensor:
@@ -18,15 +18,16 @@ def fold(view: View) -> Tensor:
     "Hierarchical grouping to optimize an objective function", 1963).
     Score: the token's importance (`View.importance`) times the least squared distance of its key to that of a more
     important image token. Only to a more important one, because one of two near tokens has to stay; in a tie the older
-    counts as more important. Only the least important tokens are compared, twice as many as are released. The others
-    score above all of them, in order of importance. Reads: ahead. Defaults: 4 anchors, 1 recent line, release "fold".
+    counts as more important. Only the less important half is compared, and at least twice as many as are released. The
+    others score above all of them, in order of importance. Reads: ahead. Defaults: 4 anchors, 1 recent line, release
+    "fold".
 
     Over scales the heads of a layer share one budget (`adakv`), so costs are compared across heads: distances count as
     what they change in scores, by the length of the queries.
     """
     image, importance = view.candidates(), view.importance()
     slots, most = importance.shape[-1], torch.finfo(torch.float32).max
-    count = min(CANDIDATES * view.released + view.protected, slots)
+    count = min(max(CANDIDATES * view.released + view.protected, slots // 2), slots)
     # Sorted from the least important token on, so that a token may only fold into those behind it. Slots that hold no
     # image token come last, and nothing folds into them.
     order = sortable(importance.masked_fill(~image, float("inf")), -view.index).argsort(dim=-1)
