@@ -46,6 +46,10 @@ class EncodeImage(io.ComfyNode):
     @checked
     def execute(cls, model: Model, image: Tensor, prompt: Prompt | None = None) -> io.NodeOutput:
         info, tokenizer = model.image.info, model.image.tokenizer
+        if info.masked is not None:
+            raise UserError(
+                f"model: {info.name} draws tokens in any order; connect the image and a mask to Masked Generate."
+            )
         if not tokenizer.config.encoder_widths:
             raise UserError(
                 f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."

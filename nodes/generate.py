@@ -15,7 +15,7 @@ from ..linear_core.prompts import Prompt
 from .inputs import checked
 from .live import VIEW, draw, kept_codes, resolve
 from .loops import Lines, Scales, loop_of
-from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
+from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens, wants_generate
 
 OWN = -1  # in place of a number: what the model was published with
 
@@ -191,6 +191,7 @@ class Generate(io.ComfyNode):
         drafts: int = 0,
         seeds: str = "",
     ) -> io.NodeOutput:
+        wants_generate(model)
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}

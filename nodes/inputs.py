@@ -9,6 +9,7 @@ object. `checked` holds both to the same schema. What it takes:
     COMBO         one of the choices
     IMAGE         B H W 3 from 0 to 1 in any dtype. A fourth channel, alpha, is dropped, and what resampling leaves
                   a little below 0 or above 1 is clamped.
+    MASK          B H W, or one alone as H W, from 0 to 1 in any dtype
     our sockets   the object that belongs there
     None          an optional input that is not given
 """
@@ -76,6 +77,8 @@ def _take(entry: Any, value: Any) -> Any:
         return value
     if kind == "IMAGE":
         return _image(entry, value)
+    if kind == "MASK":
+        return _mask(entry, value)
     if kind == "COMFY_DYNAMICCOMBO_V3":
         return _choice(entry, value)
     value = _plain(value)
@@ -183,6 +186,17 @@ def _image(entry: Any, value: Any) -> Tensor:
     return image.clamp(0, 1)
 
 
+def _mask(entry: Any, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim not in (2, 3) or value.is_complex() or not value.numel():
+        image = isinstance(value, Tensor) and value.ndim == 4
+        raise _wrong(entry, value, " Convert Image to Mask makes a mask of a picture." if image else "")
+    mask = value.float()
+    low, high = (float(end) for end in torch.aminmax(mask))
+    if not (-OVERSHOOT <= low and high <= 1 + OVERSHOOT):  # NaN is not within
+        raise UserError(f"{entry.id}: it goes from {low:.3g} to {high:.3g}; connect a mask of numbers from 0 to 1.")
+    return mask.reshape(-1, *mask.shape[-2:])
+
+
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +211,8 @@ def _advice(entry: Any) -> str:
         return f"connect {SOURCES[kind][1]}"
     if kind == "IMAGE":
         return "connect a node that outputs images, which are B x H x W x 3"
+    if kind == "MASK":
+        return "connect a node that outputs masks, which are B x H x W"
     if kind in ("INT", "FLOAT"):
         what = "whole number" if kind == "INT" else "number"
         return f"choose a {what} from {_shown(entry.min)} to {_shown(entry.max)}"

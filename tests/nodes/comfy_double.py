@@ -211,7 +211,10 @@ def layers(casting: bool) -> Any:
         return type(layer.__name__, (layer,), {"forward": forward, "comfy_cast_weights": casting})
 
     return SimpleNamespace(
-        **{n: one(getattr(nn, n)) for n in ("Linear", "Embedding", "Conv1d", "Conv2d", "GroupNorm", "RMSNorm")}
+        **{
+            n: one(getattr(nn, n))
+            for n in ("Linear", "Embedding", "Conv1d", "Conv2d", "GroupNorm", "LayerNorm", "RMSNorm")
+        }
     )
 
 
@@ -263,8 +266,8 @@ def modules() -> dict[str, ModuleType]:
     io = SimpleNamespace(
         Schema=Schema, ComfyNode=ComfyNode, NodeOutput=NodeOutput, Input=Input, comfytype=comfytype, Custom=kind,
         ComfyTypeI=object, WidgetInput=Input, Hidden=SimpleNamespace(unique_id="unique_id"),
-        Image=kind("IMAGE"), String=kind("STRING", {"multiline": False}), Int=kind("INT"), Float=kind("FLOAT"),
-        Boolean=kind("BOOLEAN"), Combo=kind("COMBO", {"multiselect": False}),
+        Image=kind("IMAGE"), Mask=kind("MASK"), String=kind("STRING", {"multiline": False}), Int=kind("INT"),
+        Float=kind("FLOAT"), Boolean=kind("BOOLEAN"), Combo=kind("COMBO", {"multiselect": False}),
         DynamicCombo=SimpleNamespace(Input=_DynamicInput, Option=Option),
     )  # fmt: skip
     management = module(
