@@ -149,7 +149,7 @@ def test_every_policy_and_release(plan):
     compare("class", plan, SAMPLE, 6)
 
 
-@pytest.mark.parametrize("storage", ["full", "int8"])
+@pytest.mark.parametrize("storage", ["full", "int8", "int4"])
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("size", [1, 2, 5, 2 * COLS])
 @pytest.mark.parametrize("kind", MODELS)
