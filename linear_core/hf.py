@@ -94,7 +94,8 @@ class LineCache(Cache):
         # Not the base class's, which makes a list of layers: see `layers`.
         self.layer_class_to_replicate, self.offloading = None, False
         self.grid, self.plan = _grid(grid), plan
-        plan.check(self.grid)
+        if not plan.mib:  # else the number of sequences decides
+            plan.in_lines(self.grid).check(self.grid)
         self.prompt: int | None = None
         self._choose()
         self.reset(prompt)
@@ -453,12 +454,15 @@ class LineCache(Cache):
             rows, heads, _, dim = k.shape
             prompt = self._prompted + count
             shape = CacheShape(self._layers, heads, dim, prompt, k.element_size(), q.shape[1] // heads)
+            grid = self.grid.after(prompt)
+            plan = self.plan.resolve(shape, grid, rows)
+            plan.check(grid)
             with torch.inference_mode(False):  # an image that is begun in inference mode may go on without it
                 self.slots = Slots(
                     shape,
                     rows,
-                    self.grid.after(prompt),
-                    self.plan,
+                    grid,
+                    plan,
                     dtype=k.dtype,
                     device=k.device,
                     reads=self._reads,

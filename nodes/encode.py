@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..linear_core.checkpoints.families import ModelInfo
 from ..linear_core.errors import UserError
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
-from ..linear_core.sizes import nearest
+from ..linear_core.pyramid import Pyramid
+from ..linear_core.sizes import Size, nearest
 from . import host
 from .inputs import checked
 from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens
@@ -25,8 +28,8 @@ class EncodeImage(io.ComfyNode):
             node_id="LineAR_EncodeImage",
             display_name="Encode Image",
             category="LineAR",
-            description="Encodes images as the tokens of a model, so that Generate can keep their upper rows and "
-            "generate the rest.",
+            description="Encodes images as the tokens of a model, so that Generate can keep their upper rows, or for "
+            "a model that draws in scales the coarse ones, and generate the rest.",
             search_aliases=["vq encode", "image to tokens", "tokenize", "outpaint", "continue", "linear"],
             inputs=[
                 MODEL.Input("model", tooltip="The model that will continue the image. Its tokenizer must include an "
@@ -52,20 +55,34 @@ class EncodeImage(io.ComfyNode):
             info = info.with_grid(prompt.grid)
         elif info.sizes:
             height, width = image.shape[1:3]
-            info = info.with_size(nearest((width, height), info.sizes)[0])
+            info = info.with_size(nearest((width, height), _sizes(info))[0])
         grid, factor = info.grid, tokenizer.config.factor
         pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
         host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))
         device = tokenizer.device
-        codes = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pictures.split(4)])
-        nothing = torch.zeros(len(codes), 1, grid.rows, grid.cols)
+        codes = torch.cat([_tokens(tokenizer, part.to(device), info.pyramid).cpu() for part in pictures.split(4)])
+        nothing = torch.zeros(len(codes), 1, *codes.shape[1:])
         return io.NodeOutput(
             Tokens(
                 codes=codes, shares=nothing, names=("encoded picture",) * len(codes), model=info.name,
                 codebook=info.config.codes, plan=CachePlan("full"), cache_bytes=0, seconds=0.0,
-                meaning=model.image.codebook,
+                meaning=model.image.codebook, sides=info.pyramid.sides if info.pyramid else (),
             )
         )  # fmt: skip
+
+
+def _sizes(info: ModelInfo) -> list[Size]:
+    """What a picture can be cropped to: of a model that draws in scales, only with as many as it has by itself."""
+    stages = info.pyramid.stages if info.pyramid else 0
+    pyramids = info.pyramids or (None,) * len(info.sizes)
+    return [size for size, one in zip(info.sizes, pyramids, strict=True) if one is None or one.stages == stages]
+
+
+def _tokens(tokenizer: Any, pictures: Tensor, pyramid: Pyramid | None) -> Tensor:
+    """Pictures B 3 H W in -1..1 as codes B rows cols, or B N of all scales."""
+    if pyramid is None:
+        return tokenizer.encode(pictures)
+    return torch.cat([scale.flatten(1) for scale in tokenizer.encode(pictures, pyramid)], 1)
 
 
 def fit(image: Tensor, height: int, width: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..linear_core.errors import UserError
 from ..linear_core.plan import PRESETS, RELEASES, STORAGES, CachePlan
 from ..linear_core.policies import POLICIES
 from .inputs import checked
@@ -14,6 +15,7 @@ from .live import MEMORY
 from .sockets import CACHE
 
 CUSTOM = "Custom"
+LINES, SHARE, MEMORY_MIB = "lines", "share", "MiB"
 
 
 def _custom() -> list[io.Input]:
@@ -33,21 +35,24 @@ def _custom() -> list[io.Input]:
             min=1,
             max=256,
             tooltip="Lines of image tokens that the cache keeps when a line is complete. Typical: 4 of 24. Memory "
-            "grows with it. With as many lines as the image has, or more, nothing is evicted.",
+            "grows with it. With as many lines as the image has, or more, nothing is evicted. VAR and Infinity "
+            "draw in scales and keep budget / 24 of the tokens.",
         ),
         io.Int.Input(
             "anchors",
             default=plan.anchors,
             min=0,
             max=4096,
-            tooltip="First tokens of the image, which are never evicted. Typical: 4.",
+            tooltip="First tokens of the image, which are never evicted. Typical: 4. Of VAR and Infinity, the first "
+            "scales that hold as many.",
         ),
         io.Int.Input(
             "recent",
             default=plan.recent,
             min=0,
             max=255,
-            tooltip="Newest complete lines, which are never evicted. Typical: 0 for 'fold'; 2 for LineAR as published.",
+            tooltip="Newest complete lines, which are never evicted. Typical: 0 for 'fold'; 2 for LineAR as published. "
+            "No effect with VAR and Infinity.",
         ),
         io.Combo.Input(
             "release",
@@ -62,9 +67,9 @@ def _custom() -> list[io.Input]:
             "storage",
             options=list(STORAGES),
             default=plan.storage,
-            tooltip="Precision of keys and values. full: as they are computed. int8: 8 bits, except for the line being "
-            "generated; takes half to three quarters of the memory of half precision, with no visible loss of quality "
-            "and some loss of speed.",
+            tooltip="Precision of keys and values. full: as they are computed. int8: 8 bits, half the memory of half "
+            "precision, with no visible loss of quality. int4: 4 bits and what they need, a third of the memory; on "
+            "the bundled model, two lines in 4 bits are much closer to the full cache than one line in 8.",
         ),
     ]
 
@@ -76,8 +81,8 @@ class LineCache(io.ComfyNode):
             node_id="LineAR_LineCache",
             display_name="Line Cache",
             category="LineAR",
-            description="Sets how many lines of the KV cache are kept while an image is generated, and which tokens "
-            "are evicted.",
+            description="Sets how much of the KV cache is kept while an image is generated, and which tokens are "
+            "evicted.",
             search_aliases=["kv cache", "cache budget", "linear", "eviction", "compress cache"],
             inputs=[
                 io.DynamicCombo.Input(
@@ -87,15 +92,39 @@ class LineCache(io.ComfyNode):
                         io.DynamicCombo.Option(CUSTOM, _custom()),
                     ],
                     tooltip="Balanced: 4 lines; evicted tokens are folded into the most similar ones. Small: 3 lines. "
-                    "Smallest: 2 lines. LineAR: 4 lines, as in the paper; with the bundled model ten times as far from "
-                    "the full cache as Balanced. Full: every line, as without this pack. Custom: your own settings.",
+                    "Smallest: 2 lines. Tiny: a twentieth of the cache, for Infinity. Compact: 2 lines in 8 bits. "
+                    "LineAR: 4 lines, as in the paper; with the bundled model ten times as far from the full cache as "
+                    "Balanced. Full: everything, as without this pack. Custom: your own settings. Lines are those of "
+                    "an image of 24: VAR and Infinity, which draw in scales, keep the same share, 1/6 for 4 lines.",
                 ),
                 MEMORY.Input(
                     "memory",
                     tooltip="Memory that the connected Generate node will allocate for keys and values: 2 × layers × "
                     "sequences × heads × head size × (prompt + lines × tokens per line) × bytes per number. Sequences: "
-                    "the number of images, doubled by guidance.",
+                    "the number of images, doubled by guidance. VAR and Infinity: the tokens kept in each layer, and "
+                    "room for one layer to draw the last scale. M-VAR: no cache, but a state of the same size at every "
+                    "scale, whatever is chosen here.",
                     extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
+                ),
+                io.Combo.Input(
+                    "budget_in",
+                    options=[LINES, SHARE, MEMORY_MIB],
+                    default=LINES,
+                    optional=True,
+                    tooltip="What amount counts. lines: lines of image tokens. share: how much of the full cache is "
+                    "kept. MiB: memory for all images of the batch together; as many lines or tokens are kept as fit "
+                    "into it. The line above shows all three.",
+                ),
+                io.Float.Input(
+                    "amount",
+                    default=0.0,
+                    min=0.0,
+                    max=float(2**24),
+                    step=0.01,
+                    round=0.0001,
+                    optional=True,
+                    tooltip="The budget, in place of the preset's (Full keeps everything all the same). 0: the "
+                    "preset's own. Lines: 4. Share: 1/6 or 0.15, for 15 %. MiB: 2048, for 2 GiB.",
                 ),
             ],
             outputs=[CACHE.Output(display_name="cache", tooltip="For Generate and Compare.")],
@@ -103,7 +132,27 @@ class LineCache(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, preset: dict[str, Any], memory: str | None = None) -> io.NodeOutput:
+    def execute(
+        cls, preset: dict[str, Any], memory: str | None = None, budget_in: str = LINES, amount: float = 0.0
+    ) -> io.NodeOutput:
         settings = dict(preset)
         name = settings.pop("preset")
-        return io.NodeOutput(CachePlan(**settings) if name == CUSTOM else PRESETS[name])
+        plan = CachePlan(**settings) if name == CUSTOM else PRESETS[name]
+        if amount:
+            plan = replace(plan, **{"share": 0.0, "mib": 0.0, **_budget(budget_in, amount)})
+        return io.NodeOutput(plan)
+
+
+def _budget(budget_in: str, amount: float) -> dict[str, Any]:
+    """The setting of CachePlan that states this budget."""
+    if budget_in == MEMORY_MIB:
+        return {"mib": amount}
+    if budget_in == SHARE:
+        if amount > 1:
+            raise UserError(
+                f"amount: {amount:g} is more than the whole cache; for {amount:g} % write {amount / 100:g}."
+            )
+        return {"share": amount}
+    if amount != int(amount):
+        raise UserError(f"amount: {amount:g} is no whole number of lines; choose 1 or more, or set budget_in to share.")
+    return {"budget": int(amount)}

@@ -29,6 +29,9 @@ def test_generate(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     alone = tmp_path / "alone.png"
     assert main([*asked, "--seed", "6", "--out", str(alone)]) == 0
     assert Image.open(alone).tobytes() == image.tobytes()  # image i of a batch is the image of seed + i
+    assert main([*asked, "--images", "2", "--seeds", "6,5", "--out", str(out)]) == 0
+    swapped = Image.open(tmp_path / "hills_01.png")
+    assert swapped.tobytes() == image.tobytes() and json.loads(swapped.text["linear"]) == notes
     assert "MiB" in capsys.readouterr().out
 
 
@@ -95,6 +98,27 @@ def test_plan_says_how_many_images_fit(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["plan", "--device", "cpu"]) == 0 and "at once" not in capsys.readouterr().out
 
 
+def test_a_budget_in_memory_is_what_the_cache_takes(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plan` and `generate` find the same lines for it, and the picture is that of so many lines."""
+    info = library.read_info(small_model)
+    lines = PRESETS["Balanced"].in_lines(info.grid)
+    mib = info.cache_shape(torch.float32).bytes(info.grid, lines, 4) / 2**20
+    told = []
+    for budget in (f"{mib + 1e-3:.6f}MiB", "4 lines", f"{100 * lines.budget / info.grid.rows}%"):
+        asked = [str(small_model), "--class", "desert day", "--images", "2", "--budget", budget]
+        assert main(["plan", *asked]) == 0
+        out = tmp_path / "b.png"
+        assert main(["generate", *asked, "--out", str(out)]) == 0
+        picture = Image.open(tmp_path / "b_02.png")
+        notes = json.loads(picture.text["linear"])
+        told.append((re.search(r"\d+ of \d+ lines, fold", capsys.readouterr().out)[0], picture.tobytes(), notes))
+    assert told[0] == told[1] == told[2] and told[0][2]["budget"] == 4
+    assert main(["plan", str(small_model), "--budget", "1KiB"]) == 2
+    assert "not enough for one line of 2 sequences" in capsys.readouterr().err
+
+
 def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     assert main(["models", str(tmp_path)]) == 0
@@ -108,6 +132,9 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--class", "sea"], ["class", "sea", "alpine dawn"]),
         (["--budget", "1", "--recent", "1"], ["budget", "1 lines", "anchors"]),
         (["--budget", "0"], ["budget", "choose 1"]),
+        (["--budget", "some"], ["budget", "some", "1/6"]),
+        (["--seeds", "1,2", "--class", "ocean dusk"], ["seeds", "there are 2", "1 images"]),
+        (["--seeds", "1", "--seed", "1"], ["seeds", "--seed is one for all"]),
         (["--grid", "3x3"], ["landscapes.safetensors", "24 x 24"]),
         (["--grid", "three"], ["grid", "24x24"]),
         (["--images", "0"], ["images"]),

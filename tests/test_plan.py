@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
 from linear_core.errors import UserError
 from linear_core.grid import Grid
-from linear_core.plan import PRESETS, CachePlan, CacheShape, SamplePlan
-from linear_core.policies import POLICIES, get_policy
+from linear_core.plan import PRESETS, CachePlan, CacheShape, SamplePlan, parse_budget, parse_seeds
+from linear_core.policies import POLICIES, SCALE_POLICIES, get_policy
+from linear_core.pyramid import Pyramid
 
 SQUARE = Grid(24, 24)
 
@@ -22,6 +23,9 @@ SQUARE = Grid(24, 24)
         ({"anchors": -1}, "anchors: -1"),
         ({"recent": -1}, "recent: -1"),
         ({"release": "soon"}, "release: 'soon'.*strict, lazy"),
+        ({"mib": -1}, "budget: -1 MiB"),
+        ({"mib": float("inf")}, "budget: inf MiB"),
+        ({"mib": 5, "share": 0.5}, "both as a share and in MiB"),
     ],
 )
 def test_cache_settings_out_of_range(settings, word):
@@ -92,6 +96,70 @@ def test_share_is_the_papers_ratio():
     assert CachePlan("full", budget=4).ratio(SQUARE) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        ("4", {"budget": 4}), ("4 lines", {"budget": 4}), (" 1 Line ", {"budget": 1}), ("0", {"budget": 0}),
+        ("1/6", {"share": 1 / 6}), ("15%", {"share": 0.15}), ("15 %", {"share": 0.15}), (".5", {"share": 0.5}),
+        ("300MiB", {"mib": 300}), ("2 GiB", {"mib": 2048}), ("1.5gib", {"mib": 1536}), ("1GB", {"mib": 1e9 / 2**20}),
+    ],
+)  # fmt: skip
+def test_budgets_as_people_say_them(text, setting):
+    assert parse_budget(text) == setting
+
+
+@pytest.mark.parametrize("text", ["", "few", "4 rows", "1/0", "0%", "0MiB", "GiB", "1/2/3", "/6", "-2GiB", "1/6%"])
+def test_what_is_no_budget_is_said_to_be_none(text):
+    with pytest.raises(UserError, match="is not a budget; write lines"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("", ()), (" 5 ", (5,)), ("3, 7,100-103", (3, 7, 100, 101, 102, 103)), ("1\n2;3 4", (1, 2, 3, 4)),
+     (str(2**64 - 1), (2**64 - 1,))],
+)  # fmt: skip
+def test_seeds_as_people_write_them(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["x", "1,,x", "-3", "5-3", "1.5", "0-99999999999", str(2**64), "1-2-3"])
+def test_what_is_no_seed_is_said_to_be_none(text):
+    with pytest.raises(UserError, match=r"seeds: .*(is not a seed|more than 65536|out of range)"):
+        SamplePlan(seeds=parse_seeds(text))
+
+
+def test_every_image_keeps_its_seed_however_a_batch_is_split():
+    for plan in (SamplePlan(9), SamplePlan(seeds=(4, 4, 0, 2**64 - 1))):
+        seeds = plan.image_seeds(4)
+        for rows in ([0], [3], [1, 2, 3], [3, 0], range(4)):
+            assert plan.select(rows).image_seeds(len(rows)) == tuple(seeds[i] for i in rows)
+    assert plan.select([2]) == SamplePlan(0), "a picture says its own seed, as one that is drawn alone"
+    with pytest.raises(UserError, match="seeds: there are 4, but 3 images are drawn"):
+        plan.image_seeds(3)
+
+
+@pytest.mark.parametrize("plan", [CachePlan("fold"), CachePlan("adakv"), CachePlan("line", storage="int8")])
+@pytest.mark.parametrize("stages", [Grid(24, 24), Grid(16, 9, eol=3), Pyramid.square(1, 2, 3, 4, 6)])
+def test_memory_holds_the_most_that_fits(plan, stages):
+    """The cache of the budget that MiB mean takes no more, and one line or token more would not fit."""
+    shape, rows = CacheShape(3, 2, 16, 5, 2), 6
+    for share in (0.2, 0.4):
+        mib = shape.cache_bytes(stages, replace(plan, share=share), rows) / 2**20
+        found = replace(plan, mib=mib).resolve(shape, stages, rows)
+        assert not found.mib and shape.cache_bytes(stages, found, rows) <= mib * 2**20
+        if isinstance(stages, Pyramid):
+            more = replace(found, share=found.share + 1 / stages.kept)
+        else:
+            more = replace(found, budget=found.budget + 1)
+            assert not found.share and found.budget == replace(plan, share=share).in_lines(stages).budget
+        assert shape.cache_bytes(stages, more, rows) > mib * 2**20 or more.ratio(stages) > 1
+    everything = replace(plan, mib=1e6).resolve(shape, stages, rows)
+    assert everything.ratio(stages) == 1
+    with pytest.raises(UserError, match=r"1e-05 MiB are not enough for one (line|scale) of 6 sequences"):
+        replace(plan, mib=1e-5).resolve(shape, stages, rows)
+
+
 def test_protected_tokens_must_fit_the_budget():
     """Exactly full is allowed, one token more is not, and the message has all four numbers."""
     grid = Grid(6, 5)
@@ -117,8 +185,15 @@ def test_presets_fit_the_bundled_grid(name):
 
 def test_unknown_policy_is_answered_with_the_known_ones():
     """The message lists what there is."""
-    with pytest.raises(UserError, match=f"policy: 'lin' is unknown; choose one of {', '.join(POLICIES)}"):
+    known = ", ".join(POLICIES | SCALE_POLICIES)
+    with pytest.raises(UserError, match=f"policy: 'lin' is unknown; choose one of {known}"):
         get_policy("lin")
+
+
+def test_policies_for_scales_are_refused_where_there_are_lines():
+    for name in SCALE_POLICIES:
+        with pytest.raises(UserError, match=f"policy: {name} weighs scales, and this model draws in lines"):
+            CachePlan(name).check(SQUARE)
 
 
 def test_bytes_are_known_before_anything_is_loaded():

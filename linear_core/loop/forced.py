@@ -37,11 +37,11 @@ def forced_lines(
     The logits of end-of-line tokens are left out, because those tokens are never sampled.
     """
     grid = (prompt.grid or decoder.grid).after(prompt.length)
-    plan = plan.in_lines(grid)
+    shape = decoder.cache_shape(prompt.length)
+    plan = plan.resolve(shape, grid, prompt.rows)
     plan.check(grid)
     policy = get_policy(plan.policy)
     reads = reads | policy.reads | ({"ahead"} if plan.release == "fold" else set())
-    shape = decoder.cache_shape(prompt.length)
     cache = LineCache(shape, prompt.rows, grid, plan, dtype=decoder.dtype, device=decoder.device, reads=reads)
     rotate = partial(decoder.rotate_ahead, grid)
     columns = torch.arange(grid.stride, device=decoder.device)

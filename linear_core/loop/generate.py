@@ -16,7 +16,7 @@ from ..cache.line_cache import LineCache, Window
 from ..cache.look_ahead import by_matrices
 from ..cache.view import View
 from ..errors import UserError
-from ..events import Line, Stage, totals
+from ..events import Line, Stage, Step, totals
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
@@ -46,7 +46,7 @@ class Decoder(Protocol):
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
 Rotate = Callable[[Tensor, int], Tensor]
 Evict = Callable[[LineCache, Policy, int, Rotate], None]
 
@@ -58,7 +58,7 @@ def generate(
     plan: CachePlan,
     sample: SamplePlan,
     *,
-    step: Step | None = None,
+    step: Forward | None = None,
     line_end: Evict | None = None,
     check_drafts: Check | None = None,
     static: bool = False,
@@ -83,22 +83,23 @@ def generate(
     """
     policy = get_policy(plan.policy)
     image_grid = prompt.grid or decoder.grid
-    plan = plan.in_lines(image_grid)
-    plan.check(image_grid)
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
     lines_above = _check_above(above, images, image_grid, decoder.codes)
     window = window_size(decoder, sample, images, image_grid)
+    seeds = sample.image_seeds(images)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
     grid = image_grid.after(rows.length)
     shape = decoder.cache_shape(rows.length)
+    plan = plan.resolve(shape, grid, rows.rows)
+    plan.check(grid)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
     cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads, static=static)
     rotate = partial(decoder.rotate_ahead, grid)
     step = step or decoder.step
-    noise = Noise(sample.seed, images, decoder.codes, device)
+    noise = Noise(seeds, images, decoder.codes, device)
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad
@@ -233,10 +234,12 @@ class Run:
     """The lines of one run, and totals over them."""
 
     def __init__(self) -> None:
-        self.lines: list[Any] = []  # of Line, or of Stage
+        self.lines: list[Any] = []  # of Line, of Stage, or of Step
 
-    def add(self, line: Line | Stage) -> None:
-        self.lines.append(replace(line, by_head=None))  # large, and only of interest while the run goes on
+    def add(self, line: Line | Stage | Step) -> None:
+        if not isinstance(line, Step):
+            line = replace(line, by_head=None)  # large, and only of interest while the run goes on
+        self.lines.append(line)
 
     @property
     def tokens(self) -> Tensor:
@@ -244,9 +247,19 @@ class Run:
         return (torch.cat if self.canvas is not None else torch.stack)([line.tokens for line in self.lines], 1)
 
     @property
+    def images(self) -> int:
+        """Pictures of the batch."""
+        return len(self.tokens if self.latents is None else self.latents)
+
+    @property
     def canvas(self) -> Tensor | None:
         """The running picture B Z h w of a model that draws in scales; None for others."""
         return self.lines[-1].canvas if self.lines and isinstance(self.lines[-1], Stage) else None
+
+    @property
+    def latents(self) -> Tensor | None:
+        """What a masked model has drawn so far, B Z h w with NaN in the gaps; None for others."""
+        return self.lines[-1].latents if self.lines and isinstance(self.lines[-1], Step) else None
 
     @property
     def shares(self) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -46,12 +50,14 @@ def _mix(x: Tensor) -> Tensor:
 class Noise:
     """Random numbers addressed by (seed, token, code), so that they depend on nothing else.
 
-    Image i of a batch with seed s gets the noise of a single image with seed s + i, on every device. Two runs that
-    differ only in their cache use the same noise, which makes their pictures comparable.
+    Image i of a batch with seed s gets the noise of a single image with seed s + i, on every device; given several
+    seeds, one for each image, that of its own. Two runs that differ only in their cache use the same noise, which makes
+    their pictures comparable.
     """
 
-    def __init__(self, seed: int, images: int, codes: int, device: torch.device | str):
-        keys = [((seed + i) * 0x9E3779B97F4A7C15 ^ (seed + i) >> 29) % 2**64 for i in range(images)]
+    def __init__(self, seed: int | Sequence[int], images: int, codes: int, device: torch.device | str):
+        seeds = [seed + i for i in range(images)] if isinstance(seed, int) else seed
+        keys = [(each * 0x9E3779B97F4A7C15 ^ each >> 29) % 2**64 for each in seeds]
         low = torch.tensor([k & _MASK for k in keys], device=device)[:, None]
         self.high = torch.tensor([k >> 32 for k in keys], device=device)[:, None]
         self.start = _mix(torch.arange(codes, device=device)[None] ^ low)
@@ -61,6 +67,21 @@ class Noise:
 
         For several tokens of each image, `token` int64 B T, or T of all: B T V.
         """
+        return self.uniform(token).neg_().log1p_().neg_()
+
+    def normal(self, token: int | Tensor) -> Tensor:
+        """Standard normal noise: half as many numbers, each made of two (Box and Muller)."""
+        radius, angle = self.uniform(token).chunk(2, -1)
+        return (-2 * torch.log1p(-radius)).sqrt() * (2 * math.pi * angle).cos()
+
+    def select(self, images: Tensor) -> Noise:
+        """The noise of these images alone, int64 B."""
+        some = copy(self)
+        some.high, some.start = self.high[images], self.start[images]
+        return some
+
+    def uniform(self, token: int | Tensor) -> Tensor:
+        """Numbers between 0 and 1, neither of them included."""
         start, high, offset = self.start, self.high, (token + 1) * 0x9E3779B1
         if isinstance(offset, Tensor):
             start, high, offset = start[:, None], high[:, None], offset[..., None]
@@ -68,8 +89,7 @@ class Noise:
         bits = _mix(bits.bitwise_and_(_MASK).bitwise_xor_(high))
         # u is finest near 0, where the race below is decided. It stays below 1: infinite noise would rule out a code,
         # even the only one that is left.
-        u = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-        return u.neg_().log1p_().neg_()
+        return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def sample_codes(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -89,7 +109,7 @@ def as_number(digits: Tensor, base: int) -> Tensor:
     return (digits * base**place).sum(-1)
 
 
-def not_finite(name: str, dtype: torch.dtype, where: str) -> str:
+def not_finite(name: str, dtype: torch.dtype, where: str, what: str = "logits") -> str:
     """What to tell when logits are NaN or infinite; `where`: "line 3 of 24"."""
     hint = (
         "float16 ends at 65504, which large models exceed; use bfloat16 or float32"
@@ -97,4 +117,4 @@ def not_finite(name: str, dtype: torch.dtype, where: str) -> str:
         else "its file may be damaged or belong to another model; download it again or choose another"
     )
     kind = str(dtype).removeprefix("torch.")
-    return f"{name}: its logits are not finite (NaN or infinity, {kind}) in {where}; {hint}."
+    return f"{name}: its {what} are not finite (NaN or infinity, {kind}) in {where}; {hint}."

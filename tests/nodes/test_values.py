@@ -35,8 +35,9 @@ from tests.nodes.values import (
 )
 
 CASES = list(cases())
-# What may be anything: texts, what our page draws where no code reads it, and a sampling setting that is "the model's".
-ANYTHING = {"more_classes", "text", "negative_text", "memory", "view"}
+# What may be anything: texts, what is yes or no to ComfyUI, what our page draws where no code reads it, and a sampling
+# setting that is "the model's".
+ANYTHING = {"more_classes", "text", "negative_text", "memory", "view", "stream_weights"}
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "app"}
+COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "app",
+         "comfyui_version"}  # fmt: skip
 
 # Room -> what it may import of ours, and of others. The first pattern that fits a file counts. A * stands for anything,
 # and a room that imports itself is a package whose files may import each other.
@@ -28,13 +29,17 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sizes": (set(), set()),
     "grid": ({"errors"}, set()),
     "pyramid": ({"errors", "grid"}, set()),
+    "steps": ({"errors"}, set()),
     "plan": ({"errors", "grid", "pyramid"}, set()),
+    "profile": ({"errors", "pyramid"}, TENSORS),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     # the cache
     "cache.__init__": (set(), set()),
     "cache.storage": (set(), TENSORS),
     "cache.look_ahead": (set(), TENSORS),
+    "cache.step_cache": ({"steps"}, TENSORS),
+    "cache.refresh": ({"steps", "cache.step_cache"}, TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
     "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
@@ -55,8 +60,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "cache.carried_state": ({"plan", "pyramid"}, TENSORS),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
-    "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
+    "policies.*": ({"plan", "profile", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
     "prompts.*": (
         {"errors", "grid", "sizes", "prompts", "prompts.*"},
@@ -64,19 +70,25 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "models.__init__": (set(), set()),
     "models.blocks": (set(), TENSORS),
-    "models.packed": (set(), TENSORS),
+    "models.packed": ({"models.blocks", "models.quantised"}, TENSORS),
+    "models.quantised": ({"models.blocks", "models.quantised_kernel"}, TENSORS),
+    "models.quantised_kernel": (set(), TENSORS | {"triton"}),
     "models.*": (
         {
             "errors",
             "grid",
             "plan",
+            "profile",
             "pyramid",
             "prompts",
             "prompts.*",
             "cache.attention",
+            "cache.carried_state",
             "cache.line_cache",
             "cache.look_ahead",
             "cache.stage_cache",
+            "cache.step_cache",
+            "steps",
             "models.*",
         },
         TENSORS,
@@ -84,7 +96,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "tokenizers.*": ({"pyramid", "tokenizers.*"}, TENSORS),
     # the loop
     "loop.__init__": (set(), set()),
-    "loop.memory": ({"grid", "plan", "pyramid"}, set()),
+    "loop.memory": ({"grid", "plan", "pyramid", "steps"}, set()),
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
@@ -112,11 +124,31 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "events",
             "plan",
             "pyramid",
+            "cache.carried_state",
             "cache.stage_cache",
             "cache.view",
             "policies",
             "policies.choose",
+            "profile",
             "loop.memory",
+            "loop.pruning",
+            "loop.sampling",
+        },
+        TENSORS,
+    ),
+    "loop.pruning": ({"plan", "pyramid"}, TENSORS),
+    "loop.calibrate": ({"plan", "profile", "pyramid", "cache.look_ahead", "loop.scales"}, TENSORS),
+    "loop.masked": (
+        {
+            "errors",
+            "events",
+            "grid",
+            "plan",
+            "steps",
+            "cache.refresh",
+            "cache.step_cache",
+            "models.denoise",
+            "models.mar",
             "loop.sampling",
         },
         TENSORS,
@@ -129,9 +161,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     # pictures
     "pictures.__init__": (set(), set()),
-    "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
-    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy"}),
-    "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
+    "pictures.sheet": ({"errors"}, TENSORS | {"numpy", "PIL"}),
+    "pictures.inpaint": ({"errors", "tokenizers.latents"}, TENSORS),
+    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),
+    "pictures.preview": (
+        {"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches", "pictures.inpaint"},
+        TENSORS | {"numpy"},
+    ),
     # files
     "checkpoints.__init__": (set(), set()),
     "checkpoints.untrusted": ({"errors"}, set()),
@@ -139,7 +175,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints.download": ({"errors", "checkpoints.published"}, {"requests"}),
     "checkpoints.weights": ({"errors", "checkpoints.untrusted"}, TENSORS | {"safetensors"}),
     "checkpoints.families.__init__": (
-        {"errors", "grid", "plan", "pyramid", "sizes", "prompts", "prompts.*", "checkpoints.weights"},
+        {"errors", "grid", "plan", "pyramid", "sizes", "steps", "prompts", "prompts.*", "checkpoints.weights"},
         TENSORS,
     ),
     "checkpoints.families.*": (
@@ -149,6 +185,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "plan",
             "pyramid",
             "sizes",
+            "steps",
             "prompts",
             "prompts.*",
             "models.*",
@@ -162,10 +199,63 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "checkpoints.*": (
-        {"errors", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
+        {"errors", "profile", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
         TENSORS,
     ),
     # people
+    "doctor": (
+        {
+            "defaults",
+            "errors",
+            "plan",
+            "prompts",
+            "cache.attention",
+            "checkpoints.families",
+            "checkpoints.library",
+            "checkpoints.text",
+            "checkpoints",
+            "loop.forced",
+            "loop.generate",
+            "loop.memory",
+            "models.packed",
+            "pictures.preview",
+        },
+        TENSORS,
+    ),
+    "check": (
+        {
+            "plan",
+            "prompts",
+            "checkpoints.families",
+            "checkpoints.library",
+            "loop.forced",
+            "loop.generate",
+            "loop.micro_batches",
+            "loop.scales",
+        },
+        TENSORS,
+    ),
+    "batch.__init__": (set(), set()),
+    "batch.table": ({"errors", "plan"}, {"pyarrow"}),
+    "batch.folder": ({"errors", "batch.table"}, {"pyarrow", "msvcrt", "fcntl"}),
+    "batch.draw": (
+        {
+            "errors",
+            "plan",
+            "prompts",
+            "batch.*",
+            "checkpoints",
+            "checkpoints.families",
+            "checkpoints.library",
+            "checkpoints.text",
+            "loop.*",
+            "models.packed",
+            "pictures.preview",
+            "pictures.sheet",
+        },
+        TENSORS,
+    ),
+    "batch.over_ray": ({"errors", "batch.*"}, {"ray"}),  # imported when it is asked for
     "startup": (set(), set()),  # before anything that takes seconds to import, or may be missing
     "__main__": ({"*"}, TENSORS | {"numpy", "PIL", "tqdm", "safetensors"}),
 }
@@ -175,6 +265,7 @@ NUMBERS = (
     "grid",
     "pyramid",
     "sizes",
+    "steps",
     "plan",
     "defaults",
     "events",
@@ -269,9 +360,9 @@ def test_the_table_itself_lets_nothing_through(row):
     ours, theirs = TABLE[row]
     assert not theirs & COMFY
     # hf and forced end lines as the loop does, micro-batches are drawn with it
-    if row not in ("__main__", "hf", "loop.forced", "loop.micro_batches"):
+    if row not in ("__main__", "check", "doctor", "batch.draw", "hf", "loop.forced", "loop.micro_batches"):
         assert not fits("loop.generate", ours)
-    if not row.startswith(("__main__", "checkpoints.")):
+    if not row.startswith(("__main__", "check", "doctor", "batch.draw")):  # checkpoints.* too
         assert not fits("checkpoints.library", ours)
     if row in NUMBERS:
         assert not theirs
@@ -320,6 +411,7 @@ SHARED = {
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
+    "nodes.loops",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room
