@@ -108,6 +108,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "grid",
             "plan",
             "cache.line_cache",
+            "cache.look_ahead",
             "cache.view",
             "policies",
             "policies.choose",
