@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..linear_core.errors import UserError
 from ..linear_core.loop.generate import Run
 from ..linear_core.pictures.sheet import to_image
-from ..linear_core.plan import CachePlan
+from ..linear_core.plan import MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
 from . import host
 from .inputs import checked
@@ -37,7 +37,7 @@ class Compare(io.ComfyNode):
                 CACHE.Input("cache", tooltip="The cache to compare with the full one, from Line Cache."),
                 PROMPT.Input("prompt", tooltip="What to generate, from Class Prompt or Text Prompt."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
                     tooltip="Used for both runs, so that only the cache differs. Image i of the batch uses seed + i.",
                 ),
                 io.Float.Input(
@@ -62,6 +62,11 @@ class Compare(io.ComfyNode):
                     tooltip="Images per class or text. Both caches are in memory at the same time.",
                 ),
                 COMPARE.Input("view", tooltip="Left of the slider: the full cache. Right: the few lines."),
+                io.String.Input(
+                    "seeds", default="", optional=True, advanced=True,
+                    tooltip="A seed for each image of the batch, such as 3, 7, 100-103, in place of seed + i. Empty: "
+                    "seed + i.",
+                ),
                 MODEL.Input(
                     "beside", optional=True,
                     tooltip="Another model for the left side, instead of the full cache: one with the same tokenizer "
@@ -91,12 +96,14 @@ class Compare(io.ComfyNode):
         top_p: float,
         batch_size: int,
         view: str | None = None,
+        seeds: str = "",
         beside: Model | None = None,
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
+        asked = {name: value for name, value in asked.items() if not value < 0}
+        sample = replace(info.defaults, seed=seed, seeds=parse_seeds(seeds), **asked)
         if not info.cached:
             raise UserError(
                 f"model: {info.name} keeps no cache, so there is no smaller one to compare; connect it to 'beside', "
@@ -107,6 +114,7 @@ class Compare(io.ComfyNode):
             beside = _beside(beside.with_grid(prompt.grid), model)
             beside.image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt)
         if beside is None and not loop.evicts(cache):
             raise UserError(

@@ -86,6 +86,7 @@ def started(
         recent=plan.recent,
         codebook=model.image.codebook,
         list_index=host.list_index(),
+        seeds=",".join(map(str, sample.image_seeds(images))) if sample.seeds else "",
         beside=beside,
         **told,
     )
@@ -295,7 +296,8 @@ def _as_one(
     """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
-    trace = Trace(started(model, plan, sample, prompt.select(range(len(lines[0].tokens))), at_once, name))
+    images = range(len(lines[0].tokens))
+    trace = Trace(started(model, plan, sample.select(images), prompt.select(images), at_once, name))
     for line in lines:
         trace.add(line)
     return trace, lines
@@ -321,9 +323,9 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | None, int | None]:
-    """The codes that the widget sent back for this run, int64 B rows cols, and the run's seed if it is not the node's.
-    Of scales, B N.
+def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | None, dict[str, Any]]:
+    """The codes that the widget sent back for this run, int64 B rows cols, and the run's seeds, as SamplePlan has them,
+    if they are not the node's. Of scales, B N.
 
     `rows` is how many to keep of the run that the widget shows. Of the node's other runs, which are not to change, all
     that the widget sent; None for a run that it knows nothing of.
@@ -337,8 +339,9 @@ def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | Non
     for each in kept:
         if each.list_index in (None, host.list_index()):
             codes = torch.tensor(each.codes).view(each.sizes)
-            return (loop.first(codes, rows, ()) if each is kept[0] else codes), each.seed
-    return None, None
+            own = {} if each.seed is None else {"seed": each.seed, "seeds": each.seeds}
+            return (loop.first(codes, rows, ()) if each is kept[0] else codes), own
+    return None, {}
 
 
 def report(full: Run, few: Run, started_few: Started, label: str, beside: str = "") -> str:
