@@ -389,6 +389,8 @@ def run_models(args: argparse.Namespace) -> None:
 def run_check(args: argparse.Namespace) -> None:
     """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
     info = _check_options(args)
+    if not info.cached:
+        raise UserError(f"check: {info.name} keeps no cache, so no budget can change its pictures.")
     sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
     plans = _plans_to_check(args, info)
     model = _load(args)
@@ -418,7 +420,7 @@ def run_check(args: argparse.Namespace) -> None:
     _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
     with STOP.waiting():
         rows_of_sheet = [
-            (name, f"KL {each.divergence}, {_measurements(each.run)}", _pictures(model, each.run))
+            (name, f"KL {each.divergence}, {_measurements(each.run, info)}", _pictures(model, each.run))
             for name, each in zip(names, found, strict=True)
         ]
         writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
