@@ -41,15 +41,30 @@ from .errors import UserError, quoted
 from .loop.drafts import check
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
-from .loop.graph import Graphs, use_graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes, split_batch
+from .loop.graph import CapturedHead, Graphs, use_graphs
+from .loop.masked import generate_masked
+from .loop.memory import (
+    BUS_BYTES,
+    CONTEXT_BYTES,
+    STREAMED_ROOM,
+    free_memory,
+    masked_run_bytes,
+    max_batch_size,
+    run_bytes,
+    scales_run_bytes,
+    split_batch,
+    streamed_bytes,
+    streamed_seconds,
+)
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.scales import check_stop, generate_scales, scale_policy
 from .loop.threads import limit_threads
 from .models.packed import pack
+from .models.quantised import QUANTISATIONS
 from .pictures.heatmap import heatmap, lifetime, over_scales
-from .pictures.preview import UNDRAWN, Preview, decode
-from .pictures.sheet import contact_sheet, save, to_image
+from .pictures.inpaint import check_mask, known_latents
+from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
+from .pictures.sheet import contact_sheet, read_image, save, to_image
 from .plan import (
     AUTO,
     MAX_SEED,
@@ -65,11 +80,14 @@ from .plan import (
 )
 from .policies import POLICIES
 from .prompts import Prompt
+from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 
 MIB = 2**20
 BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+WEIGHT_DTYPES = {
+    "as computed": None, "matrices in int8": "int8", "in int4": "int4", "in fp8 (ComfyUI)": torch.float8_e4m3fn
+}  # fmt: skip
 STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
@@ -122,24 +140,30 @@ def run_generate(args: argparse.Namespace) -> None:
     plan = _resolved(args, plan, model, prompt, sample)
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
-    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    masked = _masked_plans(args, info)
+    micro_batches = _micro_batches(args, prompt, sample, caches=1, above=_given(args, model))
+    settings = asdict(plan) if info.cached else {}
+    if masked is not None:
+        settings = {name: value for each in masked for name, value in asdict(each).items()}
 
     def write(picture: Tensor, **more: Any) -> None:
         i = writer.count
         notes = {
             "model": model.info.name,
             "text" if model.info.text else "class": prompt.names[i],
-            **(asdict(plan) if info.cached else {}),
+            **settings,
             **asdict(sample.select([i])),
         }
         del notes["seeds"]  # `seed` is the picture's own
+        if _weight_dtype(args):
+            notes["weight_dtype"] = args.weight_dtype
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
-        for i in range(len(run.tokens)):
-            picture, shares, pyramid = _pictures(model, run, slice(i, i + 1)), run.shares[i : i + 1], model.info.pyramid
+        for i in range(run.images):
+            picture = _pictures(model, run, slice(i, i + 1))
             if args.heatmap:
-                kept = lifetime(shares) if pyramid is None else over_scales(shares[:, -1], pyramid)
+                kept = _kept(model, run)[i : i + 1]
                 picture = heatmap(kept, *_enlarged_size(picture, args.size), picture)
             write(picture[0])
 
@@ -165,7 +189,8 @@ def run_generate(args: argparse.Namespace) -> None:
             raise
     finally:
         writer.tell()
-    _say(_summary(micro_batches.runs[0], info))
+    run = micro_batches.runs[0]
+    _say(_summary(run, info) if run.latents is None else _masked_summary(run))
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -173,6 +198,10 @@ def run_compare(args: argparse.Namespace) -> None:
     info = _checked(args)
     if not info.cached:
         raise UserError(f"compare: {info.name} keeps no cache, so there is nothing to compare; use generate.")
+    if info.masked is not None:
+        raise UserError(
+            f"compare: {info.name} draws masked tokens, which need no cache; `generate` with --step-cache keeps one."
+        )
     few, sample, out = (
         _cache_plan(args),
         _sample_plan(args, info),
@@ -269,7 +298,11 @@ def _tell_comparison(
 
 def run_batch(args: argparse.Namespace) -> None:
     """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    if args.seeds is not None:
+        raise UserError("seeds: a table's column seed says them; leave --seeds out (--seed is that of the first row).")
     info = _checked(args, drawing=False)
+    if info.masked is not None:
+        raise UserError(f"batch: {info.name} draws masked tokens, which only `generate` draws so far; use that.")
     job = _job(args, info)
     rows, bad = read_table(args.prompts, args.column)
     rows, unknown = batch_draw.check_rows(rows, info)
@@ -280,6 +313,7 @@ def run_batch(args: argparse.Namespace) -> None:
         tokenizer=job.files.tokenizer.name,
         pixels=args.pixels,
         dtype=args.dtype,
+        weight_dtype=args.weight_dtype,
         images=job.images,
         negative=job.negative,
         size=job.size,
@@ -316,9 +350,19 @@ def run_plan(args: argparse.Namespace) -> None:
     few, sample = _cache_plan(args), _sample_plan(args, info)
     images = _at_once(args, ["one"])
     rows = images * (2 if sample.guided else 1)
+    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
+    if info.masked is not None:
+        c = info.config
+        _say(
+            f"{info.name}: {c.tokens} tokens of {c.numbers} numbers, {c.layers} + {c.decoder_layers} layers, "
+            f"{c.heads} heads of {c.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
+        )
+        _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
+        _say(f"{images} image{'s' * (images > 1)}{' with guidance' * sample.guided}: {rows} sequences in {dtype}")
+        _plan_masked(args, info, images, rows, dtype)
+        return
     shape = info.cache_shape(dtype)
     few = few.resolve(shape, info.pyramid or info.grid, rows)
-    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
     if info.pyramid is None:
         what = f"{info.grid.rows} lines of {info.grid.stride} tokens"
         holds = "the prompt, the budget and the line being written"
@@ -343,12 +387,14 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
-        room = free - library.decoder_bytes(info, dtype)
-        counts = [_batch_size(shape, info, plan, sample, room, device) for plan in (full, few)]
+        room = free - library.decoder_bytes(info, dtype, _weight_dtype(args))
+        counts = [_batch_size(_needed(shape, info, plan, sample, device), room) for plan in (full, few)]
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
+    if args.card is not None:
+        _say_of_card(args, info, few, sample)
     if info.own_tokenizer:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
@@ -366,6 +412,38 @@ def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: in
         )
 
 
+def _say_of_card(args: argparse.Namespace, info: ModelInfo, few: CachePlan, sample: SamplePlan) -> None:
+    """What a card of --card GB holds, and what it costs to stream the weights that it has no room for."""
+    if not 1 <= args.card <= 1024:
+        raise UserError(f"card: {args.card:g} GB is out of range; choose 1 to 1024.")
+    dtype, card = _dtype(args, "cuda"), int(args.card * 2**30) - CONTEXT_BYTES
+    shape = info.cache_shape(dtype)
+    weights = library.decoder_bytes(info, dtype, _weight_dtype(args))
+    _say(f"On a card of {args.card:g} GB, with {weights / MIB:.0f} MiB of weights, computed in {dtype}:")
+    for plan in (CachePlan(policy="full"), few):
+        needed = _needed(shape, info, plan, sample, "cuda")
+        passes = info.pyramid.stages if info.pyramid else info.grid.rows * info.grid.stride
+        held = _batch_size(needed, card - weights)
+        said = []
+        for images in (1, 32):
+            left = streamed_bytes(weights, card, needed(images))
+            if left is None:
+                said.append(f"{images} at once: does not fit")
+            elif left:
+                seconds = streamed_seconds(left, passes, images)
+                said.append(
+                    f"{images} at once: {left / MIB:.0f} MiB streamed a pass, at least {seconds:.1f} s a picture"
+                )
+            else:
+                said.append(f"{images} at once: nothing is streamed")
+        most = _batch_size(needed, card - STREAMED_ROOM)
+        _say(
+            f"  {_describe(plan, info)}: {held} at once beside all weights, {most} if they are streamed; "
+            + "; ".join(said)
+        )
+    _say(f"  Load AR Model in ComfyUI can stream. Seconds are predicted, for {BUS_BYTES / 1e9:.0f} GB/s over the bus.")
+
+
 def run_models(args: argparse.Namespace) -> None:
     """List the bundled models and those in the given folders."""
     bundled = (library.bundled_files(name).decoder for name in BUNDLED)
@@ -377,7 +455,7 @@ def run_models(args: argparse.Namespace) -> None:
             _say(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
-        scales = f" in scales {info.pyramid.text}" if info.pyramid else ""
+        scales = f" in scales {info.pyramid.text}" if info.pyramid else " in any order" if info.masked else ""
         _say(
             f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens{scales}, {kind}, "
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
@@ -398,20 +476,19 @@ def run_check(args: argparse.Namespace) -> None:
     if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
         raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
     writer, parts = Writer([out]), []
-    tokens = (
-        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
-    )
-    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+    tokens = info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols
+    total = (len(plans) + 1) * 2 * prompt.rows * tokens  # drawn, then fed
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
-            part = replace(sample, seed=sample.seed + rows[0])
-            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+            parts.append(check_plans(model, prompt.select(rows), plans, sample.select(rows), bar.update))
     found = joined(parts)
     names = [_describe(each.plan, info) for each in found]
-    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
+    at_once, seed = max(len(part[0].kl) for part in parts), sample.select([0]).seed
+    dtype, device = str(model.decoder.dtype), str(model.decoder.device)
     about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
     about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
     _say(
-        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {seed}, "
         f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
         f"{doctor.version()}"
     )
@@ -516,6 +593,7 @@ def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
         encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
         size=args.size,
         codes=args.codes,
+        weight_dtype=_weight_dtype(args),
     )
 
 
@@ -533,19 +611,36 @@ def _note(note: str) -> None:
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> MicroBatches:
-    return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
+def _micro_batches(
+    args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int, above: Tensor | None = None
+) -> MicroBatches:
+    return MicroBatches(prompt, sample, args.at_once or prompt.rows, above, caches=caches, advice=ADVICE)
 
 
 def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
     """The finished pictures of a run, or some of them: float32 B H W 3."""
-    return decode(model.tokenizer, (run.tokens if run.canvas is None else run.canvas)[rows])
+    drawn = next((each for each in (run.latents, run.canvas) if each is not None), None)
+    return decode(model.tokenizer, (run.tokens if drawn is None else drawn)[rows])
+
+
+def _kept(model: ImageModel, run: Run) -> Tensor:
+    """What a heatmap shows of each place, B rows cols: how much of the picture's time the cache held it; of a masked
+    picture, in which share of the steps its keys and values were computed.
+    """
+    if run.latents is not None:
+        steps = [step for step in run.lines if not step.full] or run.lines
+        return torch.stack([(step.age == 0).float() for step in steps]).mean(0)
+    if (pyramid := model.info.pyramid) is not None:
+        return over_scales(run.shares[:, -1], pyramid)
+    return lifetime(run.shares)
 
 
 def _resolved(
     args: argparse.Namespace, plan: CachePlan, model: ImageModel, prompt: Prompt, sample: SamplePlan
 ) -> CachePlan:
     """The plan with its budget in lines, or as a share of a pyramid, now that it is known what is drawn at once."""
+    if model.info.masked is not None:
+        return plan
     rows = min(prompt.rows, args.at_once or prompt.rows) * (2 if sample.guided else 1)
     shape = model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)
     return plan.resolve(shape, model.info.pyramid or model.info.grid, rows)
@@ -575,7 +670,12 @@ def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, s
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
-    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3."""
+    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3.
+
+    Of masked steps, latents Z h w: the gaps are filled from around them, and dimmed.
+    """
+    if model.info.masked is not None:
+        return LatentPreview.of(model.tokenizer, codes[None])[0]
     if (pyramid := model.info.pyramid) is not None:
         quantizer = model.tokenizer.quantize
         ends = [pyramid.index(stage + 1) for stage in range(pyramid.stages)]
@@ -596,7 +696,15 @@ def _draw_micro_batch(
     prompt, sample, name, pyramid = micro_batch.prompt, micro_batch.sample, model.info.name, model.info.pyramid
     graphs: list[Graphs] = []
     drawing: list[Iterator[Any]]
-    if pyramid is not None:
+    if masked := _masked_plans(args, model.info):
+        head = model.decoder.head
+        if use_graphs(args.step, model.decoder.device, prompt.rows * (2 if sample.guided else 1)):
+            head = CapturedHead(head)
+        drawing = [
+            generate_masked(model.decoder, prompt, sample, *masked, given=given, denoise=head, name=name)
+            for given in micro_batch.above
+        ]
+    elif pyramid is not None:
         quantizer, stop = model.tokenizer.quantize, args.stop_after
         drawing = [
             generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, stop_after=stop, name=name)
@@ -616,7 +724,7 @@ def _draw_micro_batch(
         for lines in zip(*drawing, strict=True):
             for run, line in zip(micro_batch.runs, lines, strict=True):
                 run.add(line)
-                bar.update(line.tokens.numel())
+                bar.update(int(line.drawn.sum()) if masked else line.tokens.numel())
     if why := next((each.why for each in graphs if each.why), ""):
         _say(f"{why}.", sys.stderr)
 
@@ -625,7 +733,9 @@ def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
     if device == "cpu" and (note := limit_threads()):
         _say(f"note: {note}.", sys.stderr)
-    model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    model = library.load_model(
+        _files(args), grid=_grid(args), device=device, dtype=_dtype(args, device), weight_dtype=_weight_dtype(args)
+    )
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
     return replace(model, info=_with_size(args, model.info))
 
@@ -665,8 +775,10 @@ def _free(device: str) -> int | None:
     return free_memory() if device == "cpu" else None
 
 
-def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, room: int, device: str) -> str:
-    """How many images fit into `room` bytes, up to MAX_IMAGES."""
+def _needed(
+    shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, device: str
+) -> Callable[[int], int]:
+    """From a number of images to the bytes that drawing them at once takes besides the weights."""
     sequences, window = 2 if sample.guided else 1, max(sample.drafts, 0)  # AUTO: none for more than one image
 
     def needed(images: int) -> int:
@@ -675,10 +787,19 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: Sam
             return scales_run_bytes(shape, info.pyramid, plan, sequences * images, logits, hidden, device)
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
 
+    return needed
+
+
+def _batch_size(needed: Callable[[int], int], room: int) -> str:
+    """How many images fit into `room` bytes, up to MAX_IMAGES."""
     if needed(1) > room:
         return "none"
     count = max_batch_size(room, MAX_IMAGES, needed)
     return f"{count} or more" if count == MAX_IMAGES else str(count)
+
+
+def _weight_dtype(args: argparse.Namespace) -> str | None:
+    return None if args.weight_dtype == "default" else args.weight_dtype
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
@@ -793,6 +914,11 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     _check_flags(args, info, drawing)
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
+    if masked := _masked_plans(args, info):
+        masked[0].check(info.config.tokens)
+        if drawing:
+            _files(args)
+        return info
     rows = _at_once(args, otherwise) * (2 if sample.guided else 1)
     plan = plan.resolve(info.cache_shape(_dtype(args, _device(args))), info.pyramid or info.grid, rows)
     if info.pyramid is None:
@@ -810,6 +936,7 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
     guided = _sample_plan(args, info).guided
     if args.tokenizer and args.model in BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
+    _check_kind(args, info)
     in_scales = info.pyramid is not None
     of_lines, of_scales = {"drafts": args.drafts > 0, "step": args.step == "graph"}, ("stop_after", "smooth")
     for name, given in (of_lines if in_scales else {name: getattr(args, name) for name in of_scales}).items():
@@ -849,6 +976,112 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
             f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
             "google/flan-t5-xl."
         )
+
+
+# -- masked models ---------------------------------------------------------------------------------------------------
+
+OF_MASKED = {
+    "steps": "steps", "denoising": "denoising", "denoising_last": "denoising_last", "start": "start",
+    "guidance_schedule": "schedule",
+}  # fmt: skip
+OF_STEP_CACHE = ("refresh", "rule", "full_every", "full_first", "full_last")
+OF_OTHERS = (
+    "policy", "budget", "share", "anchors", "recent", "release", "storage", "top_k", "top_p", "guidance_interval",
+    "stop_after", "smooth",
+)  # fmt: skip
+
+
+def _masked_plans(args: argparse.Namespace, info: ModelInfo) -> tuple[MaskedPlan, StepCachePlan] | None:
+    """How a masked picture is drawn, and what a step computes again; None for other models."""
+    if info.masked is None:
+        return None
+
+    def asked(*options: str) -> dict[str, Any]:
+        return {name: value for name in options if (value := getattr(args, name, None)) is not None}
+
+    changes = {OF_MASKED[option]: value for option, value in asked(*OF_MASKED).items()}
+    preset = STEP_CACHES[getattr(args, "step_cache", "Off")]
+    return replace(info.masked, **changes), replace(preset, **asked(*OF_STEP_CACHE))
+
+
+def _check_kind(args: argparse.Namespace, info: ModelInfo) -> None:
+    """Refuse options of masked models for others, and the reverse."""
+    for_masked = [*OF_MASKED, *OF_STEP_CACHE, "image", "mask"]
+    refused = [name for name in (for_masked if info.masked is None else OF_OTHERS) if getattr(args, name, None)]
+    if info.masked is None and getattr(args, "step_cache", "Off") != "Off":
+        refused.append("step_cache")
+    if info.masked is not None and args.drafts > 0:
+        refused.append("drafts")
+    if refused:
+        how = "draws masked tokens step by step" if info.masked else "does not draw masked tokens"
+        raise UserError(f"{refused[0].replace('_', '-')}: it does nothing here, as {info.name} {how}; leave it out.")
+    if bool(getattr(args, "image", None)) != bool(getattr(args, "mask", None)):
+        raise UserError("mask: --image says what is kept and --mask what is drawn anew; give both.")
+    if getattr(args, "image", None):
+        picture, mask = _picture_and_mask(args)
+        check_mask(picture, mask, _picture_size(info))
+
+
+def _given(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
+    """What --image and --mask leave of a picture: latents with gaps."""
+    if not getattr(args, "image", None):
+        return None
+    return known_latents(model.tokenizer, *_picture_and_mask(args), _picture_size(model.info), model.info.config.patch)
+
+
+def _picture_and_mask(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """1 H W 3 and 1 H W."""
+    return read_image(args.image, "image")[None], read_image(args.mask, "mask")[None, ..., 0]
+
+
+def _picture_size(info: ModelInfo) -> tuple[int, int]:
+    """Height and width of what a model draws."""
+    return info.grid.rows * info.pixels, info.grid.cols * info.pixels
+
+
+def _plan_masked(args: argparse.Namespace, info: ModelInfo, images: int, rows: int, dtype: torch.dtype) -> None:
+    """What a masked picture takes: work, and memory for what is kept from step to step."""
+    masked, cache = _masked_plans(args, info) or (MaskedPlan(), StepCachePlan())
+    shape = info.config.step_cache_shape(dtype.itemsize)
+    work = shape.work(masked, cache, info.config.tokens)
+    full = shape.work(masked, STEP_CACHES["Off"], info.config.tokens)
+    _say(
+        f"{masked.steps} steps, {sum(work.full)} of them full; the others compute "
+        + (f"{work.partial:.0f} of {shape.slots} slots on average." if work.partial else "nothing, as there are none.")
+    )
+    steps = [masked.denoising_steps(step) for step in range(masked.steps)]
+    _say(f"{sum(steps) / len(steps):.0f} denoising steps a token on average, from t = {masked.start}.")
+    _say(f"The transformer's work is 1/{full.rows / work.rows:.3g} of that of full steps.")
+    kept = shape.bytes(cache, masked.steps, rows)
+    _say(
+        f"Keys and values that are kept take {kept / MIB:.1f} MiB more memory; full steps keep none."
+        if kept
+        else "Nothing is kept from step to step, so no memory is added."
+    )
+    device = _device(args).partition(":")[0]
+    if (free := _free(_device(args))) is not None:
+        room = free - library.decoder_bytes(info, dtype)
+        sequences = rows // images
+
+        def needed(images: int) -> int:
+            return masked_run_bytes(shape, cache, masked.steps, sequences * images, info.config.hidden)
+
+        count = "none" if needed(1) > room else str(max_batch_size(room, MAX_IMAGES, needed))
+        _say(f"{free / MIB:.0f} MiB are free on {device}. Images that fit at once, besides the weights: {count}.")
+
+
+def _masked_summary(run: Run) -> str:
+    steps = run.lines
+    computed = torch.cat([step.computed for step in steps])
+    drawn = sum(int(step.drawn.sum()) for step in steps)
+    mean = float(computed[computed > 0].float().mean())
+    kept = steps[-1].cache_bytes / MIB
+    return (
+        f"{drawn} tokens in {len(steps)} steps, {mean:.0f} of {steps[0].slots} slots computed in a step on average, "
+        f"{run.seconds:.1f} s: transformer {sum(step.transformer for step in steps):.1f}, diffusion head "
+        f"{sum(step.head for step in steps):.1f}; "
+        + (f"keys and values add {kept:.1f} MiB" if kept else "no keys and values are kept")
+    )
 
 
 # -- what must not be lost -------------------------------------------------------------------------------------------
@@ -1020,7 +1253,7 @@ def _describe(plan: CachePlan, info: ModelInfo) -> str:
     return (
         f"{what}, {plan.policy}"
         + (f", {plan.release}" if other_release else "")
-        + (", 8 bits" if plan.storage == "int8" else "")
+        + ("" if plan.storage == "full" else f", {plan.storage.removeprefix('int')} bits")
     )
 
 
@@ -1083,6 +1316,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
+    group.add_argument(
+        "--weight-dtype",
+        default="default",
+        choices=["default", *QUANTISATIONS],
+        help="how the decoder's large matrices are stored: as computed (default), or in 8 or 4 bits a weight, which "
+        "saves memory, and time when few images are drawn at once",
+    )
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
@@ -1103,7 +1343,9 @@ def _parser() -> argparse.ArgumentParser:
         help="evicted tokens vanish (strict), stay until they are overwritten (lazy) or are merged into the nearest "
         "kept one (fold); auto: fold for policy fold, strict for others",
     )
-    group.add_argument("--storage", choices=STORAGES, help="keys and values as computed (full) or in 8 bits (int8)")
+    group.add_argument(
+        "--storage", choices=STORAGES, help="keys and values as computed (full), in 8 bits (int8) or in 4 (int4)"
+    )
 
     sample = argparse.ArgumentParser(add_help=False)
     group = sample.add_argument_group("sampling", "default: the model's own settings")
@@ -1143,7 +1385,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=AUTO,
         metavar="TOKENS",
-        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
+        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 8 for a "
         "single float32 image on the CPU, none otherwise (default)",
     )
     group.add_argument(
@@ -1155,6 +1397,29 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="for models that draw in scales: mix codes, for smoother pictures",
     )
+
+    masked = argparse.ArgumentParser(add_help=False)
+    group = masked.add_argument_group(
+        "masked models (MAR)", "default: as published; everything is computed in each step"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="steps that a picture is drawn in (default: 64)")
+    group.add_argument("--denoising", type=int, metavar="N", help="denoising steps of a token (default: 100)")
+    group.add_argument(
+        "--denoising-last", type=int, metavar="N", help="those of the last step's tokens, to which they fall (DiSA: 5)"
+    )
+    group.add_argument("--start", type=int, metavar="T", help="where denoising starts, up to 999 (default); DiSA: 950")
+    group.add_argument(
+        "--guidance-schedule", choices=SCHEDULES, help="guidance grows with what is known, or is constant"
+    )
+    group.add_argument(
+        "--step-cache", default="Off", choices=list(STEP_CACHES),
+        help="keys and values are kept from step to step, which saves time and takes memory (default: Off)",
+    )  # fmt: skip
+    group.add_argument("--refresh", type=int, metavar="TOKENS", help="tokens computed again in a step that is not full")
+    group.add_argument("--rule", choices=RULES, help="which tokens are computed again")
+    group.add_argument("--full-every", type=int, metavar="N", help="every so many steps one is full; 0: never")
+    group.add_argument("--full-first", type=int, metavar="N", help="steps at the beginning that are full")
+    group.add_argument("--full-last", type=int, metavar="N", help="steps at the end that are full")
 
     output = argparse.ArgumentParser(add_help=False)
     group = output.add_argument_group("output")
@@ -1170,16 +1435,24 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    parents = [where, model, cache, sample, output]
+    parents = [where, model, cache, sample, masked, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
-    add("generate", run_generate, parents, "draw images").add_argument(
-        "--heatmap", action="store_true", help="overlay what the cache kept"
+    drawing = add("generate", run_generate, parents, "draw images")
+    drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
+    drawing.add_argument(
+        "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
     )
+    drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
     _batch_options(drawing)
-    add("plan", run_plan, [where, model, cache, sample], "memory of the cache, without loading a model")
+    planning = add(
+        "plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model"
+    )
+    planning.add_argument(
+        "--card", type=float, metavar="GB", help="also say what a graphics card with so much memory can draw at once"
+    )
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )

@@ -120,6 +120,49 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One finished step of every image of the batch: what a Line is to models that draw masked tokens.
+
+    step        0-based
+    steps       of the picture. Those that would draw only what was given do not take place
+    latents     what is known so far, float32 B Z h w; NaN where nothing is known
+    drawn       which places this step drew: bool B rows cols
+    age         steps since the keys and values of each place were computed, int64 B rows cols; 0: in this one
+    computed    slots of each image that the decoder computed in this step, of `slots`: int64 B. 0: it drew nothing
+    slots       copies of the class, and places
+    seconds     since the previous step; of these `transformer` and `head`, which makes numbers of what it says
+    cache_bytes keys and values that are kept from step to step, as allocated: memory that is *added*; 0 if none are
+    """
+
+    step: int
+    steps: int
+    latents: Tensor
+    drawn: Tensor
+    age: Tensor
+    computed: Tensor
+    slots: int
+    seconds: float
+    transformer: float
+    head: float
+    cache_bytes: int
+
+    @property
+    def full(self) -> bool:
+        """Whether everything was computed, in all images that drew."""
+        return bool(((self.computed == self.slots) | (self.computed == 0)).all())
+
+    @property
+    def row(self) -> int:
+        """The step, as a Line calls it."""
+        return self.step
+
+    @property
+    def rows(self) -> int:
+        """The number of steps, as a Line calls it."""
+        return self.steps
+
+
+@dataclass(frozen=True)
 class Started:
     """Description of a run, before its first line.
 

@@ -148,8 +148,8 @@ class Generate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same, "
-                    "except where two codes are equal but for rounding. Can make one to four images faster; try 12 to "
-                    "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise. None with VAR and "
+                    "except where two codes are equal but for rounding. Can make one to four images faster; try 8 to "
+                    "24. 0: none. -1: 8 for a single float32 image on the CPU, none otherwise. None with VAR and "
                     "Infinity, which draw a whole scale in one pass.",
                 ),
                 io.String.Input(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
+import comfy.model_patcher as model_patcher
 import comfy.ops
 import comfy.utils
 import comfyui_version
@@ -22,6 +23,9 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import BinaryEventTypes, PromptServer
 from torch import Tensor, nn
+
+from ..linear_core.loop.memory import STREAMED_ROOM
+from ..linear_core.models import quantised
 
 log = logging.getLogger(__name__)
 FOLDER = "ar_image"
@@ -97,6 +101,24 @@ class Layers:
     GroupNorm = comfy.ops.disable_weight_init.GroupNorm
     RMSNorm = comfy.ops.disable_weight_init.RMSNorm
 
+    class QuantisedLinear(quantised.QuantisedLinear):
+        """As ComfyUI keeps its own: it may leave the matrix where it is and have the layer fetch it for every use."""
+
+        comfy_cast_weights = False
+        weight_function: tuple[Any, ...] = ()
+        bias_function: tuple[Any, ...] = ()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.comfy_cast_weights:
+                return super().forward(x)
+            fetched = comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True
+            )
+            weight, bias, stream = fetched
+            out = self.multiply(x, weight, self.scale.to(x.device), bias)
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return out
+
 
 class CastingLayers(Layers):
     """The same layers for large matrices that are stored in fewer bits than they are computed in."""
@@ -105,7 +127,9 @@ class CastingLayers(Layers):
         comfy_cast_weights = True
 
 
-WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+WEIGHT_DTYPES = {
+    "default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": "int8", "int4": "int4"
+}  # fmt: skip
 
 
 def device_type() -> str:
@@ -119,13 +143,26 @@ def compute_dtype() -> torch.dtype:
     return wanted if wanted in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def managed(module: nn.Module) -> ModelPatcher:
+def compute_device() -> torch.device:
+    """The device that models compute on."""
+    return management.get_torch_device()
+
+
+def managed(module: nn.Module, streamed: bool = False) -> ModelPatcher:
     """`module` in ComfyUI's care, which moves it to the device for use and away when room is needed.
 
-    Not the patcher that fetches weights layer by layer: a picture calls every layer hundreds of times, for one token
-    each, and the fetching would take longer than the layers.
+    Only on request (`streamed`) by the patcher that fetches weights layer by layer, where ComfyUI has it: a picture
+    calls every layer hundreds of times, for one token each, and the fetching takes longer than the layers.
     """
-    return ModelPatcher(module, management.get_torch_device(), management.unet_offload_device())
+    make = getattr(model_patcher, "CoreModelPatcher", ModelPatcher) if streamed else ModelPatcher
+    patcher = make(module, management.get_torch_device(), management.unet_offload_device())
+    patcher.linear_streamed = streamed
+    return patcher
+
+
+def is_streamed(model: ModelPatcher) -> bool:
+    """Whether `model`'s weights are fetched layer by layer."""
+    return bool(getattr(model, "linear_streamed", False))
 
 
 def managed_text_encoder(module: nn.Module) -> ModelPatcher:
@@ -156,7 +193,8 @@ def room(*models: ModelPatcher) -> int:
     if device.type == "cpu":
         return free_memory()  # models are in the computer's memory wherever they are used
     loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
-    needed = sum(model.model_size() for model in models) * 1.1 + management.extra_reserved_memory()
+    sizes = (min(model.model_size(), STREAMED_ROOM if is_streamed(model) else 1e32) for model in models)
+    needed = sum(sizes) * 1.1 + management.extra_reserved_memory()
     return int(free_memory() + loaded - needed)
 
 

@@ -224,9 +224,11 @@ def draw(
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             host.load(*networks, memory=needed(micro_batch.prompt.rows))
-            sequences = _sequences(sample, micro_batch.prompt)[0]
+            sequences, graphs = _sequences(sample, micro_batch.prompt)[0], []
             decoders = [each.image.decoder for each in models]
-            graphs = _graphs(decoders, sequences) if isinstance(loop, Lines) else []
+            # A graph reads weights where they were when it was recorded.
+            if isinstance(loop, Lines) and not any(host.is_streamed(each.decoder) for each in models):
+                graphs = _graphs(decoders, sequences)
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
             drawing = [
                 loop_of(each).draw(micro_batch.prompt, plan, micro_batch.sample, upper, stop_after, **more)

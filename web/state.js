@@ -517,6 +517,16 @@ function linesOf(plan, grid) {
 }
 
 /**
+ * A key, or a value, of one head, with its scale: CacheShape.slot_bytes.
+ * @param {{ head_dim: number, bytes_per_element: number }} shape @param {string | undefined} storage
+ */
+function slotBytes(shape, storage) {
+  if (storage === "int8") return shape.head_dim + shape.bytes_per_element;
+  if (storage === "int4") return Math.floor(shape.head_dim / 2) + 2 * Math.ceil(shape.head_dim / 16) + shape.bytes_per_element;
+  return shape.head_dim * shape.bytes_per_element;
+}
+
+/**
  * Bytes of the whole cache, as linear_core.plan.CacheShape has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number }} shape
  * @param {Grid} grid
@@ -527,8 +537,7 @@ export function cacheBytes(shape, grid, plan, sequences) {
   if (grid.scales) return scalesBytes(shape, grid.scales, plan, sequences);
   const slots = shape.prompt + linesOf(plan, grid) * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
-  const line = heads * shape.head_dim * grid.stride * shape.bytes_per_element;
-  return plan.storage === "int8" ? heads * slots * (shape.head_dim + shape.bytes_per_element) + line : heads * shape.head_dim * slots * shape.bytes_per_element;
+  return heads * slots * slotBytes(shape, plan.storage);
 }
 
 /** A preset, or settings of one's own, with the budget of the two widgets below in its place: nodes/plan.py.

@@ -215,6 +215,7 @@ class StageCache:
             kv[0][None], kv[1][None], layer.bias[None], layer.index[None],
             None if queries is None else upcast(queries)[None], mass, self.pyramid, self.stage, number,
             lambda queries, stages: self.rotate(self.stage, queries), self.survey, keeps=self.keeps,
+            protected=self.plan.protected(self.pyramid),
         )  # fmt: skip
 
     def release(self, view: View, victims: Tensor) -> None:

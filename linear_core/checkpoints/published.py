@@ -4,7 +4,8 @@ Numbers and names only; nothing here reads a file or uses the network. Sources: 
 (MIT), for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), github.com/deepseek-ai/Janus (code MIT,
 weights DeepSeek Model License), github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial),
 Lumina-mGPT-2.0 (Apache-2.0) with github.com/ai-forever/MoVQGAN (no licence stated), github.com/baaivision/Emu3 and
-Emu3.5 (Apache-2.0), and github.com/FoundationVision/VAR and github.com/FoundationVision/Infinity (both MIT).
+Emu3.5 (Apache-2.0), github.com/FoundationVision/VAR and github.com/FoundationVision/Infinity (both MIT), and
+github.com/LTH14/mar (MIT), whose own links are no place to download from, so that a copy on the hub stands here.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ INFINITY_TOKENIZERS = {
 # Numbers of codes that do not tell published tokenizers apart.
 SHARED_CODES = frozenset({CODES, *(2**bits for bits in INFINITY_TOKENIZERS)})
 INFINITY_VAES = frozenset({*INFINITY_TOKENIZERS.values(), "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64"})
+MAR = Repository("jadechoghari/mar", None, "MIT")
+KL16 = "kl16"
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
 EMU = {name: Repository(f"BAAI/{name}", None, "Apache-2.0") for name in (
@@ -267,6 +270,11 @@ RELEASES: dict[str, Release] = {
         ),
         _infinity_8b("infinity_8b_weights", 8.22, 8.22, 8.22, 8.83),
         _infinity_8b("infinity_8b_512x512_weights", *[4.11] * 7, 4.72),
+        *(
+            _single_file(MAR, f"mar-{size}.safetensors", gigabytes, KL16)
+            for size, gigabytes in (("base", 0.83), ("large", 1.91), ("huge", 3.77))
+        ),
+        _single_file(MAR, f"{KL16}.safetensors", 0.27),
         Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), subfolder=TEXT_ENCODER),
     )
 }  # fmt: skip

@@ -25,7 +25,7 @@ from ..grid import Grid
 from ..plan import AUTO, SamplePlan
 from .sampling import Noise, apply_guidance, filter_logits, sample_codes
 
-AUTO_WINDOW = 12  # tokens; where it was measured to win: see bench/NOTES.md
+AUTO_WINDOW = 8  # tokens: the best by the clock for one image on a CPU. Fewer passes, as with 24, do not pay there
 
 
 class Peeks(Protocol):

@@ -305,6 +305,6 @@ def test_by_itself_for_a_single_image_on_a_cpu():
     single = tiny.llamagen(ROWS, COLS)
     sizes = [window_size(single, SamplePlan(drafts=AUTO), images, single.grid) for images in (1, 2)]
     assert sizes == [2 * COLS, 0]
-    assert window_size(tiny.llamagen(30, 30), SamplePlan(drafts=AUTO), 1, tiny.llamagen(30, 30).grid) == 12
+    assert window_size(tiny.llamagen(30, 30), SamplePlan(drafts=AUTO), 1, tiny.llamagen(30, 30).grid) == 8
     assert window_size(single.double(), SamplePlan(drafts=AUTO), 1, single.grid) == 0
     assert window_size(single, SamplePlan(), 1, single.grid) == 0

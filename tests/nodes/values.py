@@ -26,7 +26,7 @@ MISSING = "(missing)"
 GRAPH: dict[str, dict[str, Any]] = {
     "LineAR_LoadModel": {
         "model": "landscapes (bundled)", "tokenizer": "automatic", "grid_rows": 0, "grid_cols": 0,
-        "weight_dtype": "default",
+        "weight_dtype": "default", "stream_weights": False,
     },
     "LineAR_LineCache": {
         "preset": "Custom", "preset.policy": "line", "preset.budget": 4, "preset.anchors": 4, "preset.recent": 2,

@@ -29,6 +29,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sizes": (set(), set()),
     "grid": ({"errors"}, set()),
     "pyramid": ({"errors", "grid"}, set()),
+    "steps": ({"errors"}, set()),
     "plan": ({"errors", "grid", "pyramid"}, set()),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
@@ -36,6 +37,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cache.__init__": (set(), set()),
     "cache.storage": (set(), TENSORS),
     "cache.look_ahead": (set(), TENSORS),
+    "cache.step_cache": ({"steps"}, TENSORS),
+    "cache.refresh": ({"steps", "cache.step_cache"}, TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
     "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
@@ -66,7 +69,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "models.__init__": (set(), set()),
     "models.blocks": (set(), TENSORS),
-    "models.packed": (set(), TENSORS),
+    "models.packed": ({"models.blocks", "models.quantised"}, TENSORS),
+    "models.quantised": ({"models.blocks", "models.quantised_kernel"}, TENSORS),
+    "models.quantised_kernel": (set(), TENSORS | {"triton"}),
     "models.*": (
         {
             "errors",
@@ -80,6 +85,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "cache.line_cache",
             "cache.look_ahead",
             "cache.stage_cache",
+            "cache.step_cache",
+            "steps",
             "models.*",
         },
         TENSORS,
@@ -87,7 +94,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "tokenizers.*": ({"pyramid", "tokenizers.*"}, TENSORS),
     # the loop
     "loop.__init__": (set(), set()),
-    "loop.memory": ({"grid", "plan", "pyramid"}, set()),
+    "loop.memory": ({"grid", "plan", "pyramid", "steps"}, set()),
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
@@ -124,6 +131,21 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "loop.masked": (
+        {
+            "errors",
+            "events",
+            "grid",
+            "plan",
+            "steps",
+            "cache.refresh",
+            "cache.step_cache",
+            "models.denoise",
+            "models.mar",
+            "loop.sampling",
+        },
+        TENSORS,
+    ),
     "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
@@ -132,9 +154,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     # pictures
     "pictures.__init__": (set(), set()),
-    "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
+    "pictures.sheet": ({"errors"}, TENSORS | {"numpy", "PIL"}),
+    "pictures.inpaint": ({"errors", "tokenizers.latents"}, TENSORS),
     "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),
-    "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
+    "pictures.preview": (
+        {"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches", "pictures.inpaint"},
+        TENSORS | {"numpy"},
+    ),
     # files
     "checkpoints.__init__": (set(), set()),
     "checkpoints.untrusted": ({"errors"}, set()),
@@ -142,7 +168,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints.download": ({"errors", "checkpoints.published"}, {"requests"}),
     "checkpoints.weights": ({"errors", "checkpoints.untrusted"}, TENSORS | {"safetensors"}),
     "checkpoints.families.__init__": (
-        {"errors", "grid", "plan", "pyramid", "sizes", "prompts", "prompts.*", "checkpoints.weights"},
+        {"errors", "grid", "plan", "pyramid", "sizes", "steps", "prompts", "prompts.*", "checkpoints.weights"},
         TENSORS,
     ),
     "checkpoints.families.*": (
@@ -152,6 +178,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "plan",
             "pyramid",
             "sizes",
+            "steps",
             "prompts",
             "prompts.*",
             "models.*",
@@ -202,7 +229,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "batch.__init__": (set(), set()),
-    "batch.table": ({"errors"}, {"pyarrow"}),
+    "batch.table": ({"errors", "plan"}, {"pyarrow"}),
     "batch.folder": ({"errors", "batch.table"}, {"pyarrow", "msvcrt", "fcntl"}),
     "batch.draw": (
         {
@@ -231,6 +258,7 @@ NUMBERS = (
     "grid",
     "pyramid",
     "sizes",
+    "steps",
     "plan",
     "defaults",
     "events",
