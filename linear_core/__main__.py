@@ -404,8 +404,8 @@ def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: in
     _say(f"{_state_words(shape.state_bytes(rows))}, the same at every scale and with every budget")
     device = _device(args)
     if (free := _free(device)) is not None:
-        room = free - library.decoder_bytes(info, _dtype(args, device))
-        count = _batch_size(shape, info, CachePlan("full"), sample, room, device.partition(":")[0])
+        room = free - library.decoder_bytes(info, _dtype(args, device), _weight_dtype(args))
+        count = _batch_size(_needed(shape, info, CachePlan("full"), sample, device.partition(":")[0]), room)
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
             "larger batch in parts."

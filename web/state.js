@@ -484,7 +484,7 @@ function scalesBytes(shape, scales, plan, sequences) {
   // No cache: what each layer carries from scale to scale, in float32 or better.
   if (shape.state) return shape.layers * sequences * shape.state * Math.max(shape.bytes_per_element, 4);
   const [keeps, heads] = [keepsOf(plan, scales), 2 * sequences * shape.heads];
-  const slot = plan.storage === "int8" ? shape.head_dim + 4 : shape.head_dim * shape.bytes_per_element;
+  const slot = slotBytes(shape, plan.storage, 4);
   let held = shape.layers * heads * keeps * slot;
   if (ACROSS_LAYERS.includes(plan.policy) && keeps < scales[1]) held += Math.floor(held / 2);
   return held + heads * workSlots(plan, scales) * shape.head_dim * shape.bytes_per_element;
@@ -517,12 +517,12 @@ function linesOf(plan, grid) {
 }
 
 /**
- * A key, or a value, of one head, with its scale: CacheShape.slot_bytes.
- * @param {{ head_dim: number, bytes_per_element: number }} shape @param {string | undefined} storage
+ * A key, or a value, of one head, with a scale of so many bytes where the storage has one: CacheShape.slot_bytes.
+ * @param {{ head_dim: number, bytes_per_element: number }} shape @param {string | undefined} storage @param {number} scale
  */
-function slotBytes(shape, storage) {
-  if (storage === "int8") return shape.head_dim + shape.bytes_per_element;
-  if (storage === "int4") return Math.floor(shape.head_dim / 2) + 2 * Math.ceil(shape.head_dim / 16) + shape.bytes_per_element;
+function slotBytes(shape, storage, scale) {
+  if (storage === "int8") return shape.head_dim + scale;
+  if (storage === "int4") return Math.floor(shape.head_dim / 2) + 2 * Math.ceil(shape.head_dim / 16) + scale;
   return shape.head_dim * shape.bytes_per_element;
 }
 
@@ -537,7 +537,7 @@ export function cacheBytes(shape, grid, plan, sequences) {
   if (grid.scales) return scalesBytes(shape, grid.scales, plan, sequences);
   const slots = shape.prompt + linesOf(plan, grid) * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
-  return heads * slots * slotBytes(shape, plan.storage);
+  return heads * slots * slotBytes(shape, plan.storage, shape.bytes_per_element);
 }
 
 /** A preset, or settings of one's own, with the budget of the two widgets below in its place: nodes/plan.py.
