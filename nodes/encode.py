@@ -42,30 +42,33 @@ class EncodeImage(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: Model, image: Tensor, prompt: Prompt | None = None) -> io.NodeOutput:
-        info, tokenizer = model.image.info, model.image.tokenizer
-        if not tokenizer.config.encoder_widths:
-            raise UserError(
-                f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."
-            )
-        if prompt is not None:
-            model.image.check(prompt)
-            info = info.with_grid(prompt.grid)
-        elif info.sizes:
-            height, width = image.shape[1:3]
-            info = info.with_size(nearest((width, height), info.sizes)[0])
-        grid, factor = info.grid, tokenizer.config.factor
-        pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
-        host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))
-        device = tokenizer.device
-        codes = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pictures.split(4)])
-        nothing = torch.zeros(len(codes), 1, grid.rows, grid.cols)
-        return io.NodeOutput(
-            Tokens(
-                codes=codes, shares=nothing, names=("encoded picture",) * len(codes), model=info.name,
-                codebook=info.config.codes, plan=CachePlan("full"), cache_bytes=0, seconds=0.0,
-                meaning=model.image.codebook,
-            )
-        )  # fmt: skip
+        return io.NodeOutput(encode(model, image, prompt))
+
+
+def encode(model: Model, image: Tensor, prompt: Prompt | None = None) -> Tokens:
+    """IMAGE B H W 3 as the model's tokens, at the size that the prompt asks for, or the model's nearest."""
+    info, tokenizer = model.image.info, model.image.tokenizer
+    if not tokenizer.config.encoder_widths:
+        raise UserError(
+            f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."
+        )
+    if prompt is not None:
+        model.image.check(prompt)
+        info = info.with_grid(prompt.grid)
+    elif info.sizes:
+        height, width = image.shape[1:3]
+        info = info.with_size(nearest((width, height), info.sizes)[0])
+    grid, factor = info.grid, tokenizer.config.factor
+    pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
+    host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))
+    device = tokenizer.device
+    codes = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pictures.split(4)])
+    nothing = torch.zeros(len(codes), 1, grid.rows, grid.cols)
+    return Tokens(
+        codes=codes, shares=nothing, names=("encoded picture",) * len(codes), model=info.name,
+        codebook=info.config.codes, plan=CachePlan("full"), cache_bytes=0, seconds=0.0,
+        meaning=model.image.codebook, pixels=(image.shape[1], image.shape[2]),
+    )  # fmt: skip
 
 
 def fit(image: Tensor, height: int, width: int) -> Tensor:

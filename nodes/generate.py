@@ -12,8 +12,10 @@ from ..linear_core.errors import UserError
 from ..linear_core.events import codebooks_of
 from ..linear_core.plan import AUTO, MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
+from . import live
 from .inputs import checked
-from .live import VIEW, draw, first_rows, kept_codes, resolve
+from .live import VIEW, draw, first_rows, resolve
+from .redraw import best_fills, check_fills, copies, kept_codes
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 OWN = -1  # in place of a number: what the model was published with
@@ -144,6 +146,24 @@ class Generate(io.ComfyNode):
                     tooltip="A seed for each image of the batch, such as 3, 7, 100-103, in place of seed + i. A batch "
                     "that is split over several machines then gives the same images. Empty: seed + i.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The region of the image behind tokens to generate anew, from Load Image (right-click it "
+                    "to paint one) or any node that makes masks; all else is kept. The region is filled from the "
+                    "top and sees what is kept above it and to its left, not below. One mask, or one per image.",
+                ),
+                io.Int.Input(
+                    "candidates",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With a mask: fills to generate for each image. The one that fits best to what is kept "
+                    "behind it stays: the one under which the model finds those tokens the most likely. Takes as much "
+                    "time and memory as so many images.",
+                ),
             ],
             outputs=[
                 TOKENS.Output(
@@ -174,6 +194,8 @@ class Generate(io.ComfyNode):
         view: str | None = None,
         drafts: int = 0,
         seeds: str = "",
+        mask: Tensor | None = None,
+        candidates: int = 1,
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info = model.image, model.image.info
@@ -184,10 +206,21 @@ class Generate(io.ComfyNode):
         sample = replace(info.defaults, guidance_interval=guidance_interval, drafts=drafts, **own, **asked)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        node, kept = cls.hidden.unique_id, None
+        if mask is not None:
+            if tokens is None:
+                raise UserError("mask: there is no image that it belongs to; connect tokens, from Encode Image.")
+            tokens.check(image)
+            kept = kept_codes(model, tokens, mask, prompt.rows, node)
+        check_fills(kept, candidates)
+        if kept is not None and candidates > 1:
+            kept, above, sample = copies(kept, above, sample, prompt.rows, candidates)
+            prompt = prompt.repeat(candidates)
         sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt)
-        node = cls.hidden.unique_id
-        (run,), _, shown = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
+        (run,), begun, shown = draw(model, prompt, [cache], sample, node, above=above, kept=kept, stop_after=stop_after)
+        if kept is not None and candidates > 1:
+            run, prompt, shown = best_fills(model, cache, sample, prompt, run, begun, kept, candidates)
         return io.NodeOutput(
             Tokens(
                 codes=run.tokens,
@@ -215,7 +248,7 @@ def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> 
         if codebooks_of(str(view)) - {model.image.codebook}:
             name = model.image.info.name
             raise UserError(f"view: the rows kept on the node are not of {name}; press 'Start over' on the node.")
-        return kept_codes(str(view), rows)
+        return live.kept_codes(str(view), rows)
     if tokens is None:
         raise UserError(f"keep_rows: there is no image to take {rows} rows from; connect tokens, or set it to 0.")
     tokens.check(model.image)

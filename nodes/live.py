@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import EVENT, Line, Picture, Started, Trace, detail, images_shown, unpack_kept
+from ..linear_core.events import EVENT, Line, Picture, Started, Trace, detail, images_shown, mark_cells, unpack_kept
 from ..linear_core.loop.drafts import check, window_size
 from ..linear_core.loop.generate import Run, evict, generate
 from ..linear_core.loop.graph import Graphs, use_graphs
 from ..linear_core.loop.memory import max_batch_size, run_bytes
 from ..linear_core.loop.micro_batches import MicroBatches, merge_lines
+from ..linear_core.loop.redraw import DRAW
 from ..linear_core.pictures.preview import Preview, PreviewWorker
 from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan, SamplePlan
@@ -123,13 +124,14 @@ class Live:
         beside: list[Line] | None = None,
         part: int = 0,
         parts: int = 1,
+        kept: Tensor | None = None,
     ):
         self.node_id, self.rows, self.tokenizer = node_id, model.image.info.grid.rows, model.image.tokenizer
         self.beside = beside
         self.before = part * self.rows
         self.text = f"part {part + 1} of {parts}, {prompt.rows} pictures at a time" if parts > 1 else ""
         self.progress = host.Progress(parts * self.rows, node_id)
-        self.trace = Trace(started(model, plan, sample, prompt))
+        self.trace = Trace(_marked(started(model, plan, sample, prompt), kept))
         self.lines: list[Line] = []
         self._send(self.trace.latest)
         self.worker = PreviewWorker(self._render, self._show, self.rows, host.Interrupted)
@@ -196,13 +198,14 @@ def draw(
     node_id: str,
     *,
     above: Tensor | None = None,
+    kept: Tensor | None = None,
     stop_after: int = 0,
 ) -> tuple[list[Run], Started, dict[str, Any]]:
     """Generate with each of `plans` at the same time. The page sees the last one, with the first on its left.
 
-    `above` are lines to keep; `stop_after` is the number of lines after which to stop (0: never). A batch that does not
-    fit into memory, or for which memory runs out, is generated in parts. Returns the runs, the event that describes the
-    last one, and what stays on the page.
+    `above` are lines to keep, and `kept` codes (see `generate`); `stop_after` is the number of lines after which to
+    stop (0: never). A batch that does not fit into memory, or for which memory runs out, is generated in parts. Returns
+    the runs, the event that describes the last one, and what stays on the page.
     """
     image = model.image
 
@@ -210,13 +213,15 @@ def draw(
         return sum(memory(model, plan, sample, prompt, images) for plan in plans)
 
     at_once = max_batch_size(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
-    micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
+    micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), kept=kept, advice=ADVICE)
     done: list[list[Line]] = []  # by part: the lines of the last plan that were sent
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
             graphs = _graphs(image.decoder, len(plans), _sequences(sample, micro_batch.prompt)[0])
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
+            if micro_batch.kept is not None:
+                given = [more | {"kept": micro_batch.kept} for more in given]
             drawing = [
                 generate(
                     image.decoder,
@@ -239,6 +244,7 @@ def draw(
                 beside,
                 part=len(done),
                 parts=len(micro_batches),
+                kept=micro_batch.kept,
             )
             try:
                 for lines in zip(*drawing, strict=True):
@@ -251,7 +257,7 @@ def draw(
             except host.Interrupted:  # the page gets the rows that all images have, to continue from
                 if done and live.lines and len(plans) == 1:
                     at_once = max(len(part[0].tokens) for part in done)
-                    live.replace_run(*_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines]))
+                    live.replace_run(*_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines], kept))
                 raise
             finally:
                 for lines in drawing:
@@ -262,7 +268,7 @@ def draw(
                 log.warning("LineAR: %s", why)
     shown, trace = live.shown, live.trace
     if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
-        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done)
+        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done, kept)
         trace.finish()
         picture = live.worker.final([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
@@ -278,14 +284,28 @@ def _graphs(decoder: Any, runs: int, sequences: int) -> list[Graphs]:
     return [Graphs(decoder.step, evict, check) for _ in range(runs)] if use else []
 
 
+def _marked(begun: Started, kept: Tensor | None) -> Started:
+    """The event of a run that keeps these codes of its images, or of one for all."""
+    if kept is None:
+        return begun
+    return replace(begun, kept=mark_cells(kept.expand(begun.images, -1, -1)[: begun.shown] != DRAW))
+
+
 def _as_one(
-    model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int, parts: list[list[Line]]
+    model: Model,
+    plan: CachePlan,
+    sample: SamplePlan,
+    prompt: Prompt,
+    at_once: int,
+    parts: list[list[Line]],
+    kept: Tensor | None = None,
 ) -> tuple[Trace, list[Line]]:
     """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
     images = range(len(lines[0].tokens))
-    trace = Trace(started(model, plan, sample.select(images), prompt.select(images), at_once))
+    begun = started(model, plan, sample.select(images), prompt.select(images), at_once)
+    trace = Trace(_marked(begun, kept if kept is None or len(kept) == 1 else kept[: len(images)]))
     for line in lines:
         trace.add(line)
     return trace, lines

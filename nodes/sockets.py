@@ -56,6 +56,7 @@ class Tokens:
     model     name of the model that drew them
     codebook  number of codes that model draws from
     meaning   what they stand for, as ImageModel.codebook says it; "": not stated
+    pixels    height and width of the image that was encoded, before it was scaled and cropped; None: none was
     """
 
     codes: Tensor
@@ -67,6 +68,12 @@ class Tokens:
     cache_bytes: int
     seconds: float
     meaning: str = ""
+    pixels: tuple[int, int] | None = None
+
+    def select(self, rows: list[int]) -> Tokens:
+        """The pictures with these numbers."""
+        names = tuple(self.names[row] for row in rows)
+        return replace(self, codes=self.codes[rows], shares=self.shares[rows], names=names)
 
     def check(self, image: ImageModel) -> None:
         """Raise UserError if these are codes of another codebook than the model's."""

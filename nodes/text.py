@@ -110,7 +110,7 @@ class TextPrompt(io.ComfyNode):
         negative_text: str = "",
         size: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
-        texts = [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]
+        texts = split_texts(text)
         negative = negative_text.strip()
         if model is not None and not model.image.info.text:
             raise UserError(f"model: {model.image.info.name} takes classes, not text; connect it to Class Prompt.")
@@ -134,3 +134,8 @@ class TextPrompt(io.ComfyNode):
         finally:
             for patcher in placed:
                 host.unload(patcher)
+
+
+def split_texts(text: str) -> list[str]:
+    """Texts between lines of ---, without empty ones."""
+    return [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]

@@ -722,6 +722,16 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("plan.py", "tuple(self.seeds[i] for i in rows)", "self.seeds[: len(rows)]", "seeds: a part gets the first ones"),
     ("loop/generate.py", "Noise(seeds, images,", "Noise(seeds[0], images,", "seeds: only the first counts"),
+    # -- a region drawn anew
+    ("loop/redraw.py", "return torch.where(known == DRAW, drawn, known)", "return drawn", "redraw: nothing is kept"),
+    ("loop/redraw.py", "(drawn.cumsum(1) > 0) & ~drawn", "~drawn", "redraw: what lies before the region is judged"),
+    (
+        "loop/drafts.py",
+        "self.codes.copy_(found if self.kept is None else merged(self.kept, found))",
+        "self.codes.copy_(found)",
+        "redraw: kept codes are guessed",
+    ),
+    ("loop/forced.py", "if sample.guides(number + n)", "if sample.guided", "likelihood: guidance never ends"),
     ("plan.py", "return keeping(fitting)", "return keeping(max(fitting - 1, 1))", "memory: holds less than fits"),
     (
         "plan.py",

@@ -12,7 +12,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, draw, layout } from "./draw.js";
-import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, hoverText, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, replayRuns, resolved, runBytes, statusText, withBudget } from "./state.js";
+import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, hoverText, keptCells, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, replayRuns, resolved, runBytes, statusText, withBudget } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -646,6 +646,7 @@ class View extends Told {
       size: picture ? { width: picture.width, height: picture.height } : undefined,
       hover: this.hover,
       cut: this.cut,
+      kept: keptCells(state),
     });
   }
 

@@ -8,7 +8,7 @@
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds", "kept"],
   "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held", "passes", "accepted"]
@@ -124,6 +124,15 @@ function packed(codes) {
   let raw = "";
   for (const byte of new Uint8Array(view.buffer)) raw += String.fromCharCode(byte);
   return btoa(raw);
+}
+
+/** Which cells of the pictures shown keep the code of a picture that exists already: bool of each; null: none do.
+ * @param {State} state */
+export function keptCells(state) {
+  const { kept, shown, rows, cols } = state.run ?? {};
+  if (!kept || state.partial) return null;
+  const bits = bytes(kept);
+  return Array.from({ length: shown * rows * cols }, (_, cell) => ((bits[cell >> 3] >> (cell & 7)) & 1) === 1);
 }
 
 // -- what is held -----------------------------------------------------------------------------------------------------
@@ -278,8 +287,9 @@ export function hoverText(state, cell, look = {}) {
   const row = Math.floor((cell % (rows * cols)) / cols);
   const name = `${shown > 1 ? `picture ${image + 1}, ` : ""}row ${row + 1}, column ${(cell % cols) + 1}`;
   if (row >= upTo(state, look)) return `${name} · not drawn yet`;
+  const given = keptCells(state)?.[cell] ? " · outside the mask" : "";
   const now = held(state, look);
-  if (!now.length) return name;
+  if (!now.length) return name + given;
   if (cell >= now.length) return `${name} · layers and heads are told of the first picture only`;
   const gone = evictedAfter(state, look)[cell];
   const { layer = -1, head = -1 } = look;
@@ -287,10 +297,10 @@ export function hoverText(state, cell, look = {}) {
   if (gone < 0) {
     const tokens = standsFor(state, cell, look);
     const more = tokens > 1 ? ` · stands for ${tokens < 10 ? tokens.toFixed(1).replace(".0", "") : Math.round(tokens)} tokens` : "";
-    return `${name} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
+    return `${name}${given} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
   }
   if (row === rows - 1 && cell % cols === cols - 1) return `${name} · the last token is drawn and never kept`;
-  return `${name} · evicted after row ${gone + 1}${gone > row ? `, ${gone - row} ${gone - row > 1 ? "lines" : "line"} later` : ""}`;
+  return `${name}${given} · evicted after row ${gone + 1}${gone > row ? `, ${gone - row} ${gone - row > 1 ? "lines" : "line"} later` : ""}`;
 }
 
 /** What the model chooses where a widget says −1, as the nodes name it. */

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
@@ -42,6 +43,11 @@ def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size:
         for i, picture in enumerate(pictures[r]):
             sheet.paste(picture, (GAP + i * (width + GAP), top + bar))
     return sheet
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An image as a picture 1 H W 3 in 0..1."""
+    return torch.from_numpy(np.asarray(image).copy()).float()[None] / 255
 
 
 def save(image: Image.Image, path: Path, notes: dict[str, Any]) -> None:
