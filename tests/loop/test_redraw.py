@@ -67,6 +67,7 @@ def test_drafts_fill_the_same(case, where):
     _, again, _cells = redraw(case, "line", "lazy", where, drafts=4)
     _, plain, _ = redraw(case, "line", "lazy", where)
     assert torch.equal(again.tokens, plain.tokens)
+    assert all(line.passes <= 2 for line in again.lines if line.replayed), "kept codes are their own drafts"
     assert not torch.equal(again.tokens, redraw(case, "line", "lazy", where, drafts=4, seed=6)[1].tokens)
 
 
