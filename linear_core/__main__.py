@@ -1,4 +1,4 @@
-"""The command line: python -m linear_core {demo, generate, compare, plan, models, convert}."""
+"""The command line: python -m linear_core {demo, generate, compare, batch, check, plan, models, convert, doctor}."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from . import startup  # first, as importing the others takes seconds
 
 import argparse
 import io
+import json
 import os
 import re
 import signal
@@ -25,6 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import doctor
+from .batch import draw as batch_draw
+from .batch import over_ray
+from .batch.folder import Drawn, Folder, as_settings
+from .batch.table import Skipped, read_table
+from .check import TEXTS, check_plans, joined, usual_classes
+from .check import table as check_table
 from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
@@ -33,16 +41,18 @@ from .errors import UserError, quoted
 from .loop.drafts import check
 from .loop.forced import log_likelihood, prompt_match, shared_probability
 from .loop.generate import Run, evict, generate
-from .loop.graph import Graphs, use_graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes
+from .loop.graph import CapturedHead, Graphs, use_graphs
+from .loop.masked import generate_masked
+from .loop.memory import free_memory, masked_run_bytes, max_batch_size, run_bytes, scales_run_bytes, split_batch
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.redraw import best_of
 from .loop.scales import check_stop, generate_scales, scale_policy
 from .loop.threads import limit_threads
 from .models.packed import pack
 from .pictures.heatmap import heatmap, lifetime, over_scales
-from .pictures.preview import UNDRAWN, Preview, decode
-from .pictures.sheet import contact_sheet, save, to_image
+from .pictures.inpaint import check_mask, known_latents
+from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
+from .pictures.sheet import contact_sheet, read_image, save, to_image
 from .plan import (
     AUTO,
     MAX_SEED,
@@ -58,14 +68,18 @@ from .plan import (
 )
 from .policies import POLICIES
 from .prompts import Prompt
+from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 
 MIB = 2**20
+BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
 STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MAX_IMAGES = 4096  # per class or text, and at once; counting stops here
+BATCH = 16  # pictures that `batch` draws at once, unless told otherwise
+CHECKED_AT_ONCE = 4  # pictures that `check` draws at once, under all caches
 MAX_SIDE = 8192  # pixels that pictures are enlarged to
 MAX_SHEET = 2**28  # pixels of a contact sheet: 768 MiB
 JUDGED = 6  # images of the demo that are compared at most, because each is computed twice more
@@ -115,24 +129,28 @@ def run_generate(args: argparse.Namespace) -> None:
         return
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
-    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    masked = _masked_plans(args, info)
+    micro_batches = _micro_batches(args, prompt, sample, caches=1, above=_given(args, model))
+    settings = asdict(plan) if info.cached else {}
+    if masked is not None:
+        settings = {name: value for each in masked for name, value in asdict(each).items()}
 
     def write(picture: Tensor, **more: Any) -> None:
         i = writer.count
         notes = {
             "model": model.info.name,
             "text" if model.info.text else "class": prompt.names[i],
-            **asdict(plan),
+            **settings,
             **asdict(sample.select([i])),
         }
         del notes["seeds"]  # `seed` is the picture's own
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
-        for i in range(len(run.tokens)):
-            picture, shares, pyramid = _pictures(model, run, slice(i, i + 1)), run.shares[i : i + 1], model.info.pyramid
+        for i in range(run.images):
+            picture = _pictures(model, run, slice(i, i + 1))
             if args.heatmap:
-                kept = lifetime(shares) if pyramid is None else over_scales(shares[:, -1], pyramid)
+                kept = _kept(model, run)[i : i + 1]
                 picture = heatmap(kept, *_enlarged_size(picture, args.size), picture)
             write(picture[0])
 
@@ -158,7 +176,8 @@ def run_generate(args: argparse.Namespace) -> None:
             raise
     finally:
         writer.tell()
-    _say(_summary(micro_batches.runs[0]))
+    run = micro_batches.runs[0]
+    _say(_summary(run, info) if run.latents is None else _masked_summary(run))
 
 
 def _generate_best(
@@ -200,12 +219,18 @@ def _generate_best(
             rows.append((prompt.names[first] if prompt.names else "", told, pictures[first : first + args.images]))
         writer.write_sheet(rows, [str(n + 1) for n in range(args.images)], args.size, {"by": args.by})
     writer.tell()
-    _say(_summary(run))
+    _say(_summary(run, model.info))
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
     info = _checked(args)
+    if not info.cached:
+        raise UserError(f"compare: {info.name} keeps no cache, so there is nothing to compare; use generate.")
+    if info.masked is not None:
+        raise UserError(
+            f"compare: {info.name} draws masked tokens, which need no cache; `generate` with --step-cache keeps one."
+        )
     few, sample, out = (
         _cache_plan(args),
         _sample_plan(args, info),
@@ -258,8 +283,8 @@ def _write_comparison(
         kept = run.shares[:, shown - 1]
     kept = heatmap(kept, *_enlarged_size(below, size), below)
     rows = [
-        ("full cache", _measurements(full), pictures[0]),
-        (_describe(few, model.info), _measurements(run), pictures[1]),
+        ("full cache", _measurements(full, model.info), pictures[0]),
+        (_describe(few, model.info), _measurements(run, model.info), pictures[1]),
         (title, "bright: held by most layers and heads; dark: evicted", kept),
     ]
     writer.write_sheet(rows, names, size, notes)
@@ -300,6 +325,50 @@ def _tell_comparison(
         _say(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
 
 
+def run_batch(args: argparse.Namespace) -> None:
+    """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    info = _checked(args, drawing=False)
+    if info.masked is not None:
+        raise UserError(f"batch: {info.name} draws masked tokens, which only `generate` draws so far; use that.")
+    job = _job(args, info)
+    rows, bad = read_table(args.prompts, args.column)
+    rows, unknown = batch_draw.check_rows(rows, info)
+    skipped = {each.number: each for each in [*bad, *unknown]}
+    settings = as_settings(
+        model=info.name,
+        weight_bytes=info.weight_bytes,
+        tokenizer=job.files.tokenizer.name,
+        pixels=args.pixels,
+        dtype=args.dtype,
+        images=job.images,
+        negative=job.negative,
+        size=job.size,
+        codes=job.codes,
+        plan=job.plan,
+        sample=job.sample,
+    )
+    with Folder.opened(args.out, settings) as folder:
+        pictures = batch_draw.pictures_of(rows, job)
+        left = [picture for picture in pictures if not folder.has(picture.name, picture.row.prompt, picture.seed)]
+        batches = batch_draw.batches_of(left, args.at_once or BATCH, job)
+        if there := len(pictures) - len(left):
+            _say(f"{there} of {len(pictures)} pictures are there already")
+        draw = batch_draw.draw_here(job, batches, _note) if args.ray is None else _over_ray(args, job, batches)
+        with tqdm(total=len(pictures), initial=there, unit="picture", disable=None) as bar:
+            for done in draw if batches else ():
+                with STOP.waiting():
+                    skipped |= {each.number: each for each in folder.add(done)}
+                bar.update(len(done))
+        folder.skip(skipped.values())
+        folder.close()
+        _say(f"{len(folder.rows)} pictures in {args.out}")
+    told = [skipped[number] for number in sorted(skipped)]
+    for row in told[:BATCH]:
+        _note(f"row {row.number} of {args.prompts.name} was skipped: {row.reason}")
+    if len(told) > BATCH:
+        _note(f"{len(told) - BATCH} more rows were skipped; {args.out / 'skipped.jsonl'} lists all.")
+
+
 def run_plan(args: argparse.Namespace) -> None:
     """Show how much memory the cache takes, without loading a model."""
     info = _checked(args, drawing=False)
@@ -307,9 +376,19 @@ def run_plan(args: argparse.Namespace) -> None:
     few, sample = _cache_plan(args), _sample_plan(args, info)
     images = _at_once(args, ["one"])
     rows = images * (2 if sample.guided else 1)
+    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
+    if info.masked is not None:
+        c = info.config
+        _say(
+            f"{info.name}: {c.tokens} tokens of {c.numbers} numbers, {c.layers} + {c.decoder_layers} layers, "
+            f"{c.heads} heads of {c.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
+        )
+        _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
+        _say(f"{images} image{'s' * (images > 1)}{' with guidance' * sample.guided}: {rows} sequences in {dtype}")
+        _plan_masked(args, info, images, rows, dtype)
+        return
     shape = info.cache_shape(dtype)
     few = few.resolve(shape, info.pyramid or info.grid, rows)
-    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
     if info.pyramid is None:
         what = f"{info.grid.rows} lines of {info.grid.stride} tokens"
         holds = "the prompt, the budget and the line being written"
@@ -322,6 +401,9 @@ def run_plan(args: argparse.Namespace) -> None:
     )
     _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
     _say(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
+    if not info.cached:
+        _tell_state(shape, info, sample, rows, args)
+        return
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
@@ -341,9 +423,23 @@ def run_plan(args: argparse.Namespace) -> None:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
 
+def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: int, args: argparse.Namespace) -> None:
+    """The rest of `plan` for a model without a cache."""
+    _say(f"{_state_words(shape.state_bytes(rows))}, the same at every scale and with every budget")
+    device = _device(args)
+    if (free := _free(device)) is not None:
+        room = free - library.decoder_bytes(info, _dtype(args, device))
+        count = _batch_size(shape, info, CachePlan("full"), sample, room, device.partition(":")[0])
+        _say(
+            f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
+            "larger batch in parts."
+        )
+
+
 def run_models(args: argparse.Namespace) -> None:
-    """List the bundled model and those in the given folders."""
-    paths = [library.bundled_files().decoder, *library.find_checkpoints([Path(f) for f in args.folder])]
+    """List the bundled models and those in the given folders."""
+    bundled = (library.bundled_files(name).decoder for name in BUNDLED)
+    paths = [*(path for path in bundled if path.is_file()), *library.find_checkpoints([Path(f) for f in args.folder])]
     for path in paths:
         try:
             info = library.read_info(path)
@@ -351,13 +447,95 @@ def run_models(args: argparse.Namespace) -> None:
             _say(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
-        scales = f" in scales {info.pyramid.text}" if info.pyramid else ""
+        scales = f" in scales {info.pyramid.text}" if info.pyramid else " in any order" if info.masked else ""
         _say(
             f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens{scales}, {kind}, "
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
         )
         if info.classes:
             _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
+
+
+def run_check(args: argparse.Namespace) -> None:
+    """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
+    info = _check_options(args)
+    sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
+    plans = _plans_to_check(args, info)
+    model = _load(args)
+    prompt = _prompt(args, model)
+    if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
+        raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
+    writer, parts = Writer([out]), []
+    tokens = (
+        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
+    )
+    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+        for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
+            part = sample.select(rows)
+            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+    found = joined(parts)
+    names = [_describe(each.plan, info) for each in found]
+    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
+    about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
+    about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
+    _say(
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
+        f"{doctor.version()}"
+    )
+    for line in check_table(found, names):
+        _say(line)
+    _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
+    with STOP.waiting():
+        rows_of_sheet = [
+            (name, f"KL {each.divergence}, {_measurements(each.run, info)}", _pictures(model, each.run))
+            for name, each in zip(names, found, strict=True)
+        ]
+        writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
+        writer.write_beside(out.with_suffix(".json"), about | {"plans": [each.as_row() for each in found]})
+    writer.tell()
+
+
+def _check_options(args: argparse.Namespace) -> ModelInfo:
+    """The model's sizes, with pictures to check it on if none were asked for."""
+    if not (args.classes or args.texts):
+        decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+        info = library.read_info(decoder, _grid(args))
+        if info.text:
+            args.texts = list(TEXTS)
+        else:
+            args.classes = usual_classes(info, len(TEXTS))
+    return _checked(args)
+
+
+def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan]:
+    """The plan of the options; without any, those presets that the model can be drawn with."""
+    names = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
+    if args.preset != "Balanced" or any(getattr(args, name) is not None for name in names):
+        return [_planned(args, info, args.at_once or CHECKED_AT_ONCE)]
+    found = []
+    for plan in PRESETS.values():
+        with suppress(UserError):
+            if info.pyramid is not None:
+                scale_policy(plan, info.pyramid)
+                drops = plan.keeps(info.pyramid) < info.pyramid.kept
+            else:
+                plan.check(info.grid)
+                drops = plan.evicts(info.grid)
+            if drops:
+                found.append(plan)
+    if not found:
+        raise UserError(f"model: {info.name} has too few lines for any preset; choose a --budget.")
+    return found
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    """Versions, device, memory, models and a self-test: text to paste into a bug report, without names of folders."""
+    device = _device(args)
+    folders = [Path(folder) for folder in args.folder] or doctor.usual_folders()
+    encoders = [Path(args.text_encoder)] if args.text_encoder else []
+    for line in doctor.report(folders, device=device, dtype=_dtype(args, device), encoders=encoders):
+        _say(line)
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -377,22 +555,82 @@ def run_convert(args: argparse.Namespace) -> None:
         _say(f"  {key}: {value if len(value) < 100 else value[:99] + '…'}")
 
 
+def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
+    """What `batch` draws with. Raises UserError for options that the file of prompts stands for."""
+    for name in ("classes", "texts"):
+        if getattr(args, name):
+            option = {"classes": "class", "texts": "text"}[name]
+            raise UserError(f"{option}: {args.prompts.name} says what to draw; leave --{option} out.")
+    if args.stop_after:
+        raise UserError("stop-after: batch draws whole pictures; leave --stop-after out.")
+    if args.ray is None and (args.workers or args.gpus is not None):
+        raise UserError("workers: they are for --ray; add it, or leave --workers and --gpus out.")
+    needs_encoder = info.text and not info.own_tokenizer
+    if needs_encoder and not args.text_encoder:
+        raise UserError(f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
+                        "google/flan-t5-xl.")  # fmt: skip
+    files, sample = _files(args), _sample_plan(args, info)
+    return batch_draw.Job(
+        files=ModelFiles(files.decoder.absolute(), files.tokenizer.absolute()),
+        plan=_planned(args, info, args.at_once or BATCH),
+        sample=replace(sample, drafts=max(sample.drafts, 0)),  # none by itself: all batches are to be drawn alike
+        grid=_grid(args),
+        pixels=_pixels(args),
+        device=None if args.device == "auto" else args.device,
+        dtype=None if args.dtype == "auto" else DTYPES[args.dtype],
+        step=args.step,
+        images=args.images,
+        negative=args.negative,
+        encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
+        size=args.size,
+        codes=args.codes,
+    )
+
+
+def _over_ray(
+    args: argparse.Namespace, job: batch_draw.Job, batches: list[list[batch_draw.Picture]]
+) -> Iterator[list[Drawn | Skipped]]:
+    workers = over_ray.Workers(args.ray, args.workers, args.gpus)
+    return over_ray.draw_over_ray(job, batches, workers, _note)
+
+
+def _note(note: str) -> None:
+    _say(note, sys.stderr)
+
+
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> MicroBatches:
-    return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
+def _micro_batches(
+    args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int, above: Tensor | None = None
+) -> MicroBatches:
+    return MicroBatches(prompt, sample, args.at_once or prompt.rows, above, caches=caches, advice=ADVICE)
 
 
 def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
     """The finished pictures of a run, or some of them: float32 B H W 3."""
-    return decode(model.tokenizer, (run.tokens if run.canvas is None else run.canvas)[rows])
+    drawn = next((each for each in (run.latents, run.canvas) if each is not None), None)
+    return decode(model.tokenizer, (run.tokens if drawn is None else drawn)[rows])
+
+
+def _kept(model: ImageModel, run: Run) -> Tensor:
+    """What a heatmap shows of each place, B rows cols: how much of the picture's time the cache held it; of a masked
+    picture, in which share of the steps its keys and values were computed.
+    """
+    if run.latents is not None:
+        steps = [step for step in run.lines if not step.full] or run.lines
+        return torch.stack([(step.age == 0).float() for step in steps]).mean(0)
+    if (pyramid := model.info.pyramid) is not None:
+        return over_scales(run.shares[:, -1], pyramid)
+    return lifetime(run.shares)
 
 
 def _resolved(
     args: argparse.Namespace, plan: CachePlan, model: ImageModel, prompt: Prompt, sample: SamplePlan
 ) -> CachePlan:
     """The plan with its budget in lines, or as a share of a pyramid, now that it is known what is drawn at once."""
+    if model.info.masked is not None:
+        return plan
     rows = min(prompt.rows, args.at_once or prompt.rows) * (2 if sample.guided else 1)
     shape = model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)
     return plan.resolve(shape, model.info.pyramid or model.info.grid, rows)
@@ -422,7 +660,12 @@ def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, s
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
-    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3."""
+    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3.
+
+    Of masked steps, latents Z h w: the gaps are filled from around them, and dimmed.
+    """
+    if model.info.masked is not None:
+        return LatentPreview.of(model.tokenizer, codes[None])[0]
     if (pyramid := model.info.pyramid) is not None:
         quantizer = model.tokenizer.quantize
         ends = [pyramid.index(stage + 1) for stage in range(pyramid.stages)]
@@ -443,7 +686,15 @@ def _draw_micro_batch(
     prompt, sample, name, pyramid = micro_batch.prompt, micro_batch.sample, model.info.name, model.info.pyramid
     graphs: list[Graphs] = []
     drawing: list[Iterator[Any]]
-    if pyramid is not None:
+    if masked := _masked_plans(args, model.info):
+        head = model.decoder.head
+        if use_graphs(args.step, model.decoder.device, prompt.rows * (2 if sample.guided else 1)):
+            head = CapturedHead(head)
+        drawing = [
+            generate_masked(model.decoder, prompt, sample, *masked, given=given, denoise=head, name=name)
+            for given in micro_batch.above
+        ]
+    elif pyramid is not None:
         quantizer, stop = model.tokenizer.quantize, args.stop_after
         drawing = [
             generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, stop_after=stop, name=name)
@@ -463,7 +714,7 @@ def _draw_micro_batch(
         for lines in zip(*drawing, strict=True):
             for run, line in zip(micro_batch.runs, lines, strict=True):
                 run.add(line)
-                bar.update(line.tokens.numel())
+                bar.update(int(line.drawn.sum()) if masked else line.tokens.numel())
     if why := next((each.why for each in graphs if each.why), ""):
         _say(f"{why}.", sys.stderr)
 
@@ -478,8 +729,8 @@ def _load(args: argparse.Namespace) -> ImageModel:
 
 
 def _files(args: argparse.Namespace) -> ModelFiles:
-    if args.model == library.BUNDLED:
-        return library.bundled_files()
+    if args.model in BUNDLED:
+        return library.bundled_files(args.model)
     tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
     return ModelFiles(Path(args.model), tokenizer)
 
@@ -542,11 +793,16 @@ def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
 
 def _with_size(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
     """The model with the size that was requested, if any."""
+    size = _pixels(args)
+    return info if size is None else info.with_size(size)
+
+
+def _pixels(args: argparse.Namespace) -> tuple[int, int] | None:
     if args.pixels is None:
-        return info
+        return None
     if not (sides := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", args.pixels)):
         raise UserError(f"pixels: {quoted(args.pixels)} is not a size; write width x height, for example 832x1216.")
-    return info.with_size((int(sides[1]), int(sides[2])))
+    return int(sides[1]), int(sides[2])
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
@@ -561,7 +817,7 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         changes["share"] = _share(args.share)
     if args.budget is not None:
         changes |= parse_budget(args.budget)
-    plan = PRESETS[args.preset]
+    plan = PRESETS[args.preset or "Balanced"]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
     return replace(plan, **changes)
@@ -600,6 +856,13 @@ def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
     return prompt.repeat(args.images)
 
 
+def _planned(args: argparse.Namespace, info: ModelInfo, images: int) -> CachePlan:
+    """The plan of the options with its budget in lines, or as a share of a pyramid, for so many images at once."""
+    rows = images * (2 if _sample_plan(args, info).guided else 1)
+    shape = info.cache_shape(_dtype(args, _device(args)))
+    return _cache_plan(args).resolve(shape, info.pyramid or info.grid, rows)
+
+
 def _at_once(args: argparse.Namespace, otherwise: list[str]) -> int:
     """How many images are drawn at once; `otherwise` are drawn where neither classes nor texts are asked for."""
     images = args.images * len(args.classes or args.texts or otherwise)
@@ -619,11 +882,11 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
         raise UserError(f"images: {args.images} is out of range; choose 1 to {MAX_IMAGES}.")
     if args.at_once < 0:
         raise UserError(f"at-once: {args.at_once} is out of range; choose 1 or more, or 0 for all.")
-    if drawing and not 0 <= args.size <= MAX_SIDE:
+    if not 0 <= getattr(args, "size", 0) <= MAX_SIDE:
         raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
     _device(args)
     plan = _cache_plan(args)
-    decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+    decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
     if best := getattr(args, "best", 0):
@@ -633,6 +896,11 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
             raise UserError(f"best: {info.name} draws in scales, and cannot judge pictures yet; leave it out.")
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
+    if masked := _masked_plans(args, info):
+        masked[0].check(info.config.tokens)
+        if drawing:
+            _files(args)
+        return info
     rows = _at_once(args, otherwise) * (2 if sample.guided else 1)
     plan = plan.resolve(info.cache_shape(_dtype(args, _device(args))), info.pyramid or info.grid, rows)
     if info.pyramid is None:
@@ -648,14 +916,19 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
     """Refuse options that do not apply to the model, and ask for those that it needs."""
     guided = _sample_plan(args, info).guided
-    if args.tokenizer and args.model == library.BUNDLED:
+    if args.tokenizer and args.model in BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
+    _check_kind(args, info)
     in_scales = info.pyramid is not None
     of_lines, of_scales = {"drafts": args.drafts > 0, "step": args.step == "graph"}, ("stop_after", "smooth")
     for name, given in (of_lines if in_scales else {name: getattr(args, name) for name in of_scales}).items():
         if given:
             option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
             raise UserError(f"{option}: it does nothing here, as {info.name} draws {stage} by {stage}; leave it out.")
+    if not info.cached:
+        for name in ("preset", "policy", "budget", "share", "anchors", "recent", "release", "storage", "heatmap"):
+            if getattr(args, name, None) not in (None, False):
+                raise UserError(f"{name}: it does nothing here, as {info.name} keeps no cache; leave it out.")
     if not info.text:
         if args.texts:
             raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
@@ -685,6 +958,112 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
             f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
             "google/flan-t5-xl."
         )
+
+
+# -- masked models ---------------------------------------------------------------------------------------------------
+
+OF_MASKED = {
+    "steps": "steps", "denoising": "denoising", "denoising_last": "denoising_last", "start": "start",
+    "guidance_schedule": "schedule",
+}  # fmt: skip
+OF_STEP_CACHE = ("refresh", "rule", "full_every", "full_first", "full_last")
+OF_OTHERS = (
+    "policy", "budget", "share", "anchors", "recent", "release", "storage", "top_k", "top_p", "guidance_interval",
+    "stop_after", "smooth",
+)  # fmt: skip
+
+
+def _masked_plans(args: argparse.Namespace, info: ModelInfo) -> tuple[MaskedPlan, StepCachePlan] | None:
+    """How a masked picture is drawn, and what a step computes again; None for other models."""
+    if info.masked is None:
+        return None
+
+    def asked(*options: str) -> dict[str, Any]:
+        return {name: value for name in options if (value := getattr(args, name, None)) is not None}
+
+    changes = {OF_MASKED[option]: value for option, value in asked(*OF_MASKED).items()}
+    preset = STEP_CACHES[getattr(args, "step_cache", "Off")]
+    return replace(info.masked, **changes), replace(preset, **asked(*OF_STEP_CACHE))
+
+
+def _check_kind(args: argparse.Namespace, info: ModelInfo) -> None:
+    """Refuse options of masked models for others, and the reverse."""
+    for_masked = [*OF_MASKED, *OF_STEP_CACHE, "image", "mask"]
+    refused = [name for name in (for_masked if info.masked is None else OF_OTHERS) if getattr(args, name, None)]
+    if info.masked is None and getattr(args, "step_cache", "Off") != "Off":
+        refused.append("step_cache")
+    if info.masked is not None and args.drafts > 0:
+        refused.append("drafts")
+    if refused:
+        how = "draws masked tokens step by step" if info.masked else "does not draw masked tokens"
+        raise UserError(f"{refused[0].replace('_', '-')}: it does nothing here, as {info.name} {how}; leave it out.")
+    if bool(getattr(args, "image", None)) != bool(getattr(args, "mask", None)):
+        raise UserError("mask: --image says what is kept and --mask what is drawn anew; give both.")
+    if getattr(args, "image", None):
+        picture, mask = _picture_and_mask(args)
+        check_mask(picture, mask, _picture_size(info))
+
+
+def _given(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
+    """What --image and --mask leave of a picture: latents with gaps."""
+    if not getattr(args, "image", None):
+        return None
+    return known_latents(model.tokenizer, *_picture_and_mask(args), _picture_size(model.info), model.info.config.patch)
+
+
+def _picture_and_mask(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """1 H W 3 and 1 H W."""
+    return read_image(args.image, "image")[None], read_image(args.mask, "mask")[None, ..., 0]
+
+
+def _picture_size(info: ModelInfo) -> tuple[int, int]:
+    """Height and width of what a model draws."""
+    return info.grid.rows * info.pixels, info.grid.cols * info.pixels
+
+
+def _plan_masked(args: argparse.Namespace, info: ModelInfo, images: int, rows: int, dtype: torch.dtype) -> None:
+    """What a masked picture takes: work, and memory for what is kept from step to step."""
+    masked, cache = _masked_plans(args, info) or (MaskedPlan(), StepCachePlan())
+    shape = info.config.step_cache_shape(dtype.itemsize)
+    work = shape.work(masked, cache, info.config.tokens)
+    full = shape.work(masked, STEP_CACHES["Off"], info.config.tokens)
+    _say(
+        f"{masked.steps} steps, {sum(work.full)} of them full; the others compute "
+        + (f"{work.partial:.0f} of {shape.slots} slots on average." if work.partial else "nothing, as there are none.")
+    )
+    steps = [masked.denoising_steps(step) for step in range(masked.steps)]
+    _say(f"{sum(steps) / len(steps):.0f} denoising steps a token on average, from t = {masked.start}.")
+    _say(f"The transformer's work is 1/{full.rows / work.rows:.3g} of that of full steps.")
+    kept = shape.bytes(cache, masked.steps, rows)
+    _say(
+        f"Keys and values that are kept take {kept / MIB:.1f} MiB more memory; full steps keep none."
+        if kept
+        else "Nothing is kept from step to step, so no memory is added."
+    )
+    device = _device(args).partition(":")[0]
+    if (free := _free(_device(args))) is not None:
+        room = free - library.decoder_bytes(info, dtype)
+        sequences = rows // images
+
+        def needed(images: int) -> int:
+            return masked_run_bytes(shape, cache, masked.steps, sequences * images, info.config.hidden)
+
+        count = "none" if needed(1) > room else str(max_batch_size(room, MAX_IMAGES, needed))
+        _say(f"{free / MIB:.0f} MiB are free on {device}. Images that fit at once, besides the weights: {count}.")
+
+
+def _masked_summary(run: Run) -> str:
+    steps = run.lines
+    computed = torch.cat([step.computed for step in steps])
+    drawn = sum(int(step.drawn.sum()) for step in steps)
+    mean = float(computed[computed > 0].float().mean())
+    kept = steps[-1].cache_bytes / MIB
+    return (
+        f"{drawn} tokens in {len(steps)} steps, {mean:.0f} of {steps[0].slots} slots computed in a step on average, "
+        f"{run.seconds:.1f} s: transformer {sum(step.transformer for step in steps):.1f}, diffusion head "
+        f"{sum(step.head for step in steps):.1f}; "
+        + (f"keys and values add {kept:.1f} MiB" if kept else "no keys and values are kept")
+    )
 
 
 # -- what must not be lost -------------------------------------------------------------------------------------------
@@ -780,6 +1159,15 @@ class Writer:
             image = contact_sheet(rows, names, 0)
         self._save(lambda path: save(image, path, notes))
 
+    def write_beside(self, path: Path, notes: dict[str, Any]) -> None:
+        """A file of numbers beside the pictures, as JSON."""
+
+        def write(path: Path) -> None:
+            path.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+
+        self.paths.append(path)
+        self._save(write)
+
     def _save(self, save: Callable[[Path], None]) -> None:
         path, self.count = self.paths[self.count], self.count + 1
         try:
@@ -860,13 +1248,21 @@ def _cache_mib(run: Run) -> float:
     return run.lines[-1].cache_bytes / MIB
 
 
-def _measurements(run: Run) -> str:
-    return f"{_cache_mib(run):.1f} MiB of keys and values, {run.tokens_per_second:.0f} tokens/s"
+def _state_words(size: int) -> str:
+    """What is said instead of a cache's size, of a state of `size` bytes."""
+    return f"no cache: a state of {size / MIB:.1f} MiB"
 
 
-def _summary(run: Run) -> str:
+def _measurements(run: Run, info: ModelInfo) -> str:
+    size = f"{_cache_mib(run):.1f} MiB of keys and values" if info.cached else _state_words(run.lines[-1].cache_bytes)
+    return f"{size}, {run.tokens_per_second:.0f} tokens/s"
+
+
+def _summary(run: Run, info: ModelInfo) -> str:
     stage = "line" if run.canvas is None else "scale"
-    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
+    if not info.cached:
+        return f"{_measurements(run, info)}, {run.seconds:.1f} s"
+    text = f"{_measurements(run, info)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
     if not run.passes:
         return text
     return f"{text}, {run.passes:.0f} passes of {run.tokens_per_pass:.1f} tokens, {run.accepted:.0%} of drafts right"
@@ -879,14 +1275,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
+
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group("model")
-    group.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
     group.add_argument(
         "--model",
         default=library.BUNDLED,
         metavar="PATH",
-        help="file or folder of the decoder; default: the bundled model",
+        help=f"file or folder of the decoder; default: {library.BUNDLED}, the bundled model; "
+        f"{library.BUNDLED_SCALES}: the bundled one that draws in scales",
     )
     group.add_argument("--tokenizer", metavar="FILE", help="its VQ tokenizer, if it is not next to it")
     group.add_argument("--grid", metavar="ROWSxCOLS", help="token grid, if neither the file nor its name tells")
@@ -902,7 +1301,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
-    group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
+    group.add_argument("--preset", choices=list(PRESETS), help="default: Balanced, 4 lines")
     group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
     group.add_argument(
         "--budget",
@@ -972,6 +1371,29 @@ def _parser() -> argparse.ArgumentParser:
         help="for models that draw in scales: mix codes, for smoother pictures",
     )
 
+    masked = argparse.ArgumentParser(add_help=False)
+    group = masked.add_argument_group(
+        "masked models (MAR)", "default: as published; everything is computed in each step"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="steps that a picture is drawn in (default: 64)")
+    group.add_argument("--denoising", type=int, metavar="N", help="denoising steps of a token (default: 100)")
+    group.add_argument(
+        "--denoising-last", type=int, metavar="N", help="those of the last step's tokens, to which they fall (DiSA: 5)"
+    )
+    group.add_argument("--start", type=int, metavar="T", help="where denoising starts, up to 999 (default); DiSA: 950")
+    group.add_argument(
+        "--guidance-schedule", choices=SCHEDULES, help="guidance grows with what is known, or is constant"
+    )
+    group.add_argument(
+        "--step-cache", default="Off", choices=list(STEP_CACHES),
+        help="keys and values are kept from step to step, which saves time and takes memory (default: Off)",
+    )  # fmt: skip
+    group.add_argument("--refresh", type=int, metavar="TOKENS", help="tokens computed again in a step that is not full")
+    group.add_argument("--rule", choices=RULES, help="which tokens are computed again")
+    group.add_argument("--full-every", type=int, metavar="N", help="every so many steps one is full; 0: never")
+    group.add_argument("--full-first", type=int, metavar="N", help="steps at the beginning that are full")
+    group.add_argument("--full-last", type=int, metavar="N", help="steps at the end that are full")
+
     output = argparse.ArgumentParser(add_help=False)
     group = output.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="FILE.png", help="file to write (default: in ./out)")
@@ -986,25 +1408,41 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    parents = [model, cache, sample, output]
+    parents = [where, model, cache, sample, masked, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
-    generating = add("generate", run_generate, parents, "draw images")
-    generating.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
-    generating.add_argument(
+    drawing = add("generate", run_generate, parents, "draw images")
+    drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
+    drawing.add_argument(
         "--best", type=int, default=0, metavar="K", help="write the best K of --images, and a sheet of all with scores"
     )
-    generating.add_argument(
+    drawing.add_argument(
         "--by",
         choices=("match", "likelihood"),
         default="match",
         help="what --best goes by: how much likelier the prompt makes an image (match, the default), or how likely it "
         "is to the model",
     )
+    drawing.add_argument(
+        "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
+    )
+    drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
-    add("plan", run_plan, [model, cache, sample], "memory of the cache, without loading a model")
+    drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
+    _batch_options(drawing)
+    add("plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model")
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
+    )
+    add("check", run_check, parents, "the full cache against a few lines on your own model, with intervals")
+    report = add("doctor", run_doctor, [], "what is installed and whether it works, to paste into a bug report")
+    report.add_argument(
+        "folder", nargs="*", help="model folders to look into (default: those of the ComfyUI around this)"
+    )
+    report.add_argument("--text-encoder", metavar="PATH", help="a text encoder to look at")
+    report.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    report.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
     conversion = add("convert", run_convert, [], "published checkpoint (.pt) to safetensors with metadata")
     conversion.add_argument("source", metavar="SRC", help="decoder or VQ tokenizer, as published (.pt) or safetensors")
@@ -1017,6 +1455,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     conversion.add_argument("--dtype", default="same", choices=["same", *DTYPES], help="default: as in the file")
     return parser
+
+
+def _batch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts", type=Path, metavar="PROMPTS", help="a .txt with a prompt a line, or a .csv, .jsonl or .parquet"
+    )
+    group = parser.add_argument_group("prompts and pictures")
+    group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
+    group.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the table's column of prompts (default: prompt, text, caption or class); its columns negative and seed "
+        "count too, and all others go along into the metadata",
+    )
+    group.add_argument("--size", type=int, default=0, metavar="PIXELS", help="enlarge pictures up to this size")
+    group.add_argument("--codes", action="store_true", help="also keep each picture's codes, in its metadata")
+    group = parser.add_argument_group("many GPUs or machines", "needs the Python package ray[data]")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const=over_ray.LOCAL,
+        metavar="ADDRESS",
+        help="draw with Ray Data: on this machine, or on the cluster at this address; the pictures are the same",
+    )
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="default: one a GPU, or else one a core")
+    group.add_argument("--gpus", type=float, metavar="SHARE", help="of each worker: 1 (default), or 0.5 for two a GPU")
 
 
 if __name__ == "__main__":

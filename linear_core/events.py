@@ -120,6 +120,49 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One finished step of every image of the batch: what a Line is to models that draw masked tokens.
+
+    step        0-based
+    steps       of the picture. Those that would draw only what was given do not take place
+    latents     what is known so far, float32 B Z h w; NaN where nothing is known
+    drawn       which places this step drew: bool B rows cols
+    age         steps since the keys and values of each place were computed, int64 B rows cols; 0: in this one
+    computed    slots of each image that the decoder computed in this step, of `slots`: int64 B. 0: it drew nothing
+    slots       copies of the class, and places
+    seconds     since the previous step; of these `transformer` and `head`, which makes numbers of what it says
+    cache_bytes keys and values that are kept from step to step, as allocated: memory that is *added*; 0 if none are
+    """
+
+    step: int
+    steps: int
+    latents: Tensor
+    drawn: Tensor
+    age: Tensor
+    computed: Tensor
+    slots: int
+    seconds: float
+    transformer: float
+    head: float
+    cache_bytes: int
+
+    @property
+    def full(self) -> bool:
+        """Whether everything was computed, in all images that drew."""
+        return bool(((self.computed == self.slots) | (self.computed == 0)).all())
+
+    @property
+    def row(self) -> int:
+        """The step, as a Line calls it."""
+        return self.step
+
+    @property
+    def rows(self) -> int:
+        """The number of steps, as a Line calls it."""
+        return self.steps
+
+
+@dataclass(frozen=True)
 class Started:
     """Description of a run, before its first line.
 
@@ -139,6 +182,8 @@ class Started:
                 that exists already, 0 where it is drawn. Empty: all are drawn, or whole rows kept
     seeds       of each image, between commas, where they are not seed, seed + 1, …; a text, as a page rounds numbers
                 beyond 2**53
+    state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
+    beside      what the run on the left is, where it is another model's: its name; empty: the same with a full cache
     """
 
     run: str
@@ -164,6 +209,8 @@ class Started:
     list_index: int = 0
     sides: list[list[int]] = field(default_factory=list)
     seeds: str = ""
+    state_bytes: int = 0
+    beside: str = ""
     kept: str = ""
 
     @property
@@ -193,6 +240,7 @@ class Row:
     tokens_per_second  of all images together, for this line
     passes    forward passes of this line with drafts, mean over the parts of a batch; 0 without drafts
     accepted  share of the checked drafts that were right
+    side      rows and columns of this scale, for a page that came too late to be told of the run; empty: it is a line
     """
 
     run: str
@@ -216,6 +264,7 @@ class Row:
     passes: float = 0
     accepted: float = 0.0
     kind: str = "row"
+    side: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -293,6 +342,7 @@ class Trace:
             stands=stands,
             passes=line.passes,
             accepted=round(line.accepted, 3),
+            side=run.sides[line.row] if run.sides else [],
         )
         self._shares, self._by_head, self._layered = share, line.by_head, layers
         self._rows.append(event)
@@ -458,13 +508,13 @@ class Kept(NamedTuple):
 
     list_index: int | None
     seed: int | None
-    sizes: tuple[int, int, int]  # images, rows, cols
+    sizes: tuple[int, ...]  # images, rows, cols; of scales images, tokens
     codes: list[int]
     seeds: tuple[int, ...] = ()
 
 
 def unpack_kept(text: str) -> list[Kept]:
-    """What the widget keeps of a node's runs, that of the run it shows first. web/state.js writes it.
+    """What the widget keeps of a node's runs, lines or scales, that of the run it shows first. web/state.js writes it.
 
     Of one run "codes", as `pack_codes` has them; of several, or with seeds of their own, "list index @ seeds | codes ;
     ...". Raises ValueError for anything else.
@@ -476,7 +526,7 @@ def unpack_kept(text: str) -> list[Kept]:
         seeds = written.split(",")
         if bar and not (list_index.isdecimal() and at and all(s.isdecimal() and int(s) < 1 << 64 for s in seeds)):
             raise ValueError(f"'{which[:40]}' names no run")
-        sizes, numbers = unpack_codes(codes)
+        sizes, numbers = unpack_codes(codes) if codes.partition(":")[0].count("x") > 1 else unpack_scales(codes)
         if not bar:
             kept.append(Kept(None, None, sizes, numbers))
             continue

@@ -91,8 +91,11 @@ class CachePlan:
     def resolve(self, shape: CacheShape, stages: Stages, rows: int) -> CachePlan:
         """The same plan for `rows` sequences of such a model, with the budget in lines; of a pyramid, as a share.
 
-        Of MiB, the largest budget whose cache takes no more. Raises UserError if not even the smallest fits.
+        Of MiB, the largest budget whose cache takes no more. Raises UserError if not even the smallest fits. A model
+        without a cache has nothing to evict, whatever the plan says.
         """
+        if shape.state:
+            return CachePlan("full")
         if not self.mib or self.policy == "full":
             return self if isinstance(stages, Pyramid) else self.in_lines(stages)
         most = stages.kept if isinstance(stages, Pyramid) else stages.rows
@@ -218,6 +221,7 @@ PRESETS = {
     "Balanced": CachePlan("fold", budget=4, recent=0),
     "Small": CachePlan("fold", budget=3, recent=0),
     "Smallest": CachePlan("fold", budget=2, recent=0),
+    "Tiny": CachePlan("fold", share=1 / 20, recent=0),  # for large pyramids
     "LineAR": CachePlan("line", budget=4, recent=2),  # as published
     "Full": CachePlan(policy="full"),
 }
@@ -309,6 +313,11 @@ class CacheShape:
     prompt: int  # slots of the prompt
     bytes_per_element: int
     group: int = 1  # query heads that share a key head; does not change the cache, but what a line's end takes
+    state: int = 0  # numbers that a layer carries from scale to scale instead of a cache, for each sequence
+
+    def state_bytes(self, rows: int) -> int:
+        """What is carried from scale to scale for `rows` sequences, in float32 or better; 0: there is a cache."""
+        return self.layers * rows * self.state * max(self.bytes_per_element, 4)
 
     def line_bytes(self, grid: Grid, rows: int) -> int:
         """Keys and values of one line for `rows` sequences (images, twice with guidance)."""
@@ -318,8 +327,11 @@ class CacheShape:
         """Keys and values over the scales for `rows` sequences: every layer's budget and one working memory.
 
         Exact, but for policies that divide a budget among layers: until all layers have settled for the first time, the
-        earlier ones may have grown before the later ones shrink. Then it is the most there can be.
+        earlier ones may have grown before the later ones shrink. Then it is the most there can be. Without a cache, the
+        state that joins the scales, whatever the plan.
         """
+        if self.state:
+            return self.state_bytes(rows)
         heads = 2 * rows * self.heads
         slot = self.head_dim + 4 if plan.storage == "int8" else self.head_dim * self.bytes_per_element
         held = self.layers * heads * plan.keeps(pyramid) * slot

@@ -8,6 +8,7 @@ from . import host
 from .best import PickBest
 from .compare import Compare
 from .decode import Decode
+from .doctor import Doctor
 from .download import DownloadModel
 from .encode import EncodeImage
 from .generate import Generate
@@ -34,5 +35,6 @@ class LineARExtension(ComfyExtension):
             EncodeImage,
             Compare,
             DownloadModel,
+            Doctor,
             PickBest,
         ]

@@ -15,11 +15,10 @@ from ..linear_core.pictures.sheet import contact_sheet, to_tensor
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.prompts import Prompt
 from . import host
-from .encode import encode
-from .inputs import checked
+from .encoding import encode
+from .inputs import checked, split_texts
 from .live import memory, resolve
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
-from .text import split_texts
 
 LIKELIHOOD, MATCH, CLIP = "likelihood", "prompt match", "CLIP"
 TOGETHER = 8  # pictures that are scored together
@@ -109,7 +108,7 @@ class PickBest(io.ComfyNode):
         else:
             scores = _by_model(images, model, prompt, tokens, cache, each, by)
         chosen = best_of(scores, each, keep)
-        names = [f"{n % each + 1}: {float(score):.4g}{'  ★' if n in chosen else ''}" for n, score in enumerate(scores)]
+        names = [f"{n % each + 1}: {float(score):.4g}{' *' if n in chosen else ''}" for n, score in enumerate(scores)]
         told = "\n".join(f"{n + 1}: {float(s):.6g}{', kept' if n in chosen else ''}" for n, s in enumerate(scores))
         kept = None if tokens is None else tokens.select(chosen)
         return io.NodeOutput(images[chosen], host.to_intermediate(_sheet(images, names, each, by)), told, kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from . import host
 from .inputs import checked
 from .sockets import MODEL, TOKENS, Model, Tokens
 
@@ -34,4 +35,6 @@ class Decode(io.ComfyNode):
     @checked
     def execute(cls, model: Model, tokens: Tokens) -> io.NodeOutput:
         tokens.check(model.image)
-        return io.NodeOutput(model.pictures(tokens.codes))
+        if tokens.decoded is not None and tokens.meaning == model.image.codebook:
+            return io.NodeOutput(host.to_intermediate(tokens.decoded))
+        return io.NodeOutput(model.pictures(tokens.codes, tokens.sides))

@@ -14,6 +14,7 @@ from ..linear_core.checkpoints.families import ModelInfo
 from ..linear_core.checkpoints.families.llamagen import imagenet_classes
 from ..linear_core.checkpoints.library import (
     BUNDLED,
+    BUNDLED_SCALES,
     ModelFiles,
     bundled_files,
     decoder_bytes,
@@ -29,6 +30,7 @@ from ..linear_core.errors import UserError, quoted
 from . import host
 
 BUNDLED_NAME = f"{BUNDLED} (bundled)"
+BUNDLED_NAMES = {BUNDLED_NAME: BUNDLED, f"{BUNDLED} in scales (bundled)": BUNDLED_SCALES}
 AUTOMATIC = "automatic"
 SAMPLING = ("guidance", "temperature", "top_k", "top_p")  # which nodes can leave to the model
 
@@ -97,8 +99,14 @@ def fingerprint_of_all() -> str:
     return " ".join(str(number) for path in _checkpoints().values() for number in _state(path))
 
 
+def _bundled() -> dict[str, ModelFiles]:
+    """The models that come with the pack, by the names that the widget lists."""
+    found = {name: bundled_files(stem) for name, stem in BUNDLED_NAMES.items()}
+    return {name: files for name, files in found.items() if files.decoder.is_file()}
+
+
 def model_names() -> list[str]:
-    return [BUNDLED_NAME, *_listed()[0]]
+    return [*_bundled(), *_listed()[0]]
 
 
 def tokenizer_names() -> list[str]:
@@ -117,15 +125,29 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
     run = {"codes": info.config.codes, "device": host.device_type()}
     sampling = {name: getattr(info.defaults, name) for name in SAMPLING}
     return {
-        **asdict(info.cache_shape(dtype)), **grid, **run, "guided": guided, "weights": weights, "sampling": sampling
+        **asdict(info.cache_shape(dtype)), **grid, **run, **_scales(info), "guided": guided, "weights": weights,
+        "sampling": sampling,
     }  # fmt: skip
+
+
+def _scales(info: ModelInfo) -> dict[str, Any]:
+    """Of a model that draws in scales, what decides the memory of a picture, by its size in tokens: tokens of the first
+    scale, of all but the last, and of the last."""
+    if info.pyramid is None:
+        return {}
+    sizes = {
+        f"{rows} x {cols}": [pyramid.size(0), pyramid.kept, pyramid.size(-1)]
+        for pyramid in (info.pyramid, *info.pyramids)
+        for rows, cols in (pyramid.sides[-1],)
+    }
+    return {"scales": sizes, "logits": info.config.logits, "hidden": info.config.hidden}
 
 
 def model_facts() -> dict[str, dict[str, Any]]:
     """What the page shows of every model listed: what decides its memory, cache and weights, and how it samples."""
-    dtype, sizes, places = host.compute_dtype(), {}, _checkpoints()
+    dtype, sizes, places, bundled = host.compute_dtype(), {}, _checkpoints(), _bundled()
     for name in model_names():
-        path = bundled_files().decoder if name == BUNDLED_NAME else places.get(name)
+        path = bundled[name].decoder if name in bundled else places.get(name)
         if path and (found := _sizes(str(path), dtype, *_state(path))):
             sizes[name] = found
     return sizes
@@ -143,19 +165,19 @@ def bundled_info() -> ModelInfo:
 
 def find_files(model: str, tokenizer: str, grid: tuple[int, int] | None = None) -> ModelFiles:
     """The checkpoints of the chosen model and tokenizer. Raises UserError where one is missing."""
-    bundled = bundled_files()
     decoder = find_decoder(model)
     if tokenizer != AUTOMATIC:
         return ModelFiles(decoder, find_vq(tokenizer))
-    if model == BUNDLED_NAME:
-        return bundled
+    if model in BUNDLED_NAMES:
+        return bundled_files(BUNDLED_NAMES[model])
     return ModelFiles(decoder, find_tokenizer(decoder, grid, [_find(name) for name in _listed()[1]]))
 
 
 def find_decoder(model: str) -> Path:
     """Where the chosen model is, without a look inside. Raises UserError where it is missing."""
     _check_name("model", model)
-    return bundled_files().decoder if model == BUNDLED_NAME else _find(model)
+    bundled = _bundled()
+    return bundled[model].decoder if model in bundled else _find(model)
 
 
 def find_vq(tokenizer: str) -> Path:
@@ -248,6 +270,11 @@ NO_ENCODER = "none"
 def text_encoder_names() -> list[str]:
     fitting = [name for name, (_, width) in _text_encoders().items() if _fits_a_model(width)]
     return [*(fitting or [published.TEXT_ENCODER]), NO_ENCODER]
+
+
+def text_encoder_paths() -> list[Path]:
+    """All T5 encoders of the model folders."""
+    return [path for path, _ in _text_encoders().values()]
 
 
 def find_text_files(name: str, width: int = 0) -> TextFiles:

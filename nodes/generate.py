@@ -14,7 +14,8 @@ from ..linear_core.plan import AUTO, MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
 from . import live
 from .inputs import checked
-from .live import VIEW, draw, first_rows, resolve
+from .live import VIEW, draw, resolve
+from .loops import Lines, Scales, loop_of
 from .redraw import best_fills, check_fills, copies, kept_codes
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
@@ -28,9 +29,18 @@ class Generate(io.ComfyNode):
             node_id="LineAR_Generate",
             display_name="Generate",
             category="LineAR",
-            description="Generates images line by line with the KV cache set in Line Cache. Finished rows appear on "
-            "the node; Stop takes effect within a row.",
-            search_aliases=["autoregressive sampler", "sampler", "llamagen", "linear", "draw tokens"],
+            description="Generates images line by line, or with VAR, M-VAR and Infinity scale by scale, with the KV "
+            "cache set in Line Cache. M-VAR needs no cache, whatever is set. Finished rows or scales appear on the "
+            "node; Stop takes effect within one.",
+            search_aliases=[
+                "autoregressive sampler",
+                "sampler",
+                "llamagen",
+                "var",
+                "infinity",
+                "linear",
+                "draw tokens",
+            ],
             inputs=[
                 MODEL.Input("model", tooltip="The model, from Load AR Model."),
                 CACHE.Input("cache", tooltip="How much of the KV cache to keep, from Line Cache."),
@@ -53,7 +63,8 @@ class Generate(io.ComfyNode):
                     tooltip="Classifier-free guidance scale: how closely the image follows the prompt. Typical: 2 to "
                     "5. 1 or less: none, which halves compute and cache. -1: the model's own value (bundled model 3; "
                     "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3; Emu3 and "
-                    "U0 3; Emu3.5 2, Emu3.5-Image 5).",
+                    "U0 3; Emu3.5 2, Emu3.5-Image 5; VAR and M-VAR 5, growing from 1 at the first scale; Infinity 2B "
+                    "4, 8B 3).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -62,7 +73,7 @@ class Generate(io.ComfyNode):
                     max=4.0,
                     step=0.05,
                     tooltip="Sampling temperature. Typical: 1. Lower values vary less; 0 always takes the most likely "
-                    "code. -1: the model's own value, which is 1 for all but Anole (0.7).",
+                    "code. -1: the model's own value, which is 1 for all but Anole (0.7) and Infinity 2B (0.5).",
                 ),
                 io.Int.Input(
                     "top_k",
@@ -71,7 +82,7 @@ class Generate(io.ComfyNode):
                     max=65536,
                     tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
                     "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0: "
-                    "4096; Emu3: 2048; Emu3.5 and U0: 5120).",
+                    "4096; Emu3: 2048; Emu3.5 and U0: 5120; VAR and M-VAR: 900).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -80,7 +91,8 @@ class Generate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Sample from the most likely codes whose probabilities add up to this. 1: all. Typical: "
-                    "0.9 to 1. -1: the model's own value, which is 1 for all but Anole (0.9).",
+                    "0.9 to 1. -1: the model's own value, which is 1 for all but Anole (0.9), VAR and M-VAR (0.95) "
+                    "and Infinity (0.97).",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -103,8 +115,8 @@ class Generate(io.ComfyNode):
                 TOKENS.Input(
                     "tokens",
                     optional=True,
-                    tooltip="Images whose upper rows to keep (see keep_rows), from Encode Image or another Generate: "
-                    "one for the whole batch, or one per image.",
+                    tooltip="Images whose upper rows, or coarse scales, to keep (see keep_rows), from Encode Image or "
+                    "another Generate: one for the whole batch, or one per image.",
                 ),
                 io.Int.Input(
                     "keep_rows",
@@ -114,8 +126,8 @@ class Generate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Number of rows, from the top, to take from tokens (with Reroll: from the run shown below) "
-                    "instead of generating them. The cache is filled as if they had been generated. 0: generate all "
-                    "rows.",
+                    "instead of generating them. The cache is filled as if they had been generated. With VAR and "
+                    "Infinity: number of scales, from the coarsest. 0: generate everything.",
                 ),
                 io.Int.Input(
                     "stop_after",
@@ -124,9 +136,12 @@ class Generate(io.ComfyNode):
                     max=256,
                     optional=True,
                     advanced=True,
-                    tooltip="Stop after this many rows; the image is cut off there. 0: generate all rows.",
+                    tooltip="Stop after this many rows; the image is cut off there. With VAR and Infinity: after this "
+                    "many scales; the image is whole, but less sharp. 0: generate everything.",
                 ),
-                VIEW.Input("view", tooltip="The rows so far, and which of their tokens the cache still holds."),
+                VIEW.Input(
+                    "view", tooltip="The rows or scales so far, and which of their tokens the cache still holds."
+                ),
                 io.Int.Input(
                     "drafts",
                     default=0,
@@ -136,7 +151,8 @@ class Generate(io.ComfyNode):
                     advanced=True,
                     tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same, "
                     "except where two codes are equal but for rounding. Can make one to four images faster; try 12 to "
-                    "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise.",
+                    "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise. None with VAR and "
+                    "Infinity, which draw a whole scale in one pass.",
                 ),
                 io.String.Input(
                     "seeds",
@@ -198,10 +214,10 @@ class Generate(io.ComfyNode):
         candidates: int = 1,
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
-        image, info = model.image, model.image.info
+        image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
-        above, own = _above(tokens, keep_rows, view, model)
+        above, own = _above(tokens, keep_rows, view, model, loop)
         own = own or {"seed": seed, "seeds": parse_seeds(seeds)}
         sample = replace(info.defaults, guidance_interval=guidance_interval, drafts=drafts, **own, **asked)
         image.check(prompt)
@@ -217,28 +233,37 @@ class Generate(io.ComfyNode):
             kept, above, sample = copies(kept, above, sample, prompt.rows, candidates)
             prompt = prompt.repeat(candidates)
         sample.image_seeds(prompt.rows)
-        cache = resolve(model, cache, sample, prompt)
-        (run,), begun, shown = draw(model, prompt, [cache], sample, node, above=above, kept=kept, stop_after=stop_after)
+        cache = resolve(model, cache, sample, prompt, stop_after)
+        (run,), begun, shown, decoded = draw(
+            model, prompt, [cache], sample, node, above=above, kept=kept, stop_after=stop_after
+        )
         if kept is not None and candidates > 1:
             run, prompt, shown = best_fills(model, cache, sample, prompt, run, begun, kept, candidates)
+            decoded = None
+        shares = run.shares if loop.sides else run.shares[:, :, : len(run.lines)]
         return io.NodeOutput(
             Tokens(
                 codes=run.tokens,
-                shares=run.shares[:, :, : len(run.lines)],
+                shares=shares,
                 names=prompt.names,
                 model=info.name,
                 codebook=info.config.codes,
                 plan=cache,
-                cache_bytes=run.lines[0].cache_bytes,
+                cache_bytes=run.lines[-1].cache_bytes,
                 seconds=run.seconds,
                 meaning=image.codebook,
+                sides=loop.sides,
+                cached=info.cached,
+                decoded=decoded,
             ),
             ui=shown,
         )
 
 
-def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> tuple[Tensor | None, dict[str, Any]]:
-    """The rows that stay: of the run that the widget shows, where it hands one back, else of `tokens`.
+def _above(
+    tokens: Tokens | None, rows: int, view: str | None, model: Model, loop: Lines | Scales
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The rows, or scales, that stay: of the run that the widget shows, where it hands one back, else of `tokens`.
 
     And the seeds of the run that they are from, where the widget says so.
     """
@@ -247,9 +272,13 @@ def _above(tokens: Tokens | None, rows: int, view: str | None, model: Model) -> 
     if view:
         if codebooks_of(str(view)) - {model.image.codebook}:
             name = model.image.info.name
-            raise UserError(f"view: the rows kept on the node are not of {name}; press 'Start over' on the node.")
-        return live.kept_codes(str(view), rows)
+            raise UserError(
+                f"view: the {loop.unit}s kept on the node are not of {name}; press 'Start over' on the node."
+            )
+        return live.kept_codes(loop, str(view), rows)
     if tokens is None:
-        raise UserError(f"keep_rows: there is no image to take {rows} rows from; connect tokens, or set it to 0.")
+        raise UserError(
+            f"keep_rows: there is no image to take {rows} {loop.unit}s from; connect tokens, or set it to 0."
+        )
     tokens.check(model.image)
-    return first_rows(tokens.codes, rows), {}
+    return loop.first(tokens.codes, rows, tokens.sides), {}

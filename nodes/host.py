@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
 import comfy.ops
 import comfy.utils
+import comfyui_version
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -65,6 +68,14 @@ def t5_tokenizer() -> Path | None:
     return path if path.is_file() else None
 
 
+def versions() -> dict[str, str]:
+    """Of ComfyUI and its page."""
+    found = {"ComfyUI": str(comfyui_version.__version__)}
+    with suppress(metadata.PackageNotFoundError):
+        found["its frontend"] = metadata.version("comfyui-frontend-package")
+    return found
+
+
 # -- devices and memory ----------------------------------------------------------------------------------------------
 
 
@@ -83,6 +94,7 @@ class Layers:
         __init__ = nn.Embedding.__init__
         _load_from_state_dict = nn.Module._load_from_state_dict
 
+    Conv1d = comfy.ops.disable_weight_init.Conv1d
     Conv2d = comfy.ops.disable_weight_init.Conv2d
     GroupNorm = comfy.ops.disable_weight_init.GroupNorm
     RMSNorm = comfy.ops.disable_weight_init.RMSNorm

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from numbers import Real
@@ -255,3 +256,8 @@ def found(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a dictionary"
     return next((words for kind, words in OURS.items() if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def split_texts(text: str) -> list[str]:
+    """Texts between lines of ---, without empty ones."""
+    return [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]

@@ -1,4 +1,4 @@
-"""A run as the page shows it: progress bar, events, and the rows so far as the host's own preview pictures."""
+"""A run as the page shows it: progress bar, events, and what is drawn so far as the host's own preview pictures."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from PIL import Image
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import EVENT, Line, Picture, Started, Trace, detail, images_shown, mark_cells, unpack_kept
-from ..linear_core.loop.drafts import check, window_size
-from ..linear_core.loop.generate import Run, evict, generate
+from ..linear_core.events import EVENT, Picture, Started, Trace, mark_cells, unpack_kept
+from ..linear_core.loop.drafts import check
+from ..linear_core.loop.generate import Run, evict
 from ..linear_core.loop.graph import Graphs, use_graphs
-from ..linear_core.loop.memory import max_batch_size, run_bytes
+from ..linear_core.loop.memory import max_batch_size
 from ..linear_core.loop.micro_batches import MicroBatches, merge_lines
 from ..linear_core.loop.redraw import DRAW
-from ..linear_core.pictures.preview import Preview, PreviewWorker
+from ..linear_core.pictures.preview import PreviewWorker
 from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.prompts import Prompt
 from . import host
+from .loops import Lines, Scales, loop_of
 from .sockets import Model
 
 log = logging.getLogger(__name__)
 MIB = 2**20
 STEP = "LINEAR_STEP"
-ADVICE = "keep fewer lines (Line Cache), lower batch_size, or close other programs that use memory"
+ADVICE = "keep less (Line Cache), lower batch_size, or close other programs that use memory"
 SIZE = 384  # pixels of a preview's longer side, at most, unless it is larger by itself
 
 
@@ -56,62 +57,58 @@ def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
     return (2 * prompt.rows, prompt.max_length) if sample.guided else (prompt.rows, prompt.length)
 
 
-def resolve(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt) -> CachePlan:
-    """The plan with its budget in lines of the picture, now that model and batch are known; checked."""
-    rows, places = _sequences(sample, prompt)
-    plan = plan.resolve(model.image.decoder.cache_shape(places), model.image.info.grid, rows)
-    plan.check(model.image.info.grid)
+def resolve(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, stop_after: int = 0) -> CachePlan:
+    """The plan with its budget in lines, or as a share of scales, now that model and batch are known; checked."""
+    loop, (rows, places) = loop_of(model), _sequences(sample, prompt)
+    plan = plan.resolve(model.image.decoder.cache_shape(places), loop.of, rows)
+    loop.check(plan, sample, stop_after)
     return plan
 
 
-def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
-    """The event that describes a run. `at_once` of its images are in the cache together, by default all."""
-    decoder, grid, images = model.image.decoder, model.image.info.grid, prompt.rows
+def started(
+    model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None, beside: str = ""
+) -> Started:
+    """The event that describes a run. `at_once` of its images are in the cache together, by default all. `beside` is
+    the model of the run on its left, if that is another."""
+    images = prompt.rows
     rows, places = _sequences(sample, prompt.select(range(at_once or images)))
-    shown = images_shown(images, grid.rows, grid.cols)
-    shape = decoder.cache_shape(places)
+    shape = model.image.decoder.cache_shape(places)
+    told = loop_of(model).told(plan, shape, rows, images)
     return Started(
         run=uuid.uuid4().hex[:12],
-        rows=grid.rows,
-        cols=grid.cols,
-        stride=grid.stride,
         images=images,
-        shown=shown,
-        columns=_columns(shown),
+        columns=_columns(told["shown"]),
         layers=shape.layers,
         heads=shape.heads,
-        detail=detail(shape.layers, shape.heads, grid.tokens),
         seed=sample.seed,
         policy=plan.policy,
         release=plan.release,
-        lines=min(plan.budget, grid.rows) if plan.evicts(grid) else grid.rows,
         anchors=plan.anchors,
         recent=plan.recent,
-        cache_bytes=shape.bytes(grid, plan, rows),
-        full_bytes=shape.bytes(grid, CachePlan("full"), rows),
         codebook=model.image.codebook,
         list_index=host.list_index(),
         seeds=",".join(map(str, sample.image_seeds(images))) if sample.seeds else "",
+        beside=beside,
+        **told,
     )
 
 
 def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, images: int | None = None) -> int:
     """Bytes that a run takes besides the weights, preview included, for `images` of the prompt at once, or all."""
-    info = model.image.info
     images = images or prompt.rows
     rows, places = _sequences(sample, prompt)
-    rows = rows // prompt.rows * images
     shape = model.image.decoder.cache_shape(places)
-    preview = images_shown(images, info.grid.rows, info.grid.cols) * model.picture_bytes(info.grid.rows, info.grid.cols)
-    window = window_size(model.image.decoder, sample, images, info.grid)
-    return run_bytes(shape, info.grid, plan, rows, info.config.codes, host.device_type(), window) + preview
+    return loop_of(model).run_bytes(plan, shape, sample, rows // prompt.rows * images, images)
 
 
 class Live:
-    """Sends a run to the page: row by row while it is generated, and as a whole afterwards.
+    """Sends a run to the page: row by row, or scale by scale, while it is generated, and as a whole afterwards.
 
-    `beside` are the lines of another run, which grows meanwhile; the preview shows that one on the left. `part` of
-    `parts`: a batch that does not fit is generated in parts, and the page sees each part as a run of its own.
+    `beside` are the lines of another run, which grows meanwhile; the preview shows that one on the left. `name` is that
+    of its model, if it is another. `part` of `parts`: a batch that does not fit is generated in parts, and the page
+    sees each part as a run of its own.
+
+    decoded  the pictures that are shown, once the run has ended
     """
 
     def __init__(
@@ -121,23 +118,26 @@ class Live:
         sample: SamplePlan,
         prompt: Prompt,
         node_id: str,
-        beside: list[Line] | None = None,
+        beside: list[Any] | None = None,
         part: int = 0,
         parts: int = 1,
+        name: str = "",
         kept: Tensor | None = None,
     ):
-        self.node_id, self.rows, self.tokenizer = node_id, model.image.info.grid.rows, model.image.tokenizer
-        self.beside = beside
+        self.node_id, self.loop, self.beside = node_id, loop_of(model), beside
+        self.rows = self.loop.stages
+        self.decoded: Tensor | None = None
         self.before = part * self.rows
         self.text = f"part {part + 1} of {parts}, {prompt.rows} pictures at a time" if parts > 1 else ""
         self.progress = host.Progress(parts * self.rows, node_id)
-        self.trace = Trace(_marked(started(model, plan, sample, prompt), kept))
-        self.lines: list[Line] = []
+        self.trace = Trace(_marked(started(model, plan, sample, prompt, beside=name), kept))
+        self.lines: list[Any] = []
         self._send(self.trace.latest)
-        self.worker = PreviewWorker(self._render, self._show, self.rows, host.Interrupted)
+        self.loop.prepare()
+        self.worker: PreviewWorker = self.loop.worker(self._render, self._show, self.rows, host.Interrupted)
 
-    def add(self, line: Line) -> None:
-        """Send one more row. Raises ComfyUI's interrupt if the user pressed Stop."""
+    def add(self, line: Any) -> None:
+        """Send one more row or scale. Raises ComfyUI's interrupt if the user pressed Stop."""
         self.lines.append(line)
         self.worker.submit(self._job(), len(self.lines))
         self.worker.check()
@@ -152,7 +152,7 @@ class Live:
         self._send(self.trace.finish())
         self.shown = left(self.trace, None if self.beside is not None else picture)
 
-    def replace_run(self, trace: Trace, lines: list[Line]) -> None:
+    def replace_run(self, trace: Trace, lines: list[Any]) -> None:
         """Send another run in place of this one, with its picture."""
         for event in trace.events:
             self._send(event)
@@ -165,12 +165,15 @@ class Live:
     def close(self) -> None:
         self.worker.close()
 
-    def _job(self) -> list[tuple[Line, ...]]:
+    def _job(self) -> list[tuple[Any, ...]]:
         return [tuple(lines) for lines in (self.beside, self.lines) if lines is not None]
 
-    def _render(self, runs: list[tuple[Line, ...]]) -> Image.Image:
-        shown = self.trace.started.shown
-        sheets = [sheet(_pictures(self.tokenizer, lines, self.rows, shown)) for lines in runs]
+    def _render(self, runs: list[tuple[Any, ...]], seconds: float | None = None) -> Image.Image:
+        """The pictures so far. Previews of scales get `seconds`, and the page enlarges them."""
+        pictures = self.loop.pictures(runs, self.trace.started.shown, seconds)
+        if isinstance(self.loop, Scales) and seconds is None:
+            self.decoded = pictures[-1]
+        sheets = [sheet(one, SIZE if seconds is None else 0) for one in pictures]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
     def _show(self, picture: Image.Image, lines: int, trace: Trace | None = None) -> None:
@@ -200,64 +203,66 @@ def draw(
     above: Tensor | None = None,
     kept: Tensor | None = None,
     stop_after: int = 0,
-) -> tuple[list[Run], Started, dict[str, Any]]:
+    beside: Model | None = None,
+) -> tuple[list[Run], Started, dict[str, Any], Tensor | None]:
     """Generate with each of `plans` at the same time. The page sees the last one, with the first on its left.
 
-    `above` are lines to keep, and `kept` codes (see `generate`); `stop_after` is the number of lines after which to
-    stop (0: never). A batch that does not fit into memory, or for which memory runs out, is generated in parts. Returns
-    the runs, the event that describes the last one, and what stays on the page.
+    `above` are lines, or scales, to keep, and `kept` codes (see `generate`); `stop_after` is the number of lines or
+    scales after which to stop (0: never). A batch that does not fit into memory, or for which memory runs out, is
+    generated in parts. Returns the runs, the event that describes the last one, what stays on the page, and all its
+    pictures if they are decoded.
+
+    `beside` draws with the first plan instead; a model whose pictures have the same stages and codes.
     """
-    image = model.image
+    loop = loop_of(model)
+    models = [beside or model, *[model] * (len(plans) - 1)]
+    name = beside.image.info.name if beside else ""
+    networks = [model.decoder, model.tokenizer, *([beside.decoder] if beside else [])]
 
     def needed(images: int) -> int:
-        return sum(memory(model, plan, sample, prompt, images) for plan in plans)
+        return sum(memory(each, plan, sample, prompt, images) for each, plan in zip(models, plans, strict=True))
 
-    at_once = max_batch_size(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
+    at_once = max_batch_size(host.room(*networks), prompt.rows, needed)
     micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), kept=kept, advice=ADVICE)
-    done: list[list[Line]] = []  # by part: the lines of the last plan that were sent
+    done: list[list[Any]] = []  # by part: the lines of the last plan that were sent
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
-            host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
-            graphs = _graphs(image.decoder, len(plans), _sequences(sample, micro_batch.prompt)[0])
+            host.load(*networks, memory=needed(micro_batch.prompt.rows))
+            sequences = _sequences(sample, micro_batch.prompt)[0]
+            decoders = [each.image.decoder for each in models]
+            graphs = _graphs(decoders, sequences) if isinstance(loop, Lines) else []
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
             if micro_batch.kept is not None:
                 given = [more | {"kept": micro_batch.kept} for more in given]
             drawing = [
-                generate(
-                    image.decoder,
-                    micro_batch.prompt,
-                    plan,
-                    micro_batch.sample,
-                    above=upper,
-                    name=image.info.name,
-                    **more,
-                )
-                for plan, upper, more in zip(plans, micro_batch.above, given, strict=True)
+                loop_of(each).draw(micro_batch.prompt, plan, micro_batch.sample, upper, stop_after, **more)
+                for each, plan, upper, more in zip(models, plans, micro_batch.above, given, strict=True)
             ]
-            beside = micro_batch.runs[0].lines if len(plans) > 1 else None
+            other = micro_batch.runs[0].lines if len(plans) > 1 else None
             live = Live(
                 model,
                 plans[-1],
                 micro_batch.sample,
                 micro_batch.prompt,
                 node_id,
-                beside,
+                other,
                 part=len(done),
                 parts=len(micro_batches),
                 kept=micro_batch.kept,
+                name=name,
             )
             try:
                 for lines in zip(*drawing, strict=True):
                     for run, line in zip(micro_batch.runs, lines, strict=True):
                         run.add(line)
                     live.add(lines[-1])
-                    if lines[-1].row + 1 == stop_after:
-                        break
                 live.finish()
             except host.Interrupted:  # the page gets the rows that all images have, to continue from
                 if done and live.lines and len(plans) == 1:
                     at_once = max(len(part[0].tokens) for part in done)
-                    live.replace_run(*_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines], kept))
+                    live.replace_run(
+                        *_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines], name, kept)
+                    )
                 raise
             finally:
                 for lines in drawing:
@@ -266,22 +271,26 @@ def draw(
             done.append(live.lines)
             for why in {each.why for each in graphs if each.why}:
                 log.warning("LineAR: %s", why)
-    shown, trace = live.shown, live.trace
+    shown, trace, decoded = live.shown, live.trace, live.decoded
     if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
-        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done, kept)
+        decoded = None
+        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done, name, kept)
         trace.finish()
         picture = live.worker.final([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
-    return micro_batches.runs, trace.started, shown
+    if decoded is not None and len(decoded) < prompt.rows:
+        decoded = None
+    return micro_batches.runs, trace.started, shown, decoded
 
 
-def _graphs(decoder: Any, runs: int, sequences: int) -> list[Graphs]:
-    """CUDA graphs for each run, if the environment asks for them or `linear_core/defaults.py` says that they win."""
+def _graphs(decoders: list[Any], sequences: int) -> list[Graphs]:
+    """CUDA graphs for each decoder's run, if the environment asks for them or `linear_core/defaults.py` says that they
+    win."""
     asked = os.environ.get(STEP, "auto")
     if asked not in ("auto", "eager", "graph"):
         raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
-    use = use_graphs(asked, decoder.device, sequences)
-    return [Graphs(decoder.step, evict, check) for _ in range(runs)] if use else []
+    use = use_graphs(asked, decoders[0].device, sequences)
+    return [Graphs(decoder.step, evict, check) for decoder in decoders] if use else []
 
 
 def _marked(begun: Started, kept: Tensor | None) -> Started:
@@ -297,25 +306,19 @@ def _as_one(
     sample: SamplePlan,
     prompt: Prompt,
     at_once: int,
-    parts: list[list[Line]],
+    parts: list[list[Any]],
+    name: str = "",
     kept: Tensor | None = None,
-) -> tuple[Trace, list[Line]]:
+) -> tuple[Trace, list[Any]]:
     """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
     images = range(len(lines[0].tokens))
-    begun = started(model, plan, sample.select(images), prompt.select(images), at_once)
+    begun = started(model, plan, sample.select(images), prompt.select(images), at_once, name)
     trace = Trace(_marked(begun, kept if kept is None or len(kept) == 1 else kept[: len(images)]))
     for line in lines:
         trace.add(line)
     return trace, lines
-
-
-def _pictures(tokenizer: Any, lines: tuple[Line, ...], rows: int, images: int) -> Tensor:
-    preview = Preview(tokenizer, rows)
-    for line in lines:
-        preview.add(line)
-    return preview.pictures(images)
 
 
 def _columns(images: int) -> int:
@@ -338,9 +341,9 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def kept_codes(text: str, rows: int) -> tuple[Tensor | None, dict[str, Any]]:
+def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | None, dict[str, Any]]:
     """The codes that the widget sent back for this run, int64 B rows cols, and the run's seeds, as SamplePlan has them,
-    if they are not the node's.
+    if they are not the node's. Of scales, B N.
 
     `rows` is how many to keep of the run that the widget shows. Of the node's other runs, which are not to change, all
     that the widget sent; None for a run that it knows nothing of.
@@ -349,27 +352,23 @@ def kept_codes(text: str, rows: int) -> tuple[Tensor | None, dict[str, Any]]:
         kept = unpack_kept(text)
     except ValueError as error:
         raise UserError(
-            f"view: the rows kept on the node cannot be read ({error}); press 'Start over' on the node."
+            f"view: the {loop.unit}s kept on the node cannot be read ({error}); press 'Start over' on the node."
         ) from None
     for each in kept:
         if each.list_index in (None, host.list_index()):
             codes = torch.tensor(each.codes).view(each.sizes)
             own = {} if each.seed is None else {"seed": each.seed, "seeds": each.seeds}
-            return (first_rows(codes, rows) if each is kept[0] else codes), own
+            return (loop.first(codes, rows, ()) if each is kept[0] else codes), own
     return None, {}
 
 
-def first_rows(codes: Tensor, rows: int) -> Tensor:
-    """The upper `rows` of pictures B rows cols."""
-    if codes.shape[1] < rows:
-        raise UserError(
-            f"keep_rows: {rows} rows are to be kept, but there are only {codes.shape[1]}; choose fewer rows."
+def report(full: Run, few: Run, started_few: Started, label: str, beside: str = "") -> str:
+    """Two runs with the same seeds in a few lines of text. The first is of the model `beside` if that is another."""
+    if beside:
+        return "\n".join(
+            f"{name}, {run.tokens_per_second:.0f} tokens/s, {run.seconds:.1f} s"
+            for name, run in ((beside, full), (f"{label}: {started_few.cache_bytes / MIB:.1f} MiB", few))
         )
-    return codes[:, :rows]
-
-
-def report(full: Run, few: Run, started_few: Started, label: str) -> str:
-    """Two runs with the same seeds in a few lines of text."""
     same = float((full.tokens == few.tokens).float().mean())
     saved = 1 - started_few.cache_bytes / started_few.full_bytes
     return "\n".join(

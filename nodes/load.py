@@ -22,18 +22,19 @@ class LoadModel(io.ComfyNode):
             category="LineAR",
             description="Loads an autoregressive image model: the decoder, which generates tokens, and the tokenizer, "
             "which turns them into pixels. The bundled model needs no download and no GPU.",
-            search_aliases=["autoregressive", "llamagen", "janus", "lumina", "emu3", "load linear",
+            search_aliases=["autoregressive", "llamagen", "janus", "lumina", "emu3", "var", "infinity", "load linear",
                             "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=files.model_names(),
                     extra_dict={"linear_ar": files.model_facts()},
-                    tooltip="The decoder. 'landscapes (bundled)' comes with the pack; others go into models/ar_image: "
-                    "LlamaGen files (.safetensors or .pt) and folders of Janus (also found in models/Janus-Pro), "
-                    "Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. Licences: LlamaGen MIT; Janus DeepSeek "
-                    "Model License; Lumina-mGPT 2.0 Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT 7B and "
-                    "Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
+                    tooltip="The decoder. Bundled ones come with the pack; others go into models/ar_image: "
+                    "LlamaGen, VAR, M-VAR and Infinity files (.safetensors, .pt or .pth) and folders of Infinity 8B, "
+                    "Janus (also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. "
+                    "Licences: LlamaGen, VAR and Infinity MIT; M-VAR Apache-2.0 (its code: none stated); Janus "
+                    "DeepSeek Model License; Lumina-mGPT 2.0 Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT "
+                    "7B and Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
                 ),
                 io.Combo.Input(
                     "tokenizer",
@@ -41,7 +42,8 @@ class LoadModel(io.ComfyNode):
                     tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' finds it: the bundled one, the "
                     "one in the model's folder or named in its file, vq_ds16_c2i or vq_ds16_t2i for LlamaGen, vqgan "
                     "for Lumina-mGPT and Anole, movqgan_270M for Lumina-mGPT 2.0, Emu3-VisionTokenizer and "
-                    "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's).",
+                    "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's), vae_ch160v4096z32 for VAR and "
+                    "M-VAR, infinity_vae_d16, _d32reg and _d56_f8_14_patchify for Infinity 125M, 2B and 8B.",
                 ),
                 io.Int.Input(
                     "grid_rows",
@@ -93,10 +95,10 @@ class LoadModel(io.ComfyNode):
         kept = host.WEIGHT_DTYPES[weight_dtype]
         layers = host.CastingLayers if kept else host.Layers
         image = load_model(found, grid=grid, dtype=host.compute_dtype(), weight_dtype=kept, ops=layers)
-        if image.info.pyramid is not None:
+        if image.info.masked is not None:
             raise UserError(
-                f"{found.decoder.name}: draws in scales, which the nodes cannot show yet; use it on the command line: "
-                "python -m linear_core generate."
+                f"{found.decoder.name}: draws masked tokens, which the nodes cannot show yet; use it on the command "
+                "line: python -m linear_core generate."
             )
         return io.NodeOutput(Model(image, host.managed(image.decoder), host.managed(image.tokenizer)))
 

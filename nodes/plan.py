@@ -35,21 +35,24 @@ def _custom() -> list[io.Input]:
             min=1,
             max=256,
             tooltip="Lines of image tokens that the cache keeps when a line is complete. Typical: 4 of 24. Memory "
-            "grows with it. With as many lines as the image has, or more, nothing is evicted.",
+            "grows with it. With as many lines as the image has, or more, nothing is evicted. VAR and Infinity "
+            "draw in scales and keep budget / 24 of the tokens.",
         ),
         io.Int.Input(
             "anchors",
             default=plan.anchors,
             min=0,
             max=4096,
-            tooltip="First tokens of the image, which are never evicted. Typical: 4.",
+            tooltip="First tokens of the image, which are never evicted. Typical: 4. Of VAR and Infinity, the first "
+            "scales that hold as many.",
         ),
         io.Int.Input(
             "recent",
             default=plan.recent,
             min=0,
             max=255,
-            tooltip="Newest complete lines, which are never evicted. Typical: 0 for 'fold'; 2 for LineAR as published.",
+            tooltip="Newest complete lines, which are never evicted. Typical: 0 for 'fold'; 2 for LineAR as published. "
+            "No effect with VAR and Infinity.",
         ),
         io.Combo.Input(
             "release",
@@ -78,8 +81,8 @@ class LineCache(io.ComfyNode):
             node_id="LineAR_LineCache",
             display_name="Line Cache",
             category="LineAR",
-            description="Sets how many lines of the KV cache are kept while an image is generated, and which tokens "
-            "are evicted.",
+            description="Sets how much of the KV cache is kept while an image is generated, and which tokens are "
+            "evicted.",
             search_aliases=["kv cache", "cache budget", "linear", "eviction", "compress cache"],
             inputs=[
                 io.DynamicCombo.Input(
@@ -89,14 +92,18 @@ class LineCache(io.ComfyNode):
                         io.DynamicCombo.Option(CUSTOM, _custom()),
                     ],
                     tooltip="Balanced: 4 lines; evicted tokens are folded into the most similar ones. Small: 3 lines. "
-                    "Smallest: 2 lines. LineAR: 4 lines, as in the paper; with the bundled model ten times as far from "
-                    "the full cache as Balanced. Full: every line, as without this pack. Custom: your own settings.",
+                    "Smallest: 2 lines. Tiny: a twentieth of the cache, for Infinity. LineAR: 4 lines, as in the "
+                    "paper; with the bundled model ten times as far from the full cache as Balanced. Full: everything, "
+                    "as without this pack. Custom: your own settings. Lines are those of an image of 24: VAR and "
+                    "Infinity, which draw in scales, keep the same share, 1/6 for 4 lines.",
                 ),
                 MEMORY.Input(
                     "memory",
                     tooltip="Memory that the connected Generate node will allocate for keys and values: 2 × layers × "
                     "sequences × heads × head size × (prompt + lines × tokens per line) × bytes per number. Sequences: "
-                    "the number of images, doubled by guidance.",
+                    "the number of images, doubled by guidance. VAR and Infinity: the tokens kept in each layer, and "
+                    "room for one layer to draw the last scale. M-VAR: no cache, but a state of the same size at every "
+                    "scale, whatever is chosen here.",
                     extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
                 ),
                 io.Combo.Input(
@@ -105,8 +112,8 @@ class LineCache(io.ComfyNode):
                     default=LINES,
                     optional=True,
                     tooltip="What amount counts. lines: lines of image tokens. share: how much of the full cache is "
-                    "kept. MiB: memory for all images of the batch together; as many lines are kept as fit into it. "
-                    "The line above shows all three.",
+                    "kept. MiB: memory for all images of the batch together; as many lines or tokens are kept as fit "
+                    "into it. The line above shows all three.",
                 ),
                 io.Float.Input(
                     "amount",
@@ -131,7 +138,9 @@ class LineCache(io.ComfyNode):
         settings = dict(preset)
         name = settings.pop("preset")
         plan = CachePlan(**settings) if name == CUSTOM else PRESETS[name]
-        return io.NodeOutput(replace(plan, **_budget(budget_in, amount)) if amount else plan)
+        if amount:
+            plan = replace(plan, **{"share": 0.0, "mib": 0.0, **_budget(budget_in, amount)})
+        return io.NodeOutput(plan)
 
 
 def _budget(budget_in: str, amount: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..linear_core.loop.redraw import DRAW, best_of, candidates, following, keep
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.prompts import Prompt
 from . import host
-from .encode import fit
+from .encoding import fit
 from .live import left, sheet
 from .sockets import Model, Tokens
 
@@ -29,6 +29,8 @@ def kept_codes(model: Model, tokens: Tokens, mask: Tensor, images: int, node_id:
 
     The mask belongs to the image that the tokens are of, and is cropped as that was.
     """
+    if model.image.info.pyramid is not None:
+        raise UserError(f"mask: {model.image.info.name} draws in scales and takes no mask; disconnect it.")
     grid, factor = model.image.info.grid, model.image.tokenizer.config.factor
     if tokens.codes.shape[1:] != (grid.rows, grid.cols):
         found = " x ".join(map(str, tokens.codes.shape[1:]))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.checkpoints.library import ImageModel
 from ..linear_core.errors import UserError
 from ..linear_core.grid import Grid
-from ..linear_core.pictures.preview import decode
+from ..linear_core.pictures.preview import Sketch, decode
 from ..linear_core.plan import CachePlan
+from ..linear_core.pyramid import Pyramid
 from . import host
 
 MODEL = io.Custom("LINEAR_MODEL")
@@ -27,6 +29,7 @@ class Model:
     image: ImageModel
     decoder: host.ModelPatcher
     tokenizer: host.ModelPatcher
+    sketch: Sketch = field(default_factory=Sketch, repr=False)  # for previews of a model that draws in scales
 
     def with_grid(self, grid: Grid | None) -> Model:
         """The model with the grid that a prompt asks for; None: its own."""
@@ -37,25 +40,39 @@ class Model:
         config = self.image.tokenizer.config
         return 12 * rows * cols * config.factor**2 * config.decoder_widths[-1] * 4
 
-    def pictures(self, codes: Tensor) -> Tensor:
-        """Codes B rows cols as an IMAGE, float32 B H W 3: as many at a time as fit into half of the free memory."""
-        images, rows, cols = codes.shape
+    def pictures(self, codes: Tensor, sides: tuple[tuple[int, int], ...] = ()) -> Tensor:
+        """Codes B rows cols, or B N of scales with these `sides` (or of the first of them), as an IMAGE, float32 B H W
+        3: as many at a time as fit into half of the free memory."""
+        rows, cols = sides[-1] if sides else codes.shape[1:]
         each = self.picture_bytes(rows, cols)
         host.load(self.tokenizer, memory=each)
-        at_once = max(1, min(images, 16, host.free_memory() // 2 // each))
-        return host.to_intermediate(decode(self.image.tokenizer, codes, at_once))
+        at_once = max(1, min(len(codes), 16, host.free_memory() // 2 // each))
+        drawn = self._canvas(codes, Pyramid(sides)) if sides else codes
+        return host.to_intermediate(decode(self.image.tokenizer, drawn, at_once))
+
+    @torch.inference_mode()
+    def _canvas(self, codes: Tensor, pyramid: Pyramid) -> Tensor:
+        """The canvas B Z h w of the tokens of the first scales, B N."""
+        sizes = [pyramid.size(stage) for stage in range(pyramid.stages) if pyramid.index(stage) < codes.shape[1]]
+        scales = codes.to(self.image.tokenizer.device).split(sizes, 1)
+        maps = [one.unflatten(1, sides) for one, sides in zip(scales, pyramid.sides, strict=False)]
+        return self.image.tokenizer.quantize.canvas(pyramid, maps)
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Finished pictures as codes, and what is worth telling of how they were drawn. All on the CPU.
 
-    codes     int64 B rows cols
-    shares    float32 B lines rows cols, share of layers and heads that held each token after each line
+    codes     int64 B rows cols; of a picture drawn in scales B N, all tokens of its first scales
+    shares    float32 B lines rows cols, share of layers and heads that held each token after each line; of scales
+              B scales N, N being all of them
     names     what each picture shows
     model     name of the model that drew them
     codebook  number of codes that model draws from
     meaning   what they stand for, as ImageModel.codebook says it; "": not stated
+    sides     rows and columns of each scale; empty: it was drawn in lines
+    cached    whether the model keeps a cache, so that shares say something
+    decoded   float32 B H W 3: the finished picture, where it was decoded already; by the tokenizer with this meaning
     pixels    height and width of the image that was encoded, before it was scaled and cropped; None: none was
     """
 
@@ -68,15 +85,30 @@ class Tokens:
     cache_bytes: int
     seconds: float
     meaning: str = ""
+    sides: tuple[tuple[int, int], ...] = ()
+    cached: bool = True
+    decoded: Tensor | None = field(default=None, repr=False, compare=False)
+
     pixels: tuple[int, int] | None = None
+
+    @property
+    def pyramid(self) -> Pyramid | None:
+        """The scales; None: it was drawn in lines."""
+        return Pyramid(self.sides) if self.sides else None
 
     def select(self, rows: list[int]) -> Tokens:
         """The pictures with these numbers."""
         names = tuple(self.names[row] for row in rows)
-        return replace(self, codes=self.codes[rows], shares=self.shares[rows], names=names)
+        return replace(self, codes=self.codes[rows], shares=self.shares[rows], names=names, decoded=None)
 
     def check(self, image: ImageModel) -> None:
-        """Raise UserError if these are codes of another codebook than the model's."""
+        """Raise UserError if these are codes of another codebook than the model's, or drawn another way."""
+        if bool(self.sides) != (image.info.pyramid is not None):
+            ways = ("in lines", "in scales")
+            raise UserError(
+                f"tokens: they come from {self.model}, which draws {ways[bool(self.sides)]}, but "
+                f"{image.info.name} draws {ways[not self.sides]}; connect its model."
+            )
         if self.codebook != image.tokenizer.config.codes:
             raise UserError(
                 f"tokens: they come from {self.model}, whose codebook has {self.codebook} codes, but {image.info.name} "

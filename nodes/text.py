@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from ..linear_core.checkpoints.text import prompt
 from ..linear_core.errors import UserError
 from . import files, host
-from .inputs import checked
+from .inputs import checked, split_texts
 from .size import OWN, size_input, sized
 from .sockets import MODEL, PROMPT, Model
 
@@ -134,8 +133,3 @@ class TextPrompt(io.ComfyNode):
         finally:
             for patcher in placed:
                 host.unload(patcher)
-
-
-def split_texts(text: str) -> list[str]:
-    """Texts between lines of ---, without empty ones."""
-    return [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]

@@ -7,8 +7,10 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,14 @@ from linear_core.events import (
 )
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
-from linear_core.loop.memory import run_bytes
+from linear_core.loop.memory import run_bytes, scales_run_bytes
 from linear_core.loop.scales import generate_scales
+from linear_core.models.var import PYRAMIDS
+from linear_core.pictures.heatmap import over_scales
 from linear_core.plan import PRESETS, RELEASES, CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
+from linear_core.pyramid import Pyramid
 from tests.tiny import Toy, llamagen, var
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,10 +255,8 @@ def test_pack():
         pack([65536])
 
 
-@pytest.mark.parametrize("detail", ["heads", "layers"])
-@pytest.mark.parametrize("plan", [CachePlan("fold", share=0.5), CachePlan("adakv", share=0.5), CachePlan("full")])
-def test_scales_are_told_like_lines(plan, detail):
-    """Replayed, the events of a run over scales give every share, and what each head or layer held after each."""
+def of_scales(plan: CachePlan, detail: str) -> tuple[Pyramid, Iterator[Stage], Trace]:
+    """A run of two images over scales, and a trace to tell of it."""
     decoder, quantizer = var(1, 2, 3, 4)
     pyramid, shape = decoder.pyramid, decoder.cache_shape()
     run = Started(
@@ -261,10 +264,19 @@ def test_scales_are_told_like_lines(plan, detail):
         policy=plan.policy, release=plan.release, lines=plan.keeps(pyramid), anchors=4, recent=0,
         cache_bytes=shape.scales_bytes(pyramid, plan, 2), full_bytes=0, sides=[list(side) for side in pyramid.sides],
     )  # fmt: skip
-    told, shares = Trace(run), [0] * (2 * run.cells)
+    return pyramid, generate_scales(decoder, quantizer, class_prompt([1, 3]), plan, SamplePlan(seed=3)), Trace(run)
+
+
+@pytest.mark.parametrize("detail", ["heads", "layers"])
+@pytest.mark.parametrize("plan", [CachePlan("fold", share=0.5), CachePlan("adakv", share=0.5), CachePlan("full")])
+def test_scales_are_told_like_lines(plan, detail):
+    """Replayed, the events of a run over scales give every share, and what each head or layer held after each."""
+    pyramid, drawing, told = of_scales(plan, detail)
+    run = told.started
+    shares = [0] * (2 * run.cells)
     held = [[set() for _ in range(3)] for _ in range(2)]
     by_layer = [[0] * run.cells for _ in range(2)]
-    for stage in generate_scales(decoder, quantizer, class_prompt([1, 3]), plan, SamplePlan(seed=3)):
+    for stage in drawing:
         event = json.loads(json.dumps(told.add(stage)))
         cells = unpack(event["cells"])
         for cell, share in zip(cells, unpack(event["shares"], "B"), strict=True):
@@ -421,10 +433,56 @@ def test_javascript_replays_the_same(case, detail):
             assert evicted == (gone[0] if gone else -1)
 
 
+@pytest.mark.skipif(not shutil.which("node"), reason="node was not found; it replays the events with web/state.js")
+@pytest.mark.parametrize("detail", ["heads", "layers"])
+def test_javascript_replays_scales_the_same(detail):
+    """Shares, layers, heads, when each cell was evicted, the map over the picture, and what it hands back to go on."""
+    pyramid, drawing, told = of_scales(CachePlan("fold", share=0.4), detail)
+    stages = list(drawing)
+    for stage in stages:
+        told.add(stage)
+    script = ROOT / "tests" / "web" / "replay.mjs"
+    out = subprocess.run(["node", script], input=json.dumps(told.events), capture_output=True, text=True, check=True)
+    answers = json.loads(out.stdout)
+    drawn = [pyramid.stage_of(cell) for cell in range(pyramid.tokens)]
+    for number, (stage, answer) in enumerate(zip(stages, answers, strict=True)):
+        assert answer["all"] == [in_256(image) for image in stage.share]
+        for ours, layer in zip(answer["layers"], stage.by_head, strict=True):
+            assert ours == pytest.approx(in_256(layer.float().mean(0)), abs=1)
+        if detail == "heads":
+            assert answer["heads"] == [[in_256(head.float()) for head in layer] for layer in stage.by_head]
+        for ours, theirs in zip(answer["over"], over_scales(stage.share, pyramid), strict=True):
+            assert ours == pytest.approx(in_256(theirs), abs=1)
+        for cell, evicted in enumerate(answer["evicted"]):
+            gone = [i for i in range(drawn[cell], number + 1) if stages[i].share[0, cell] == 0]
+            assert evicted == (gone[0] if gone and stage.share[0, cell] == 0 else -1)
+        (kept,) = unpack_kept(answer["kept"])
+        assert kept.sizes == (2, pyramid.index(number + 1))
+        assert kept.codes == torch.cat([one.tokens for one in stages[: number + 1]], 1).flatten().tolist()
+
+
 @pytest.mark.skipif(not shutil.which("node"), reason="node was not found; it computes memory with web/state.js")
 def test_the_memory_line_is_the_formula():
-    """web/state.js says of every preset, grid and model what CacheShape.bytes and run_bytes say."""
-    cases = []
+    """web/state.js says of every preset, grid, pyramid and model what CacheShape and run_bytes say."""
+    cases: list[list[Any]] = []
+    few = [CachePlan("fold", share=0.1, storage="int8"), CachePlan("hack", share=0.4), CachePlan("adakv", share=0.3)]
+    few += [CachePlan("fold", mib=mib) for mib in (1, 9, 400)]
+    for pyramid in (Pyramid.square(1, 2, 3, 4, 5, 6, 8, 10, 12), PYRAMIDS[2240], Pyramid.square(3)):
+        for plan in [*PRESETS.values(), *few]:
+            for rows, device, shape in product(
+                (1, 2, 16),
+                ("cpu", "cuda"),
+                (CacheShape(6, 8, 32, 0, 4), CacheShape(36, 36, 64, 0, 2), CacheShape(16, 16, 64, 0, 2, state=137600)),
+            ):
+                model = {**asdict(shape), "logits": 512, "hidden": 1024, "codes": 512, "device": device}
+                sizes = {"scales": [pyramid.size(0), pyramid.kept, pyramid.size(-1)]}
+                try:
+                    part = plan.resolve(shape, pyramid, rows)
+                except UserError:
+                    cases.append([model, sizes, asdict(plan), rows, 0])
+                    continue
+                needed = scales_run_bytes(shape, pyramid, part, rows, 512, 1024, device)
+                cases.append([model, sizes, asdict(plan), rows, [shape.scales_bytes(pyramid, part, rows), needed]])
     for shape in (
         CacheShape(8, 8, 32, 1, 4),
         CacheShape(36, 20, 64, 1, 2),

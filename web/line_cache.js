@@ -11,8 +11,8 @@
  */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { cellAt, draw, layout } from "./draw.js";
-import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, hoverText, keptCells, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, replayRuns, resolved, runBytes, statusText, withBudget } from "./state.js";
+import { cellAt, cellOfScales, draw, drawScales, layout, layoutScales, pictureAt, scaleOfCell } from "./draw.js";
+import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, heldOfScales, hoverText, inScales, keptCells, keptOf, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, remembered, replayRuns, resolved, runBytes, statusText, unitOf, withBudget } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -360,8 +360,9 @@ class View extends Told {
     this.hover = -1;
     this.cut = -1;
     this.where = /** @type {[number, number]} */ ([0, 0]);
-    /** @type {Map<string, { bitmap: ImageBitmap, lines: number }>} */
-    this.pictures = new Map(); // of each run, and how many lines it shows
+    this.image = 0; // the picture whose scales are shown
+    /** @type {Map<string, { bitmap: ImageBitmap, lines: number }[]>} */
+    this.pictures = new Map(); // of each run, and how many lines each shows; of scales all, for the replay, else the newest
     this.refs = new Map(); // finished pictures that the node left behind, until they are fetched
     this.coming = 0; // lines the next preview will show
 
@@ -379,7 +380,7 @@ class View extends Told {
     });
     this.layer = el("select", { title: "layer", "aria-label": "layer", onchange: () => this.setLook({ layer: Number(this.layer.value) }) });
     this.head = el("select", { title: "head", "aria-label": "head", onchange: () => this.setLook({ head: Number(this.head.value) }) });
-    this.empty = el("div", { className: "empty" }, "Rows appear here as they are drawn, and which of their tokens the cache still holds.");
+    this.empty = el("div", { className: "empty" }, "Rows, or scales, appear here as they are drawn, and which of their tokens the cache still holds.");
     this.paper.box.append(this.empty);
     this.status = el("div", { className: "status", role: "status" });
     this.play = el("button", { type: "button", textContent: "▶", title: "replay", "aria-label": "replay", onclick: () => this.toggle() });
@@ -419,7 +420,7 @@ class View extends Told {
 
   fresh() {
     this.stop();
-    Object.assign(this, { cut: -1, hover: -1, look: { row: -1, layer: -1, head: -1 } });
+    Object.assign(this, { cut: -1, hover: -1, image: 0, look: { row: -1, layer: -1, head: -1 } });
     const { run } = this.state;
     const options = (/** @type {any} */ select, /** @type {string} */ name, /** @type {number} */ count) =>
       select.replaceChildren(...[-1, ...Array(count).keys()].map((i) => el("option", { value: String(i), textContent: i < 0 ? `all ${name}s` : `${name} ${i + 1}` })));
@@ -453,13 +454,15 @@ class View extends Told {
   async setPicture(blob, lines = this.coming, run = this.last.run?.run ?? "") {
     const bitmap = await this.newest(blob, run);
     if (!bitmap) return;
-    this.pictures.get(run)?.bitmap.close();
-    this.pictures.set(run, { bitmap, lines });
-    for (const [other, { bitmap }] of this.pictures) {
+    const before = this.pictures.get(run) ?? [];
+    const stays = inScales(this.state.run) ? before.filter((picture) => picture.lines < lines) : [];
+    before.filter((picture) => !stays.includes(picture)).forEach((picture) => picture.bitmap.close());
+    this.pictures.set(run, [...stays, { bitmap, lines }]);
+    for (const [other, pictures] of this.pictures) {
       if (this.states.some((state) => state.run?.run === other)) continue; // else of an earlier prompt
       this.pictures.delete(other);
       this.pending.delete(other);
-      bitmap.close();
+      pictures.forEach(({ bitmap }) => bitmap.close());
     }
     this.show();
   }
@@ -493,10 +496,15 @@ class View extends Told {
   point(event) {
     if (!this.state.run || !this.place) return;
     const [x, y] = this.paper.point(event);
-    const cell = cellAt(this.place, x, y);
+    const cell = this.cellAt(x, y);
     this.setHover(cell);
     this.where = /** @type {[number, number]} */ ([x, y]);
     if (cell >= 0) this.tell(cell, x, y);
+  }
+
+  /** @param {number} x @param {number} y */
+  cellAt(x, y) {
+    return this.place.maps ? cellOfScales(this.place, x, y) : cellAt(this.place, x, y);
   }
 
   /** @param {number} cell @param {number} x @param {number} y */
@@ -509,10 +517,18 @@ class View extends Told {
     tip.style.top = `${y + 16 + height > canvas.clientHeight ? Math.max(0, y - height - 8) : y + 16}px`;
   }
 
-  /** A row to draw anew from. @param {PointerEvent} event */
+  /** A row, or a scale, to draw anew from; of several pictures, whose scales to show. @param {PointerEvent} event */
   choose(event) {
-    if (this.busy || !this.place || !this.state.lines.length) return;
-    const cell = cellAt(this.place, ...this.paper.point(event));
+    if (!this.place || !this.state.lines.length) return;
+    const [x, y] = this.paper.point(event);
+    const picture = this.place.maps ? pictureAt(this.place, x, y) : -1;
+    if (picture >= 0) {
+      this.image = picture;
+      return this.show();
+    }
+    if (this.busy) return;
+    const cell = this.cellAt(x, y);
+    if (this.place.maps) return this.setCut(cell < 0 ? -1 : scaleOfCell(this.place, cell));
     this.setCut(cell < 0 ? -1 : Math.floor((cell % (this.place.rows * this.place.cols)) / this.place.cols));
   }
 
@@ -527,7 +543,8 @@ class View extends Told {
   key(event) {
     if (!this.state.run || this.busy) return;
     const { rows } = this.state.run;
-    const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 4, PageUp: -4 }[event.key];
+    const more = this.place?.maps ? { ArrowRight: 1, ArrowLeft: -1 } : { PageDown: 4, PageUp: -4 };
+    const step = { ArrowDown: 1, ArrowUp: -1, ...more }[event.key];
     if (step) {
       const most = Math.min(this.state.lines.length, rows - 1);
       const next = this.cut < 0 ? Math.ceil(most / 2) : Math.min(most, Math.max(1, this.cut + step));
@@ -569,11 +586,12 @@ class View extends Told {
     if (this.timer) return this.stop();
     const last = this.state.lines.length - 1;
     this.look.row = this.look.row < 0 ? 0 : this.look.row;
+    const pause = inScales(this.state.run) ? 450 : 140;
     this.timer = setInterval(() => {
       const next = this.look.row < 0 ? last : this.look.row + 1;
       if (next >= last) this.stop();
       this.setLook({ row: next });
-    }, 140);
+    }, pause);
     this.show();
   }
 
@@ -587,6 +605,7 @@ class View extends Told {
   show() {
     const { state, look } = this;
     const lines = state.lines.length;
+    const unit = unitOf(state.run);
     const can = canChoose(state);
     const after = !!lines && !this.running;
     const free = after && !this.busy; // to draw anew
@@ -594,7 +613,7 @@ class View extends Told {
     this.empty.hidden = !!state.run;
     this.head_.hidden = this.status.hidden = !state.run;
     say(this.status, statusText(state));
-    this.paper.canvas.setAttribute("aria-label", `${statusText(state)}. Arrow keys choose a row to draw anew from.`);
+    this.paper.canvas.setAttribute("aria-label", `${statusText(state)}. Arrow keys choose a ${unit} to draw anew from.`);
     this.paper.canvas.classList.toggle("pick", free);
     this.layer.hidden = !can.layers;
     this.head.hidden = !can.heads;
@@ -606,22 +625,24 @@ class View extends Told {
     const row = look.row < 0 ? lines : look.row + 1;
     this.scrub.max = String(lines);
     this.scrub.value = String(row);
-    this.moment.textContent = `after row ${row}`;
+    this.moment.textContent = `after ${unit} ${row}`;
+    this.scrub.setAttribute("aria-label", `look at the cache after ${unit}`);
     this.play.textContent = this.timer ? "❚❚" : "▶";
     const keptNow = keptRows(this.kept) && widgetValue(this.node, "keep_rows") > 0;
     this.actions.classList.toggle("later", !free && !keptNow);
     this.reroll.hidden = !free || state.partial;
     this.reroll.disabled = this.cut < 1;
-    this.reroll.textContent = this.cut > 0 ? `Reroll from row ${this.cut + 1}` : "Reroll";
-    this.reroll.title = this.cut > 0 ? `keep rows 1 to ${this.cut}, draw the rest with a new seed` : "click a row of the picture first, or choose one with the arrow keys";
+    const again = unit === "scale" ? "Draw again" : "Reroll";
+    this.reroll.textContent = this.cut > 0 ? `${again} from ${unit} ${this.cut + 1}` : again;
+    this.reroll.title = this.cut > 0 ? `keep ${unit}s 1 to ${this.cut}, draw the rest with a new seed` : `click a ${unit}${unit === "row" ? " of the picture" : ""} first, or choose one with the arrow keys`;
     const partly = free && !state.partial && lines < state.run.rows;
     this.keep.hidden = !partly || !state.stopped || !!state.finished;
-    this.keep.textContent = `Keep ${lines} row${lines > 1 ? "s" : ""}`;
-    this.keep.title = "send the rows finished so far on through the graph, as a picture cut off there";
+    this.keep.textContent = `Keep ${lines} ${unit}${lines > 1 ? "s" : ""}`;
+    this.keep.title = `send the ${unit}s finished so far on through the graph, as a ${unit === "row" ? "picture cut off there" : "less sharp picture"}`;
     this.goOn.hidden = !partly;
     this.over.hidden = !keptNow;
     const which = this.states.length > 1 && keptNow ? keptRun(this.kept) : -1;
-    this.note.textContent = keptNow ? `next run keeps rows 1–${widgetValue(this.node, "keep_rows")}${which < 0 ? "" : ` of run ${which + 1}`}` : free && this.cut < 1 && !state.partial && !partly ? "click a row to draw anew from there" : "";
+    this.note.textContent = keptNow ? `next run keeps ${unit}s 1–${widgetValue(this.node, "keep_rows")}${which < 0 ? "" : ` of run ${which + 1}`}` : free && this.cut < 1 && !state.partial && !partly ? `click a ${unit} to draw anew from there` : "";
     if (!this.paper.tip.hidden && this.hover >= 0) this.tell(this.hover, ...this.where);
     this.paper.redraw();
   }
@@ -630,10 +651,12 @@ class View extends Told {
   paint(ctx, width, height) {
     const { state, look } = this;
     if (!state.run) return;
-    this.place = layout(width, height, state.run);
-    const { bitmap: picture = null, lines: pictured = 0 } = this.pictures.get(state.run.run) ?? {};
+    const pictures = this.pictures.get(state.run.run) ?? [];
     const done = look.row < 0 ? state.lines.length : look.row + 1;
     const shown = held(state, look);
+    if (inScales(state.run)) return this.paintScales(ctx, width, height, pictures, done, shown);
+    this.place = layout(width, height, state.run);
+    const { bitmap: picture = null, lines: pictured = 0 } = pictures.at(-1) ?? {};
     draw(ctx, {
       at: this.place,
       theme: themeOf(this.root),
@@ -647,6 +670,30 @@ class View extends Told {
       hover: this.hover,
       cut: this.cut,
       kept: keptCells(state),
+    });
+  }
+
+  /** @param {any} ctx @param {number} width @param {number} height @param {{ bitmap: ImageBitmap, lines: number }[]} pictures
+   * @param {number} done @param {Uint8Array} shown */
+  paintScales(ctx, width, height, pictures, done, shown) {
+    const { run, partial } = this.state;
+    const mode = /** @type {any} */ (partial ? "image" : this.mode);
+    this.place = layoutScales(width, height, run, mode, Math.max(0, Math.min(this.image, run.shown - 1)));
+    const picture = pictures.findLast(({ lines }) => lines <= Math.max(done, 1)) ?? null;
+    drawScales(ctx, {
+      at: this.place,
+      theme: themeOf(this.root),
+      mode,
+      held: shown,
+      counts: shown.length > this.place.image * this.place.cells ? heldOfScales(run, shown, this.place.image) : [],
+      over: mode === "both" ? this.place.boxes.filter((_, i) => shown.length > i * this.place.cells).map((_, i) => remembered(run, shown, i)) : [],
+      done,
+      running: this.running,
+      picture: picture?.bitmap ?? null,
+      size: picture ? { width: picture.bitmap.width, height: picture.bitmap.height } : undefined,
+      final: !this.running && picture === pictures.at(-1),
+      hover: this.hover,
+      cut: this.cut,
     });
   }
 
@@ -672,7 +719,7 @@ class Slider extends Told {
     const { canvas } = this.paper;
     canvas.classList.add("slide");
     canvas.setAttribute("role", "slider");
-    canvas.setAttribute("aria-label", "full cache on the left, few lines on the right");
+    canvas.setAttribute("aria-label", "full cache on the left, few lines or tokens on the right");
     canvas.setAttribute("aria-valuemin", "0");
     canvas.setAttribute("aria-valuemax", "100");
     canvas.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => this.box && this.slide((this.paper.point(event)[0] - this.box.x) / this.box.width));
@@ -684,7 +731,7 @@ class Slider extends Told {
     });
     this.pictures = pager("picture", (step) => this.turn(step));
     this.status = el("div", { className: "status", role: "status" });
-    this.empty = el("div", { className: "empty" }, "The same seeds twice: with the full cache on the left, with a few lines on the right.");
+    this.empty = el("div", { className: "empty" }, "The same seeds twice: with the full cache on the left, with what Line Cache keeps on the right.");
     this.paper.box.append(this.empty);
     this.root = host(this.own, this.paper.box, el("div", { className: "row wraps" }, this.status, this.pictures.group));
     this.show();
@@ -768,7 +815,7 @@ class Slider extends Told {
     const { run } = this.state;
     ctx.font = "600 11px system-ui, sans-serif";
     ctx.textBaseline = "middle";
-    const words = ["full cache", run ? `${run.lines} of ${run.rows} lines` : "few lines"];
+    const words = [run?.beside || "full cache", (run && keptOf(run)) || (run?.beside ? "full cache" : "few lines")];
     const [wide, wideRight] = words.map((text) => ctx.measureText(text).width + 12);
     const label = (/** @type {string} */ text, /** @type {number} */ x, /** @type {number} */ y, /** @type {number} */ width) => {
       ctx.fillStyle = "rgb(0 0 0 / 0.6)";
@@ -879,11 +926,12 @@ class Memory {
       // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
       const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - weights;
       const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
-      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown);
-      const budget = budgetText(plan, grid);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state);
+      const budget = shape.state ? "" : budgetText(plan, grid);
+      const [kept, one] = grid.scales ? ["tokens", "one scale"] : ["lines", "one line"];
       if (budget) memory.text = `${budget} · ${memory.text}`;
-      if (sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many lines that is depends on ${unknown.join(" and ")}, unknown until it runs`;
-      if (!plan.budget) memory = { text: `${sizes.plan.mib} MiB are not enough for one line, which takes ${mib(bytes({ ...plan, budget: 1 }))} MiB`, fits: false, share: 0 };
+      if (!shape.state && sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many ${kept} that is depends on ${unknown.join(" and ")}, unknown until it runs`;
+      if (!plan.budget) memory = { text: `${sizes.plan.mib} MiB are not enough for ${one}, which takes ${mib(bytes({ ...plan, budget: grid.scales ? 1e-9 : 1, share: 0 }))} MiB`, fits: false, share: 0 };
     }
     if (this.status.textContent === memory.text) return;
     say(this.status, memory.text);

@@ -4,12 +4,14 @@
  *
  * The events are those of linear_core/events.py: one "started", one "row" for each line with nothing but what has
  * changed, one "finished". They come one by one while a picture is drawn, and all together in the node's `ui`.
+ *
+ * A model that draws in scales tells of them as of lines. Its cells are the tokens of all scales, one after the other.
  */
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds", "kept"],
-  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds", "state_bytes", "beside", "kept"],
+  "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted", "side"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held", "passes", "accepted"]
 };
@@ -18,7 +20,7 @@ const NONE = 0xffff; // fills up lists of evictions of unequal length
 const MIB = 2 ** 20;
 
 /**
- * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, tokens: Uint16Array | Uint32Array,
+ * @typedef {{ row: number, seconds: number, speed: number, held: number, replayed: boolean, tokens: Uint16Array | Uint32Array | BigUint64Array,
  *   cells: Uint16Array, shares: Uint8Array, evicted: Uint16Array, byLayer: Uint8Array, merged: Uint16Array,
  *   stands: Uint16Array, passes: number }} Line
  * @typedef {{ run: any, lines: Line[], finished: any, stopped: boolean, partial: boolean }} State
@@ -40,9 +42,10 @@ export function reduce(state, event) {
       return { ...EMPTY, run: event };
     case "row": {
       const known = state.run?.run === event.run;
-      const at = known ? state : { ...EMPTY, run: { ...event, kind: "started", shown: 0, columns: 1, detail: "" } };
+      const at = known ? state : { ...EMPTY, run: { ...event, kind: "started", shown: 0, columns: 1, detail: "", sides: event.side?.length ? [event.side] : [] } };
       const partial = at.partial || event.row !== (at.lines.at(-1)?.row ?? -1) + 1;
-      return { ...at, partial, lines: [...at.lines, decode(event, at.run.images * event.cols)] };
+      const each = event.side?.length ? event.side[0] * event.side[1] : event.cols;
+      return { ...at, partial, lines: [...at.lines, decode(event, at.run.images * each)] };
     }
     case "finished":
       if (state.run?.run !== event.run) return state;
@@ -108,19 +111,24 @@ function words(text) {
   return Uint16Array.from({ length: raw.length / 2 }, (_, i) => raw[2 * i] | (raw[2 * i + 1] << 8));
 }
 
-/** `count` codes: two bytes each, or four where a codebook has more than 65,536. @param {string} text @param {number} count */
+/** `count` codes: two bytes each, or four or eight where one of them needs it. @param {string} text @param {number} count */
 function codesOf(text, count) {
   const raw = bytes(text);
-  if (raw.length !== 4 * count) return words(text);
   const view = new DataView(raw.buffer);
-  return Uint32Array.from({ length: count }, (_, i) => view.getUint32(4 * i, true));
+  if (raw.length === 4 * count) return Uint32Array.from({ length: count }, (_, i) => view.getUint32(4 * i, true));
+  if (raw.length === 8 * count) return BigUint64Array.from({ length: count }, (_, i) => view.getBigUint64(8 * i, true));
+  return words(text);
 }
 
-/** The same the other way. @param {number[]} codes */
+/** The same the other way. @param {(number | bigint)[]} codes */
 function packed(codes) {
-  const size = codes.some((code) => code > 0xffff) ? 4 : 2;
+  const size = codes.some((code) => code > 0xffffffff) ? 8 : codes.some((code) => code > 0xffff) ? 4 : 2;
   const view = new DataView(new ArrayBuffer(size * codes.length));
-  codes.forEach((code, i) => (size === 4 ? view.setUint32(4 * i, code, true) : view.setUint16(2 * i, code, true)));
+  codes.forEach((code, i) => {
+    if (size === 8) view.setBigUint64(8 * i, BigInt(code), true);
+    else if (size === 4) view.setUint32(4 * i, Number(code), true);
+    else view.setUint16(2 * i, Number(code), true);
+  });
   let raw = "";
   for (const byte of new Uint8Array(view.buffer)) raw += String.fromCharCode(byte);
   return btoa(raw);
@@ -133,6 +141,61 @@ export function keptCells(state) {
   if (!kept || state.partial) return null;
   const bits = bytes(kept);
   return Array.from({ length: shown * rows * cols }, (_, cell) => ((bits[cell >> 3] >> (cell & 7)) & 1) === 1);
+}
+
+// -- scales -----------------------------------------------------------------------------------------------------------
+
+/** Whether the picture is drawn in scales. @param {any} run */
+export const inScales = (run) => !!run?.sides?.length;
+
+/** What a stage is called. @param {any} run */
+export const unitOf = (run) => (inScales(run) ? "scale" : "row");
+
+/** The scales of an image, coarse to fine: their sides, and their first cell. @param {any} run
+ * @returns {{ rows: number, cols: number, first: number }[]} */
+export function scalesOf(run) {
+  let first = 0;
+  return run.sides.map(([rows, cols]) => {
+    const scale = { rows, cols, first };
+    first += rows * cols;
+    return scale;
+  });
+}
+
+/** Cells of an image. @param {any} run @returns {number} */
+export const cellsOf = (run) => (inScales(run) ? run.sides.reduce((sum, [rows, cols]) => sum + rows * cols, 0) : run.rows * run.cols);
+
+/** The stage that each cell of an image belongs to, from 0. @param {any} run @returns {number[]} */
+function stagesOf(run) {
+  if (!inScales(run)) return Array.from({ length: run.rows * run.cols }, (_, cell) => Math.floor(cell / run.cols));
+  return run.sides.flatMap(([rows, cols], i) => Array(rows * cols).fill(i));
+}
+
+/** Tokens held of each scale of an image, on average over layers and heads. @param {any} run @param {Uint8Array} held @param {number} image */
+export function heldOfScales(run, held, image = 0) {
+  const start = image * cellsOf(run);
+  return scalesOf(run).map(({ rows, cols, first }) => held.subarray(start + first, start + first + rows * cols).reduce((sum, share) => sum + share, 0) / 255);
+}
+
+/**
+ * Which places of the picture the cache remembers, 0 to 255 for each token of the last scale: the mean over the scales
+ * that are ever held, resized to it and weighted by the tokens held of each. As linear_core/pictures/heatmap.py has it.
+ * @param {any} run @param {Uint8Array} held @param {number} image
+ */
+export function remembered(run, held, image = 0) {
+  const scales = scalesOf(run);
+  const last = scales[scales.length - 1];
+  const counts = heldOfScales(run, held, image).slice(0, scales.length > 1 ? -1 : 1);
+  const all = Math.max(1e-9, counts.reduce((sum, count) => sum + count, 0));
+  const places = new Float64Array(last.rows * last.cols);
+  counts.forEach((count, i) => {
+    const { rows, cols, first } = scales[i];
+    const start = image * cellsOf(run) + first;
+    for (let row = 0; count && row < last.rows; row++)
+      for (let col = 0; col < last.cols; col++)
+        places[row * last.cols + col] += (count / all) * held[start + Math.floor((row * rows) / last.rows) * cols + Math.floor((col * cols) / last.cols)];
+  });
+  return Uint8Array.from(places, Math.round);
 }
 
 // -- what is held -----------------------------------------------------------------------------------------------------
@@ -153,7 +216,7 @@ export const canChoose = (state) => ({
 export function held(state, look = {}) {
   const { run } = state;
   if (!run || state.partial) return new Uint8Array(0);
-  const size = run.rows * run.cols;
+  const size = cellsOf(run);
   const { layer = -1, head = -1 } = look;
   if (layer >= 0 && head >= 0 && run.detail === "heads") return scaled(countHeads(state, look, [layer], [head]), 1);
   if (layer >= 0 && run.detail === "heads") return scaled(countHeads(state, look, [layer], range(run.heads)), run.heads);
@@ -187,10 +250,12 @@ export function standsFor(state, cell, look = {}) {
  * @param {State} state @param {Look} look @param {number[]} layers @param {number[]} heads */
 function countHeads(state, look, layers, heads) {
   const { rows, cols, stride, heads: all, layers: deep } = state.run;
-  const count = new Uint16Array(rows * stride);
+  const scales = inScales(state.run) && scalesOf(state.run);
+  const count = new Uint16Array(scales ? cellsOf(state.run) : rows * stride);
   for (const line of state.lines.slice(0, upTo(state, look))) {
     const each = line.evicted.length / (deep * all);
-    count.fill(layers.length * heads.length, line.row * stride, (line.row + 1) * stride);
+    const [from, to] = scales ? [scales[line.row].first, scales[line.row + 1]?.first ?? 0] : [line.row * stride, (line.row + 1) * stride]; // the last scale is never held
+    count.fill(layers.length * heads.length, from, to);
     for (const layer of layers)
       for (const head of heads)
         for (let i = 0; i < each; i++) {
@@ -198,6 +263,7 @@ function countHeads(state, look, layers, heads) {
           if (token !== NONE) count[token]--;
         }
   }
+  if (scales) return count;
   return Uint16Array.from({ length: rows * cols }, (_, cell) => count[Math.floor(cell / cols) * stride + (cell % cols)]);
 }
 
@@ -214,11 +280,12 @@ export function evictedAfter(state, look = {}) {
   const until = upTo(state, look);
   const now = held(state, look);
   const after = new Int16Array(now.length).fill(-1);
-  const { rows = 1, cols = 1 } = state.run ?? {};
+  if (!now.length) return after;
+  const stages = stagesOf(state.run);
   for (let row = until - 1; row >= 0; row--) {
     const then = row === until - 1 ? now : held(state, { ...look, row });
     for (let cell = 0; cell < now.length; cell++) {
-      const born = Math.floor((cell % (rows * cols)) / cols);
+      const born = stages[cell % stages.length];
       if (now[cell] === 0 && then[cell] === 0 && born <= row && (after[cell] === row + 1 || row === until - 1)) after[cell] = row;
     }
   }
@@ -248,6 +315,12 @@ export function speed(state) {
 export function eta(state) {
   const last = state.lines.filter((line) => !line.replayed).slice(-8);
   if (!last.length) return null;
+  if (inScales(state.run)) { // by their tokens, and by the newest two: the first ones take as long as a pass does
+    const newest = last.slice(-2);
+    const size = (/** @type {number[]} */ [rows, cols]) => rows * cols;
+    const each = newest.reduce((sum, line) => sum + line.seconds, 0) / newest.reduce((sum, line) => sum + size(state.run.sides[line.row] ?? [1, 1]), 0);
+    return each * state.run.sides.slice(last[last.length - 1].row + 1).reduce((sum, side) => sum + size(side), 0);
+  }
   const left = state.run.rows - 1 - state.lines[state.lines.length - 1].row;
   return (left * last.reduce((sum, line) => sum + line.seconds, 0)) / last.length;
 }
@@ -259,48 +332,76 @@ export function tokensPerPass(state) {
   return passes ? (drafted.length * state.run.cols) / passes : 0;
 }
 
+/** "4 of 24 lines", "43 of 255 tokens"; "" where everything is kept, or where there is no cache.
+ * @param {any} run @param {boolean} [partial]  the scales are not known */
+export function keptOf(run, partial = false) {
+  if (!inScales(run)) return run.lines < run.rows ? `${run.lines} of ${run.rows} lines` : "";
+  if (partial) return `${run.lines} tokens`;
+  const [rows, cols] = run.sides[run.sides.length - 1];
+  const all = cellsOf(run) - rows * cols;
+  return run.lines < all && run.cache_bytes < run.full_bytes ? `${run.lines} of ${all} tokens` : "";
+}
+
 /** "row 14/24, 3.1 tokens a pass · 412 tok/s · cache 4 of 24 lines · 5.1 MiB of 24.3 · ETA 3 s" @param {State} state */
 export function statusText(state) {
   const { run, lines, finished } = state;
   if (!run) return "";
   const last = lines[lines.length - 1];
   const ahead = tokensPerPass(state);
-  const parts = [`row ${last ? last.row + 1 : 0}/${run.rows}${ahead ? `, ${ahead.toFixed(1)} tokens a pass` : ""}`];
+  const kept = keptOf(run, state.partial);
+  const parts = [`${unitOf(run)} ${last ? last.row + 1 : 0}/${run.rows}${ahead ? `, ${ahead.toFixed(1)} tokens a pass` : ""}`];
   const rate = finished ? finished.tokens_per_second : speed(state);
   if (rate) parts.push(`${Math.round(rate)} tok/s`);
-  if (run.lines < run.rows) {
-    parts.push(`cache ${run.lines} of ${run.rows} lines`, `${mib(run.cache_bytes)} MiB of ${mib(run.full_bytes)}`);
-  } else {
-    parts.push(`full cache · ${mib(run.full_bytes)} MiB`);
-  }
-  const left = eta(state);
+  if (kept) parts.push(`cache ${kept}`, `${mib(run.cache_bytes)} MiB of ${mib(run.full_bytes)}`);
+  else if (run.state_bytes) parts.push(`no cache: a state of ${mib(run.state_bytes)} MiB`);
+  else parts.push(`full cache · ${mib(run.full_bytes)} MiB`);
+  const left = state.partial && inScales(run) ? null : eta(state);
   if (finished) parts.push(`${duration(finished.seconds)}${state.stopped ? " · stopped" : ""}`);
   else if (state.stopped) parts.push("stopped");
   else if (left !== null) parts.push(`ETA ${duration(left)}`);
   return parts.join(" · ");
 }
 
-/** "row 3, column 7 · kept by 42 % of heads" @param {State} state @param {number} cell @param {Look} look */
+/** "row 3, column 7 · kept by 42 % of heads", "scale 5 of 9: 3 of 25 tokens · row 2, column 1 · kept by 8 % of heads"
+ * @param {State} state @param {number} cell @param {Look} look */
 export function hoverText(state, cell, look = {}) {
-  const { rows, cols, shown } = state.run;
-  const image = Math.floor(cell / (rows * cols));
-  const row = Math.floor((cell % (rows * cols)) / cols);
-  const name = `${shown > 1 ? `picture ${image + 1}, ` : ""}row ${row + 1}, column ${(cell % cols) + 1}`;
-  if (row >= upTo(state, look)) return `${name} · not drawn yet`;
-  const given = keptCells(state)?.[cell] ? " · outside the mask" : "";
+  const { run } = state;
+  const [image, at] = [Math.floor(cell / cellsOf(run)), cell % cellsOf(run)];
+  const stage = stagesOf(run)[at];
   const now = held(state, look);
-  if (!now.length) return name + given;
-  if (cell >= now.length) return `${name} · layers and heads are told of the first picture only`;
+  const which = run.shown > 1 ? `picture ${image + 1}, ` : "";
+  if (!inScales(run)) {
+    const name = `${which}row ${stage + 1}, column ${(at % run.cols) + 1}`;
+    return stage >= upTo(state, look) ? `${name} · not drawn yet` : name + fate(state, cell, now, look, stage);
+  }
+  const { rows, cols, first } = scalesOf(run)[stage];
+  const name = `${which}scale ${stage + 1} of ${run.rows}`;
+  if (stage >= upTo(state, look)) return `${name}, ${rows} × ${cols} · not drawn yet`;
+  if (run.state_bytes) return `${name}, ${rows} × ${cols} · no cache, so no token is held: a state joins the scales`;
+  if (stage === run.rows - 1) return `${name}, ${rows} × ${cols} · drawn and never kept`;
+  const count = now.length > cell ? `${Math.round(heldOfScales(run, now, image)[stage])} of ` : "";
+  const place = `row ${Math.floor((at - first) / cols) + 1}, column ${((at - first) % cols) + 1}`;
+  return `${name}: ${count}${rows * cols} tokens · ${place}${fate(state, cell, now, look, stage)}`;
+}
+
+/** " · kept by 42 % of heads", " · evicted after row 9, 2 lines later"
+ * @param {State} state @param {number} cell @param {Uint8Array} now  held @param {Look} look @param {number} stage  of the cell */
+function fate(state, cell, now, look, stage) {
+  const { run } = state;
+  const given = keptCells(state)?.[cell] ? " · outside the mask" : "";
+  if (!now.length) return given;
+  if (cell >= now.length) return " · layers and heads are told of the first picture only";
   const gone = evictedAfter(state, look)[cell];
   const { layer = -1, head = -1 } = look;
   const of = head >= 0 ? (layer >= 0 ? "" : "layers") : "heads";
   if (gone < 0) {
     const tokens = standsFor(state, cell, look);
     const more = tokens > 1 ? ` · stands for ${tokens < 10 ? tokens.toFixed(1).replace(".0", "") : Math.round(tokens)} tokens` : "";
-    return `${name}${given} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
+    return `${given} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
   }
-  if (row === rows - 1 && cell % cols === cols - 1) return `${name} · the last token is drawn and never kept`;
-  return `${name}${given} · evicted after row ${gone + 1}${gone > row ? `, ${gone - row} ${gone - row > 1 ? "lines" : "line"} later` : ""}`;
+  const line = inScales(run) ? "scale" : "line";
+  if (line === "line" && cell % (run.rows * run.cols) === run.rows * run.cols - 1) return " · the last token is drawn and never kept";
+  return `${given} · evicted after ${unitOf(run)} ${gone + 1}${gone > stage ? `, ${gone - stage} ${line}${gone - stage > 1 ? "s" : ""} later` : ""}`;
 }
 
 /** What the model chooses where a widget says −1, as the nodes name it. */
@@ -320,18 +421,22 @@ export function ownText(values, own) {
 // -- lines to keep ----------------------------------------------------------------------------------------------------
 
 /**
- * The first `rows` lines of every picture as the text that the Generate node takes back.
- * "images x rows x cols : base64", as linear_core/events.py packs them. @param {State} state @param {number} rows
+ * The first `rows` lines of every picture as the text that the Generate node takes back: "images x rows x cols : base64",
+ * or of scales "images x tokens : base64", as linear_core/events.py packs them. @param {State} state @param {number} rows
  */
 export function keptText(state, rows) {
   const { images, cols } = state.run;
   if (state.partial || rows < 1 || rows > state.lines.length) return "";
-  /** @type {number[]} */
+  /** @type {(number | bigint)[]} */
   const codes = [];
   for (let image = 0; image < images; image++)
-    for (const line of state.lines.slice(0, rows)) codes.push(...line.tokens.subarray(image * cols, (image + 1) * cols));
+    for (const { tokens } of state.lines.slice(0, rows)) {
+      const each = tokens.length / images;
+      for (const code of tokens.subarray(image * each, (image + 1) * each)) codes.push(code);
+    }
   const of = state.run.codebook; // whose codes they are, so that no other model takes them
-  return `${images}x${rows}x${cols}:${packed(codes)}${of ? `:${of}` : ""}`;
+  const sizes = inScales(state.run) ? [images, codes.length / images] : [images, rows, cols];
+  return `${sizes.join("x")}:${packed(codes)}${of ? `:${of}` : ""}`;
 }
 
 /**
@@ -355,13 +460,65 @@ const wholeSeed = (seed) => (typeof seed === "string" ? seed : seed < 2 ** 64 ? 
 /** Which run a kept text is about; -1 where the node has only one. @param {unknown} text */
 export const keptRun = (text) => Number(/^(\d+)@/.exec(String(text ?? ""))?.[1] ?? -1);
 
-/** How many lines a kept text holds, of the run that it is about. @param {unknown} text */
-export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)x\d+:/.exec(String(text ?? ""))?.[1] ?? 0);
+/** How many lines a kept text holds, of the run that it is about; of scales, how many tokens. @param {unknown} text */
+export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)(?:x\d+)?:/.exec(String(text ?? ""))?.[1] ?? 0);
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
 /** Policies that share the budget out unevenly have room for twice the budget in every head: plan.py's UNEVEN. */
 const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
+/** Of these, those that share it among all layers: plan.py's ACROSS_LAYERS. */
+const ACROSS_LAYERS = ["cake", "hack", "prefixkv", "pyramidkv"];
+const LINES = 24; // of a picture whose budget is stated in lines while it is drawn in scales
+
+/**
+ * A picture's size as far as memory goes: `scales` of one that is drawn in scales are tokens of the first, of all but the
+ * last, and of the last.
+ * @typedef {{ rows: number, cols?: number, stride: number, scales?: [number, number, number] }} Grid
+ */
+
+/** Rounded as Python does: halves to the even number. @param {number} x */
+const toEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
+
+/** Tokens that each head keeps of a picture drawn in scales: CachePlan.keeps. @param {any} plan @param {[number, number, number]} scales */
+function keepsOf(plan, [first, kept]) {
+  const share = plan.policy === "full" ? 1 : Math.min(plan.share || plan.budget / LINES, 1);
+  return Math.min(Math.max(1, first, toEven(share * kept)), kept);
+}
+
+/** Slots of the fullest head and the last scale, in the layer that is computed: CachePlan.work_slots. @param {any} plan @param {[number, number, number]} scales */
+const workSlots = (plan, scales) => Math.min(keepsOf(plan, scales) * (UNEVEN.includes(plan.policy) ? 2 : 1), scales[1]) + scales[2];
+
+/** CacheShape.scales_bytes. @param {any} shape @param {[number, number, number]} scales @param {any} plan @param {number} sequences */
+function scalesBytes(shape, scales, plan, sequences) {
+  // No cache: what each layer carries from scale to scale, in float32 or better.
+  if (shape.state) return shape.layers * sequences * shape.state * Math.max(shape.bytes_per_element, 4);
+  const [keeps, heads] = [keepsOf(plan, scales), 2 * sequences * shape.heads];
+  const slot = plan.storage === "int8" ? shape.head_dim + 4 : shape.head_dim * shape.bytes_per_element;
+  let held = shape.layers * heads * keeps * slot;
+  if (ACROSS_LAYERS.includes(plan.policy) && keeps < scales[1]) held += Math.floor(held / 2);
+  return held + heads * workSlots(plan, scales) * shape.head_dim * shape.bytes_per_element;
+}
+
+/** linear_core.loop.memory.scales_run_bytes. @param {any} model @param {[number, number, number]} scales @param {any} plan @param {number} sequences */
+function scalesRunBytes(model, scales, plan, sequences) {
+  const { heads, bytes_per_element: wide } = model;
+  const [keeps, slots, size] = [keepsOf(plan, scales), workSlots(plan, scales), scales[2]];
+  let settling = 0;
+  if (!model.state && keeps < scales[1]) {
+    const together = Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / (heads * slots ** 2))));
+    settling = together * heads * (folds(plan) ? slots ** 2 : 64 * slots) * 4 * 3;
+  }
+  const activations = sequences * size * model.hidden * (wide * 2 + 4);
+  const sampling = sequences * size * model.logits * (4 * 3 + 8 * 2);
+  return scalesBytes(model, scales, plan, sequences) + (model.state ? 0 : model.layers * sequences * heads * keeps * 12) + Math.max(activations, settling, sampling);
+}
+
+/** Pairs of slots that folding compares at once. @param {{ device: string }} model */
+const pairsAtOnce = (model) => (model.device === "cpu" ? 2 ** 19 : 2 ** 25);
+
+/** @param {{ policy: string, release?: string }} plan */
+const folds = (plan) => plan.release === "fold" || (plan.release === "auto" && plan.policy === "fold");
 
 /** Lines that each head has room for: CachePlan.lines. @param {{ policy: string, budget: number }} plan @param {{ rows: number }} grid */
 function linesOf(plan, grid) {
@@ -370,13 +527,14 @@ function linesOf(plan, grid) {
 }
 
 /**
- * Bytes of the whole cache, as linear_core.plan.CacheShape.bytes has it; a test holds the two equal.
+ * Bytes of the whole cache, as linear_core.plan.CacheShape has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number }} shape
- * @param {{ rows: number, stride: number }} grid
+ * @param {Grid} grid
  * @param {{ policy: string, budget: number }} plan
  * @param {number} sequences  images, twice with guidance
  */
 export function cacheBytes(shape, grid, plan, sequences) {
+  if (grid.scales) return scalesBytes(shape, grid.scales, plan, sequences);
   const slots = shape.prompt + linesOf(plan, grid) * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
   const line = heads * shape.head_dim * grid.stride * shape.bytes_per_element;
@@ -387,53 +545,55 @@ export function cacheBytes(shape, grid, plan, sequences) {
  * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
  * @param {P} plan @param {string} unit  lines, share or MiB @param {number} amount  0: the plan's own @returns {P} */
 export const withBudget = (plan, unit, amount) =>
-  amount > 0 && plan.policy !== "full" ? { ...plan, [{ share: "share", MiB: "mib" }[unit] ?? "budget"]: amount } : plan;
+  amount > 0 && plan.policy !== "full" ? { ...plan, share: 0, mib: 0, [{ share: "share", MiB: "mib" }[unit] ?? "budget"]: amount } : plan;
 
 /**
- * The plan with its budget in lines, as CachePlan.resolve has it; a test holds the two equal. Its budget is 0 where the
- * memory is not enough for one line.
+ * The plan with its budget in lines, of scales as a share, as CachePlan.resolve has it; a test holds the two equal. Its
+ * budget is 0 where the memory is not enough for one line, or one scale.
  * @template {{ policy: string, budget: number, share?: number, mib?: number }} P
- * @param {Parameters<typeof cacheBytes>[0]} shape @param {{ rows: number, stride: number }} grid @param {P} plan
+ * @param {Parameters<typeof cacheBytes>[0]} shape @param {Grid} grid @param {P} plan
  * @param {number} sequences @returns {P}
  */
 export function resolved(shape, grid, plan, sequences) {
+  if (shape.state) return { ...plan, policy: "full", budget: 4, share: 0, mib: 0 }; // no cache: nothing to evict
   if (plan.policy === "full" || !(plan.share || plan.mib)) return plan;
-  const inLines = (/** @type {number} */ budget) => ({ ...plan, budget, share: 0, mib: 0 });
-  if (plan.share) return inLines(Math.max(1, toEven(plan.share * grid.rows)));
-  let lines = grid.rows;
-  while (lines > 0 && cacheBytes(shape, grid, inLines(lines), sequences) > (plan.mib ?? 0) * MIB) lines--;
-  return inLines(lines);
+  const { scales } = grid;
+  const keeping = (/** @type {number} */ count) =>
+    scales ? { ...plan, budget: count && plan.budget, share: count / Math.max(scales[1], 1), mib: 0 } : { ...plan, budget: count, share: 0, mib: 0 };
+  if (plan.share) return scales ? plan : keeping(Math.max(1, toEven(plan.share * grid.rows)));
+  let count = scales ? scales[1] : grid.rows;
+  while (count > 0 && cacheBytes(shape, grid, keeping(count), sequences) > (plan.mib ?? 0) * MIB) count--;
+  return keeping(count);
 }
 
-/** Rounded as Python does: halves to the even number. @param {number} x */
-const toEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
-
-/** "4 of 24 lines (1/6)"; "" where everything is kept. @param {{ policy: string, budget: number }} plan @param {{ rows: number }} grid */
+/** "4 of 24 lines (1/6)", "43 of 255 tokens (1/6)"; "" where everything is kept.
+ * @param {{ policy: string, budget: number, share?: number }} plan @param {Grid} grid */
 export function budgetText(plan, grid) {
-  if (plan.policy === "full" || plan.budget + 1 >= grid.rows) return "";
-  const times = grid.rows / plan.budget;
-  const share = Number.isInteger(times) ? `1/${times}` : `${Math.round(100 / times)} %`;
-  return `${plan.budget} of ${grid.rows} lines (${share})`;
+  const [kept, all, unit] = grid.scales ? [keepsOf(plan, grid.scales), grid.scales[1], "tokens"] : [plan.budget, grid.rows, "lines"];
+  if (plan.policy === "full" || kept + (grid.scales ? 0 : 1) >= all) return "";
+  const times = Math.round(all / kept);
+  const exact = grid.scales ? toEven(all / times) === kept : all / kept === times; // a share is rounded to whole tokens
+  const share = exact ? `1/${times}` : `${Math.round((100 * kept) / all)} %`;
+  return `${kept} of ${all} ${unit} (${share})`;
 }
 
 /**
  * Bytes of a run beside the weights, as linear_core.loop.memory.run_bytes has it; a test holds the two equal.
- * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, group?: number, codes: number, device: string }} model
- * @param {{ rows: number, stride: number }} grid
+ * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, group?: number, codes: number, logits?: number, hidden?: number, device: string }} model
+ * @param {Grid} grid
  * @param {{ policy: string, budget: number, release?: string }} plan
  * @param {number} sequences
  */
 export function runBytes(model, grid, plan, sequences) {
   const { heads, head_dim: dim, bytes_per_element: wide, group = 1 } = model;
+  if (grid.scales) return scalesRunBytes(model, grid.scales, plan, sequences);
   const held = cacheBytes(model, grid, plan, sequences);
   const line = cacheBytes({ ...model, prompt: 0 }, { rows: 1, stride: grid.stride }, { policy: "full", budget: 1 }, sequences);
   const beside = Math.floor(held / (2 * dim * wide)) * (wide + 16) + Math.floor((line * group) / 2);
   const each = model.prompt + linesOf(plan, grid) * grid.stride;
   let attention = sequences * heads * group * grid.stride * each * 8;
-  const folds = plan.release === "fold" || (plan.release === "auto" && plan.policy === "fold");
-  if (folds && plan.policy !== "full" && plan.budget + 1 < grid.rows) {
-    const pairs = model.device === "cpu" ? 2 ** 19 : 2 ** 25;
-    const together = Math.min(sequences, Math.max(1, Math.floor(pairs / (heads * each ** 2))));
+  if (folds(plan) && plan.policy !== "full" && plan.budget + 1 < grid.rows) {
+    const together = Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / (heads * each ** 2))));
     attention = together * heads * each * (7 * each + 8 * group * grid.stride) * 4;
   }
   return held + beside + attention + sequences * model.codes * 32;
@@ -448,11 +608,15 @@ export function picturesThatFit(/** @type {number} */ room, /** @type {(sequence
 
 /**
  * The grid of a picture of "832 x 1216" pixels; where no size is chosen, the model's own.
- * @param {{ rows: number, cols: number, stride: number, pixels?: number }} own @param {string | undefined} size
+ * @param {{ rows: number, cols: number, stride: number, pixels?: number, scales?: Record<string, [number, number, number]> }} own
+ * @param {string | undefined} size @returns {Grid}
  */
 export function gridOf(own, size) {
   const [width, height] = String(size ?? "").split(" x ").map((pixels) => Number(pixels) / (own.pixels ?? 16));
-  return width && height ? { rows: height, cols: width, stride: width + own.stride - own.cols } : own;
+  const { scales, ...grid } = width && height ? { ...own, rows: height, cols: width, stride: width + own.stride - own.cols } : own;
+  const { rows, cols, stride } = grid;
+  const of = scales?.[`${rows} x ${cols}`];
+  return of ? { rows, cols, stride, scales: of } : { rows, cols, stride };
 }
 
 /**
@@ -460,15 +624,16 @@ export function gridOf(own, size) {
  * @param {number} bytes @param {number} full @param {number} weights @param {number | null} fitting  pictures that fit; null: not known
  * @param {number} images  @param {string[]} unknown  inputs that decide how many there are, and come through a link; then
  *   the numbers are those of one picture
+ * @param {boolean} [state]  the model keeps no cache, and the bytes are those of a state
  */
-export function memoryText(bytes, full, weights, fitting, images, unknown = [], most = 512) {
+export function memoryText(bytes, full, weights, fitting, images, unknown = [], most = 512, state = false) {
   const each = unknown.length ? " a picture" : "";
-  const parts = [`KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB${each}, −${Math.round((1 - bytes / full) * 100)} %` : `${each}, everything kept`)];
+  const parts = [state ? `no cache: a state of ${mib(bytes)} MiB${each}` : `KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB${each}, −${Math.round((1 - bytes / full) * 100)} %` : `${each}, everything kept`)];
   if (unknown.length) parts.push(`${unknown.join(" and ")} unknown until it runs`);
   if (weights) parts.push(`weights ${(weights / 1e9).toFixed(2)} GB`);
   const fits = fitting === null || images <= fitting;
   if (fitting === 0) parts.push("too little memory is free for one picture");
   else if (!fits) parts.push(`room for ${fitting} of ${images} pictures at once`);
   else if (fitting !== null) parts.push(`room for ${fitting >= most ? `${most} pictures or more` : fitting === 1 ? "one picture" : `${fitting} pictures`} at once`);
-  return { text: parts.join(" · "), fits, share: bytes / full };
+  return { text: parts.join(" · "), fits, share: state ? 0 : bytes / full };
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache.line_cache import LineCache, Window
 from ..cache.view import View
 from ..errors import UserError
-from ..events import Line, Stage, totals
+from ..events import Line, Stage, Step, totals
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
@@ -46,7 +46,7 @@ class Decoder(Protocol):
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
 Rotate = Callable[[Tensor, int], Tensor]
 Evict = Callable[[LineCache, Policy, int, Rotate], None]
 
@@ -58,7 +58,7 @@ def generate(
     plan: CachePlan,
     sample: SamplePlan,
     *,
-    step: Step | None = None,
+    step: Forward | None = None,
     line_end: Evict | None = None,
     check_drafts: Check | None = None,
     static: bool = False,
@@ -240,10 +240,12 @@ class Run:
     """The lines of one run, and totals over them."""
 
     def __init__(self) -> None:
-        self.lines: list[Any] = []  # of Line, or of Stage
+        self.lines: list[Any] = []  # of Line, of Stage, or of Step
 
-    def add(self, line: Line | Stage) -> None:
-        self.lines.append(replace(line, by_head=None))  # large, and only of interest while the run goes on
+    def add(self, line: Line | Stage | Step) -> None:
+        if not isinstance(line, Step):
+            line = replace(line, by_head=None)  # large, and only of interest while the run goes on
+        self.lines.append(line)
 
     @property
     def tokens(self) -> Tensor:
@@ -251,9 +253,19 @@ class Run:
         return (torch.cat if self.canvas is not None else torch.stack)([line.tokens for line in self.lines], 1)
 
     @property
+    def images(self) -> int:
+        """Pictures of the batch."""
+        return len(self.tokens if self.latents is None else self.latents)
+
+    @property
     def canvas(self) -> Tensor | None:
         """The running picture B Z h w of a model that draws in scales; None for others."""
         return self.lines[-1].canvas if self.lines and isinstance(self.lines[-1], Stage) else None
+
+    @property
+    def latents(self) -> Tensor | None:
+        """What a masked model has drawn so far, B Z h w with NaN in the gaps; None for others."""
+        return self.lines[-1].latents if self.lines and isinstance(self.lines[-1], Step) else None
 
     @property
     def shares(self) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape
 from ..pyramid import Pyramid
+from ..steps import StepCachePlan, StepCacheShape
 
 
 def fold_pairs(device: str) -> int:
@@ -48,19 +49,34 @@ def scales_run_bytes(
 ) -> int:
     """Bytes of cache, bookkeeping, the last scale's activations, settling, logits and noise, for `rows` sequences.
 
+    Without a cache, of the state that joins the scales instead.
+
     logits  of a token
     hidden  numbers of a token in the middle of a feed-forward block, where a pass is widest
     """
     held, slots, size = shape.scales_bytes(pyramid, plan, rows), plan.work_slots(pyramid), pyramid.size(-1)
-    bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4)
+    cached = not shape.state
+    bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4) if cached else 0
     activations = rows * size * hidden * (shape.bytes_per_element * 2 + 4)
     settling = 0
-    if plan.keeps(pyramid) < pyramid.kept and pyramid.stages > 1:
+    if cached and plan.keeps(pyramid) < pyramid.kept and pyramid.stages > 1:
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * slots**2)))
         pairs = slots**2 if plan.release == "fold" else 64 * slots
         settling = at_once * shape.heads * pairs * 4 * 3
     sampling = rows * size * logits * (4 * 3 + 8 * 2)  # guidance, sorting, softmax; noise in int64
     return held + bookkeeping + max(activations, settling, sampling)
+
+
+def masked_run_bytes(shape: StepCacheShape, plan: StepCachePlan, steps: int, rows: int, hidden: int) -> int:
+    """Bytes of what is kept, what is fed, and the activations of a full pass, for `rows` sequences.
+
+    hidden  numbers of a slot in the middle of a feed-forward block, where a pass is widest
+    """
+    width = shape.heads * shape.head_dim
+    fed = rows * shape.slots * width * 4 * 4  # inputs of encoder and decoder, and their places
+    activations = rows * shape.slots * (hidden * (shape.bytes_per_element + 4) + 8 * width * 4)
+    modulations = 2**28  # of the diffusion head, and its noise
+    return shape.bytes(plan, steps, rows) + fed + activations + modulations
 
 
 def free_memory() -> int | None:

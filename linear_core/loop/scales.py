@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..cache.carried_state import CarriedState
 from ..cache.stage_cache import StageCache
 from ..cache.view import View
 from ..errors import UserError
@@ -31,13 +32,14 @@ class ScaleDecoder(Protocol):
     outcomes: int
     dtype: torch.dtype
     device: torch.device
+    carried: tuple[tuple[int, ...], ...]
 
     def with_grid(self, grid: Any) -> Any: ...
     def cache_shape(self, prompt: int = 0) -> CacheShape: ...
     def with_unconditional(self, prompt: Any) -> Any: ...
     def begin(self, prompt: Any) -> Any: ...
     def select_rows(self, state: Any, rows: int) -> Any: ...
-    def stage(self, stage: int, below: Tensor | None, state: Any, cache: StageCache) -> Tensor: ...
+    def stage(self, stage: int, below: Tensor | None, state: Any, cache: Any) -> Tensor: ...
     def guidance(self, stage: int, scale: float) -> float: ...
     def rotate_ahead(self, stage: int, queries: Tensor) -> Tensor: ...
 
@@ -68,7 +70,7 @@ def generate_scales(
 ) -> Iterator[Stage]:
     """Draw one image for each row of `prompt`; yields a Stage when a scale is finished.
 
-    plan        what the cache keeps, as a share
+    plan        what the cache keeps, as a share; a model without a cache is drawn the same under every plan
     sample      how tokens are sampled
     given       codes B N, or one image's for all: tokens of the first scales, which exist already. They are passed
                 through the model with the same eviction, so the cache is as if they had been drawn
@@ -140,7 +142,7 @@ def forced_scales(
     prompt: Any,
     tokens: Tensor,
     plan: CachePlan,
-    observe: Callable[[int, StageCache], None] = lambda stage, cache: None,
+    observe: Callable[[int, Any], None] = lambda stage, cache: None,
 ) -> Iterator[Tensor]:
     """For each scale of the pictures `tokens` B N, the logits of its codes under the plan: float32 B n V.
 
@@ -176,12 +178,15 @@ def scale_policy(plan: CachePlan, pyramid: Pyramid) -> Policy:
     return policy
 
 
-def scale_cache(decoder: ScaleDecoder, rows: int, plan: CachePlan, policy: Policy) -> StageCache:
-    """An empty cache for `rows` sequences."""
+def scale_cache(decoder: ScaleDecoder, rows: int, plan: CachePlan, policy: Policy) -> StageCache | CarriedState:
+    """An empty cache for `rows` sequences, or for a model without one, the state that joins its scales."""
+    shape, dtype, device = decoder.cache_shape(), decoder.dtype, decoder.device
+    if decoder.carried:
+        return CarriedState(shape, decoder.carried, rows, decoder.pyramid, dtype=dtype, device=device)
     reads = policy.reads | ({"ahead"} if plan.release == "fold" else set())
     return StageCache(
-        decoder.cache_shape(), rows, decoder.pyramid, plan, settler(plan, policy), dtype=decoder.dtype,
-        device=decoder.device, reads=reads, survey=policy.survey, rotate=decoder.rotate_ahead,
+        shape, rows, decoder.pyramid, plan, settler(plan, policy), dtype=dtype,
+        device=device, reads=reads, survey=policy.survey, rotate=decoder.rotate_ahead,
     )  # fmt: skip
 
 

@@ -67,6 +67,11 @@ class Scales(nn.Module):
         """Results that each draw has."""
         return self.config.codes
 
+    @property
+    def carried(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the tensors that a layer carries from scale to scale for each sequence; none: there is a cache."""
+        return ()
+
     def rotate_ahead(self, stage: int, queries: Tensor) -> Tensor:
         """Queries ... T D of scale `stage` as if they stood at the same places of the next one."""
         return queries

@@ -160,6 +160,8 @@ class VAR(Scales):
     """Decoder for VAR of every size."""
 
     config: VARConfig
+    block: type[nn.Module] = Block
+    vectors = 6  # that modulate a block
 
     def __init__(self, config: VARConfig, ops: Ops = nn):
         super().__init__(config, config.pyramid)
@@ -169,7 +171,7 @@ class VAR(Scales):
         self.pos_1LC = nn.Parameter(torch.zeros(1, pyramid.tokens, width))
         self.lvl_embed = ops.Embedding(pyramid.stages, width)
         self.word_embed = ops.Linear(config.code_dim, width)
-        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(self.block(config, ops) for _ in range(config.layers))
         if config.shared_adaln:
             self.shared_ada_lin = modulation(width, 6, ops)
         self.head_nm = HeadModulation(width, ops)
@@ -205,7 +207,7 @@ class VAR(Scales):
                 shared + upcast(block.get_parameter("ada_gss")).to(shared).transpose(1, 2) for block in self.blocks
             ]
         else:
-            blocks = [vectors(block.get_submodule("ada_lin"), 6) for block in self.blocks]
+            blocks = [vectors(block.get_submodule("ada_lin"), self.vectors) for block in self.blocks]
         first = upcast(condition)[:, None] + upcast(self.pos_start).to(condition.device)
         return State(first + self._place(0), blocks, vectors(self.head_nm.ada_lin, 2))
 
@@ -219,9 +221,7 @@ class VAR(Scales):
         return 1 + (scale - 1) * stage / max(self.pyramid.stages - 1, 1)
 
     def stage(self, stage: int, below: Tensor | None, state: State, cache: StageCache) -> Tensor:
-        x = state.first
-        if below is not None:  # rows of guidance read the same canvas
-            x = self._embed(stage, below).repeat(len(x) // len(below), 1, 1)
+        x = self._input(stage, below, state)
         for layer, block in enumerate(self.blocks):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
@@ -234,7 +234,7 @@ class VAR(Scales):
         """Logits of every token of all scales in one pass without a cache: for training, and the reference for tests.
 
         below    the canvas shrunk to every scale but the first, B n Z each
-        visible  bool L B H N N, which keys each query sees; None: its own scale and those before it
+        visible  bool L B H N N, which keys each query sees; None: those of the scales that it `sees`
         Returns B N V.
         """
         state = self.begin(prompt)
@@ -242,7 +242,7 @@ class VAR(Scales):
         x = torch.cat(inputs, 1)
         if visible is None:
             scale = torch.cat([torch.full((one.shape[1],), n, device=x.device) for n, one in enumerate(inputs)])
-            masks = [scale[:, None] >= scale] * len(self.blocks)
+            masks = [self.sees(scale[:, None], scale)] * len(self.blocks)
         else:
             masks = list(visible)
         for block, mask, vectors in zip(self.blocks, masks, state.blocks, strict=True):
@@ -252,6 +252,16 @@ class VAR(Scales):
 
             x = block(x, vectors, attend, self.dtype)
         return self._logits(x, state)
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a token of scale `query` sees those of scale `key`, in the same layer."""
+        return query >= key
+
+    def _input(self, stage: int, below: Tensor | None, state: State) -> Tensor:
+        """What the first layer reads, R n W: rows of guidance read the same canvas."""
+        if below is None:
+            return state.first
+        return self._embed(stage, below).repeat(len(state.first) // len(below), 1, 1)
 
     def _place(self, stage: int) -> Tensor:
         """What a token's place adds to its input: 1 n W, float32."""

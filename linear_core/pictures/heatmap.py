@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..pyramid import Pyramid
@@ -62,13 +63,48 @@ def over_scales(share: Tensor, pyramid: Pyramid) -> Tensor:
 
 
 def strip(share: Tensor, pyramid: Pyramid, side: int = 64, gap: int = 4) -> Tensor:
-    """The scales of each image side by side, coarse to fine, drawn at equal height: share B N -> B side W 3 in 0..1."""
-    maps = [
-        colormap(F.interpolate(one[:, None].float(), (side, max(1, round(side * cols / rows))), mode="nearest")[:, 0])
-        for one, (rows, cols) in zip(scale_maps(share, pyramid), pyramid.sides, strict=True)
-    ]
-    space = torch.ones(len(share), side, gap, 3)
-    return torch.cat([part for one in maps for part in (one, space)][:-1], 2)
+    """The scales of each image side by side, coarse to fine, drawn at equal height, with the number of tokens that a
+    head holds of each, on average, below: share B N -> B H W 3 in 0..1.
+    """
+    maps = scale_maps(share, pyramid)
+    widths = [max(1, round(side * cols / rows)) for rows, cols in pyramid.sides]
+    sheet = torch.ones(len(share), side + 2 * gap + LABEL, sum(widths) + gap * (len(widths) - 1), 3)
+    left = 0
+    for stage, (one, width) in enumerate(zip(maps, widths, strict=True)):
+        large = F.interpolate(one[:, None].float(), (side, width), mode="nearest")[:, 0]
+        sheet[:, :side, left : left + width] = colormap(large)
+        for image, share_held in enumerate(one.flatten(1).sum(1).tolist()):
+            held = "-" if stage + 1 == pyramid.stages else f"{share_held:.0f}"  # the last one is never held
+            label = _label(held, width + gap)
+            sheet[image, side + gap : side + gap + LABEL, left : left + label.shape[1]] = label[
+                :, : sheet.shape[2] - left
+            ]
+        left += width + gap
+    return sheet
+
+
+def captioned(pictures: Tensor, text: str) -> Tensor:
+    """Pictures B H W 3 in 0..1 with a line of white text on a dark bar at the bottom; as they are without a text."""
+    height, width = pictures.shape[1:3]
+    if not text:
+        return pictures
+    size = max(6, min(20, height // 4, 2 * width // len(text)))
+    bar = Image.new("L", (width, min(height, size + 4)), 0)
+    ImageDraw.Draw(bar).text((2, 1), text, 255, font=ImageFont.load_default(size=size))
+    letters = torch.frombuffer(bytearray(bar.tobytes()), dtype=torch.uint8).view(bar.height, width, 1) / 255
+    return torch.cat([pictures[:, : height - bar.height], letters.expand(len(pictures), -1, -1, 3).to(pictures)], 1)
+
+
+LABEL = 12  # pixels of a number's height
+
+
+def _label(text: str, width: int) -> Tensor:
+    """A number in dark on white: LABEL width 3 in 0..1, or narrower than it is written."""
+    image = Image.new("L", (width, LABEL), 255)
+    ImageDraw.Draw(image).text((0, 0), text, 40, font=ImageFont.load_default(size=LABEL - 2))
+    return (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(LABEL, width, 1) / 255).expand(
+        -1, -1, 3
+    )
 
 
 def lifetime(shares: Tensor) -> Tensor:
@@ -79,3 +115,10 @@ def lifetime(shares: Tensor) -> Tensor:
     lines, rows = shares.shape[1:3]
     after = torch.arange(lines)[:, None] >= torch.arange(rows)[None]  # line ends that each row of tokens has seen
     return (shares * after[None, :, :, None]).sum(1) / after.sum(0).clamp(min=1)[None, :, None]
+
+
+def lifetime_of_scales(shares: Tensor, pyramid: Pyramid) -> Tensor:
+    """The same of a picture drawn in scales: B scales N -> B N. The last scale is never held."""
+    scale = torch.tensor([stage for stage in range(pyramid.stages) for _ in range(pyramid.size(stage))])
+    after = torch.arange(shares.shape[1])[:, None] >= scale
+    return (shares * after).sum(1) / after.sum(0).clamp(min=1)

@@ -15,15 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..events import Line, Stage
+from ..events import Line, Step
 from ..loop.micro_batches import is_out_of_memory
 from ..pyramid import Pyramid
 from ..tokenizers.bits import BitTokenizer
+from ..tokenizers.latents import LatentTokenizer
 from ..tokenizers.pyramid import PyramidTokenizer
 from ..tokenizers.tokenizer import VQTokenizer, to_pixels
+from .inpaint import fill
 
 if TYPE_CHECKING:
     from PIL import Image
+
+AnyTokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer
 
 log = logging.getLogger(__name__)
 UNDRAWN = 0.35  # grey value of rows that are not drawn yet
@@ -57,39 +61,142 @@ class Preview:
         return torch.cat([done, undrawn], 1)
 
 
-class CanvasPreview:
-    """Keeps the canvas of a run over scales, and decodes it at a reduced size.
+class Sketch:
+    """A linear map from the channels of a canvas to colours, as Stable Diffusion's latent previews have one.
 
-    A canvas holds hardly any detail beyond the side of its newest scale, and decoding at half the side costs a quarter.
-    So it is shrunk to the smallest of a few sides that is at least twice the newest scale's. The decoder was not
-    trained at that size, so the picture is a preview.
+    A decoder costs too much to be asked after every scale: of VAR's smallest model it would take several times the run.
+    The map is a least-squares fit to pictures that were decoded: first to random colour washes, then to every finished
+    picture.
+
+    seconds  what decoding took for each place of a canvas, when it was asked last
     """
 
-    sides = (4, 6, 8, 12, 16, 24, 32)  # rows of the canvas that are decoded; beyond, the canvas as it is
+    washes, side, recall = 16, 2, 0.7  # random canvases and their rows; how much of a fit the next one leaves
 
-    def __init__(self, tokenizer: PyramidTokenizer | BitTokenizer, pyramid: Pyramid):
-        self.tokenizer, self.pyramid = tokenizer, pyramid
-        self.stage: Stage | None = None
-
-    def add(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self) -> None:
+        self.fit: tuple[Tensor, Tensor] | None = None
+        self.seconds = 0.0
 
     @torch.inference_mode()
-    def pictures(self, images: int = 1) -> Tensor:
-        """The first `images` pictures so far, as they are or smaller: float32 B H W 3 in 0..1, on the CPU."""
-        assert self.stage is not None, "nothing is drawn yet"
-        canvas = self.stage.canvas[:images].to(self.tokenizer.device)
+    def prepare(self, tokenizer: PyramidTokenizer | BitTokenizer, pyramid: Pyramid) -> None:
+        """Learn from random tokens of the first scales, unless there is something better. One small decode."""
+        if self.fit is not None:
+            return
+        random, stages = torch.Generator().manual_seed(0), min(2, pyramid.stages)
+        tokens = [
+            torch.randint(tokenizer.config.codes, (self.washes, *pyramid.sides[stage]), generator=random)
+            for stage in range(stages)
+        ]
+        canvas = tokenizer.quantize.canvas(pyramid, [one.to(tokenizer.device) for one in tokens])
         rows, cols = canvas.shape[-2:]
-        wanted = 2 * self.pyramid.sides[self.stage.stage][0] * rows // self.pyramid.sides[-1][0]
-        side = min((side for side in self.sides if wanted <= side < rows), default=rows)
+        self.decode(tokenizer, F.interpolate(canvas, (min(self.side, rows), min(self.side, cols)), mode="area"))
+
+    @torch.inference_mode()
+    def decode(self, tokenizer: PyramidTokenizer | BitTokenizer, canvas: Tensor) -> Tensor:
+        """Decode a canvas B Z h w, learning from it: float32 B H W 3 in 0..1, on the CPU."""
+        started = time.perf_counter()
+        canvas = canvas.to(tokenizer.device)
+        pictures = to_pixels(tokenizer.decode(canvas)).cpu()
+        self.seconds = (time.perf_counter() - started) / (len(canvas) * canvas.shape[-2:].numel())
+        channels = _with_one(canvas.cpu())
+        colours = F.interpolate(pictures.permute(0, 3, 1, 2), canvas.shape[-2:], mode="area").permute(0, 2, 3, 1)
+        channels, colours = channels.flatten(0, 2).double(), colours.flatten(0, 2).double()
+        new = channels.T @ channels / len(channels), channels.T @ colours / len(channels)
+        old = self.fit or new
+        self.fit = old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)
+        return pictures
+
+    @torch.inference_mode()
+    def picture(self, canvas: Tensor, least: int = 128) -> Tensor:
+        """A sketch of a canvas B Z h w on the CPU, smoothly enlarged to about `least` pixels: B H W 3 in 0..1."""
+        assert self.fit is not None, "nothing is learnt yet"
+        gram, target = self.fit
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        colours = _with_one(canvas).double() @ torch.linalg.solve(gram + ridge, target)
+        factor = max(1, least // max(canvas.shape[-2:]))
+        colours = colours.float().permute(0, 3, 1, 2)
+        if factor > 1:
+            colours = F.interpolate(colours, scale_factor=factor, mode="bicubic")
+        return colours.clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def _with_one(canvas: Tensor) -> Tensor:
+    """Canvas B Z h w -> B h w Z+1."""
+    return F.pad(canvas.float().permute(0, 2, 3, 1), (0, 1), value=1.0)
+
+
+class CanvasPreview:
+    """Pictures of a canvas after each scale: a sketch, or decoded at a reduced side where the run affords that.
+
+    A canvas holds hardly any detail beyond the side of its newest scale, so it is decoded at no more than twice that.
+    The decoder was not trained at such a size, so the picture is a preview.
+    """
+
+    sides = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # rows of the canvas that are decoded; beyond, the canvas as it is
+
+    def __init__(self, tokenizer: PyramidTokenizer | BitTokenizer, pyramid: Pyramid, sketch: Sketch):
+        self.tokenizer, self.pyramid, self.sketch = tokenizer, pyramid, sketch
+
+    def side(self, stage: int, canvas: Tensor, seconds: float) -> int:
+        """Rows of a canvas B Z h w to decode within so many seconds; 0: none that would show more than a sketch."""
+        rows, cols = canvas.shape[-2:]
+        detail = 2 * self.pyramid.sides[stage][0] * rows // self.pyramid.sides[-1][0]
+        enough = min((side for side in self.sides if detail <= side < rows), default=rows)
+        pixels = self.tokenizer.config.factor * self.pyramid.sides[-1][0] // rows  # of a row of the canvas
+        affordable = [
+            side
+            for side in (*self.sides, enough)
+            if side <= enough and len(canvas) * side * round(side * cols / rows) * self.sketch.seconds <= seconds
+        ]
+        return max((side for side in affordable if side * pixels >= 2 * rows), default=0)
+
+    @torch.inference_mode()
+    def pictures(self, stage: int, canvas: Tensor, seconds: float = math.inf) -> Tensor:
+        """Canvases B Z h w after scale `stage`, as large as `seconds` allow: float32 B H W 3 in 0..1, on the CPU."""
+        side = self.side(stage, canvas, seconds)
+        if not side:
+            return self.sketch.picture(canvas)
+        rows, cols = canvas.shape[-2:]
         if side < rows:
             canvas = F.interpolate(canvas, size=(side, max(1, round(side * cols / rows))), mode="area")
-        return to_pixels(self.tokenizer.decode(canvas)).cpu()
+        return self.sketch.decode(self.tokenizer, canvas)
+
+
+class LatentPreview:
+    """Keeps the latents of a run over masked steps, and decodes them with the gaps filled from around them, and dimmed.
+
+    So the picture comes into focus wherever tokens are drawn.
+    """
+
+    dimmed = 0.5  # brightness of what is only filled in
+
+    def __init__(self, tokenizer: LatentTokenizer):
+        self.tokenizer = tokenizer
+        self.step: Step | None = None
+
+    def add(self, step: Step) -> None:
+        self.step = step
+
+    def pictures(self, images: int = 1) -> Tensor:
+        """The first `images` pictures so far: float32 B H W 3 in 0..1, on the CPU."""
+        assert self.step is not None, "nothing is drawn yet"
+        return self.of(self.tokenizer, self.step.latents[:images])
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, tokenizer: LatentTokenizer, latents: Tensor) -> Tensor:
+        """The pictures of latents with gaps, B Z h w."""
+        latents = latents.to(tokenizer.device)
+        pictures = to_pixels(tokenizer.decode(fill(latents))).cpu()
+        known = F.interpolate(latents[:, :1].isfinite().float(), pictures.shape[1:3], mode="nearest")[:, 0, :, :, None]
+        return pictures * (cls.dimmed + (1 - cls.dimmed) * known.cpu())
 
 
 @torch.inference_mode()
-def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
-    """Decode finished pictures: codes int64 B rows cols, or a canvas B Z h w -> float32 B H W 3 in 0..1, on the CPU.
+def decode(tokenizer: AnyTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
+    """Decode finished pictures: codes int64 B rows cols, or a canvas or latents B Z h w.
+
+    Returns float32 B H W 3 in 0..1, on the CPU.
 
     Decodes `batch` pictures at a time, and half as many if memory runs out. Raises UserError if it is too little for
     one.
@@ -110,7 +217,7 @@ def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, tokens: Ten
     return torch.cat(done)
 
 
-def _try_decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, codes: Tensor) -> Tensor | None:
+def _try_decode(tokenizer: AnyTokenizer, codes: Tensor) -> Tensor | None:
     """None if memory ran out. By then the error, and with it every tensor of the computation, is freed."""
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()
@@ -205,3 +312,44 @@ class PreviewWorker:
         # Wait for the share of the remaining time that this picture took of what is left to spend. The first picture is
         # slow, so a fifth at most.
         return max(self.pause, remaining * (min(0.2, took / left) if left > 0 else 1.0))
+
+
+class CanvasWorker(PreviewWorker):
+    """The same for models that draw in scales, which take a sketch after every scale.
+
+    The last scale takes nearly half of a run and the first ones next to nothing, so the time for pictures is not spread
+    over the scales: they get a share of the time that has passed.
+
+    render  makes a picture of a job within so many seconds; None: the final one
+    """
+
+    pause = 0.03
+    share = 0.015
+
+    def __init__(
+        self,
+        render: Callable[[Any, float | None], Image.Image],
+        display: Callable[[Image.Image, int], None],
+        scales: int,
+        stop: type[BaseException] | tuple[()] = (),
+    ):
+        self.draw = render
+        super().__init__(lambda job: render(job, self.left), display, scales, stop)
+
+    @property
+    def left(self) -> float:
+        """Seconds that pictures may take now."""
+        return self.share * (time.perf_counter() - self.started) - self.spent
+
+    def submit(self, job: Any, lines: int) -> bool:
+        """Offer a job; returns whether it was taken."""
+        return self.left > 0 and super().submit(job, lines)
+
+    def final(self, job: Any) -> Image.Image | None:
+        """The final picture, of the whole canvas; None if it cannot be made."""
+        self.render = lambda job: self.draw(job, None)
+        return super().final(job)
+
+    def _wait(self, took: float, elapsed: float, lines: int) -> float:
+        self.spent += took
+        return self.pause

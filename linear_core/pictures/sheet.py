@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
+
+from ..errors import UserError
 
 PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (110, 114, 120)
 GAP = 8
@@ -21,6 +23,16 @@ def to_image(picture: Tensor, size: int | None = None) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(array))
     factor = max(1, (size or 0) // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def read_image(path: Path, what: str) -> Tensor:
+    """The picture at `path`: H W 3 in 0..1. Raises UserError, which says `what` it was meant for."""
+    try:
+        with Image.open(path) as image:
+            array = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{what}: {path} cannot be read as a picture; give a PNG or JPEG file.") from error
+    return torch.from_numpy(array).float() / 255
 
 
 def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size: int = 288) -> Image.Image:
@@ -53,11 +65,16 @@ def to_tensor(image: Image.Image) -> Tensor:
 def save(image: Image.Image, path: Path, notes: dict[str, Any]) -> None:
     """Write a PNG with `notes` as JSON in its text chunk "linear". The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    info = PngImagePlugin.PngInfo()
-    info.add_text("linear", json.dumps(notes))
     part = path.with_name(path.name + ".part")
     try:
-        image.save(part, "PNG", pnginfo=info, optimize=True)
+        write_png(image, part, notes)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_png(image: Image.Image, file: Path | BinaryIO, notes: dict[str, Any]) -> None:
+    """Write a PNG with `notes` as JSON in its text chunk "linear"."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("linear", json.dumps(notes))
+    image.save(file, "PNG", pnginfo=info, optimize=True)

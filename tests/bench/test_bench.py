@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from bench import fold_ablation, paper_table, quality, soak, speed
+from bench import fold_ablation, paper_table, quality, scan, soak, speed
 from bench.shapes import SHAPES, ModelShape
 from linear_core.grid import Grid
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
@@ -51,6 +51,13 @@ def test_speed_says_what_was_not_recorded(how, tiny, monkeypatch, capsys):
     why = "graphs need cuda and this runs on cpu"
     full, few = (r["not_recorded"] for r in document["results"])
     assert full == {"step": why} and few == {"step": why, "line's end": why}
+
+
+def test_scans_that_carry_and_that_go_back_say_the_same(monkeypatch, capsys):
+    (result,) = last_line(scan.main, ["--depth", "1", "--layers", "2", "--rounds", "1"], monkeypatch, capsys)
+    assert 0 < result["largest_relative_difference"] < 1e-4
+    assert result["bytes"] == {"carried": 2 * 2 * 4 * (3 * 256 + 128 * 64), "var": 2 * 2 * 64 * 4 * (2 * 424 + 680)}
+    assert all(len(times) == 10 and min(times) > 0 for times in result["seconds"].values())
 
 
 SHORT = ["--device", "cpu", "--models", "tiny", "--plans", "line:2"]

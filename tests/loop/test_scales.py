@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linear_core.errors import UserError
@@ -15,8 +16,8 @@ from linear_core.loop.micro_batches import MicroBatches
 from linear_core.loop.sampling import Noise
 from linear_core.loop.scales import ALL_PAIRS, generate_scales, scale_policy
 from linear_core.models.var import PYRAMIDS
-from linear_core.pictures.heatmap import over_scales, scale_maps, strip
-from linear_core.pictures.preview import CanvasPreview, decode
+from linear_core.pictures.heatmap import LABEL, lifetime_of_scales, over_scales, scale_maps, strip
+from linear_core.pictures.preview import CanvasPreview, Sketch, decode
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import Prompt, class_prompt
@@ -113,19 +114,47 @@ def test_bfloat16_keeps_the_canvas_in_float32() -> None:
     assert last.canvas.dtype == torch.float32 and bool(last.canvas.isfinite().all())
 
 
-def test_previews_grow_with_the_scales(model) -> None:
-    """Each is decoded at twice its scale's side, the last ones as they are."""
-    pyramid = Pyramid.square(1, 2, 3, 4, 8)
+def tokenizer_and_pyramid() -> tuple[PyramidTokenizer, Pyramid]:
     torch.manual_seed(0)
-    tokenizer = PyramidTokenizer(PyramidConfig(CODES, 6, (16, 8), 1)).eval().requires_grad_(False)
-    preview, canvas = CanvasPreview(tokenizer, pyramid), torch.randn(3, 6, 8, 8)
-    nothing = torch.zeros(3, 1, dtype=torch.int64)
-    sizes = []
-    for stage in range(5):
-        preview.add(Stage(stage, 5, nothing, canvas, torch.zeros(3, 94), 0.0, 0.0, 0))
-        sizes.append(preview.pictures(2).shape)
-    assert sizes == [(2, 2 * side, 2 * side, 3) for side in (4, 4, 6, 8, 8)]
-    assert torch.equal(preview.pictures(3), decode(tokenizer, canvas, batch=3))
+    config = PyramidConfig(CODES, 6, (16, 8, 8, 8), 1)
+    return PyramidTokenizer(config).eval().requires_grad_(False), Pyramid.square(1, 2, 3, 4, 8)
+
+
+def test_previews_grow_with_the_scales_and_what_they_may_cost() -> None:
+    """With time, each is decoded at twice its scale's side, the last ones as they are; with little, at fewer rows; with
+    next to none it is a sketch."""
+    tokenizer, pyramid = tokenizer_and_pyramid()
+    sketch, canvas = Sketch(), torch.randn(3, 6, 8, 8)
+    sketch.prepare(tokenizer, pyramid)
+    preview = CanvasPreview(tokenizer, pyramid, sketch)
+    assert [preview.pictures(stage, canvas[:2]).shape for stage in range(5)] == [
+        (2, 8 * side, 8 * side, 3) for side in (2, 4, 6, 8, 8)
+    ]
+    assert torch.equal(preview.pictures(4, canvas), decode(tokenizer, canvas, batch=3))
+    sketch.seconds = 0.1  # a place
+    assert [preview.side(3, canvas, 30 * seconds) for seconds in (1, 0.65, 0.63, 0.17, 0.1, 0)] == [8, 8, 6, 4, 3, 0]
+    assert preview.pictures(3, canvas, 0.0).shape == (3, 128, 128, 3)
+
+
+def test_a_sketch_learns_colours_from_decoded_pictures() -> None:
+    """Of a decoder that is linear in every place it finds the map; random washes alone come close."""
+    mix = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)) * 0.1
+    tokenizer, pyramid = tokenizer_and_pyramid()
+
+    def linear(canvas: Tensor) -> Tensor:
+        return F.interpolate(torch.einsum("bzhw,zc->bchw", canvas, mix), scale_factor=8, mode="nearest")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "decode", linear)
+        sketch, canvas = Sketch(), 0.5 * torch.randn(2, 6, 8, 8)
+        sketch.prepare(tokenizer, pyramid)
+        truth = linear(canvas) / 2 + 0.5
+        errors = []
+        for _ in range(2):
+            drawn = F.interpolate(sketch.picture(canvas).permute(0, 3, 1, 2), (8, 8), mode="area")
+            errors.append(float((drawn - F.interpolate(truth, (8, 8), mode="area")).abs().mean()))
+            sketch.decode(tokenizer, canvas)
+    assert errors[1] < errors[0] < 0.1 * float((truth - truth.mean()).abs().mean()) + 0.02
 
 
 def test_maps_of_scales() -> None:
@@ -136,8 +165,19 @@ def test_maps_of_scales() -> None:
     over = over_scales(share, pyramid)[0]
     assert torch.equal(over[:2, :2], torch.ones(2, 2)) and torch.equal(over[2:], torch.full((2, 4), 0.5))
     drawn: Tensor = strip(share, pyramid, side=8, gap=2)
-    assert drawn.shape == (1, 8, 3 * 8 + 2 * 2, 3)
-    assert torch.equal(drawn[0, :, 8:10], torch.ones(8, 2, 3)) and not torch.equal(drawn[0, 0, 10], drawn[0, 0, 16])
+    assert drawn.shape == (1, 8 + 2 * 2 + LABEL, 3 * 8 + 2 * 2, 3)
+    assert torch.equal(drawn[0, :8, 8:10], torch.ones(8, 2, 3)) and not torch.equal(drawn[0, 0, 10], drawn[0, 0, 16])
+    written = [bool((drawn[0, 10:, left : left + 8] < 0.5).any()) for left in (0, 10, 20)]
+    assert written == [True] * 3, "a number below each map"
+
+
+def test_how_long_tokens_of_scales_were_kept() -> None:
+    """As a share of the scale ends since their own."""
+    pyramid = Pyramid.square(1, 2, 3)
+    shares = torch.zeros(1, 3, 14)
+    shares[0, 0, 0], shares[0, 1, :3], shares[0, 2, 0] = 1.0, torch.tensor([1.0, 1.0, 0.5]), 1.0
+    kept = lifetime_of_scales(shares, pyramid)[0]
+    assert kept[:5].tolist() == [1.0, 0.5, 0.25, 0, 0] and not kept[5:].any()
 
 
 def test_large_maps_choose_by_attention() -> None:

@@ -187,7 +187,7 @@ def test_a_picture_becomes_tokens_and_goes_on_downward(small, one):  # noqa: F81
 
 
 def live_fit(image):
-    fit = importlib.import_module(f"{PACK}.nodes.encode").fit
+    fit = importlib.import_module(f"{PACK}.nodes.encoding").fit
     return fit(image, ROWS * FACTOR, ROWS * FACTOR).permute(0, 2, 3, 1)
 
 
@@ -212,7 +212,7 @@ def test_compare_is_two_generates(small, one, comfy):  # noqa: F811
     assert len(out.ui["linear_ar_pairs"]) == 2 and all(len(pair) == 2 for pair in out.ui["linear_ar_pairs"])
     previews = [data[0][1] for event, data in comfy.sent if event == 4]
     assert (previews and previews[0].width == 2 * previews[0].height * 2 // 1) or previews[0].width > previews[0].height
-    with pytest.raises(UserError, match="keeps every line"):
+    with pytest.raises(UserError, match="keeps every row"):
         node.execute(cache=FULL, temperature=-1, top_k=-1, top_p=-1, **settings, **one)
 
 

@@ -59,6 +59,7 @@ GRAPH: dict[str, dict[str, Any]] = {
         "prompt": "LineAR_ClassPrompt", "text": "",
     },
     "LineAR_DownloadModel": {"release": "vq_ds16_c2i", "with_needed": False},
+    "LineAR_Doctor": {},
 }  # fmt: skip
 WRONG = {
     "INT": ["three", None, {}, [1, 2, 3], float("nan"), float("inf")],

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "app"}
+COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "app",
+         "comfyui_version"}  # fmt: skip
 
 # Room -> what it may import of ours, and of others. The first pattern that fits a file counts. A * stands for anything,
 # and a room that imports itself is a package whose files may import each other.
@@ -28,6 +29,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sizes": (set(), set()),
     "grid": ({"errors"}, set()),
     "pyramid": ({"errors", "grid"}, set()),
+    "steps": ({"errors"}, set()),
     "plan": ({"errors", "grid", "pyramid"}, set()),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
@@ -35,6 +37,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cache.__init__": (set(), set()),
     "cache.storage": (set(), TENSORS),
     "cache.look_ahead": (set(), TENSORS),
+    "cache.step_cache": ({"steps"}, TENSORS),
+    "cache.refresh": ({"steps", "cache.step_cache"}, TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
     "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
@@ -55,6 +59,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "cache.carried_state": ({"plan", "pyramid"}, TENSORS),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
     "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
@@ -74,9 +79,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "prompts.*",
             "cache.attention",
+            "cache.carried_state",
             "cache.line_cache",
             "cache.look_ahead",
             "cache.stage_cache",
+            "cache.step_cache",
+            "steps",
             "models.*",
         },
         TENSORS,
@@ -84,7 +92,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "tokenizers.*": ({"pyramid", "tokenizers.*"}, TENSORS),
     # the loop
     "loop.__init__": (set(), set()),
-    "loop.memory": ({"grid", "plan", "pyramid"}, set()),
+    "loop.memory": ({"grid", "plan", "pyramid", "steps"}, set()),
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
@@ -113,11 +121,27 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "events",
             "plan",
             "pyramid",
+            "cache.carried_state",
             "cache.stage_cache",
             "cache.view",
             "policies",
             "policies.choose",
             "loop.memory",
+            "loop.sampling",
+        },
+        TENSORS,
+    ),
+    "loop.masked": (
+        {
+            "errors",
+            "events",
+            "grid",
+            "plan",
+            "steps",
+            "cache.refresh",
+            "cache.step_cache",
+            "models.denoise",
+            "models.mar",
             "loop.sampling",
         },
         TENSORS,
@@ -133,9 +157,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     # pictures
     "pictures.__init__": (set(), set()),
-    "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
-    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy"}),
-    "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
+    "pictures.sheet": ({"errors"}, TENSORS | {"numpy", "PIL"}),
+    "pictures.inpaint": ({"errors", "tokenizers.latents"}, TENSORS),
+    "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),
+    "pictures.preview": (
+        {"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches", "pictures.inpaint"},
+        TENSORS | {"numpy"},
+    ),
     # files
     "checkpoints.__init__": (set(), set()),
     "checkpoints.untrusted": ({"errors"}, set()),
@@ -143,7 +171,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints.download": ({"errors", "checkpoints.published"}, {"requests"}),
     "checkpoints.weights": ({"errors", "checkpoints.untrusted"}, TENSORS | {"safetensors"}),
     "checkpoints.families.__init__": (
-        {"errors", "grid", "plan", "pyramid", "sizes", "prompts", "prompts.*", "checkpoints.weights"},
+        {"errors", "grid", "plan", "pyramid", "sizes", "steps", "prompts", "prompts.*", "checkpoints.weights"},
         TENSORS,
     ),
     "checkpoints.families.*": (
@@ -153,6 +181,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "plan",
             "pyramid",
             "sizes",
+            "steps",
             "prompts",
             "prompts.*",
             "models.*",
@@ -170,6 +199,59 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     # people
+    "doctor": (
+        {
+            "defaults",
+            "errors",
+            "plan",
+            "prompts",
+            "cache.attention",
+            "checkpoints.families",
+            "checkpoints.library",
+            "checkpoints.text",
+            "checkpoints",
+            "loop.forced",
+            "loop.generate",
+            "loop.memory",
+            "models.packed",
+            "pictures.preview",
+        },
+        TENSORS,
+    ),
+    "check": (
+        {
+            "plan",
+            "prompts",
+            "checkpoints.families",
+            "checkpoints.library",
+            "loop.forced",
+            "loop.generate",
+            "loop.micro_batches",
+            "loop.scales",
+        },
+        TENSORS,
+    ),
+    "batch.__init__": (set(), set()),
+    "batch.table": ({"errors"}, {"pyarrow"}),
+    "batch.folder": ({"errors", "batch.table"}, {"pyarrow", "msvcrt", "fcntl"}),
+    "batch.draw": (
+        {
+            "errors",
+            "plan",
+            "prompts",
+            "batch.*",
+            "checkpoints",
+            "checkpoints.families",
+            "checkpoints.library",
+            "checkpoints.text",
+            "loop.*",
+            "models.packed",
+            "pictures.preview",
+            "pictures.sheet",
+        },
+        TENSORS,
+    ),
+    "batch.over_ray": ({"errors", "batch.*"}, {"ray"}),  # imported when it is asked for
     "startup": (set(), set()),  # before anything that takes seconds to import, or may be missing
     "__main__": ({"*"}, TENSORS | {"numpy", "PIL", "tqdm", "safetensors"}),
 }
@@ -179,6 +261,7 @@ NUMBERS = (
     "grid",
     "pyramid",
     "sizes",
+    "steps",
     "plan",
     "defaults",
     "events",
@@ -273,9 +356,9 @@ def test_the_table_itself_lets_nothing_through(row):
     ours, theirs = TABLE[row]
     assert not theirs & COMFY
     # hf and forced end lines as the loop does, micro-batches are drawn with it
-    if row not in ("__main__", "hf", "loop.forced", "loop.micro_batches"):
+    if row not in ("__main__", "check", "doctor", "batch.draw", "hf", "loop.forced", "loop.micro_batches"):
         assert not fits("loop.generate", ours)
-    if not row.startswith(("__main__", "checkpoints.")):
+    if not row.startswith(("__main__", "check", "doctor", "batch.draw")):  # checkpoints.* too
         assert not fits("checkpoints.library", ours)
     if row in NUMBERS:
         assert not theirs
@@ -321,9 +404,12 @@ def test_numbers_run_without_torch():
 
 SHARED = {
     "nodes.host",
+    "nodes.encoding",
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
+    "nodes.loops",
+    "nodes.redraw",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { CIVIDIS, cellAt, colour, draw, layout } from "../../web/draw.js";
+import { CIVIDIS, cellAt, cellOfScales, colour, draw, drawScales, layout, layoutScales, pictureAt, scaleOfCell } from "../../web/draw.js";
 
 const theme = { background: "#111", foreground: "#eee", muted: "#999", border: "#444" };
 const run = { rows: 4, cols: 4, shown: 1, columns: 1 };
@@ -153,4 +153,67 @@ test("hover and the cut are drawn on top", () => {
 test("an image of which nothing is known is a picture and no more", () => {
   const { paper } = paint({ held: new Uint8Array(0), mode: "kept" });
   assert.equal(paper.asked.filter((a) => a.fill && a.fill.startsWith("rgb") && a.box[2] > 10).length, 0);
+});
+
+const sides = [1, 2, 3, 4, 5, 6, 8, 10, 12].map((side) => [side, side]);
+
+test("scales: maps and pictures are inside and apart at every width, and every point finds its cell", () => {
+  const wide = [1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64].map((side) => [side, 2 * side]);
+  for (const [width, height] of [[190, 200], [190, 300], [280, 220], [420, 400], [120, 120]])
+    for (const run of [{ sides, shown: 1, columns: 1 }, { sides: wide, shown: 4, columns: 2 }, { sides: [[1, 1]], shown: 1, columns: 1 }])
+      for (const mode of ["image", "kept", "both"]) {
+        const at = layoutScales(width, height, run, mode);
+        const all = [...at.boxes, ...at.maps];
+        const said = JSON.stringify([width, height, mode, all]);
+        assert.equal(at.maps.length, run.sides.length);
+        assert.equal(at.boxes.length, mode === "kept" ? 0 : run.shown);
+        assert.ok(all.every((box) => box.x >= 0 && box.y >= 0 && box.x + box.width <= width + 1 && box.y + box.height <= height), said);
+        for (const [i, a] of all.entries()) for (const b of all.slice(i + 1)) assert.ok(a.x + a.width <= b.x || b.x + b.width <= a.x || a.y + a.height <= b.y || b.y + b.height <= a.y, said);
+        for (const map of at.maps) {
+          const cell = cellOfScales(at, map.x + map.width - 0.001, map.y + map.height - 0.001);
+          assert.equal(cell, map.first + map.rows * map.cols - 1);
+          assert.equal(scaleOfCell(at, cell), at.maps.indexOf(map));
+        }
+        for (const [i, box] of at.boxes.entries()) assert.equal(pictureAt(at, box.x + 1, box.y + 1), i);
+        assert.equal(cellOfScales(at, -1, -1), -1);
+      }
+  assert.equal(cellOfScales(layoutScales(420, 400, { sides, shown: 2, columns: 2 }, "both", 1), -5, 0), -1);
+});
+
+const scales = (what) => {
+  const paper = new Paper();
+  const run = { sides: sides.slice(0, 3), shown: 1, columns: 1 };
+  const at = layoutScales(300, 300, run, what.mode ?? "both");
+  const held = Uint8Array.from({ length: 14 }, (_, i) => (i < 5 ? 255 * (i % 2) : 0));
+  drawScales(paper, { at, theme, mode: "both", held, counts: [0, 2, 0], over: [new Uint8Array(9).fill(255, 0, 3)], done: 2, running: false, picture: null, ...what });
+  return { paper, at, texts: paper.asked.filter((a) => a.text).map((a) => a.text) };
+};
+
+test("scales: the tokens held stand below each map, the last is never kept, and what is not drawn yet is empty", () => {
+  assert.deepEqual(scales({}).texts.slice(0, 3), ["0", "2", "–"]);
+  assert.deepEqual(scales({ mode: "kept" }).texts.slice(0, 3), ["1²: 0 of 1", "2²: 2 of 4", "3², never kept"]);
+  const { paper, at, texts } = scales({ done: 1, mode: "kept" });
+  assert.equal(texts[1], "2²");
+  const cells = paper.asked.filter((a) => a.fill?.startsWith("rgb(") && a.box[1] >= at.maps[1].y && a.box[0] >= at.maps[1].x && a.box[0] < at.maps[1].x + at.maps[1].width);
+  assert.equal(cells.length, 0);
+  assert.equal(scales({ held: new Uint8Array(0), counts: [] }).texts[0], "1²", "of which nothing is known");
+});
+
+test("scales: the one being drawn is outlined, and what is drawn anew is dimmed behind a dashed line", () => {
+  const bright = rgb(1);
+  assert.equal(scales({ running: true }).paper.asked.filter((a) => a.stroke === bright).length, 1);
+  assert.equal(scales({}).paper.asked.filter((a) => a.stroke === bright).length, 0);
+  const { paper } = scales({ cut: 1 });
+  assert.equal(paper.fills("rgb(0 0 0 / 0.55)").length, 2);
+  assert.equal(paper.asked.filter((a) => a.line === "#fff").length, 1);
+});
+
+test("scales: places that are remembered are lit, the others dimmed, and sketches are smooth", () => {
+  const what = { picture: {}, size: { width: 96, height: 96 } };
+  const { paper } = scales(what);
+  assert.equal(paper.fills("rgb(8 12 24 / 0.600)").length, 6);
+  assert.equal(paper.asked.filter((a) => a.fill?.endsWith("/ 0.200)")).length, 3);
+  assert.equal(paper.imageSmoothingEnabled, false);
+  assert.equal(scales({ ...what, final: false }).paper.imageSmoothingEnabled, true);
+  assert.equal(scales({ ...what, mode: "image" }).paper.fills("rgb(8 12 24 / 0.600)").length, 0);
 });

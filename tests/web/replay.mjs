@@ -1,10 +1,10 @@
 // Reads a trace on stdin and says what web/state.js makes of it after every line; for tests/test_events.py.
 import { readFileSync } from "node:fs";
-import { EMPTY, evictedAfter, held, reduce, standsFor } from "../../web/state.js";
+import { EMPTY, cellsOf, evictedAfter, held, inScales, keptText, reduce, remembered, standsFor } from "../../web/state.js";
 
 const events = JSON.parse(readFileSync(0, "utf8"));
 const [run] = events;
-const size = run.rows * run.cols;
+const size = cellsOf(run);
 const each = (n, f) => Array.from({ length: n }, (_, i) => f(i));
 const answers = [];
 let state = EMPTY;
@@ -18,6 +18,8 @@ for (const event of events) {
     heads: run.detail === "heads" ? each(run.layers, (layer) => each(run.heads, (head) => [...held(state, { layer, head })])) : [],
     stands: each(size, (cell) => standsFor(state, cell)),
     evicted: [...evictedAfter(state)].slice(0, size),
+    over: inScales(run) ? each(run.shown, (i) => [...remembered(run, held(state), i)]) : [],
+    kept: keptText(state, state.lines.length),
   });
 }
 console.log(JSON.stringify(answers));

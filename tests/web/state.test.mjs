@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, hoverText, keptCells, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, replay, replayRuns, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, heldOfScales, hoverText, keptCells, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, remembered, replay, replayRuns, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -14,11 +14,11 @@ const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toStri
 const started = {
   kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
   detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB, codebook: "",
-  list_index: 0, sides: [], seeds: "", kept: "",
+  list_index: 0, sides: [], seeds: "", state_bytes: 0, beside: "", kept: "",
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
-  full_bytes: 24.3 * MIB, replayed: false, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", merged: "", stands: "", passes: 0, accepted: 0,
+  full_bytes: 24.3 * MIB, replayed: false, tokens: b16(n, n + 1, n + 2, n + 10, n + 11, 300), cells: "", shares: "", evicted: "", by_layer: "", merged: "", stands: "", passes: 0, accepted: 0, side: [],
   ...more,
 });
 const first = row(0, { cells: b16(0, 1, 2, 9, 10, 11), shares: b64(128, 255, 255, 255, 255, 255), evicted: b16(0, 0xffff) });
@@ -140,6 +140,55 @@ test("lines to keep travel as text", () => {
   assert.equal(keptRows(of), 2);
 });
 
+// Scales of 1, 4 and 9 tokens, two layers of one head, one token kept: the second scale loses the first token in layer 0
+// and two of its own, and one is folded. Tokens are 56 bits.
+const big = (...numbers) => Buffer.from(BigUint64Array.from(numbers, BigInt).buffer).toString("base64");
+const pyramid = { ...started, rows: 3, cols: 3, stride: 3, images: 1, shown: 1, columns: 1, lines: 3, sides: [[1, 1], [2, 2], [3, 3]], policy: "fold", release: "fold" };
+const scale = (n, more) => row(n, { cols: n + 1, side: [n + 1, n + 1], lines: 3, tokens: big(...Array.from({ length: (n + 1) ** 2 }, (_, i) => 2 ** 50 + i)), ...more });
+const coarse = scale(0, { cells: b16(0), shares: b64(255), evicted: "" });
+const middle = scale(1, { cells: b16(0, 1, 2, 4), shares: b64(128, 255, 128, 255), evicted: b16(0, 3, 2, 3), merged: b16(4), stands: b16(8 * 2) });
+const fine = scale(2, { seconds: 0.9 });
+
+test("scales: what is held of each, over the picture, and in words", () => {
+  const state = replay([pyramid, coarse, middle, fine]);
+  assert.deepEqual([...held(state)], [128, 255, 128, 0, 255, ...Array(9).fill(0)]);
+  assert.deepEqual([...held(state, { layer: 0, head: 0 })].slice(0, 6), [0, 255, 255, 0, 255, 0]);
+  assert.deepEqual([...held(state, { row: 0 })].slice(0, 3), [255, 0, 0]);
+  const counts = heldOfScales(state.run, held(state));
+  assert.deepEqual(counts.map((count) => count.toFixed(2)), ["0.50", "2.50", "0.00"]);
+  const places = [...remembered(state.run, held(state))];
+  assert.equal(places[0], Math.round((counts[0] * 128 + counts[1] * 255) / 3.004), "the scales count by what is held of them");
+  assert.equal(places[6], Math.round((counts[0] * 128) / 3.004));
+  assert.deepEqual([...evictedAfter(state)].slice(0, 6), [-1, -1, -1, 1, -1, 2]);
+  assert.equal(hoverText(state, 1), "scale 2 of 3: 3 of 4 tokens · row 1, column 1 · kept by all heads");
+  assert.equal(hoverText(state, 3), "scale 2 of 3: 3 of 4 tokens · row 2, column 1 · evicted after scale 2");
+  assert.equal(hoverText(state, 4), "scale 2 of 3: 3 of 4 tokens · row 2, column 2 · kept by all heads · stands for 2 tokens");
+  assert.equal(hoverText(state, 8), "scale 3 of 3, 3 × 3 · drawn and never kept");
+  assert.equal(hoverText(state, 2, { row: 0 }), "scale 2 of 3, 2 × 2 · not drawn yet");
+  assert.equal(statusText(replay([pyramid, coarse, middle])), "scale 2/3 · 12 tok/s · cache 3 of 5 tokens · 5.1 MiB of 24.3 · ETA 2 s");
+  assert.match(statusText(replay([{ ...pyramid, lines: 5, cache_bytes: pyramid.full_bytes }, coarse])), /^scale 1\/3 · 12 tok\/s · full cache · 24\.3 MiB/);
+  const without = { ...pyramid, lines: 5, state_bytes: 3 * MIB, cache_bytes: 3 * MIB, full_bytes: 3 * MIB };
+  assert.match(statusText(replay([without, coarse])), /^scale 1\/3 · 12 tok\/s · no cache: a state of 3\.0 MiB/);
+  assert.equal(hoverText(replay([without, coarse]), 0), "scale 1 of 3, 1 × 1 · no cache, so no token is held: a state joins the scales");
+});
+
+test("scales to keep travel as text, 8 bytes a token where they need it", () => {
+  const state = replay([pyramid, coarse, middle, fine]);
+  assert.deepEqual(state.lines[1].tokens, BigUint64Array.from([0, 1, 2, 3], (i) => 2n ** 50n + BigInt(i)));
+  const text = keptText(state, 2);
+  assert.equal(text, `1x5:${big(2 ** 50, 2 ** 50, 2 ** 50 + 1, 2 ** 50 + 2, 2 ** 50 + 3)}`);
+  assert.equal(keptRows(text), 5);
+  assert.equal(keptRun(`1@99|${text}`), 1);
+  const small = replay([{ ...pyramid, images: 2 }, scale(0, { tokens: b16(7, 9) }), scale(1, { tokens: b16(1, 2, 3, 4, 5, 6, 7, 8) })]);
+  assert.equal(keptText(small, 2), `2x5:${b16(7, 1, 2, 3, 4, 9, 5, 6, 7, 8)}`);
+});
+
+test("a page that comes in the middle of scales says so, and no nonsense", () => {
+  const late = reduce(EMPTY, middle);
+  assert.ok(late.partial);
+  assert.equal(statusText(late), "scale 2/3 · 12 tok/s · cache 3 tokens · 5.1 MiB of 24.3");
+});
+
 /** The events of one of a node's runs, for an entry of a list. */
 const entry = (index, ...more) => [{ ...started, run: `r${index}`, list_index: index, seed: 7 + index }, ...[first, second, ...more].map((event) => ({ ...event, run: `r${index}` }))];
 
@@ -209,9 +258,10 @@ test("memory before anything runs", () => {
   const square = { rows: 64, cols: 64, stride: 65 };
   assert.deepEqual(gridOf(square, "832 x 1216"), { rows: 76, cols: 52, stride: 53 });
   assert.deepEqual(gridOf({ ...square, pixels: 8 }, "512 x 768"), { rows: 96, cols: 64, stride: 65 });
-  assert.equal(gridOf(square, undefined), square);
+  assert.deepEqual(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");
+  assert.deepEqual(memoryText(full, full, 0, 3, 1, [], 512, true), { text: "no cache: a state of 10.1 MiB · room for 3 pictures at once", fits: true, share: 0 });
   assert.match(memoryText(few, full, 0, 9, 1, ["batch_size"]).text, /^KV cache 2.1 MiB of 10.1 MiB a picture, −79 % · batch_size unknown until it runs · room for 9 pictures at once$/);
   assert.equal(memoryText(full, full, 0, null, 1, ["text", "batch_size"]).text, "KV cache 10.1 MiB a picture, everything kept · text and batch_size unknown until it runs");
 });

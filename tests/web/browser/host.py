@@ -204,9 +204,10 @@ class Replay:
     async def post_prompt(self, request: web.Request) -> web.Response:
         asked = await request.json()
         self.prompts.append(asked["prompt"])
-        kind = next(
-            (k for k in self.fixture["runs"] if any(n["class_type"] == k for n in asked["prompt"].values())), None
-        )
+        nodes = asked["prompt"].values()
+        way = " in scales" if any("in scales" in str(node["inputs"].get("model")) for node in nodes) else ""
+        kinds = [f"{node['class_type']}{way}" for node in nodes]
+        kind = next((kind for kind in kinds if kind in self.fixture["runs"]), None)
         if kind is None:
             return web.json_response({"error": {"message": "nothing was recorded for this prompt"}}, status=400)
         prompt_id = f"run-{len(self.prompts)}"

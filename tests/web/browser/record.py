@@ -1,9 +1,9 @@
 """Record what a live ComfyUI says of our nodes, for host.py to say again without one.
 
-    python tests/web/browser/record.py PORT     (of a ComfyUI with this pack, on this machine; run it with its Python)
+    python tests/web/browser/record.py PORT [RUN …]  (of a ComfyUI with this pack, on this machine; with its Python)
 
 Writes tests/web/browser/fixture.json: the schemas that the page asks for, and for each prompt below every message of the
-websocket and every temporary picture.
+websocket and every temporary picture. Of the runs that are not named, where some are, the old recordings stay.
 """
 
 from __future__ import annotations
@@ -39,17 +39,22 @@ PROMPTS = {
     },
     "LineAR_Compare": COMMON | {"4": {"class_type": "LineAR_Compare", "inputs": {**FROM, **SAMPLING, "batch_size": 2}}},
 }
+SCALES = "landscapes in scales (bundled)"
+PROMPTS["LineAR_Generate in scales"] = PROMPTS["LineAR_Generate"] | {
+    "1": {"class_type": "LineAR_LoadModel", "inputs": {**MODEL, "model": SCALES}}
+}
 
 
-async def main(port: int) -> None:
+async def main(port: int, chosen: list[str]) -> None:
     base = f"http://127.0.0.1:{port}"
+    runs = json.loads(FIXTURE.read_text(encoding="utf-8"))["runs"] if chosen else {}
     async with aiohttp.ClientSession() as http:
         info = await (await http.get(f"{base}/object_info")).json()
         names = [name for name in info if name.startswith("LineAR_")] + ["PreviewImage", "Note"]
         fixture = {
             "object_info": {name: info[name] for name in names if name in info},
             "system_stats": await (await http.get(f"{base}/system_stats")).json(),
-            "runs": {name: await record(http, base, prompt) for name, prompt in PROMPTS.items()},
+            "runs": runs | {name: await record(http, base, PROMPTS[name]) for name in chosen or PROMPTS},
         }
     fixture["system_stats"]["system"]["argv"] = []
     FIXTURE.write_text(json.dumps(fixture, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -106,4 +111,4 @@ def references(data: object) -> list[dict]:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1])))
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2:]))

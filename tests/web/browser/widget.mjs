@@ -58,7 +58,7 @@ await check("the page loads, and takes a graph", async () => {
 });
 
 await check("before a run: a hint, no controls, and the memory line", async () => {
-  assert.match(await text(".empty"), /Rows appear here/);
+  assert.match(await text(".empty"), /appear here as they are drawn/);
   await page.waitForFunction(() => [...document.querySelectorAll("div")].some((d) => /KV cache [\d.]+ MiB of [\d.]+ MiB, −\d+ %/.test(d.shadowRoot?.textContent ?? "")));
   await shot("before");
 });
@@ -251,7 +251,7 @@ await check("at every width all can be read and pressed: while rows come, stoppe
 await check("a node that runs for each entry of a list: one run is shown, any can be chosen, and Reroll is of that one", async () => {
   const shown = () => page.evaluate(() => {
     const view = window.node.widgets.find((w) => w.linearView).linearView;
-    return { run: view.state.run.run, lines: view.state.lines.length, codes: view.state.lines.map((line) => [...line.tokens]), picture: view.pictures.get(view.state.run.run)?.lines, seed: view.state.run.seed };
+    return { run: view.state.run.run, lines: view.state.lines.length, codes: view.state.lines.map((line) => [...line.tokens]), picture: view.pictures.get(view.state.run.run)?.at(-1).lines, seed: view.state.run.seed };
   });
   const which = page.getByText(/^run \d\/3$/);
   const [before, next] = ["previous run", "next run"].map((name) => page.getByRole("button", { name }));
