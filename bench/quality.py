@@ -18,6 +18,8 @@
 3. Written to --out: quality-MODEL.json (with the values of each picture, for paired differences), .md, .png,
    -sheet.png.
 
+Models that draw in scales are measured by bench/scales.py, with the same options.
+
 Held-out pictures are scenes that were never trained on; for another model, pictures that it drew with the full cache.
 """
 
@@ -40,19 +42,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import machine, weights
+from bench import machine, scales, weights
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
 from bench.rows import Results, Row
 from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
-from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model
+from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model, read_info
 from linear_core.errors import UserError
 from linear_core.loop.generate import Run, generate
 from linear_core.loop.threads import limit_threads
 from linear_core.models.quantised import QUANTISATIONS
 from linear_core.pictures.preview import decode
 from linear_core.plan import CachePlan
-from linear_core.policies import POLICIES
+from linear_core.policies import POLICIES, SCALE_POLICIES
 from linear_core.prompts import Prompt, class_prompt
 
 ROOT = Path(__file__).parents[1]
@@ -140,8 +142,7 @@ class Lab:
         self.scratch = SCRATCH
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.grid = self.model.decoder.grid
-        self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in UNRELATED])
-        self.weights = hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
+        self.core, self.weights = hash_of_core(), hash_of_model(files)
         self.results = Results(out / f"quality-{info.name}.json", info.name, self.weights, self.grid.rows)
         self.data = self.results.data
         self.codes: dict[Split, tuple[Prompt, Tensor]] = {}
@@ -344,6 +345,15 @@ def contents(path: Path) -> list[Path]:
     return sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
 
 
+def hash_of_core() -> str:
+    """Of the files that rows depend on."""
+    return hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in UNRELATED])
+
+
+def hash_of_model(files: ModelFiles) -> str:
+    return hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
+
+
 def hash_of(files: list[Path]) -> str:
     """Hash of names and contents, the first 12 digits."""
     total = hashlib.sha256()
@@ -452,16 +462,24 @@ def main() -> None:
         help="checkpoint, file or folder, with classes or its own tokenizer (default: the bundled model)",
     )
     parser.add_argument("--grid", type=int, nargs=2, help="rows and columns, if the file does not say")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
-    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets: N keeps 1/N of the lines")
-    parser.add_argument("--images", type=int, default=REPORT.images, help="number of held-out pictures to report on")
+    every = [*POLICIES, *SCALE_POLICIES]
+    parser.add_argument("--policies", nargs="+", default=every, choices=every, metavar="POLICY")
+    parser.add_argument("--shares", type=int, nargs="+", help="budgets: N keeps 1/N of the lines, or of a full cache")
+    parser.add_argument(
+        "--images", type=int, help="number of held-out pictures to report on (default: 256; 24 for models of scales)"
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=SEEDS, help="of the pictures to report on, then of further sets"
     )
     parser.add_argument(
         "--choose-images", type=int, default=CHOOSE.images, help="number of other pictures, to choose recent lines on"
     )
-    parser.add_argument("--samples", type=int, default=96, help="number of pictures to draw for each cache; 0: none")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="number of pictures to draw for each cache; 0: none (default: 96; 12 for models of scales)",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes, for models of scales (default: 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--quick", action="store_true", help="smoke run; its numbers mean nothing")
     parser.add_argument("--weights", nargs="+", choices=list(QUANTISATIONS), help="only measure weights stored so")
@@ -475,6 +493,12 @@ def main() -> None:
         files = ModelFiles(args.model, find_tokenizer(args.model)) if args.model else bundled_files()
         if note := limit_threads():
             print(f"note: {note}.", file=sys.stderr)
+        if read_info(files.decoder).pyramid is not None:
+            scales.run(files, args, hash_of_model(files), hash_of_core())
+            return
+        args.shares, args.images = args.shares or SHARES, args.images or REPORT.images
+        args.samples = 96 if args.samples is None else args.samples
+        args.policies = [name for name in args.policies if name in POLICIES]
         lab = Lab(files, args.out, tuple(args.grid) if args.grid else None)
         run(lab, args)
     except UserError as error:

@@ -34,6 +34,8 @@ class Results:
     def save(self) -> None:
         """Write the file with one row per line, so that changes can be read as a diff."""
         parts = [f'"{key}": {json.dumps(self.data[key], indent=1)}' for key in ("circumstances", "bars")]
+        if "speed" in self.data:
+            parts.append(f'"speed": {json.dumps(self.data["speed"], indent=1)}')
         for key in ("rows", "samples", "pairs", *(["weights"] if "weights" in self.data else [])):
             parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in self.data[key]) + "\n]")
         self.file.parent.mkdir(parents=True, exist_ok=True)

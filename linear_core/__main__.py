@@ -1,4 +1,4 @@
-"""The command line: python -m linear_core {demo, generate, compare, batch, check, plan, models, convert, doctor}."""
+"""The command line: python -m linear_core {demo, generate, compare, batch, check, plan, models, calibrate, …}."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
+from .checkpoints.weights import model_path
 from .errors import UserError, quoted
+from .loop.calibrate import calibrate
 from .loop.drafts import check
-from .loop.forced import shared_probability
+from .loop.forced import log_likelihood, prompt_match, shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import CapturedHead, Graphs, use_graphs
 from .loop.masked import generate_masked
@@ -57,7 +59,8 @@ from .loop.memory import (
     streamed_seconds,
 )
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
-from .loop.scales import check_stop, generate_scales, scale_policy
+from .loop.redraw import best_of
+from .loop.scales import check_stop, generate_scales, scale_policy, surveys, with_drafter
 from .loop.threads import limit_threads
 from .models.packed import pack
 from .models.quantised import QUANTISATIONS
@@ -73,13 +76,16 @@ from .plan import (
     STORAGES,
     CachePlan,
     CacheShape,
+    PrunePlan,
     SamplePlan,
     parse_budget,
     parse_seeds,
     parse_share,
 )
-from .policies import POLICIES
+from .policies import POLICIES, SCALE_POLICIES
+from .profile import profile_path
 from .prompts import Prompt
+from .pyramid import Pyramid
 from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 
 MIB = 2**20
@@ -138,6 +144,9 @@ def run_generate(args: argparse.Namespace) -> None:
     model = _load(args)
     prompt = _prompt(args, model)
     plan = _resolved(args, plan, model, prompt, sample)
+    if args.best:
+        _generate_best(args, model, plan, sample, prompt, out)
+        return
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
     masked = _masked_plans(args, info)
@@ -153,6 +162,11 @@ def run_generate(args: argparse.Namespace) -> None:
             "text" if model.info.text else "class": prompt.names[i],
             **settings,
             **asdict(sample.select([i])),
+            **{
+                name: value
+                for name in ("prune", "prune_layers", "drafter", "drafter_scales")
+                if (value := getattr(args, name))
+            },
         }
         del notes["seeds"]  # `seed` is the picture's own
         if _weight_dtype(args):
@@ -191,6 +205,48 @@ def run_generate(args: argparse.Namespace) -> None:
         writer.tell()
     run = micro_batches.runs[0]
     _say(_summary(run, info) if run.latents is None else _masked_summary(run))
+
+
+def _generate_best(
+    args: argparse.Namespace, model: ImageModel, plan: CachePlan, sample: SamplePlan, prompt: Prompt, out: Path
+) -> None:
+    """Draw all images, write the best of each class or text, and a sheet of all with their scores."""
+    chosen_names = [f"{out.stem}_{i + 1:02d}{out.suffix}" for i in range(prompt.rows // args.images * args.best)]
+    sheet = out.with_name(f"{out.stem}_sheet{out.suffix}")
+    writer = Writer([*(map(out.with_name, chosen_names) if len(chosen_names) > 1 else [out]), sheet])
+    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    try:
+        (run,) = _draw(model, micro_batches, [plan], args)
+    except BaseException:  # keep what was drawn so far, on the sheet; the rest of it is grey
+        with STOP.waiting(), suppress(UserError, RuntimeError):
+            if codes := [one for part in micro_batches.codes for one in part]:
+                writer.count = len(writer.paths) - 1
+                unfinished = torch.stack([_unfinished(model, one) for one in codes])
+                writer.write_sheet([("stopped", "", unfinished)], list(prompt.names), args.size, {"unfinished": True})
+        with suppress(UserError):
+            writer.tell()
+        raise
+    with STOP.waiting():
+        at_once = args.at_once or prompt.rows
+        if args.by == "likelihood":
+            found = log_likelihood(model.decoder, prompt, run.tokens, plan, sample, at_once)
+        else:
+            found = prompt_match(model.decoder, prompt, run.tokens, plan, at_once)
+        scores = found.flatten(1).sum(1)
+        pictures, chosen = _pictures(model, run), best_of(scores, args.images, args.best)
+        for n in chosen:
+            notes = {"model": model.info.name, "text" if model.info.text else "class": prompt.names[n], "by": args.by,
+                     "score": float(scores[n]), **asdict(plan), **asdict(sample.select([n]))}  # fmt: skip
+            del notes["seeds"]
+            writer.write(pictures[n], args.size, notes)
+        rows = []
+        for first in range(0, prompt.rows, args.images):
+            each = range(first, first + args.images)
+            told = ", ".join(f"{n - first + 1}: {scores[n]:.4g}{' *' if n in chosen else ''}" for n in each)
+            rows.append((prompt.names[first] if prompt.names else "", told, pictures[first : first + args.images]))
+        writer.write_sheet(rows, [str(n + 1) for n in range(args.images)], args.size, {"by": args.by})
+    writer.tell()
+    _say(_summary(run, model.info))
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -381,9 +437,9 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
-        size = shape.cache_bytes(info.pyramid or info.grid, plan, rows) / MIB
+        size = _planned_bytes(shape, info, plan, rows, args.stop_after) / MIB
         _say(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
-    saved = 1 - size / (shape.cache_bytes(info.pyramid or info.grid, full, rows) / MIB)
+    saved = 1 - size / (_planned_bytes(shape, info, full, rows, args.stop_after) / MIB)
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
@@ -464,9 +520,40 @@ def run_models(args: argparse.Namespace) -> None:
             _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
 
 
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Measure what a model's heads attend to, on a few pictures, and write its profile next to it.
+
+    For models that draw in scales. The policies hack, heatkv, scalekv and amskv read it.
+    """
+    if not 1 <= args.samples <= MAX_IMAGES:
+        raise UserError(f"samples: {args.samples} is out of range; choose 1 to {MAX_IMAGES}.")
+    info = _checked(args)
+    if info.pyramid is None:
+        raise UserError(f"model: {info.name} draws in lines; profiles are of models that draw in scales.")
+    if not info.text and not args.classes:
+        args.classes = [str(i * info.config.classes // args.samples) for i in range(args.samples)]
+    path = args.out or profile_path(model_path(_files(args).decoder))
+    if path.suffix != ".json" or path.is_dir():
+        raise UserError(f"out: {path} is not a JSON file; end its name in .json.")
+    sample, model = _sample_plan(args, info), _load(args)
+    if model.decoder.carried:
+        raise UserError(f"model: {info.name} keeps no cache, so there is nothing that a profile could say.")
+    prompt = _prompt(args, model)
+    prompt = prompt.select([i % prompt.rows for i in range(max(args.samples, prompt.rows))])
+    with tqdm(total=prompt.rows, unit="picture", leave=False, disable=None) as bar:
+        found = calibrate(
+            model.decoder, model.tokenizer.quantize, prompt, sample, name=info.name, told=lambda done: bar.update(1)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.write(path)
+    _say(f"{path}: {found.mass.shape[0]} layers of {found.mass.shape[1]} heads, from {found.samples} pictures")
+
+
 def run_check(args: argparse.Namespace) -> None:
     """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
     info = _check_options(args)
+    if not info.cached:
+        raise UserError(f"check: {info.name} keeps no cache, so no budget can change its pictures.")
     sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
     plans = _plans_to_check(args, info)
     model = _load(args)
@@ -527,6 +614,7 @@ def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan
                 scale_policy(plan, info.pyramid)
                 drops = plan.keeps(info.pyramid) < info.pyramid.kept
             else:
+                plan = plan.in_lines(info.grid)
                 plan.check(info.grid)
                 drops = plan.evicts(info.grid)
             if drops:
@@ -633,6 +721,12 @@ def _kept(model: ImageModel, run: Run) -> Tensor:
     return lifetime(run.shares)
 
 
+def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int, stop_after: int = 0) -> int:
+    if info.pyramid is not None:
+        return shape.scales_bytes(info.pyramid, plan, rows, stop_after)
+    return shape.cache_bytes(info.grid, plan, rows)
+
+
 def _resolved(
     args: argparse.Namespace, plan: CachePlan, model: ImageModel, prompt: Prompt, sample: SamplePlan
 ) -> CachePlan:
@@ -652,6 +746,9 @@ def _draw(
     then: Callable[[], None] = lambda: None,
 ) -> list[Run]:
     """Draw the images once for each plan, in micro-batches if there are too many. `then` is called after each."""
+    if model.info.pyramid is not None:
+        for note in dict.fromkeys(note for plan in plans if (note := surveys(plan, model.decoder))):
+            _say(f"note: {note}.", sys.stderr)
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             _draw_micro_batch(model, micro_batch, plans, args)
@@ -703,9 +800,10 @@ def _draw_micro_batch(
             for given in micro_batch.above
         ]
     elif pyramid is not None:
-        quantizer, stop = model.tokenizer.quantize, args.stop_after
+        quantizer = model.tokenizer.quantize
+        scales = {"stop_after": args.stop_after, "prune": _prune(args), "name": name}
         drawing = [
-            generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, stop_after=stop, name=name)
+            generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, **scales)
             for plan, given in zip(plans, micro_batch.above, strict=True)
         ]
     else:
@@ -735,14 +833,26 @@ def _load(args: argparse.Namespace) -> ImageModel:
         _files(args), grid=_grid(args), device=device, dtype=_dtype(args, device), weight_dtype=_weight_dtype(args)
     )
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
+    if args.drafter:
+        drafter = library.load_model(_files(args, args.drafter), device=device, dtype=_dtype(args, device))
+        pack(drafter.decoder)
+        if drafter.codebook != model.codebook:
+            raise UserError(
+                f"drafter: {drafter.info.name}'s codes stand for other pieces of pictures than {model.info.name}'s; "
+                "choose two models of the same tokenizer."
+            )
+        paired = with_drafter(model.decoder, drafter.decoder, args.drafter_scales or model.decoder.pyramid.stages - 2)
+        model = replace(model, decoder=paired)
     return replace(model, info=_with_size(args, model.info))
 
 
-def _files(args: argparse.Namespace) -> ModelFiles:
-    if args.model in BUNDLED:
-        return library.bundled_files(args.model)
-    tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
-    return ModelFiles(Path(args.model), tokenizer)
+def _files(args: argparse.Namespace, model: str = "") -> ModelFiles:
+    """Of --model, or of another one that shares its tokenizer."""
+    model = model or args.model
+    if model in BUNDLED:
+        return library.bundled_files(model)
+    tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(model, _grid(args))
+    return ModelFiles(Path(model), tokenizer)
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -852,6 +962,22 @@ def _share(text: str) -> float:
         raise UserError(f"share: {quoted(text)} is not a share; write it as 1/6, 15% or 0.17.") from None
 
 
+def _prune(args: argparse.Namespace) -> PrunePlan | None:
+    """'0.4,0.5' and '3-27' as a plan."""
+    if not args.prune:
+        if args.prune_layers:
+            raise UserError("prune-layers: it says in which layers --prune leaves tokens out; add that one.")
+        return None
+    try:
+        ratios = tuple(float(part) for part in args.prune.split(","))
+    except ValueError:
+        raise UserError(f"prune: {quoted(args.prune)} are no shares; write them as 0.4,0.5.") from None
+    layers = re.fullmatch(r"(\d{1,4})-(\d{1,4})", args.prune_layers or "0-0")
+    if layers is None:
+        raise UserError(f"prune-layers: {quoted(args.prune_layers)} are no layers; write them as 3-27.")
+    return PrunePlan(ratios, int(layers[1]), int(layers[2])) if args.prune_layers else PrunePlan(ratios)
+
+
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
     names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "drafts", "smooth")
     if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
@@ -910,6 +1036,11 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
+    if best := getattr(args, "best", 0):
+        if not 0 < best <= args.images:
+            raise UserError(f"best: {best} of {args.images} images cannot be kept; raise --images, or lower --best.")
+        if info.pyramid is not None:
+            raise UserError(f"best: {info.name} draws in scales, and cannot judge pictures yet; leave it out.")
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
     if masked := _masked_plans(args, info):
@@ -924,9 +1055,28 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     else:
         scale_policy(plan, info.pyramid)
         check_stop(args.stop_after, info.pyramid)
+        if prune := _prune(args):
+            prune.check(args.stop_after or info.pyramid.stages, info.config.layers)
+        _check_drafter(args, info.pyramid)
     if drawing:
         _files(args)
     return info
+
+
+def _check_drafter(args: argparse.Namespace, pyramid: Pyramid) -> None:
+    """Refuse a drafter that cannot draw the model's first scales."""
+    if not args.drafter:
+        if args.drafter_scales:
+            raise UserError("drafter-scales: it says how many scales --drafter draws; add that one.")
+        return
+    drafter = library.read_info(args.drafter)
+    if drafter.pyramid is None:
+        raise UserError(f"drafter: {drafter.name} draws in lines; choose a model that draws in scales.")
+    if not 0 <= args.drafter_scales < pyramid.stages:
+        raise UserError(
+            f"drafter-scales: {args.drafter_scales} is out of range; choose 1 to {pyramid.stages - 1}, or 0 for all "
+            "but the last two."
+        )
 
 
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
@@ -936,7 +1086,10 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
     _check_kind(args, info)
     in_scales = info.pyramid is not None
-    of_lines, of_scales = {"drafts": args.drafts > 0, "step": args.step == "graph"}, ("stop_after", "smooth")
+    of_lines, of_scales = (
+        {"drafts": args.drafts > 0, "step": args.step == "graph"},
+        ("stop_after", "smooth", "drafter", "prune"),
+    )
     for name, given in (of_lines if in_scales else {name: getattr(args, name) for name in of_scales}).items():
         if given:
             option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
@@ -1325,7 +1478,7 @@ def _parser() -> argparse.ArgumentParser:
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
     group.add_argument("--preset", choices=list(PRESETS), help="default: Balanced, 4 lines")
-    group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
+    group.add_argument("--policy", choices=[*POLICIES, *SCALE_POLICIES], help="decides which tokens stay")
     group.add_argument(
         "--budget",
         metavar="BUDGET",
@@ -1396,6 +1549,23 @@ def _parser() -> argparse.ArgumentParser:
         help="for models that draw in scales: mix codes, for smoother pictures",
     )
 
+    group.add_argument(
+        "--prune",
+        default="",
+        metavar="SHARES",
+        help="for models that draw in scales: leave out these shares of the tokens of the last scales, such as 0.4,0.5 "
+        "(FastVAR); faster, other pictures",
+    )
+    group.add_argument("--prune-layers", default="", metavar="FIRST-LAST", help="in these layers only, such as 3-27")
+    group.add_argument(
+        "--drafter",
+        default="",
+        metavar="PATH",
+        help="for models that draw in scales: a larger model of the same tokenizer that draws the first scales (CoDe)",
+    )
+    group.add_argument(
+        "--drafter-scales", type=int, default=0, metavar="N", help="how many; default: all but the last two"
+    )
     masked = argparse.ArgumentParser(add_help=False)
     group = masked.add_argument_group(
         "masked models (MAR)", "default: as published; everything is computed in each step"
@@ -1439,6 +1609,16 @@ def _parser() -> argparse.ArgumentParser:
     drawing = add("generate", run_generate, parents, "draw images")
     drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
     drawing.add_argument(
+        "--best", type=int, default=0, metavar="K", help="write the best K of --images, and a sheet of all with scores"
+    )
+    drawing.add_argument(
+        "--by",
+        choices=("match", "likelihood"),
+        default="match",
+        help="what --best goes by: how much likelier the prompt makes an image (match, the default), or how likely it "
+        "is to the model",
+    )
+    drawing.add_argument(
         "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
     )
     drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
@@ -1454,6 +1634,13 @@ def _parser() -> argparse.ArgumentParser:
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )
+    calibration = add("calibrate", run_calibrate, [model, sample], "what its heads attend to, for some policies")
+    calibration.add_argument(
+        "--samples", type=int, default=10, metavar="N", help="pictures that are drawn (default: 10)"
+    )
+    calibration.add_argument("--out", type=Path, metavar="FILE.json", help="default: next to the model")
+    plan_options = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
+    calibration.set_defaults(preset="Full", size=0, **dict.fromkeys(plan_options))
     add("check", run_check, parents, "the full cache against a few lines on your own model, with intervals")
     report = add("doctor", run_doctor, [], "what is installed and whether it works, to paste into a bug report")
     report.add_argument(

@@ -23,9 +23,18 @@ STORAGES = ("full", "int8", "int4")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
 # times the budget: shapes stay the same for all heads, at the price of unused room.
-UNEVEN = frozenset({"adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"})
-ACROSS_LAYERS = frozenset({"cake", "hack", "prefixkv", "pyramidkv"})  # of these, those that share among all layers
+UNEVEN = frozenset({"adakv", "amskv", "cake", "hack", "headkv", "heatkv", "prefixkv", "pyramidkv", "scalekv"})
+WHOLE = frozenset({"heatkv", "scalekv"})  # of these, those under which a layer may keep all, at the others' expense
+ACROSS_LAYERS = WHOLE | {
+    "amskv",
+    "cake",
+    "hack",
+    "prefixkv",
+    "pyramidkv",
+}  # of these, those that share among all layers
+ONLY_SCALES = frozenset({"amskv", "heatkv", "scalekv"})  # policies that mean nothing where a picture is drawn in lines
 HEADROOM = 2
+ROOMS = 4  # over scales, heads of unequal room are grouped by quarters of the budget
 LINES = 24  # of a picture whose budget is stated in lines while it is drawn in scales: 4 lines are then 1/6
 
 
@@ -79,8 +88,8 @@ class CachePlan:
 
     @property
     def uneven(self) -> bool:
-        """Whether heads keep unequal numbers of tokens."""
-        return self.policy in UNEVEN
+        """Whether heads keep unequal numbers of tokens over scales, where they have room for just that."""
+        return self.policy in UNEVEN or self.policy == "fold"
 
     def in_lines(self, grid: Grid) -> CachePlan:
         """The same plan with the budget in lines of this grid, at least one and no fewer than are protected."""
@@ -145,9 +154,24 @@ class CachePlan:
         """Tokens that each head keeps, on average: a share of all scales but the last, which nobody reads."""
         return min(max(1, pyramid.size(0), round(self.ratio(pyramid) * pyramid.kept)), pyramid.kept)
 
-    def work_slots(self, pyramid: Pyramid) -> int:
-        """Slots of working memory that one layer at a time needs: what its fullest head holds, and the last scale."""
-        return min(self.keeps(pyramid) * (HEADROOM if self.uneven else 1), pyramid.kept) + pyramid.size(-1)
+    def sure_slots(self, pyramid: Pyramid, stages: int = 0) -> int:
+        """Slots of working memory for each head of a layer that any layer needs: the budget and the last scale drawn.
+
+        Where heads keep unequal numbers, they are rounded up to parts of the budget.
+        """
+        keeps = self.keeps(pyramid)
+        room = -(-keeps // ROOMS) if self.uneven and self.policy not in ACROSS_LAYERS else 0
+        return min(keeps + room, pyramid.kept) + pyramid.size((stages or pyramid.stages) - 1)
+
+    def work_slots(self, pyramid: Pyramid, stages: int = 0) -> int:
+        """The same for the layer that needs most: with a budget that layers share, at most what one of them may keep.
+
+        stages  scales that are drawn; 0: all
+        """
+        sure, keeps = self.sure_slots(pyramid, stages), self.keeps(pyramid)
+        if self.policy not in ACROSS_LAYERS:
+            return sure
+        return sure - keeps + (pyramid.kept if self.policy in WHOLE else min(keeps * HEADROOM, pyramid.kept))
 
     def check_scales(self, pyramid: Pyramid) -> None:
         """Raise UserError if the plan does not suit a picture drawn in scales, or the first scales exceed its share."""
@@ -165,7 +189,12 @@ class CachePlan:
             )
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError if the protected tokens alone exceed the budget on this grid."""
+        """Raise UserError if the policy needs scales, or the protected tokens alone exceed the budget on this grid."""
+        if self.policy in ONLY_SCALES:
+            raise UserError(
+                f"policy: {self.policy} weighs scales, and this model draws in lines; choose fold, or a model that "
+                "draws in scales."
+            )
         protected = self.anchors + self.recent * grid.stride
         if self.evicts(grid) and protected > self.budget * grid.stride:
             raise UserError(
@@ -305,6 +334,39 @@ class SamplePlan:
 
 
 @dataclass(frozen=True)
+class PrunePlan:
+    """Tokens that are not computed at the last scales (`models/pruning.py`). Raises UserError for what cannot be.
+
+    ratios  share of a scale's tokens that is left out, for the last scales that are drawn, coarse to fine
+    first   number of the first layer that leaves any out
+    last    number of the last one; -1: the model's last
+    """
+
+    ratios: tuple[float, ...]
+    first: int = 0
+    last: int = -1
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not all(0 <= ratio < 1 for ratio in self.ratios):
+            raise UserError("prune: each share has to be 0 or more and less than 1; write it as 0.4,0.5.")
+        if self.first < 0 or self.last < -1 or 0 <= self.last < self.first:
+            raise UserError(f"prune layers: {self.first} to {self.last} are no layers; write them as 3-27.")
+
+    def layer(self, number: int) -> bool:
+        """Whether this layer leaves tokens out."""
+        return self.first <= number and (self.last < 0 or number <= self.last)
+
+    def check(self, stages: int, layers: int) -> None:
+        """Raise UserError if a run of so many scales, or a model of so many layers, cannot do that."""
+        if len(self.ratios) >= stages:
+            raise UserError(
+                f"prune: {len(self.ratios)} of {stages} scales leave no scale to be computed whole; name fewer shares."
+            )
+        if self.first >= layers or self.last >= layers:
+            raise UserError(f"prune layers: the model's layers are 0 to {layers - 1}.")
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """The sizes that decide a cache's memory; each model states its own."""
 
@@ -324,12 +386,14 @@ class CacheShape:
         """Keys and values of one line for `rows` sequences (images, twice with guidance)."""
         return 2 * self.layers * rows * self.heads * self.head_dim * grid.stride * self.bytes_per_element
 
-    def scales_bytes(self, pyramid: Pyramid, plan: CachePlan, rows: int) -> int:
+    def scales_bytes(self, pyramid: Pyramid, plan: CachePlan, rows: int, stages: int = 0) -> int:
         """Keys and values over the scales for `rows` sequences: every layer's budget and one working memory.
 
-        Exact, but for policies that divide a budget among layers: until all layers have settled for the first time, the
-        earlier ones may have grown before the later ones shrink. Then it is the most there can be. Without a cache, the
-        state that joins the scales, whatever the plan.
+        Exact, but for policies that divide a budget among layers: while a scale is drawn, the earlier layers may have
+        grown before the later ones shrink. Then it is the most there can be. Without a cache, the state that joins the
+        scales, whatever the plan.
+
+        stages  scales that are drawn; 0: all
         """
         if self.state:
             return self.state_bytes(rows)
@@ -337,8 +401,8 @@ class CacheShape:
         slot = self.slot_bytes(plan.storage, 4)
         held = self.layers * heads * plan.keeps(pyramid) * slot
         if plan.policy in ACROSS_LAYERS and plan.keeps(pyramid) < pyramid.kept:
-            held += held * (HEADROOM - 1) // 2
-        return held + heads * plan.work_slots(pyramid) * self.head_dim * self.bytes_per_element
+            held += held if plan.policy in WHOLE else held * (HEADROOM - 1) // 2
+        return held + heads * plan.work_slots(pyramid, stages) * self.head_dim * self.bytes_per_element
 
     def cache_bytes(self, stages: Stages, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache for `rows` sequences, whether they are drawn in lines or in scales."""

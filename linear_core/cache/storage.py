@@ -130,7 +130,10 @@ class Int8(Packed):
 
     @staticmethod
     def pack(x: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize(x, x.dtype)
+        dtype, x = x.dtype, x.float()
+        # Slightly larger, so that the largest element stays within 127 steps however the scale is rounded.
+        scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps)).to(dtype)
+        return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
 
     @staticmethod
     def unpack(data: Tensor, scale: Tensor, size: int) -> Tensor:
@@ -193,14 +196,6 @@ def _write_chosen(stored: Tensor, slot: Tensor, x: Tensor, chosen: Tensor) -> No
     row = (first.view(layers, rows, heads, 1) + slot).view(-1)
     old = table.index_select(0, row)
     table.index_copy_(0, row, torch.where(chosen, x, old.view_as(x)).view_as(old))
-
-
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x ... D as int8, and the scale of each vector as `dtype`: ... 1."""
-    x = x.float()
-    # Slightly larger, so that the largest element stays within 127 steps however the scale is rounded.
-    scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps)).to(dtype)
-    return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
 
 
 STORAGE = {"full": Full, "int8": Int8, "int4": Int4}

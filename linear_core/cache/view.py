@@ -36,7 +36,10 @@ class View:
     first         number of the first row of the batch in the view
     survey        all layers B ..., result of the policy's survey at the first eviction; None unless it has one
     keeps         image tokens that each head will keep, on average; 0: all but a line
-    protected     image tokens that each head keeps whatever their score
+    rows, heads   numbers of the rows and heads that are shown, int64, as one index of x B H ...: x[rows, heads]. None:
+                  all, in order
+    first_head    number of the first head in the view
+    protected     first image tokens that no head will lose, whatever their score; 0: not told
 
     A picture drawn in scales (`Pyramid`) is shown at the end of a layer's pass over a scale: "line" above is then
     "scale", C is some of its queries, evenly spread, and every query sees the whole scale.
@@ -55,12 +58,21 @@ class View:
     survey: Tensor | None = None
     first: int = 0
     keeps: int = 0
+    rows: Tensor | None = None
+    heads: Tensor | None = None
+    first_head: int = 0
     protected: int = 0
     _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
-        """The view split by rows: each part has at most `pairs` pairs of slots, but at least one row."""
+        """The view split by rows: each part has at most `pairs` pairs of slots, but at least one row.
+
+        Over scales, where a head may have thousands of slots, also by heads: then it has at least one head.
+        """
         count = max(1, pairs // (self.index.shape[2] * self.index.shape[3] ** 2))
+        if isinstance(self.grid, Pyramid):
+            yield from self._parts_of_rows_and_heads(count, max(1, pairs // self.index.shape[3] ** 2))
+            return
         for first in range(0, self.index.shape[1], count):
             rows = slice(first, first + count)
             shown: dict[str, Any] = {
@@ -68,6 +80,31 @@ class View:
                 for name in ("keys", "values", "bias", "index", "queries", "mass", "survey")
             }
             yield replace(self, **shown, first=first)
+
+    def _parts_of_rows_and_heads(self, rows: int, heads: int) -> Iterator[View]:
+        """At most so many rows, and heads, at a time. What the survey found is not split: see `own`."""
+        count = self.index.shape[1:3]
+        if rows >= count[0] and heads >= count[1]:
+            yield self
+            return
+        all_rows, all_heads = self.rows, self.heads
+        if all_rows is None or all_heads is None:
+            all_rows, all_heads = (torch.arange(n, device=self.index.device) for n in count)
+            all_rows, all_heads = all_rows[:, None], all_heads[None]
+        for first in range(0, count[0], rows):
+            for first_head in range(0, count[1], heads):
+                cut = slice(first, first + rows), slice(first_head, first_head + heads)
+                shown: dict[str, Any] = {
+                    name: None if (tensor := getattr(self, name)) is None else tensor[(slice(None), *cut)]
+                    for name in ("keys", "values", "bias", "index", "queries", "mass")
+                }
+                own_rows, own_heads = (x.expand(count)[cut] for x in (all_rows, all_heads))
+                yield replace(self, **shown, first=first, first_head=first_head, rows=own_rows, heads=own_heads)
+
+    def own(self, found: Tensor) -> Tensor:
+        """What a survey found, all layers B H ..., for the layers, rows and heads of the view: L B H ..."""
+        layers = found[self.layer :][: len(self.index)]
+        return layers if self.rows is None else layers[:, self.rows, self.heads]
 
     @property
     def newest(self) -> int | Tensor:

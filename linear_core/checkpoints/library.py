@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
 from ..models.quantised import QUANTISATIONS, quantised
+from ..profile import profile_path, read_profile
 from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.bits import BitConfig, BitTokenizer, file_key
@@ -363,6 +364,8 @@ def load_model(
     for layer in layers.values():
         layer.arrange(torch.device(compute_device or device))
     decoder.compute_dtype = dtype if isinstance(weight_dtype, torch.dtype) else None
+    if info.pyramid is not None and (beside := profile_path(model_path(files.decoder))).is_file():
+        decoder.profile = read_profile(beside)
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files, name_codebook(tokenizer))
 
 

@@ -39,7 +39,7 @@ def run_bytes(
     if plan.evicts(grid) and plan.release == "fold":
         # Keys as float32, centred and sorted; distances to candidates; scores and weights of the look-ahead's queries.
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
-        near = min(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots)
+        near = min(max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots // 2), head_slots)
         each = 3 * shape.head_dim + 2 * near + 2 * 2 * shape.group * grid.stride
         attention = at_once * shape.heads * head_slots * each * 4
     if window:  # what a window's queries see, their scores, and queries, keys and values of all layers, twice

@@ -155,6 +155,7 @@ class MVAR(VAR):
     config: MVARConfig
     block = Block
     vectors = 9
+    prunes = False  # its scan needs every token
 
     @property
     def carried(self) -> tuple[tuple[int, ...], ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ..plan import CacheShape
 from ..prompts import Prompt
 from ..pyramid import Pyramid
 from .blocks import Ops, Rotate
-from .scales import Scales
+from .scales import Prune, Scales, everything
 
 HEAD_DIM = 64  # of every published file
 PYRAMIDS = {
@@ -124,11 +125,26 @@ class Block(nn.Module):
         else:
             self.ada_lin = modulation(config.width, 6, ops)
 
-    def forward(self, x: Tensor, vectors: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        vectors: Tensor,
+        attend: Callable[..., Tensor],
+        dtype: torch.dtype,
+        layer: int = 0,
+        prune: Prune = everything,
+    ) -> Tensor:
         """x R n W, float32. vectors R 6 1 W: two factors of the residuals, two scales, two shifts."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(1)
-        x = x + self.attn(modulate(x, scale1, shift1).to(dtype), attend) * gamma1
-        return x + self.ffn(modulate(x, scale2, shift2).to(dtype)) * gamma2
+
+        def attention(x: Tensor, places: Tensor | None) -> Tensor:
+            return self.attn(modulate(x, scale1, shift1).to(dtype), partial(attend, places=places)) * gamma1
+
+        def feed_forward(x: Tensor, places: Tensor | None) -> Tensor:
+            return self.ffn(modulate(x, scale2, shift2).to(dtype)) * gamma2
+
+        x = x + prune(layer, "attention", x, attention)
+        return x + prune(layer, "feed-forward", x, feed_forward)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -160,6 +176,7 @@ class VAR(Scales):
     """Decoder for VAR of every size."""
 
     config: VARConfig
+    prunes = True
     block: type[nn.Module] = Block
     vectors = 6  # that modulate a block
 
@@ -220,14 +237,12 @@ class VAR(Scales):
         """Grows from 1, which is none, at the first scale to `scale` at the last: the published cfg is `scale` - 1."""
         return 1 + (scale - 1) * stage / max(self.pyramid.stages - 1, 1)
 
-    def stage(self, stage: int, below: Tensor | None, state: State, cache: StageCache) -> Tensor:
+    def stage(
+        self, stage: int, below: Tensor | None, state: State, cache: StageCache, prune: Prune = everything
+    ) -> Tensor:
         x = self._input(stage, below, state)
         for layer, block in enumerate(self.blocks):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return cache.attend(layer, q, k, v)
-
-            x = block(x, state.blocks[layer], attend, self.dtype)
+            x = block(x, state.blocks[layer], partial(cache.attend, layer), self.dtype, layer, prune)
         return self._logits(x, state)
 
     def forward(self, prompt: Prompt, below: list[Tensor], visible: Tensor | None = None) -> Tensor:
@@ -247,7 +262,7 @@ class VAR(Scales):
             masks = list(visible)
         for block, mask, vectors in zip(self.blocks, masks, state.blocks, strict=True):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, places: None = None, mask: Tensor = mask) -> Tensor:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
             x = block(x, vectors, attend, self.dtype)

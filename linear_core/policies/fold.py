@@ -5,9 +5,10 @@ from torch import Tensor
 
 from ..cache.look_ahead import gather_vectors, least_squares
 from ..cache.view import View
+from ..pyramid import Pyramid
 from .rank import sortable
 
-CANDIDATES = 2  # times as many tokens as are released, and as many as are protected, may be victims
+CANDIDATES = 2  # times as many tokens as are released may be victims, and as many more as are protected
 
 
 def fold(view: View) -> Tensor:
@@ -17,12 +18,16 @@ def fold(view: View) -> Tensor:
     "Hierarchical grouping to optimize an objective function", 1963).
     Score: the token's importance (`View.importance`) times the least squared distance of its key to that of a more
     important image token. Only to a more important one, because one of two near tokens has to stay; in a tie the older
-    counts as more important. Only the least important tokens are compared, twice as many as are released. The others
-    score above all of them, in order of importance. Reads: ahead. Defaults: 4 anchors, 1 recent line, release "fold".
+    counts as more important. Only the less important half is compared, and at least twice as many as are released. The
+    others score above all of them, in order of importance. Reads: ahead. Defaults: 4 anchors, 1 recent line, release
+    "fold".
+
+    Over scales the heads of a layer share one budget (`adakv`), so costs are compared across heads: distances count as
+    what they change in scores, by the length of the queries.
     """
     image, importance = view.candidates(), view.importance()
     slots, most = importance.shape[-1], torch.finfo(torch.float32).max
-    count = min(CANDIDATES * view.released + view.protected, slots)
+    count = min(max(CANDIDATES * view.released + view.protected, slots // 2), slots)
     # Sorted from the least important token on, so that a token may only fold into those behind it. Slots that hold no
     # image token come last, and nothing folds into them.
     order = sortable(importance.masked_fill(~image, float("inf")), -view.index).argsort(dim=-1)
@@ -31,6 +36,10 @@ def fold(view: View) -> Tensor:
     not_behind = torch.full((count, slots), float("inf"), device=keys.device, dtype=keys.dtype).tril()
     least = least_squares(keys[..., :count, :], keys, squares[..., None, :] + not_behind).amin(-1)
     least = (least + squares[..., :count]).clamp(min=0.0)
-    cost = (least * importance.gather(-1, order[..., :count]).clamp(min=torch.finfo(least.dtype).tiny)).clamp(max=most)
+    cost = least * importance.gather(-1, order[..., :count]).clamp(min=torch.finfo(least.dtype).tiny)
+    if isinstance(view.grid, Pyramid):
+        cost = cost * view.look_ahead().queries.square().sum(-1).mean(-1)[..., None]
     others = torch.arange(count, slots, device=keys.device, dtype=keys.dtype) * (most / slots)
-    return torch.empty_like(importance).scatter_(-1, order, torch.cat([cost, others.expand_as(order[..., count:])], -1))
+    return torch.empty_like(importance).scatter_(
+        -1, order, torch.cat([cost.clamp(max=most), others.expand_as(order[..., count:])], -1)
+    )

@@ -321,3 +321,17 @@ def test_without_ray_one_sentence_says_what_to_install(
 def test_rows_are_held_to_the_model(small_model: Path) -> None:
     rows, skipped = check_rows([Row(1, "11"), Row(2, "12"), Row(3, "1", "blurry")], read_info(small_model))
     assert [row.number for row in rows] == [1] and [row.number for row in skipped] == [2, 3]
+
+
+def test_a_ray_that_is_not_there_is_one_sentence(job: Job) -> None:
+    def refuse(**options: Any) -> None:
+        raise ConnectionError(f"no GCS at {options['address']}\nand more")
+
+    ray = SimpleNamespace(init=refuse)
+    with (
+        pytest.raises(
+            UserError, match=r"ray: it cannot be started at '10\.0\.0\.1:6379' \(no GCS at 10\.0\.0\.1:6379\)"
+        ),
+        over_ray._started(ray, Workers("10.0.0.1:6379")),
+    ):
+        pass

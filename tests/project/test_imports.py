@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "pyramid": ({"errors", "grid"}, set()),
     "steps": ({"errors"}, set()),
     "plan": ({"errors", "grid", "pyramid"}, set()),
+    "profile": ({"errors", "pyramid"}, TENSORS),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     # the cache
@@ -61,7 +62,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cache.carried_state": ({"plan", "pyramid"}, TENSORS),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
-    "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
+    "policies.*": ({"plan", "profile", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
     "prompts.*": (
         {"errors", "grid", "sizes", "prompts", "prompts.*"},
@@ -77,6 +78,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "errors",
             "grid",
             "plan",
+            "profile",
             "pyramid",
             "prompts",
             "prompts.*",
@@ -98,7 +100,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
-    "loop.drafts": ({"errors", "grid", "plan", "cache.line_cache", "loop.sampling"}, TENSORS),
+    "loop.redraw": ({"errors", "grid", "plan"}, TENSORS),
+    "loop.drafts": ({"errors", "grid", "plan", "cache.line_cache", "loop.redraw", "loop.sampling"}, TENSORS),
     "loop.generate": (
         {
             "errors",
@@ -106,11 +109,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "grid",
             "plan",
             "cache.line_cache",
+            "cache.look_ahead",
             "cache.view",
             "policies",
             "policies.choose",
             "loop.drafts",
             "loop.memory",
+            "loop.redraw",
             "loop.sampling",
         },
         TENSORS,
@@ -126,11 +131,15 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "cache.view",
             "policies",
             "policies.choose",
+            "profile",
             "loop.memory",
+            "loop.pruning",
             "loop.sampling",
         },
         TENSORS,
     ),
+    "loop.pruning": ({"plan", "pyramid"}, TENSORS),
+    "loop.calibrate": ({"plan", "profile", "pyramid", "cache.look_ahead", "loop.scales"}, TENSORS),
     "loop.masked": (
         {
             "errors",
@@ -146,7 +155,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
-    "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
+    "loop.forced": (
+        {"plan", "cache.line_cache", "policies", "loop.generate", "loop.memory", "loop.sampling"},
+        TENSORS,
+    ),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
         {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "cache.storage", "policies", "loop.generate"},
@@ -192,7 +204,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "checkpoints.*": (
-        {"errors", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
+        {"errors", "profile", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
         TENSORS,
     ),
     # people
@@ -401,10 +413,12 @@ def test_numbers_run_without_torch():
 
 SHARED = {
     "nodes.host",
+    "nodes.encoding",
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
     "nodes.loops",
+    "nodes.redraw",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room
