@@ -342,10 +342,11 @@ def main() -> int:
     pack(model)
     bench = Bench(model, latents.reshape(shape), args)
     results: dict[str, Any] = {}
+    command = ["bench/masked.py", *("PATH" if word == args.against else word for word in sys.argv[1:])]
 
     def write(stopped: dict[str, str]) -> None:
         if out and results:
-            document = {"circumstances": circumstances("cpu"), "command": ["bench/masked.py", *sys.argv[1:]]}
+            document = {"circumstances": circumstances("cpu"), "command": command}
             out.write_text(json.dumps(document | results | stopped, indent=1) + "\n")
 
     with in_any_case(write), torch.inference_mode():

@@ -5,6 +5,8 @@
     python bench/quality.py --quick      two pictures, three policies, one budget: a smoke run
     python bench/quality.py --write      table, plot and contact sheet from existing results
     python bench/quality.py --policies line fold random --shares 6 12
+    python bench/quality.py --weights int8 int4 --images 24
+                                         what weights in 8 and 4 bits cost instead (bench/weights.py)
     python bench/quality.py --model models/ar_image/c2i_B_256.pt
 
 1. Teacher-forced: held-out pictures go through each cache a line at a time, and through the full cache. Measured are
@@ -40,7 +42,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import machine, scales
+from bench import machine, scales, weights
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
 from bench.rows import Results, Row
@@ -49,6 +51,7 @@ from linear_core.checkpoints.library import ModelFiles, bundled_files, find_toke
 from linear_core.errors import UserError
 from linear_core.loop.generate import Run, generate
 from linear_core.loop.threads import limit_threads
+from linear_core.models.quantised import QUANTISATIONS
 from linear_core.pictures.preview import decode
 from linear_core.plan import CachePlan
 from linear_core.policies import POLICIES, SCALE_POLICIES
@@ -63,7 +66,7 @@ BATCH = 8  # pictures at a time, so that they fit into a CPU's cache
 KEEP_BYTES = 2 * 2**30  # for results of the full cache; the others are computed again for each row
 # Files of linear_core that do not affect rows.
 UNRELATED = {"__main__", "convert", "download", "errors", "events", "heatmap", "library", "preview", "published",
-             "sheet", "text", "weights"}  # fmt: skip
+             "quantised", "quantised_kernel", "sheet", "text", "weights"}  # fmt: skip
 DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others; also measured on further pictures
 DRAWN_BATCH, DRAWN_SEED, OTHER_SEED = 24, 5000, 905_000
 
@@ -479,6 +482,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes, for models of scales (default: 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--quick", action="store_true", help="smoke run; its numbers mean nothing")
+    parser.add_argument("--weights", nargs="+", choices=list(QUANTISATIONS), help="only measure weights stored so")
     parser.add_argument("--write", action="store_true", help="only write table, plot and contact sheet again")
     args = parser.parse_args()
     machine.check_out(args.out, parser, folder=True)
@@ -505,6 +509,9 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
     choose = replace(CHOOSE, images=args.choose_images)
     report, *further = (replace(REPORT, images=args.images, seed=seed) for seed in args.seeds)
     budgets = list(dict.fromkeys(max(1, lab.grid.rows // share) for share in args.shares))
+    if args.weights:
+        measure_weights(lab, replace(choose, images=args.images), args.weights)
+        return
     field = contenders(args.policies)[: len(FIRST) if args.quick else None]
     print(
         f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
@@ -525,6 +532,18 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
                 for contender in key_contenders(lab, budget, args.policies, report.seed):
                     lab.row(contender.name, lab.chosen(contender, budget, choose), split)
         lab.report()
+
+
+def measure_weights(lab: Lab, split: Split, kinds: list[str]) -> None:
+    """Rows of quantised weights, for the lab's model and a tiny text model."""
+    fold = CachePlan("fold", max(1, lab.grid.rows // SHARES[0]), recent=0)
+    found = []
+    for name, given in ((lab.model.info.name, (lab.model.decoder, *lab.held_out(split))),
+                        (weights.TEXT_MODEL.name, weights.text_model(min(split.images, BATCH)))):  # fmt: skip
+        found += [{"model": name, **row} for row in weights.rows(*given, kinds, fold)]
+    lab.data["weights"] = found
+    lab.save()
+    print(weights.table(found))
 
 
 if __name__ == "__main__":

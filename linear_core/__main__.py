@@ -41,15 +41,29 @@ from .checkpoints.weights import model_path
 from .errors import UserError, quoted
 from .loop.calibrate import calibrate
 from .loop.drafts import check
-from .loop.forced import shared_probability
+from .loop.forced import log_likelihood, prompt_match, shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import CapturedHead, Graphs, use_graphs
 from .loop.masked import generate_masked
-from .loop.memory import free_memory, masked_run_bytes, max_batch_size, run_bytes, scales_run_bytes, split_batch
+from .loop.memory import (
+    BUS_BYTES,
+    CONTEXT_BYTES,
+    STREAMED_ROOM,
+    free_memory,
+    masked_run_bytes,
+    max_batch_size,
+    run_bytes,
+    scales_run_bytes,
+    split_batch,
+    streamed_bytes,
+    streamed_seconds,
+)
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
+from .loop.redraw import best_of
 from .loop.scales import check_stop, generate_scales, scale_policy, surveys, with_drafter
 from .loop.threads import limit_threads
 from .models.packed import pack
+from .models.quantised import QUANTISATIONS
 from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.inpaint import check_mask, known_latents
 from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
@@ -77,7 +91,9 @@ from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 MIB = 2**20
 BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+WEIGHT_DTYPES = {
+    "as computed": None, "matrices in int8": "int8", "in int4": "int4", "in fp8 (ComfyUI)": torch.float8_e4m3fn
+}  # fmt: skip
 STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
@@ -128,6 +144,9 @@ def run_generate(args: argparse.Namespace) -> None:
     model = _load(args)
     prompt = _prompt(args, model)
     plan = _resolved(args, plan, model, prompt, sample)
+    if args.best:
+        _generate_best(args, model, plan, sample, prompt, out)
+        return
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
     masked = _masked_plans(args, info)
@@ -150,6 +169,8 @@ def run_generate(args: argparse.Namespace) -> None:
             },
         }
         del notes["seeds"]  # `seed` is the picture's own
+        if _weight_dtype(args):
+            notes["weight_dtype"] = args.weight_dtype
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
@@ -184,6 +205,48 @@ def run_generate(args: argparse.Namespace) -> None:
         writer.tell()
     run = micro_batches.runs[0]
     _say(_summary(run, info) if run.latents is None else _masked_summary(run))
+
+
+def _generate_best(
+    args: argparse.Namespace, model: ImageModel, plan: CachePlan, sample: SamplePlan, prompt: Prompt, out: Path
+) -> None:
+    """Draw all images, write the best of each class or text, and a sheet of all with their scores."""
+    chosen_names = [f"{out.stem}_{i + 1:02d}{out.suffix}" for i in range(prompt.rows // args.images * args.best)]
+    sheet = out.with_name(f"{out.stem}_sheet{out.suffix}")
+    writer = Writer([*(map(out.with_name, chosen_names) if len(chosen_names) > 1 else [out]), sheet])
+    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    try:
+        (run,) = _draw(model, micro_batches, [plan], args)
+    except BaseException:  # keep what was drawn so far, on the sheet; the rest of it is grey
+        with STOP.waiting(), suppress(UserError, RuntimeError):
+            if codes := [one for part in micro_batches.codes for one in part]:
+                writer.count = len(writer.paths) - 1
+                unfinished = torch.stack([_unfinished(model, one) for one in codes])
+                writer.write_sheet([("stopped", "", unfinished)], list(prompt.names), args.size, {"unfinished": True})
+        with suppress(UserError):
+            writer.tell()
+        raise
+    with STOP.waiting():
+        at_once = args.at_once or prompt.rows
+        if args.by == "likelihood":
+            found = log_likelihood(model.decoder, prompt, run.tokens, plan, sample, at_once)
+        else:
+            found = prompt_match(model.decoder, prompt, run.tokens, plan, at_once)
+        scores = found.flatten(1).sum(1)
+        pictures, chosen = _pictures(model, run), best_of(scores, args.images, args.best)
+        for n in chosen:
+            notes = {"model": model.info.name, "text" if model.info.text else "class": prompt.names[n], "by": args.by,
+                     "score": float(scores[n]), **asdict(plan), **asdict(sample.select([n]))}  # fmt: skip
+            del notes["seeds"]
+            writer.write(pictures[n], args.size, notes)
+        rows = []
+        for first in range(0, prompt.rows, args.images):
+            each = range(first, first + args.images)
+            told = ", ".join(f"{n - first + 1}: {scores[n]:.4g}{' *' if n in chosen else ''}" for n in each)
+            rows.append((prompt.names[first] if prompt.names else "", told, pictures[first : first + args.images]))
+        writer.write_sheet(rows, [str(n + 1) for n in range(args.images)], args.size, {"by": args.by})
+    writer.tell()
+    _say(_summary(run, model.info))
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -291,6 +354,8 @@ def _tell_comparison(
 
 def run_batch(args: argparse.Namespace) -> None:
     """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    if args.seeds is not None:
+        raise UserError("seeds: a table's column seed says them; leave --seeds out (--seed is that of the first row).")
     info = _checked(args, drawing=False)
     if info.masked is not None:
         raise UserError(f"batch: {info.name} draws masked tokens, which only `generate` draws so far; use that.")
@@ -304,6 +369,7 @@ def run_batch(args: argparse.Namespace) -> None:
         tokenizer=job.files.tokenizer.name,
         pixels=args.pixels,
         dtype=args.dtype,
+        weight_dtype=args.weight_dtype,
         images=job.images,
         negative=job.negative,
         size=job.size,
@@ -377,12 +443,14 @@ def run_plan(args: argparse.Namespace) -> None:
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
-        room = free - library.decoder_bytes(info, dtype)
-        counts = [_batch_size(shape, info, plan, sample, room, device) for plan in (full, few)]
+        room = free - library.decoder_bytes(info, dtype, _weight_dtype(args))
+        counts = [_batch_size(_needed(shape, info, plan, sample, device), room) for plan in (full, few)]
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
+    if args.card is not None:
+        _say_of_card(args, info, few, sample)
     if info.own_tokenizer:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
 
@@ -392,12 +460,44 @@ def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: in
     _say(f"{_state_words(shape.state_bytes(rows))}, the same at every scale and with every budget")
     device = _device(args)
     if (free := _free(device)) is not None:
-        room = free - library.decoder_bytes(info, _dtype(args, device))
-        count = _batch_size(shape, info, CachePlan("full"), sample, room, device.partition(":")[0])
+        room = free - library.decoder_bytes(info, _dtype(args, device), _weight_dtype(args))
+        count = _batch_size(_needed(shape, info, CachePlan("full"), sample, device.partition(":")[0]), room)
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
             "larger batch in parts."
         )
+
+
+def _say_of_card(args: argparse.Namespace, info: ModelInfo, few: CachePlan, sample: SamplePlan) -> None:
+    """What a card of --card GB holds, and what it costs to stream the weights that it has no room for."""
+    if not 1 <= args.card <= 1024:
+        raise UserError(f"card: {args.card:g} GB is out of range; choose 1 to 1024.")
+    dtype, card = _dtype(args, "cuda"), int(args.card * 2**30) - CONTEXT_BYTES
+    shape = info.cache_shape(dtype)
+    weights = library.decoder_bytes(info, dtype, _weight_dtype(args))
+    _say(f"On a card of {args.card:g} GB, with {weights / MIB:.0f} MiB of weights, computed in {dtype}:")
+    for plan in (CachePlan(policy="full"), few):
+        needed = _needed(shape, info, plan, sample, "cuda")
+        passes = info.pyramid.stages if info.pyramid else info.grid.rows * info.grid.stride
+        held = _batch_size(needed, card - weights)
+        said = []
+        for images in (1, 32):
+            left = streamed_bytes(weights, card, needed(images))
+            if left is None:
+                said.append(f"{images} at once: does not fit")
+            elif left:
+                seconds = streamed_seconds(left, passes, images)
+                said.append(
+                    f"{images} at once: {left / MIB:.0f} MiB streamed a pass, at least {seconds:.1f} s a picture"
+                )
+            else:
+                said.append(f"{images} at once: nothing is streamed")
+        most = _batch_size(needed, card - STREAMED_ROOM)
+        _say(
+            f"  {_describe(plan, info)}: {held} at once beside all weights, {most} if they are streamed; "
+            + "; ".join(said)
+        )
+    _say(f"  Load AR Model in ComfyUI can stream. Seconds are predicted, for {BUS_BYTES / 1e9:.0f} GB/s over the bus.")
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -452,6 +552,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
 def run_check(args: argparse.Namespace) -> None:
     """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
     info = _check_options(args)
+    if not info.cached:
+        raise UserError(f"check: {info.name} keeps no cache, so no budget can change its pictures.")
     sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
     plans = _plans_to_check(args, info)
     model = _load(args)
@@ -459,20 +561,19 @@ def run_check(args: argparse.Namespace) -> None:
     if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
         raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
     writer, parts = Writer([out]), []
-    tokens = (
-        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
-    )
-    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+    tokens = info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols
+    total = (len(plans) + 1) * 2 * prompt.rows * tokens  # drawn, then fed
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
-            part = replace(sample, seed=sample.seed + rows[0])
-            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+            parts.append(check_plans(model, prompt.select(rows), plans, sample.select(rows), bar.update))
     found = joined(parts)
     names = [_describe(each.plan, info) for each in found]
-    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
+    at_once, seed = max(len(part[0].kl) for part in parts), sample.select([0]).seed
+    dtype, device = str(model.decoder.dtype), str(model.decoder.device)
     about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
     about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
     _say(
-        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {seed}, "
         f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
         f"{doctor.version()}"
     )
@@ -481,7 +582,7 @@ def run_check(args: argparse.Namespace) -> None:
     _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
     with STOP.waiting():
         rows_of_sheet = [
-            (name, f"KL {each.divergence}, {_measurements(each.run)}", _pictures(model, each.run))
+            (name, f"KL {each.divergence}, {_measurements(each.run, info)}", _pictures(model, each.run))
             for name, each in zip(names, found, strict=True)
         ]
         writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
@@ -513,6 +614,7 @@ def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan
                 scale_policy(plan, info.pyramid)
                 drops = plan.keeps(info.pyramid) < info.pyramid.kept
             else:
+                plan = plan.in_lines(info.grid)
                 plan.check(info.grid)
                 drops = plan.evicts(info.grid)
             if drops:
@@ -577,6 +679,7 @@ def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
         encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
         size=args.size,
         codes=args.codes,
+        weight_dtype=_weight_dtype(args),
     )
 
 
@@ -726,7 +829,9 @@ def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
     if device == "cpu" and (note := limit_threads()):
         _say(f"note: {note}.", sys.stderr)
-    model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    model = library.load_model(
+        _files(args), grid=_grid(args), device=device, dtype=_dtype(args, device), weight_dtype=_weight_dtype(args)
+    )
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
     if args.drafter:
         drafter = library.load_model(_files(args, args.drafter), device=device, dtype=_dtype(args, device))
@@ -778,8 +883,10 @@ def _free(device: str) -> int | None:
     return free_memory() if device == "cpu" else None
 
 
-def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, room: int, device: str) -> str:
-    """How many images fit into `room` bytes, up to MAX_IMAGES."""
+def _needed(
+    shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, device: str
+) -> Callable[[int], int]:
+    """From a number of images to the bytes that drawing them at once takes besides the weights."""
     sequences, window = 2 if sample.guided else 1, max(sample.drafts, 0)  # AUTO: none for more than one image
 
     def needed(images: int) -> int:
@@ -788,10 +895,19 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: Sam
             return scales_run_bytes(shape, info.pyramid, plan, sequences * images, logits, hidden, device)
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
 
+    return needed
+
+
+def _batch_size(needed: Callable[[int], int], room: int) -> str:
+    """How many images fit into `room` bytes, up to MAX_IMAGES."""
     if needed(1) > room:
         return "none"
     count = max_batch_size(room, MAX_IMAGES, needed)
     return f"{count} or more" if count == MAX_IMAGES else str(count)
+
+
+def _weight_dtype(args: argparse.Namespace) -> str | None:
+    return None if args.weight_dtype == "default" else args.weight_dtype
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
@@ -920,6 +1036,11 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
+    if best := getattr(args, "best", 0):
+        if not 0 < best <= args.images:
+            raise UserError(f"best: {best} of {args.images} images cannot be kept; raise --images, or lower --best.")
+        if info.pyramid is not None:
+            raise UserError(f"best: {info.name} draws in scales, and cannot judge pictures yet; leave it out.")
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
     if masked := _masked_plans(args, info):
@@ -1283,7 +1404,7 @@ def _describe(plan: CachePlan, info: ModelInfo) -> str:
     return (
         f"{what}, {plan.policy}"
         + (f", {plan.release}" if other_release else "")
-        + (", 8 bits" if plan.storage == "int8" else "")
+        + ("" if plan.storage == "full" else f", {plan.storage.removeprefix('int')} bits")
     )
 
 
@@ -1346,6 +1467,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
+    group.add_argument(
+        "--weight-dtype",
+        default="default",
+        choices=["default", *QUANTISATIONS],
+        help="how the decoder's large matrices are stored: as computed (default), or in 8 or 4 bits a weight, which "
+        "saves memory, and time when few images are drawn at once",
+    )
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
@@ -1366,7 +1494,9 @@ def _parser() -> argparse.ArgumentParser:
         help="evicted tokens vanish (strict), stay until they are overwritten (lazy) or are merged into the nearest "
         "kept one (fold); auto: fold for policy fold, strict for others",
     )
-    group.add_argument("--storage", choices=STORAGES, help="keys and values as computed (full) or in 8 bits (int8)")
+    group.add_argument(
+        "--storage", choices=STORAGES, help="keys and values as computed (full), in 8 bits (int8) or in 4 (int4)"
+    )
 
     sample = argparse.ArgumentParser(add_help=False)
     group = sample.add_argument_group("sampling", "default: the model's own settings")
@@ -1406,7 +1536,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=AUTO,
         metavar="TOKENS",
-        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
+        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 8 for a "
         "single float32 image on the CPU, none otherwise (default)",
     )
     group.add_argument(
@@ -1479,13 +1609,28 @@ def _parser() -> argparse.ArgumentParser:
     drawing = add("generate", run_generate, parents, "draw images")
     drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
     drawing.add_argument(
+        "--best", type=int, default=0, metavar="K", help="write the best K of --images, and a sheet of all with scores"
+    )
+    drawing.add_argument(
+        "--by",
+        choices=("match", "likelihood"),
+        default="match",
+        help="what --best goes by: how much likelier the prompt makes an image (match, the default), or how likely it "
+        "is to the model",
+    )
+    drawing.add_argument(
         "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
     )
     drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
     _batch_options(drawing)
-    add("plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model")
+    planning = add(
+        "plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model"
+    )
+    planning.add_argument(
+        "--card", type=float, metavar="GB", help="also say what a graphics card with so much memory can draw at once"
+    )
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any
 
 from .errors import UserError, quoted
@@ -19,7 +19,7 @@ MAX_SEEDS = 2**16  # in one text
 AUTO = -1  # drafts: by itself, where they were measured to win
 MIB = 2**20
 UNITS = {"kib": 2**10, "mib": MIB, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}  # bytes
-STORAGES = ("full", "int8")
+STORAGES = ("full", "int8", "int4")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
 # times the budget: shapes stay the same for all heads, at the price of unused room.
@@ -51,7 +51,7 @@ class CachePlan:
              line overwrites it, least useful first. "fold": a victim is merged into the kept slot with the nearest key,
              which then stands for both. "auto": fold for the policy that is made for it, strict for all others; it is
              replaced by the one chosen. All take the same memory.
-    storage  "full": keys and values in the dtype they were computed in. "int8": complete lines in 8 bits.
+    storage  "full": keys and values in the dtype they were computed in. "int8", "int4": in 8 or about 5 bits
     share    the budget as a share of what a full cache holds, 0 to 1, in place of lines. 0: `budget` says it
     mib      the budget as MiB of keys and values of the whole batch, in place of lines: as many lines as fit. 0:
              `budget` or `share` says it
@@ -251,6 +251,7 @@ PRESETS = {
     "Small": CachePlan("fold", budget=3, recent=0),
     "Smallest": CachePlan("fold", budget=2, recent=0),
     "Tiny": CachePlan("fold", share=1 / 20, recent=0),  # for large pyramids
+    "Compact": CachePlan("fold", budget=2, recent=0, storage="int8"),
     "LineAR": CachePlan("line", budget=4, recent=2),  # as published
     "Full": CachePlan(policy="full"),
 }
@@ -397,7 +398,7 @@ class CacheShape:
         if self.state:
             return self.state_bytes(rows)
         heads = 2 * rows * self.heads
-        slot = self.head_dim + 4 if plan.storage == "int8" else self.head_dim * self.bytes_per_element
+        slot = self.slot_bytes(plan.storage, 4)
         held = self.layers * heads * plan.keeps(pyramid) * slot
         if plan.policy in ACROSS_LAYERS and plan.keeps(pyramid) < pyramid.kept:
             held += held if plan.policy in WHOLE else held * (HEADROOM - 1) // 2
@@ -413,6 +414,12 @@ class CacheShape:
         """Keys and values of the whole cache for `rows` sequences, as allocated before the first token."""
         slots = self.prompt + plan.lines(grid) * grid.stride
         heads = 2 * self.layers * rows * self.heads  # keys and values
-        if plan.storage == "int8":  # a byte per element, a scale per slot, and the line being written in full
-            return heads * slots * (self.head_dim + self.bytes_per_element) + self.line_bytes(grid, rows)
-        return heads * slots * self.head_dim * self.bytes_per_element
+        return heads * slots * self.slot_bytes(plan.storage, self.bytes_per_element)
+
+    def slot_bytes(self, storage: str, scale: int) -> int:
+        """A key, or a value, of one head, with a scale of so many bytes where the storage has one."""
+        if storage == "full":
+            return self.head_dim * self.bytes_per_element
+        if storage == "int8":
+            return self.head_dim + scale
+        return self.head_dim // 2 + 2 * ceil(self.head_dim / 16) + scale  # a floor and a step for 16 elements

@@ -497,6 +497,7 @@ def test_the_memory_line_is_the_formula():
                 CachePlan("adakv", 11),
                 CachePlan("fold", 3, storage="int8"),
                 CachePlan("headkv", 3, storage="int8"),
+                CachePlan("fold", 3, storage="int4"),
                 CachePlan("fold", share=0.3),
                 CachePlan("adakv", mib=60, storage="int8"),
                 CachePlan("fold", mib=200),

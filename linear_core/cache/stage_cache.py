@@ -24,7 +24,7 @@ from ..pyramid import Pyramid
 from .attention import attention_weights
 from .fold import fold
 from .look_ahead import upcast
-from .storage import quantize
+from .storage import STORAGE, Packed
 from .view import View
 
 LOOKS = (
@@ -86,7 +86,7 @@ class Layer:
     """What one layer holds between two stages.
 
     data    keys and values, 2 N D, in the storage format: the heads of all rows one after the other
-    scale   2 N 1, factors of 8-bit data; None: not quantized
+    scale   2 N 1, factors of packed data; None: not packed
     groups  its heads, by room
     """
 
@@ -138,7 +138,8 @@ class StageCache:
         self.settle, self.rotate, self.reads = settle, rotate, reads
         self.surveyor, self.survey = (survey if found is None else None), found
         self.keeps, self.protected, self.stages = plan.keeps(pyramid), plan.protected(pyramid), stages or pyramid.stages
-        self.int8 = plan.storage == "int8"
+        storage = STORAGE[plan.storage]
+        self.packed = storage if issubclass(storage, Packed) else None
         self.fits = max((n for n in range(pyramid.stages) if pyramid.index(n + 1) <= self.keeps), default=-1)
         self._surveys: list[Tensor] = []
         self.stage = -1
@@ -167,8 +168,11 @@ class StageCache:
         """Room for `slots` keys and values; the old contents are lost."""
         size = self.shape.head_dim
         layer.data = layer.scale = torch.empty(0)  # frees the old ones first
-        layer.data = torch.zeros(2, slots, size, dtype=torch.int8 if self.int8 else self.dtype, device=self.device)
-        layer.scale = torch.empty(2, slots, 1, dtype=torch.float32, device=self.device) if self.int8 else None
+        if self.packed is None:
+            layer.data, layer.scale = torch.zeros(2, slots, size, dtype=self.dtype, device=self.device), None
+        else:
+            empty = self.packed.pack(torch.zeros(size, device=self.device))
+            layer.data, layer.scale = (x.expand(2, slots, -1).contiguous() for x in empty)
 
     def _reserve(self, numbers: int) -> None:
         """Room for so many numbers in working memory; the old contents are lost."""
@@ -202,7 +206,7 @@ class StageCache:
         """
         layer, new = self.layers[number], q.shape[2]
         fits = self.stage <= self.fits and self.stores
-        held = [self._append(layer, k, v)] if fits and not self.int8 else self._load(layer, k, v)
+        held = [self._append(layer, k, v)] if fits and self.packed is None else self._load(layer, k, v)
         out = q.new_empty(q.shape[0], new, q.shape[1] * q.shape[3])
         for group, kv in zip(layer.groups, held, strict=True):
             bias = None
@@ -219,7 +223,7 @@ class StageCache:
             self._describe(group, new, places)
             views.append(self._view(number, group, kv, q))
         if fits:
-            if self.int8:
+            if self.packed is not None:
                 self._save(layer, held)
             if self.stage == self.fits and self.surveyor is not None:
                 self._surveys.append(self.surveyor(views[0]))
@@ -252,10 +256,10 @@ class StageCache:
             row = group.start[..., None] + torch.arange(group.slots, device=group.start.device)
             row.clamp_(max=layer.data.shape[1] - 1)  # behind the last head there may be nothing to fill its room with
             for part, fresh in enumerate((k, v)):
-                stored = layer.data[part].index_select(0, row.view(-1)).view(*row.shape, size)
-                kv[part, :, :, : group.slots] = stored
-                if layer.scale is not None:
-                    kv[part, :, :, : group.slots] *= layer.scale[part][row].to(kv.dtype)
+                stored = layer.data[part].index_select(0, row.view(-1))
+                if self.packed is not None and layer.scale is not None:
+                    stored = self.packed.unpack(stored, layer.scale[part].index_select(0, row.view(-1)), size)
+                kv[part, :, :, : group.slots] = stored.view(*row.shape, size)
                 kv[part, :, :, group.slots :] = group.of(fresh)
             held.append(kv)
         return held
@@ -344,10 +348,10 @@ class StageCache:
         vectors = vectors.view(-1, self.shape.head_dim)
         for part, row in enumerate(rows):
             into = layer.data[part, : len(row)]
-            if layer.scale is None:
+            if self.packed is None or layer.scale is None:
                 torch.index_select(vectors, 0, row, out=into)
             else:
-                into[:], layer.scale[part, : len(row)] = quantize(vectors.index_select(0, row), torch.float32)
+                into[:], layer.scale[part, : len(row)] = self.packed.pack(vectors.index_select(0, row).float())
 
     def _regroup(self, layer: Layer, held: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Group the heads by how many slots of each are not empty, rounded up to a part of the budget.

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
+from ..models.quantised import QUANTISATIONS, quantised
 from ..profile import profile_path, read_profile
 from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
@@ -75,6 +76,7 @@ VQ_COUNTER = ".num_batches_tracked"  # of batch norms
 VQ_FAMILY = "{}-vq"  # family in a converted file's metadata, for each of KINDS
 PYRAMID_KEY = "quantize.quant_resi.qresi_ls.0.weight"  # only multi-scale VQ tokenizers have it
 
+WeightDtype = torch.dtype | str | None
 Tokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer
 TokenizerConfig = VQConfig | PyramidConfig | BitConfig | LatentConfig
 # Kinds of tokenizers that are no VQTokenizers: how sizes are read, what is built, and what it decodes.
@@ -337,15 +339,18 @@ def load_model(
     grid: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    weight_dtype: torch.dtype | None = None,
+    weight_dtype: WeightDtype = None,
     ops: Ops = nn,
+    compute_device: torch.device | str | None = None,
 ) -> ImageModel:
     """Load both checkpoints and build the model. The tokenizer stays in float32, as published.
 
-    grid          rows and cols, for files that do not state their own
-    dtype         compute dtype of the decoder
-    weight_dtype  storage dtype of its large matrices, if `ops` are layers that cast; None: dtype
-    ops           namespace of the layers: torch.nn, or a host's casting layers
+    grid            rows and cols, for files that do not state their own
+    dtype           compute dtype of the decoder
+    weight_dtype    how its large matrices are stored: "int8" or "int4" (see models/quantised.py); a dtype, if `ops`
+                    are layers that cast; None: dtype
+    ops             namespace of the layers: torch.nn, or a host's casting layers
+    compute_device  where it will compute, if a host moves it there from `device`
     Raises UserError naming the file.
     """
     weights = read_checkpoint(files.decoder)
@@ -354,11 +359,27 @@ def load_model(
     _check_tokenizer(info, tokenizer, files)
     decoder = _decoder(info, ops)
     storage_dtype = _storage_dtype(info, dtype, weight_dtype)
-    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype)
-    decoder.compute_dtype = dtype if weight_dtype else None
+    layers = _quantised(decoder, info, weight_dtype, ops)
+    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype, layers)
+    for layer in layers.values():
+        layer.arrange(torch.device(compute_device or device))
+    decoder.compute_dtype = dtype if isinstance(weight_dtype, torch.dtype) else None
     if info.pyramid is not None and (beside := profile_path(model_path(files.decoder))).is_file():
         decoder.profile = read_profile(beside)
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files, name_codebook(tokenizer))
+
+
+def _quantised(decoder: Any, info: ModelInfo, weight_dtype: WeightDtype, ops: Ops = nn) -> dict[str, Any]:
+    """Layers for the matrices that `weight_dtype` quantises, by the matrices' names."""
+    if not isinstance(weight_dtype, str):
+        return {}
+    if weight_dtype not in QUANTISATIONS:
+        raise UserError(f"weight-dtype: {quoted(weight_dtype)} is unknown; choose {' or '.join(QUANTISATIONS)}.")
+
+    def wanted(name: str, matrix: torch.Tensor) -> bool:
+        return is_large(name, matrix) and not info.family.precise(name)
+
+    return quantised(decoder, QUANTISATIONS[weight_dtype], wanted, ops)
 
 
 def name_codebook(tokenizer: Any) -> str:
@@ -371,11 +392,17 @@ def name_codebook(tokenizer: Any) -> str:
     return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
 
-def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
+def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype = None) -> int:
     """Memory of a decoder's weights when loaded with these dtypes (see `load_model`)."""
-    storage_dtype = _storage_dtype(info, dtype, weight_dtype)
-    weights = _decoder(info, nn).state_dict().items()
-    return sum(tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize for name, tensor in weights)
+    storage_dtype, decoder = _storage_dtype(info, dtype, weight_dtype), _decoder(info, nn)
+    with torch.device("meta"):
+        layers = _quantised(decoder, info, weight_dtype)
+    return sum(
+        layers[name].kind.bytes(*tensor.shape)
+        if name in layers
+        else tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize
+        for name, tensor in decoder.state_dict().items()
+    )
 
 
 def _decoder(info: ModelInfo, ops: Ops) -> Any:
@@ -384,14 +411,14 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
 
 
 def _storage_dtype(
-    info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None
+    info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype
 ) -> Callable[[str, torch.Tensor], torch.dtype | None]:
     """What a weight of the decoder is stored as, if not as `dtype`."""
 
     def storage_dtype(name: str, tensor: torch.Tensor) -> torch.dtype | None:
         if info.family.precise(name):
             return torch.promote_types(dtype, torch.float32)
-        return weight_dtype if weight_dtype and is_large(name, tensor) else None
+        return weight_dtype if isinstance(weight_dtype, torch.dtype) and is_large(name, tensor) else None
 
     return storage_dtype
 

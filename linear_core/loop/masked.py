@@ -130,7 +130,7 @@ class Group:
     order   places in raster order, in the order of drawing: int64 G N
     given   places that are given: the first of them
     known   places that are known
-    drawn   places known after the step that is being drawn
+    drawn   places known after the step, unless more are known already: then it draws nothing
     passed  places that were known in the last pass; -1: there was none
     """
 
@@ -223,7 +223,7 @@ class Masked:
         """The conditions of the tokens that a step draws, of all images one after the other: float32 R*m W."""
         conditional, unconditional = [], []
         for group in self.groups:
-            group.drawn = max(group.known, self.schedule[step])
+            group.drawn = self.schedule[step]
             group.computed = 0
             if group.draws:
                 z = self._pass(group, step)

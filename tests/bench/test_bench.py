@@ -43,6 +43,21 @@ def test_speed_says_what_it_measured(how, tiny, monkeypatch, capsys):
     assert document["circumstances"]["torch"] and document["circumstances"]["copy_bytes_per_second"] > 0
 
 
+def test_speed_sets_kinds_of_weights_side_by_side(tiny, monkeypatch, capsys):
+    told = ["--models", "tiny", "--images", "1", "--plans", "full", "--repeat", "1", "--lines", "1"]
+    told += ["--dtype", "float32", "bfloat16", "--weights", "default", "int8"]
+    results = last_line(speed.main, ["--device", "cpu", *told], monkeypatch, capsys)["results"]
+    assert [(r["dtype"], r["weights"]) for r in results] == [
+        (dtype, weights) for dtype in ("float32", "bfloat16") for weights in ("default", "int8")
+    ]
+    whole, eight, half, eight_of_half = (r["weight_bytes"] for r in results)
+    assert half == whole / 2 and eight < whole and eight_of_half < half
+    monkeypatch.setattr("sys.argv", ["speed.py", *told, "--against", "transformers"])
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert "--against: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", [["--lines", "2"], []])
 def test_speed_says_what_was_not_recorded(how, tiny, monkeypatch, capsys):
     """Without a GPU neither the step nor the end of a line becomes a graph; a full cache has no such end."""
