@@ -41,7 +41,7 @@ from .checkpoints.weights import model_path
 from .errors import UserError, quoted
 from .loop.calibrate import calibrate
 from .loop.drafts import check
-from .loop.forced import shared_probability
+from .loop.forced import log_likelihood, prompt_match, shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import CapturedHead, Graphs, use_graphs
 from .loop.masked import generate_masked
@@ -59,6 +59,7 @@ from .loop.memory import (
     streamed_seconds,
 )
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
+from .loop.redraw import best_of
 from .loop.scales import check_stop, generate_scales, scale_policy, surveys, with_drafter
 from .loop.threads import limit_threads
 from .models.packed import pack
@@ -143,6 +144,9 @@ def run_generate(args: argparse.Namespace) -> None:
     model = _load(args)
     prompt = _prompt(args, model)
     plan = _resolved(args, plan, model, prompt, sample)
+    if args.best:
+        _generate_best(args, model, plan, sample, prompt, out)
+        return
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
     masked = _masked_plans(args, info)
@@ -201,6 +205,48 @@ def run_generate(args: argparse.Namespace) -> None:
         writer.tell()
     run = micro_batches.runs[0]
     _say(_summary(run, info) if run.latents is None else _masked_summary(run))
+
+
+def _generate_best(
+    args: argparse.Namespace, model: ImageModel, plan: CachePlan, sample: SamplePlan, prompt: Prompt, out: Path
+) -> None:
+    """Draw all images, write the best of each class or text, and a sheet of all with their scores."""
+    chosen_names = [f"{out.stem}_{i + 1:02d}{out.suffix}" for i in range(prompt.rows // args.images * args.best)]
+    sheet = out.with_name(f"{out.stem}_sheet{out.suffix}")
+    writer = Writer([*(map(out.with_name, chosen_names) if len(chosen_names) > 1 else [out]), sheet])
+    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    try:
+        (run,) = _draw(model, micro_batches, [plan], args)
+    except BaseException:  # keep what was drawn so far, on the sheet; the rest of it is grey
+        with STOP.waiting(), suppress(UserError, RuntimeError):
+            if codes := [one for part in micro_batches.codes for one in part]:
+                writer.count = len(writer.paths) - 1
+                unfinished = torch.stack([_unfinished(model, one) for one in codes])
+                writer.write_sheet([("stopped", "", unfinished)], list(prompt.names), args.size, {"unfinished": True})
+        with suppress(UserError):
+            writer.tell()
+        raise
+    with STOP.waiting():
+        at_once = args.at_once or prompt.rows
+        if args.by == "likelihood":
+            found = log_likelihood(model.decoder, prompt, run.tokens, plan, sample, at_once)
+        else:
+            found = prompt_match(model.decoder, prompt, run.tokens, plan, at_once)
+        scores = found.flatten(1).sum(1)
+        pictures, chosen = _pictures(model, run), best_of(scores, args.images, args.best)
+        for n in chosen:
+            notes = {"model": model.info.name, "text" if model.info.text else "class": prompt.names[n], "by": args.by,
+                     "score": float(scores[n]), **asdict(plan), **asdict(sample.select([n]))}  # fmt: skip
+            del notes["seeds"]
+            writer.write(pictures[n], args.size, notes)
+        rows = []
+        for first in range(0, prompt.rows, args.images):
+            each = range(first, first + args.images)
+            told = ", ".join(f"{n - first + 1}: {scores[n]:.4g}{' *' if n in chosen else ''}" for n in each)
+            rows.append((prompt.names[first] if prompt.names else "", told, pictures[first : first + args.images]))
+        writer.write_sheet(rows, [str(n + 1) for n in range(args.images)], args.size, {"by": args.by})
+    writer.tell()
+    _say(_summary(run, model.info))
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -506,6 +552,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
 def run_check(args: argparse.Namespace) -> None:
     """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
     info = _check_options(args)
+    if not info.cached:
+        raise UserError(f"check: {info.name} keeps no cache, so no budget can change its pictures.")
     sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
     plans = _plans_to_check(args, info)
     model = _load(args)
@@ -988,6 +1036,11 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
+    if best := getattr(args, "best", 0):
+        if not 0 < best <= args.images:
+            raise UserError(f"best: {best} of {args.images} images cannot be kept; raise --images, or lower --best.")
+        if info.pyramid is not None:
+            raise UserError(f"best: {info.name} draws in scales, and cannot judge pictures yet; leave it out.")
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
     if masked := _masked_plans(args, info):
@@ -1555,6 +1608,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
     drawing = add("generate", run_generate, parents, "draw images")
     drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
+    drawing.add_argument(
+        "--best", type=int, default=0, metavar="K", help="write the best K of --images, and a sheet of all with scores"
+    )
+    drawing.add_argument(
+        "--by",
+        choices=("match", "likelihood"),
+        default="match",
+        help="what --best goes by: how much likelier the prompt makes an image (match, the default), or how likely it "
+        "is to the model",
+    )
     drawing.add_argument(
         "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
     )

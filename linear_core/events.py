@@ -178,6 +178,8 @@ class Started:
     sides       rows and columns of each scale, if the picture is drawn in scales: `rows` is then their number, `cols`
                 and `stride` are those of the last one, and `lines` is the number of tokens that a head keeps. The cells
                 of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
+    kept        uint8, a bit for each cell of the images shown, the lowest first: 1 where the code is kept of an image
+                that exists already, 0 where it is drawn. Empty: all are drawn, or whole rows kept
     seeds       of each image, between commas, where they are not seed, seed + 1, …; a text, as a page rounds numbers
                 beyond 2**53
     state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
@@ -209,6 +211,7 @@ class Started:
     seeds: str = ""
     state_bytes: int = 0
     beside: str = ""
+    kept: str = ""
 
     @property
     def cells(self) -> int:
@@ -441,6 +444,12 @@ def unpack(text: str, kind: str = "H") -> list[int]:
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tolist()
+
+
+def mark_cells(cells: Tensor) -> str:
+    """Bool ... as a bit each, the lowest first, in base64."""
+    bits = cells.flatten().tolist()
+    return pack((sum(bit << n for n, bit in enumerate(bits[i : i + 8])) for i in range(0, len(bits), 8)), "B")
 
 
 def pack_tokens(codes: list[int]) -> str:

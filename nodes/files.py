@@ -123,7 +123,7 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
     grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride, "pixels": info.pixels}
     guided = int(info.defaults.guided)
     sampling = {name: getattr(info.defaults, name) for name in SAMPLING}
-    if info.masked is not None:
+    if info.masked is not None:  # it has no cache of this kind, and nothing to plan
         return {**grid, "masked": True, "guided": guided, "weights": weights, "sampling": sampling}
     run = {"codes": info.config.codes, "device": host.device_type()}
     return {

@@ -12,9 +12,11 @@ from ..linear_core.errors import UserError
 from ..linear_core.events import codebooks_of
 from ..linear_core.plan import AUTO, MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
+from . import live
 from .inputs import checked
-from .live import VIEW, draw, kept_codes, resolve
+from .live import VIEW, draw, resolve
 from .loops import Lines, Scales, loop_of
+from .redraw import best_fills, check_fills, copies, kept_codes
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens, wants_generate
 
 OWN = -1  # in place of a number: what the model was published with
@@ -160,6 +162,24 @@ class Generate(io.ComfyNode):
                     tooltip="A seed for each image of the batch, such as 3, 7, 100-103, in place of seed + i. A batch "
                     "that is split over several machines then gives the same images. Empty: seed + i.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The region of the image behind tokens to generate anew, from Load Image (right-click it "
+                    "to paint one) or any node that makes masks; all else is kept. The region is filled from the "
+                    "top and sees what is kept above it and to its left, not below. One mask, or one per image.",
+                ),
+                io.Int.Input(
+                    "candidates",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With a mask: fills to generate for each image. The one that fits best to what is kept "
+                    "behind it stays: the one under which the model finds those tokens the most likely. Takes as much "
+                    "time and memory as so many images.",
+                ),
             ],
             outputs=[
                 TOKENS.Output(
@@ -190,6 +210,8 @@ class Generate(io.ComfyNode):
         view: str | None = None,
         drafts: int = 0,
         seeds: str = "",
+        mask: Tensor | None = None,
+        candidates: int = 1,
     ) -> io.NodeOutput:
         wants_generate(model)
         model = model.with_grid(prompt.grid)
@@ -201,10 +223,24 @@ class Generate(io.ComfyNode):
         sample = replace(info.defaults, guidance_interval=guidance_interval, drafts=drafts, **own, **asked)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        node, kept = cls.hidden.unique_id, None
+        if mask is not None:
+            if tokens is None:
+                raise UserError("mask: there is no image that it belongs to; connect tokens, from Encode Image.")
+            tokens.check(image)
+            kept = kept_codes(model, tokens, mask, prompt.rows, node)
+        check_fills(kept, candidates)
+        if kept is not None and candidates > 1:
+            kept, above, sample = copies(kept, above, sample, prompt.rows, candidates)
+            prompt = prompt.repeat(candidates)
         sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt, stop_after)
-        node = cls.hidden.unique_id
-        (run,), _, shown, decoded = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
+        (run,), begun, shown, decoded = draw(
+            model, prompt, [cache], sample, node, above=above, kept=kept, stop_after=stop_after
+        )
+        if kept is not None and candidates > 1:
+            run, prompt, shown = best_fills(model, cache, sample, prompt, run, begun, kept, candidates)
+            decoded = None
         shares = run.shares if loop.sides else run.shares[:, :, : len(run.lines)]
         return io.NodeOutput(
             Tokens(
@@ -240,7 +276,7 @@ def _above(
             raise UserError(
                 f"view: the {loop.unit}s kept on the node are not of {name}; press 'Start over' on the node."
             )
-        return kept_codes(loop, str(view), rows)
+        return live.kept_codes(loop, str(view), rows)
     if tokens is None:
         raise UserError(
             f"keep_rows: there is no image to take {rows} {loop.unit}s from; connect tokens, or set it to 0."

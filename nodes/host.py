@@ -24,6 +24,7 @@ from PIL import Image
 from server import BinaryEventTypes, PromptServer
 from torch import Tensor, nn
 
+from ..linear_core.errors import UserError
 from ..linear_core.loop.memory import STREAMED_ROOM
 from ..linear_core.models import quantised
 
@@ -204,6 +205,30 @@ def to_intermediate(picture: Tensor) -> Tensor:
     return picture.to(management.intermediate_device())
 
 
+# -- CLIP --------------------------------------------------------------------------------------------------------------
+
+
+def clip_texts(clip: Any, texts: list[str]) -> Tensor:
+    """Features of texts in the space that a CLIP model shares with images: float32 B D."""
+    projections = [m.weight for name, m in clip.cond_stage_model.named_modules() if name.endswith("text_projection")]
+    found = torch.cat([clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[1] for text in texts])
+    own = [weight for weight in projections if weight.shape[0] == found.shape[1]]
+    if not any(not torch.equal(w.float().cpu(), torch.eye(len(w))) for w in own):  # as ComfyUI fills in what is missing
+        raise UserError(
+            "clip: its file has no projection into the space of images, as in checkpoints of Stable Diffusion 1; load "
+            "clip_l.safetensors or clip_g.safetensors."
+        )
+    return found.float().cpu()
+
+
+def clip_images(clip_vision: Any, images: Tensor) -> Tensor:
+    """Features of images B H W 3 in the same space: float32 B D."""
+    features = clip_vision.encode_image(images)["image_embeds"]
+    if features is None or features.ndim != 2:
+        raise UserError("clip_vision: it has no features that texts share; load the vision half of a CLIP model.")
+    return features.float().cpu()
+
+
 # -- runs and progress -------------------------------------------------------------------------------------------------
 
 
@@ -233,9 +258,15 @@ class Progress:
         management.throw_exception_if_processing_interrupted()  # the bar asks too, but leaves out some updates
         # No size is given with the picture: ComfyUI would blur it up to that.
         self.bar.update_absolute(done, self.total, None if picture is None else ("JPEG", picture, None))
-        server = PromptServer.instance
-        if text and feature_flags.supports_feature(server.sockets_metadata, server.client_id, SHOWS_TEXT):
-            server.send_progress_text(text, self.node_id, server.client_id)
+        if text:
+            tell(self.node_id, text)
+
+
+def tell(node_id: str, text: str) -> None:
+    """Show a line of text under a node, on pages that leave it at that."""
+    server = PromptServer.instance
+    if feature_flags.supports_feature(server.sockets_metadata, server.client_id, SHOWS_TEXT):
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def preview(node_id: str, picture: Image.Image) -> None:

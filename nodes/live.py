@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import EVENT, Picture, Started, Trace, unpack_kept
+from ..linear_core.events import EVENT, Picture, Started, Trace, mark_cells, unpack_kept
 from ..linear_core.loop.drafts import check
 from ..linear_core.loop.generate import Run, evict
 from ..linear_core.loop.graph import Graphs, use_graphs
 from ..linear_core.loop.memory import max_batch_size
 from ..linear_core.loop.micro_batches import MicroBatches, merge_lines
+from ..linear_core.loop.redraw import DRAW
 from ..linear_core.pictures.preview import PreviewWorker
 from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan, SamplePlan
@@ -121,6 +122,7 @@ class Live:
         part: int = 0,
         parts: int = 1,
         name: str = "",
+        kept: Tensor | None = None,
     ):
         self.node_id, self.loop, self.beside = node_id, loop_of(model), beside
         self.rows = self.loop.stages
@@ -128,7 +130,7 @@ class Live:
         self.before = part * self.rows
         self.text = f"part {part + 1} of {parts}, {prompt.rows} pictures at a time" if parts > 1 else ""
         self.progress = host.Progress(parts * self.rows, node_id)
-        self.trace = Trace(started(model, plan, sample, prompt, beside=name))
+        self.trace = Trace(_marked(started(model, plan, sample, prompt, beside=name), kept))
         self.lines: list[Any] = []
         self._send(self.trace.latest)
         self.loop.prepare()
@@ -199,14 +201,16 @@ def draw(
     node_id: str,
     *,
     above: Tensor | None = None,
+    kept: Tensor | None = None,
     stop_after: int = 0,
     beside: Model | None = None,
 ) -> tuple[list[Run], Started, dict[str, Any], Tensor | None]:
     """Generate with each of `plans` at the same time. The page sees the last one, with the first on its left.
 
-    `above` are lines, or scales, to keep; `stop_after` is the number of them after which to stop (0: never). A batch
-    that does not fit into memory, or for which memory runs out, is generated in parts. Returns the runs, the event that
-    describes the last one, what stays on the page, and all its pictures if they are decoded.
+    `above` are lines, or scales, to keep, and `kept` codes (see `generate`); `stop_after` is the number of lines or
+    scales after which to stop (0: never). A batch that does not fit into memory, or for which memory runs out, is
+    generated in parts. Returns the runs, the event that describes the last one, what stays on the page, and all its
+    pictures if they are decoded.
 
     `beside` draws with the first plan instead; a model whose pictures have the same stages and codes.
     """
@@ -219,7 +223,7 @@ def draw(
         return sum(memory(each, plan, sample, prompt, images) for each, plan in zip(models, plans, strict=True))
 
     at_once = max_batch_size(host.room(*networks), prompt.rows, needed)
-    micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
+    micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), kept=kept, advice=ADVICE)
     done: list[list[Any]] = []  # by part: the lines of the last plan that were sent
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
@@ -230,6 +234,8 @@ def draw(
             if isinstance(loop, Lines) and not any(host.is_streamed(each.decoder) for each in models):
                 graphs = _graphs(decoders, sequences)
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
+            if micro_batch.kept is not None:
+                given = [more | {"kept": micro_batch.kept} for more in given]
             drawing = [
                 loop_of(each).draw(micro_batch.prompt, plan, micro_batch.sample, upper, stop_after, **more)
                 for each, plan, upper, more in zip(models, plans, micro_batch.above, given, strict=True)
@@ -244,6 +250,7 @@ def draw(
                 other,
                 part=len(done),
                 parts=len(micro_batches),
+                kept=micro_batch.kept,
                 name=name,
             )
             try:
@@ -255,7 +262,9 @@ def draw(
             except host.Interrupted:  # the page gets the rows that all images have, to continue from
                 if done and live.lines and len(plans) == 1:
                     at_once = max(len(part[0].tokens) for part in done)
-                    live.replace_run(*_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines]))
+                    live.replace_run(
+                        *_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines], name, kept)
+                    )
                 raise
             finally:
                 for lines in drawing:
@@ -267,7 +276,7 @@ def draw(
     shown, trace, decoded = live.shown, live.trace, live.decoded
     if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
         decoded = None
-        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done, name)
+        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done, name, kept)
         trace.finish()
         picture = live.worker.final([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
@@ -290,6 +299,13 @@ def graphs_wanted(device: torch.device, sequences: int) -> bool:
     return use_graphs(asked, device, sequences)
 
 
+def _marked(begun: Started, kept: Tensor | None) -> Started:
+    """The event of a run that keeps these codes of its images, or of one for all."""
+    if kept is None:
+        return begun
+    return replace(begun, kept=mark_cells(kept.expand(begun.images, -1, -1)[: begun.shown] != DRAW))
+
+
 def _as_one(
     model: Model,
     plan: CachePlan,
@@ -298,12 +314,14 @@ def _as_one(
     at_once: int,
     parts: list[list[Any]],
     name: str = "",
+    kept: Tensor | None = None,
 ) -> tuple[Trace, list[Any]]:
     """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
     images = range(len(lines[0].tokens))
-    trace = Trace(started(model, plan, sample.select(images), prompt.select(images), at_once, name))
+    begun = started(model, plan, sample.select(images), prompt.select(images), at_once, name)
+    trace = Trace(_marked(begun, kept if kept is None or len(kept) == 1 else kept[: len(images)]))
     for line in lines:
         trace.add(line)
     return trace, lines

@@ -28,7 +28,7 @@ from ..linear_core.plan import MAX_SEED, CachePlan, SamplePlan, parse_seeds
 from ..linear_core.prompts import Prompt
 from ..linear_core.steps import LAST, RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 from . import host
-from .encode import fit
+from .encoding import fit
 from .generate import OWN
 from .inputs import checked
 from .live import MIB, graphs_wanted, sheet, side_by_side, tiled

@@ -86,6 +86,7 @@ class Tokens:
     sides     rows and columns of each scale; empty: it was drawn in lines
     cached    whether the model keeps a cache, so that shares say something
     decoded   float32 B H W 3: the finished picture, where it was decoded already; by the tokenizer with this meaning
+    pixels    height and width of the image that was encoded, before it was scaled and cropped; None: none was
     latents   float32 B Z h w: the numbers of continuous tokens, drawn in any order; there are no codes and shares then
     """
 
@@ -101,6 +102,7 @@ class Tokens:
     sides: tuple[tuple[int, int], ...] = ()
     cached: bool = True
     decoded: Tensor | None = field(default=None, repr=False, compare=False)
+    pixels: tuple[int, int] | None = None
     latents: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -112,6 +114,13 @@ class Tokens:
     def pyramid(self) -> Pyramid | None:
         """The scales; None: it was drawn in lines."""
         return Pyramid(self.sides) if self.sides else None
+
+    def select(self, rows: list[int]) -> Tokens:
+        """The pictures with these numbers."""
+        names = tuple(self.names[row] for row in rows)
+        latents = None if self.latents is None else self.latents[rows]
+        codes, shares = self.codes[rows], self.shares[rows]
+        return replace(self, codes=codes, shares=shares, names=names, decoded=None, latents=latents)
 
     def check(self, image: ImageModel) -> None:
         """Raise UserError if these are codes of another codebook than the model's, or drawn another way."""

@@ -12,7 +12,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, cellOfScales, draw, drawScales, layout, layoutScales, pictureAt, scaleOfCell } from "./draw.js";
-import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, heldOfScales, hoverText, inScales, keptOf, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, remembered, replayRuns, resolved, runBytes, statusText, unitOf, withBudget } from "./state.js";
+import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, heldOfScales, hoverText, inScales, keptCells, keptOf, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, remembered, replayRuns, resolved, runBytes, statusText, unitOf, withBudget } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -669,6 +669,7 @@ class View extends Told {
       size: picture ? { width: picture.width, height: picture.height } : undefined,
       hover: this.hover,
       cut: this.cut,
+      kept: keptCells(state),
     });
   }
 

@@ -10,7 +10,7 @@
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds", "state_bytes", "beside"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds", "state_bytes", "beside", "kept"],
   "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted", "side"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held", "passes", "accepted"]
@@ -132,6 +132,15 @@ function packed(codes) {
   let raw = "";
   for (const byte of new Uint8Array(view.buffer)) raw += String.fromCharCode(byte);
   return btoa(raw);
+}
+
+/** Which cells of the pictures shown keep the code of a picture that exists already: bool of each; null: none do.
+ * @param {State} state */
+export function keptCells(state) {
+  const { kept, shown, rows, cols } = state.run ?? {};
+  if (!kept || state.partial) return null;
+  const bits = bytes(kept);
+  return Array.from({ length: shown * rows * cols }, (_, cell) => ((bits[cell >> 3] >> (cell & 7)) & 1) === 1);
 }
 
 // -- scales -----------------------------------------------------------------------------------------------------------
@@ -379,7 +388,8 @@ export function hoverText(state, cell, look = {}) {
  * @param {State} state @param {number} cell @param {Uint8Array} now  held @param {Look} look @param {number} stage  of the cell */
 function fate(state, cell, now, look, stage) {
   const { run } = state;
-  if (!now.length) return "";
+  const given = keptCells(state)?.[cell] ? " · outside the mask" : "";
+  if (!now.length) return given;
   if (cell >= now.length) return " · layers and heads are told of the first picture only";
   const gone = evictedAfter(state, look)[cell];
   const { layer = -1, head = -1 } = look;
@@ -387,11 +397,11 @@ function fate(state, cell, now, look, stage) {
   if (gone < 0) {
     const tokens = standsFor(state, cell, look);
     const more = tokens > 1 ? ` · stands for ${tokens < 10 ? tokens.toFixed(1).replace(".0", "") : Math.round(tokens)} tokens` : "";
-    return ` · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
+    return `${given} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
   }
   const line = inScales(run) ? "scale" : "line";
   if (line === "line" && cell % (run.rows * run.cols) === run.rows * run.cols - 1) return " · the last token is drawn and never kept";
-  return ` · evicted after ${unitOf(run)} ${gone + 1}${gone > stage ? `, ${gone - stage} ${line}${gone - stage > 1 ? "s" : ""} later` : ""}`;
+  return `${given} · evicted after ${unitOf(run)} ${gone + 1}${gone > stage ? `, ${gone - stage} ${line}${gone - stage > 1 ? "s" : ""} later` : ""}`;
 }
 
 /** What the model chooses where a widget says −1, as the nodes name it. */

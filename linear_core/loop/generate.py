@@ -22,6 +22,7 @@ from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
 from .drafts import Check, Drafts, Passes, check, window_size
 from .memory import fold_pairs
+from .redraw import DRAW, check_kept, merged, pieces
 from .sampling import Noise, apply_guidance, filter_logits, not_finite, sample_codes
 
 
@@ -63,6 +64,7 @@ def generate(
     check_drafts: Check | None = None,
     static: bool = False,
     above: Tensor | None = None,
+    kept: Tensor | None = None,
     name: str = "the model",
 ) -> Iterator[Line]:
     """Draw one image for each row of `prompt`; yields a Line when a row of tokens is finished.
@@ -76,6 +78,9 @@ def generate(
     above         codes B rows cols, or one image's for all: lines that exist already. They are fed a line at a time,
                   with the same eviction at every line's end, so the cache is as if they had been drawn; drawing goes on
                   below
+    kept      codes B rows cols, or one image's for all, of pictures that exist already, DRAW (-1) where to draw anew.
+                  Kept codes are fed in their turn, with the same eviction; those that are drawn see what is kept above
+                  them and to their left, and nothing below
     name          what error messages call the model
 
     Raises UserError before anything is allocated if the settings do not fit the model, and at the end of a line whose
@@ -86,7 +91,10 @@ def generate(
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
-    lines_above = _check_above(above, images, image_grid, decoder.codes)
+    known = check_kept(kept, _check_above(above, images, image_grid, decoder.codes), images, image_grid, decoder.codes)
+    given = [known is not None and bool((known[:, row] != DRAW).all()) for row in range(image_grid.rows)]
+    first = given.index(False)
+    every = [(column, column + 1) for column in range(image_grid.cols)]
     window = window_size(decoder, sample, images, image_grid)
     seeds = sample.image_seeds(images)
     prompt = prompt.to(device)
@@ -103,7 +111,7 @@ def generate(
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad
-    drafts = Drafts(decoder, cache, sample, noise, pad, images, window) if window else None
+    drafts = Drafts(decoder, cache, sample, noise, pad, images, window, known) if window else None
     non_finite = torch.zeros((), device=device)  # NaN once a logit is not finite; read at a line's end only
 
     started = time.perf_counter()
@@ -111,38 +119,37 @@ def generate(
     cache.extend()
     for row in range(grid.rows):
         tokens, passes = torch.empty(images, grid.cols, dtype=torch.int64, device=device), Passes()
-        replayed = row < lines_above.shape[1]
-        if replayed:
-            tokens.copy_(lines_above[:, row])
-            line = tokens if grid.eol is None else F.pad(tokens, (0, 1), value=grid.eol)
-            logits = decoder.feed(
-                line.repeat(cache.rows // images, 1), index[grid.stride * row :][: grid.stride], pad, columns, cache
-            )
-        elif drafts:
-            if row == lines_above.shape[1]:  # the first that is drawn; later ones begin with a code that is known
+        line, spans = None if known is None else known[:, row], every
+        if line is not None:
+            tokens.copy_(line)
+            spans = pieces(line != DRAW)
+        if drafts and row >= first:
+            if row == first:  # later lines begin with a code that is known
                 non_finite += logits.sum() * 0
-                drafts.begin(row * grid.stride, draw(logits, row * grid.stride, images, sample, noise))
-            passes = drafts.draw_line(row, check_drafts or check)
+                code = draw(logits, row * grid.stride, images, sample, noise)
+                drafts.begin(row * grid.stride, code if line is None else merged(tokens[:, 0], code))
+            passes, spans = drafts.draw_line(row, check_drafts or check), []
             non_finite += drafts.non_finite
             tokens.copy_(drafts.codes[:, row * grid.stride :][:, : grid.cols])
-        for column in range(grid.cols if replayed or drafts else 0, grid.cols):
+        for column, end in spans:
             number = row * grid.stride + column
-            non_finite += logits.sum() * 0  # NaN and infinity times 0 are NaN
-            token = draw(logits, number, images, sample, noise)
-            tokens[:, column] = token
-            fed = grid.tokens_fed(column)  # the end-of-line token is known, so it needs no logits
+            if line is None or (line[:, column] == DRAW).any():
+                non_finite += logits.sum() * 0  # NaN and infinity times 0 are NaN
+                token = draw(logits, number, images, sample, noise)
+                tokens[:, column] = token if line is None else merged(tokens[:, column], token)
+            fed = end - column - 1 + grid.tokens_fed(end - 1)  # the end-of-line token is known, so it needs no logits
             if number + fed == grid.tokens:
                 break  # it is the last
             if cache.rows > images and not sample.guides(number + fed):
                 cache.keep_rows(images)
                 pad = pad[:images]
-            token = token.repeat(cache.rows // images)
             fed_index, fed_columns = index[number : number + fed], columns[column : column + fed]
             if fed == 1:
-                logits = step(token, fed_index, pad, fed_columns, cache)
+                logits = step(tokens[:, column].repeat(cache.rows // images), fed_index, pad, fed_columns, cache)
             else:
-                with_end = F.pad(token[:, None], (0, 1), value=grid.eol)
-                logits = decoder.feed(with_end, fed_index, pad, fed_columns, cache)
+                codes = tokens[:, column:end]
+                codes = F.pad(codes, (0, column + fed - end), value=0 if grid.eol is None else grid.eol)
+                logits = decoder.feed(codes.repeat(cache.rows // images, 1), fed_index, pad, fed_columns, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, rotate, line_end or evict)
         share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
@@ -152,7 +159,7 @@ def generate(
             raise UserError(not_finite(name, decoder.dtype, f"line {row + 1} of {grid.rows}"))
         now = time.perf_counter()
         yield Line(
-            row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed,
+            row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), given[row],
             None if stands is None else stands.cpu(), passes.count, passes.accepted,
         )  # fmt: skip
         started = time.perf_counter()

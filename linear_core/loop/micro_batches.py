@@ -30,12 +30,14 @@ class MicroBatch:
     above  by cache: lines that exist already, codes B rows cols, or one image's for all; None: none. For models that
            draw in scales: the tokens of the first scales, B N; for masked ones: latents B Z h w with NaN in the gaps
     runs   by cache: lines drawn so far
+    kept   codes of pictures that exist already, B rows cols, or one image's for all; see `generate`
     """
 
     prompt: Any
     sample: SamplePlan
     above: list[Tensor | None]
     runs: list[Run] = field(default_factory=list)
+    kept: Tensor | None = None
 
     def codes(self, cache: int = 0) -> Tensor | None:
         """The lines so far, drawn or given: codes B rows cols."""
@@ -65,6 +67,7 @@ class MicroBatch:
                 self.sample.select(rows),
                 [select(given, rows) for given in above],
                 [Run() for _ in above],
+                select(self.kept, rows),
             )
             for rows in split_batch(self.prompt.rows, at_once)
         ]
@@ -87,9 +90,10 @@ class MicroBatches:
         above: Tensor | None = None,
         *,
         caches: int = 1,
+        kept: Tensor | None = None,
         advice: str,
     ):
-        batch = MicroBatch(prompt, sample, [above] * caches, [Run() for _ in range(caches)])
+        batch = MicroBatch(prompt, sample, [above] * caches, [Run() for _ in range(caches)], kept)
         self.done: list[MicroBatch] = []
         self.pending, self.halved_from, self.advice = batch.split(at_once), 0, advice
 

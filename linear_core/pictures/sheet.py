@@ -57,6 +57,11 @@ def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size:
     return sheet
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """An image as a picture 1 H W 3 in 0..1."""
+    return torch.from_numpy(np.asarray(image).copy()).float()[None] / 255
+
+
 def save(image: Image.Image, path: Path, notes: dict[str, Any]) -> None:
     """Write a PNG with `notes` as JSON in its text chunk "linear". The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -146,7 +146,7 @@ def test_heads_and_layers_differ() -> None:
         assert (mean <= budget).all() and (name in WHOLE or (mean == budget).all()), name
 
 
-@pytest.mark.parametrize("storage", ["full", "int8"])
+@pytest.mark.parametrize("storage", ["full", "int8", "int4"])
 @pytest.mark.parametrize("name", ["full", "fold", "adakv", "hack"])  # even, uneven within and across layers
 def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All living keys and values, whoever holds them, at every attention: never more than planned, and that much."""
@@ -154,6 +154,7 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
     plan, rows = CachePlan(name, share=SHARE, storage=storage), 4
     planned = decoder.cache_shape().scales_bytes(decoder.pyramid, plan, rows)
     most, size = 0, decoder.config.head_dim
+    kinds = {(torch.float32, size), (torch.int8, size), (torch.uint8, decoder.cache_shape().slot_bytes("int4", 0))}
     before = [x for x in gc.get_objects() if type(x) is Tensor]  # what other tests left, such as RoPE tables
     policy = scale_policy(plan, decoder.pyramid)
     found = scale_cache(decoder, rows, plan, policy)
@@ -164,9 +165,9 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
         own = {x.untyped_storage().data_ptr() for x in (q, *passed, *before)}
         living = {}
         for x in gc.get_objects():
-            if type(x) is Tensor and x.ndim >= 3 and x.shape[-1] in (size, 1) and x.untyped_storage().nbytes() > 512:
-                kind = x.untyped_storage().data_ptr()
-                if x.shape[-1] == size and kind not in own and x.dtype in (torch.float32, torch.int8):
+            if type(x) is Tensor and x.ndim >= 3 and x.untyped_storage().nbytes() > 512:
+                kind, held = x.untyped_storage().data_ptr(), (x.dtype, x.shape[-1])
+                if kind not in own and held in kinds:
                     living[kind] = x.untyped_storage().nbytes()
         scales = sum(layer.scale.nbytes for layer in found.layers if layer.scale is not None)
         most = max(most, sum(living.values()) + scales)

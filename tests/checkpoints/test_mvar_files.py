@@ -99,6 +99,7 @@ def test_planning_and_what_does_nothing(folder: Path, capsys: pytest.CaptureFixt
         (("generate", "--preset", "Small"), "preset: it does nothing here"),
         (("generate", "--heatmap"), "heatmap: it does nothing here"),
         (("plan", "--budget", "3"), "budget: it does nothing here"),
+        (("check",), "check: little keeps no cache, so no budget can change its pictures"),
         (("compare",), "compare: little keeps no cache, so there is nothing to compare"),
     ):
         status, _, wrong = run(capsys, words[0], *model, *words[1:])

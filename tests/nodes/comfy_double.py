@@ -266,8 +266,10 @@ def modules() -> dict[str, ModuleType]:
     io = SimpleNamespace(
         Schema=Schema, ComfyNode=ComfyNode, NodeOutput=NodeOutput, Input=Input, comfytype=comfytype, Custom=kind,
         ComfyTypeI=object, WidgetInput=Input, Hidden=SimpleNamespace(unique_id="unique_id"),
-        Image=kind("IMAGE"), Mask=kind("MASK"), String=kind("STRING", {"multiline": False}), Int=kind("INT"),
-        Float=kind("FLOAT"), Boolean=kind("BOOLEAN"), Combo=kind("COMBO", {"multiselect": False}),
+        Image=kind("IMAGE"), Mask=kind("MASK"), Clip=kind("CLIP"), ClipVision=kind("CLIP_VISION"),
+        String=kind("STRING", {"multiline": False}), Int=kind("INT"),
+        Float=kind("FLOAT"),
+        Boolean=kind("BOOLEAN"), Combo=kind("COMBO", {"multiselect": False}),
         DynamicCombo=SimpleNamespace(Input=_DynamicInput, Option=Option),
     )  # fmt: skip
     management = module(

@@ -159,6 +159,9 @@ def test_every_model_is_sent_to_its_own_node(tiny, settings, small, one):  # noq
         UserError, match="model: tiny draws tokens in any order; connect the image and a mask to Masked"
     ):
         run("EncodeImage", model=tiny, image=torch.rand(1, 12, 12, 3))
+    judged = {"images": torch.rand(1, 12, 12, 3), "model": tiny, "prompt": settings["prompt"], "by": "likelihood"}
+    with pytest.raises(UserError, match="model: tiny draws tokens in any order, and cannot judge yet"):
+        run("PickBest", **judged)
     tokens, *_ = run("MaskedGenerate", **settings)
     with pytest.raises(
         UserError, match="tokens: they come from tiny, which draws in any order, but small draws in lines"
@@ -183,8 +186,8 @@ PICTURE, COVERED = torch.rand(1, 12, 12, 3), torch.ones(1, 12, 12)
         ({"image": PICTURE, "mask": 0 * COVERED}, "mask: it covers nothing, so nothing would be drawn"),
         ({"image": PICTURE, "mask": COVERED.repeat(3, 1, 1)}, "there are 3 images or masks, but 1 are generated"),
         ({"image": PICTURE, "mask": PICTURE}, r"mask: found a tensor of 1 x 12 x 12 x 3; .* Convert Image to Mask"),
-        ({"image": PICTURE, "mask": COVERED * 255}, "mask: it goes from 255 to 255; connect a mask of numbers from 0"),
-        ({"image": PICTURE, "mask": COVERED * float("nan")}, "mask: it goes from nan to nan"),
+        ({"image": PICTURE, "mask": COVERED * 255}, "mask: its pixels go from 255 to 255; connect a mask whose"),
+        ({"image": PICTURE, "mask": COVERED * float("nan")}, "mask: some of its pixels are NaN"),
         ({"steps": 37}, "steps: 37 are more than the picture has tokens; choose at most 36"),
         ({"denoising_last": 5}, "denoising last: 5 is out of range; choose 2 to 4"),
         ({"step_cache": KEPT | {"rule": "newest"}}, "rule: found 'newest'"),

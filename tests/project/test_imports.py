@@ -100,7 +100,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
-    "loop.drafts": ({"errors", "grid", "plan", "cache.line_cache", "loop.sampling"}, TENSORS),
+    "loop.redraw": ({"errors", "grid", "plan"}, TENSORS),
+    "loop.drafts": ({"errors", "grid", "plan", "cache.line_cache", "loop.redraw", "loop.sampling"}, TENSORS),
     "loop.generate": (
         {
             "errors",
@@ -108,11 +109,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "grid",
             "plan",
             "cache.line_cache",
+            "cache.look_ahead",
             "cache.view",
             "policies",
             "policies.choose",
             "loop.drafts",
             "loop.memory",
+            "loop.redraw",
             "loop.sampling",
         },
         TENSORS,
@@ -152,7 +155,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
-    "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
+    "loop.forced": (
+        {"plan", "cache.line_cache", "policies", "loop.generate", "loop.memory", "loop.sampling"},
+        TENSORS,
+    ),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
         {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "cache.storage", "policies", "loop.generate"},
@@ -407,10 +413,12 @@ def test_numbers_run_without_torch():
 
 SHARED = {
     "nodes.host",
+    "nodes.encoding",
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
     "nodes.loops",
+    "nodes.redraw",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room

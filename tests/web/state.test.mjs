@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, heldOfScales, hoverText, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, remembered, replay, replayRuns, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, heldOfScales, hoverText, keptCells, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, remembered, replay, replayRuns, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -14,7 +14,7 @@ const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toStri
 const started = {
   kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
   detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB, codebook: "",
-  list_index: 0, sides: [], seeds: "", state_bytes: 0, beside: "",
+  list_index: 0, sides: [], seeds: "", state_bytes: 0, beside: "", kept: "",
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
@@ -230,6 +230,14 @@ test("lines to keep of one of several runs: the others stay as they are, with th
   assert.equal(keptRows(listed), 2);
   assert.match(keptTextOfRuns([runs[0]], 0, 1, 2 ** 64 - 2 ** 11, true), /^0@18446744073709549568[|]/);
   assert.match(keptTextOfRuns([runs[0]], 0, 1, 2 ** 64, true), /^0@18446744073709551615[|]/);
+});
+
+test("cells that a mask keeps are known, and named", () => {
+  const bits = b64(0b11011111, 0xff, 0b11); // of two pictures of 3 x 3, all but cell 5
+  const state = replay([{ ...started, kept: bits }, first]);
+  assert.deepEqual(keptCells(state).flatMap((kept, cell) => (kept ? [] : [cell])), [5]);
+  assert.match(hoverText(state, 0), /outside the mask/);
+  assert.equal(keptCells(replay([started, first])), null);
 });
 
 test("memory before anything runs", () => {
