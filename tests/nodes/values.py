@@ -47,7 +47,7 @@ GRAPH: dict[str, dict[str, Any]] = {
         "model": "LineAR_LoadModel", "prompt": "LineAR_ClassPrompt", "seed": 5, "guidance": 1.0, "steps": 8,
         "batch_size": 1, "step_cache": "Custom", "step_cache.refresh": 2, "step_cache.rule": "oldest",
         "step_cache.full_every": 4, "step_cache.full_first": 2, "step_cache.full_last": 1, "image": "LineAR_Decode",
-        "denoising": 4, "denoising_last": 2, "start": 950, "guidance_schedule": "linear", "temperature": 1.0,
+        "denoising": 4, "denoising_last": 2, "start": 952, "guidance_schedule": "linear", "temperature": 1.0,
         "seeds": "",
     },
     "LineAR_Decode": {"model": "LineAR_LoadModel", "tokens": "LineAR_Generate"},
