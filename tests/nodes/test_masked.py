@@ -96,7 +96,7 @@ def test_the_step_cache_and_what_the_report_says_of_it(tiny, settings, comfy):  
     assert widest == 2, "the map of ages is beside the picture"
 
 
-def test_what_the_mask_leaves_stays(tiny, settings):
+def test_what_the_mask_leaves_stays(tiny, settings, monkeypatch):
     """Unequal masks of any shape over one image; places outside are the image's own latents, and image i is alone."""
     image, masks = torch.rand(1, 12, 12, 3), torch.zeros(2, 12, 12)
     masks[0, 2:9, 3:5], masks[1, 11, :] = 1, 1
@@ -108,8 +108,11 @@ def test_what_the_mask_leaves_stays(tiny, settings):
     (second, *_) = run("MaskedGenerate", image=image, mask=masks[1], **settings | {"seed": 6})
     assert torch.allclose(second.latents[0], tokens.latents[1], atol=1e-4)
     both = torch.cat([image, image.flip(1)])
+    monkeypatch.setattr(importlib.import_module(f"{PACK}.nodes.masked"), "ENCODED", 1)  # each in a part of its own
     (pair, *_) = run("MaskedGenerate", image=both, mask=masks, batch_size=2, **settings)
     assert torch.allclose(pair.latents[0], tokens.latents[0], atol=1e-4)
+    encoded = tiny.image.tokenizer.encode(both.permute(0, 3, 1, 2) * 2 - 1)
+    assert torch.equal(torch.isclose(pair.latents, encoded, atol=1e-5).all(1), ~cells[:, 0]), "each under its own mask"
 
 
 def test_images_and_masks_of_another_size(settings):
