@@ -1,4 +1,4 @@
-"""The command line: python -m linear_core {demo, generate, compare, plan, models, convert}."""
+"""The command line: python -m linear_core {demo, generate, compare, batch, check, plan, models, convert, doctor}."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from . import startup  # first, as importing the others takes seconds
 
 import argparse
 import io
+import json
 import os
 import re
 import signal
@@ -25,6 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import doctor
+from .batch import draw as batch_draw
+from .batch import over_ray
+from .batch.folder import Drawn, Folder, as_settings
+from .batch.table import MAX_SEED, Skipped, read_table
+from .check import TEXTS, check_plans, joined, usual_classes
+from .check import table as check_table
 from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
@@ -34,7 +42,7 @@ from .loop.drafts import check
 from .loop.forced import shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import Graphs, use_graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes
+from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes, split_batch
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
 from .loop.scales import check_stop, generate_scales, scale_policy
 from .loop.threads import limit_threads
@@ -44,6 +52,7 @@ from .pictures.preview import UNDRAWN, Preview, decode
 from .pictures.sheet import contact_sheet, save, to_image
 from .plan import (
     AUTO,
+    MAX_SEED,
     PRESETS,
     RELEASES,
     STORAGES,
@@ -51,6 +60,7 @@ from .plan import (
     CacheShape,
     SamplePlan,
     parse_budget,
+    parse_seeds,
     parse_share,
 )
 from .policies import POLICIES
@@ -64,9 +74,10 @@ STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
 MAX_IMAGES = 4096  # per class or text, and at once; counting stops here
+BATCH = 16  # pictures that `batch` draws at once, unless told otherwise
+CHECKED_AT_ONCE = 4  # pictures that `check` draws at once, under all caches
 MAX_SIDE = 8192  # pixels that pictures are enlarged to
 MAX_SHEET = 2**28  # pixels of a contact sheet: 768 MiB
-MAX_SEED = 2**64 - 1
 JUDGED = 6  # images of the demo that are compared at most, because each is computed twice more
 DEMO_CLASSES = ("alpine dawn", "ocean dusk", "autumn hills", "starry night", "tropical lagoon", "winter snow")
 
@@ -119,8 +130,9 @@ def run_generate(args: argparse.Namespace) -> None:
             "model": model.info.name,
             "text" if model.info.text else "class": prompt.names[i],
             **asdict(plan),
-            **asdict(replace(sample, seed=sample.seed + i)),
+            **asdict(sample.select([i])),
         }
+        del notes["seeds"]  # `seed` is the picture's own
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
@@ -253,6 +265,48 @@ def _tell_comparison(
         _say(f"{saved:.0%} less cache; {same:.0%} of the codes are the same as with the full cache (same seeds).")
 
 
+def run_batch(args: argparse.Namespace) -> None:
+    """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    info = _checked(args, drawing=False)
+    job = _job(args, info)
+    rows, bad = read_table(args.prompts, args.column)
+    rows, unknown = batch_draw.check_rows(rows, info)
+    skipped = {each.number: each for each in [*bad, *unknown]}
+    settings = as_settings(
+        model=info.name,
+        weight_bytes=info.weight_bytes,
+        tokenizer=job.files.tokenizer.name,
+        pixels=args.pixels,
+        dtype=args.dtype,
+        images=job.images,
+        negative=job.negative,
+        size=job.size,
+        codes=job.codes,
+        plan=job.plan,
+        sample=job.sample,
+    )
+    with Folder.opened(args.out, settings) as folder:
+        pictures = batch_draw.pictures_of(rows, job)
+        left = [picture for picture in pictures if not folder.has(picture.name, picture.row.prompt, picture.seed)]
+        batches = batch_draw.batches_of(left, args.at_once or BATCH, job)
+        if there := len(pictures) - len(left):
+            _say(f"{there} of {len(pictures)} pictures are there already")
+        draw = batch_draw.draw_here(job, batches, _note) if args.ray is None else _over_ray(args, job, batches)
+        with tqdm(total=len(pictures), initial=there, unit="picture", disable=None) as bar:
+            for done in draw if batches else ():
+                with STOP.waiting():
+                    skipped |= {each.number: each for each in folder.add(done)}
+                bar.update(len(done))
+        folder.skip(skipped.values())
+        folder.close()
+        _say(f"{len(folder.rows)} pictures in {args.out}")
+    told = [skipped[number] for number in sorted(skipped)]
+    for row in told[:BATCH]:
+        _note(f"row {row.number} of {args.prompts.name} was skipped: {row.reason}")
+    if len(told) > BATCH:
+        _note(f"{len(told) - BATCH} more rows were skipped; {args.out / 'skipped.jsonl'} lists all.")
+
+
 def run_plan(args: argparse.Namespace) -> None:
     """Show how much memory the cache takes, without loading a model."""
     info = _checked(args, drawing=False)
@@ -314,6 +368,88 @@ def run_models(args: argparse.Namespace) -> None:
             _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
 
 
+def run_check(args: argparse.Namespace) -> None:
+    """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
+    info = _check_options(args)
+    sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
+    plans = _plans_to_check(args, info)
+    model = _load(args)
+    prompt = _prompt(args, model)
+    if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
+        raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
+    writer, parts = Writer([out]), []
+    tokens = (
+        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
+    )
+    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+        for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
+            part = replace(sample, seed=sample.seed + rows[0])
+            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+    found = joined(parts)
+    names = [_describe(each.plan, info) for each in found]
+    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
+    about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
+    about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
+    _say(
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
+        f"{doctor.version()}"
+    )
+    for line in check_table(found, names):
+        _say(line)
+    _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
+    with STOP.waiting():
+        rows_of_sheet = [
+            (name, f"KL {each.divergence}, {_measurements(each.run)}", _pictures(model, each.run))
+            for name, each in zip(names, found, strict=True)
+        ]
+        writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
+        writer.write_beside(out.with_suffix(".json"), about | {"plans": [each.as_row() for each in found]})
+    writer.tell()
+
+
+def _check_options(args: argparse.Namespace) -> ModelInfo:
+    """The model's sizes, with pictures to check it on if none were asked for."""
+    if not (args.classes or args.texts):
+        decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+        info = library.read_info(decoder, _grid(args))
+        if info.text:
+            args.texts = list(TEXTS)
+        else:
+            args.classes = usual_classes(info, len(TEXTS))
+    return _checked(args)
+
+
+def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan]:
+    """The plan of the options; without any, those presets that the model can be drawn with."""
+    names = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
+    if args.preset != "Balanced" or any(getattr(args, name) is not None for name in names):
+        return [_planned(args, info, args.at_once or CHECKED_AT_ONCE)]
+    found = []
+    for plan in PRESETS.values():
+        with suppress(UserError):
+            if info.pyramid is not None:
+                scale_policy(plan, info.pyramid)
+                drops = plan.keeps(info.pyramid) < info.pyramid.kept
+            else:
+                plan.check(info.grid)
+                drops = plan.evicts(info.grid)
+            if drops:
+                found.append(plan)
+    if not found:
+        raise UserError(f"model: {info.name} has too few lines for any preset; choose a --budget.")
+    return found
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    """Versions, device, memory, models and a self-test: text to paste into a bug report, without names of folders."""
+    device = _device(args)
+    folders = [Path(folder) for folder in args.folder] or doctor.usual_folders()
+    encoders = [Path(args.text_encoder)] if args.text_encoder else []
+    for line in doctor.report(folders, device=device, dtype=_dtype(args, device), encoders=encoders):
+        _say(line)
+
+
 def run_convert(args: argparse.Namespace) -> None:
     """Convert a published checkpoint (.pt) to safetensors with metadata: family, grid, tokenizer, sampling."""
     dtype = None if args.dtype == "same" else DTYPES[args.dtype]
@@ -329,6 +465,49 @@ def run_convert(args: argparse.Namespace) -> None:
     _say(f"{args.target}: {Path(args.target).stat().st_size / MIB:.1f} MiB")
     for key, value in notes.items():
         _say(f"  {key}: {value if len(value) < 100 else value[:99] + '…'}")
+
+
+def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
+    """What `batch` draws with. Raises UserError for options that the file of prompts stands for."""
+    for name in ("classes", "texts"):
+        if getattr(args, name):
+            option = {"classes": "class", "texts": "text"}[name]
+            raise UserError(f"{option}: {args.prompts.name} says what to draw; leave --{option} out.")
+    if args.stop_after:
+        raise UserError("stop-after: batch draws whole pictures; leave --stop-after out.")
+    if args.ray is None and (args.workers or args.gpus is not None):
+        raise UserError("workers: they are for --ray; add it, or leave --workers and --gpus out.")
+    needs_encoder = info.text and not info.own_tokenizer
+    if needs_encoder and not args.text_encoder:
+        raise UserError(f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
+                        "google/flan-t5-xl.")  # fmt: skip
+    files, sample = _files(args), _sample_plan(args, info)
+    return batch_draw.Job(
+        files=ModelFiles(files.decoder.absolute(), files.tokenizer.absolute()),
+        plan=_planned(args, info, args.at_once or BATCH),
+        sample=replace(sample, drafts=max(sample.drafts, 0)),  # none by itself: all batches are to be drawn alike
+        grid=_grid(args),
+        pixels=_pixels(args),
+        device=None if args.device == "auto" else args.device,
+        dtype=None if args.dtype == "auto" else DTYPES[args.dtype],
+        step=args.step,
+        images=args.images,
+        negative=args.negative,
+        encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
+        size=args.size,
+        codes=args.codes,
+    )
+
+
+def _over_ray(
+    args: argparse.Namespace, job: batch_draw.Job, batches: list[list[batch_draw.Picture]]
+) -> Iterator[list[Drawn | Skipped]]:
+    workers = over_ray.Workers(args.ray, args.workers, args.gpus)
+    return over_ray.draw_over_ray(job, batches, workers, _note)
+
+
+def _note(note: str) -> None:
+    _say(note, sys.stderr)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -496,11 +675,16 @@ def _grid(args: argparse.Namespace) -> tuple[int, int] | None:
 
 def _with_size(args: argparse.Namespace, info: ModelInfo) -> ModelInfo:
     """The model with the size that was requested, if any."""
+    size = _pixels(args)
+    return info if size is None else info.with_size(size)
+
+
+def _pixels(args: argparse.Namespace) -> tuple[int, int] | None:
     if args.pixels is None:
-        return info
+        return None
     if not (sides := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", args.pixels)):
         raise UserError(f"pixels: {quoted(args.pixels)} is not a size; write width x height, for example 832x1216.")
-    return info.with_size((int(sides[1]), int(sides[2])))
+    return int(sides[1]), int(sides[2])
 
 
 def _cache_plan(args: argparse.Namespace) -> CachePlan:
@@ -533,7 +717,12 @@ def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
     names = ("seed", "guidance", "guidance_interval", "temperature", "top_k", "top_p", "drafts", "smooth")
     if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
         raise UserError(f"seed: {args.seed} is out of range; choose 0 to {MAX_SEED}.")
-    return replace(info.defaults, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
+    given = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
+    if args.seeds is not None:
+        if args.seed is not None:
+            raise UserError("seeds: --seed is one for all; leave one of the two out.")
+        given["seeds"] = parse_seeds(args.seeds)
+    return replace(info.defaults, **given)
 
 
 def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
@@ -547,6 +736,13 @@ def _prompt(args: argparse.Namespace, model: ImageModel) -> Prompt:
         prompt = model.class_prompt(args.classes or _demo_classes(model.info))
     model.check(prompt)
     return prompt.repeat(args.images)
+
+
+def _planned(args: argparse.Namespace, info: ModelInfo, images: int) -> CachePlan:
+    """The plan of the options with its budget in lines, or as a share of a pyramid, for so many images at once."""
+    rows = images * (2 if _sample_plan(args, info).guided else 1)
+    shape = info.cache_shape(_dtype(args, _device(args)))
+    return _cache_plan(args).resolve(shape, info.pyramid or info.grid, rows)
 
 
 def _at_once(args: argparse.Namespace, otherwise: list[str]) -> int:
@@ -568,14 +764,16 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
         raise UserError(f"images: {args.images} is out of range; choose 1 to {MAX_IMAGES}.")
     if args.at_once < 0:
         raise UserError(f"at-once: {args.at_once} is out of range; choose 1 or more, or 0 for all.")
-    if drawing and not 0 <= args.size <= MAX_SIDE:
+    if not 0 <= getattr(args, "size", 0) <= MAX_SIDE:
         raise UserError(f"size: {args.size} is out of range; choose 0 (as drawn) to {MAX_SIDE} pixels.")
     _device(args)
     plan = _cache_plan(args)
     decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
-    rows = _at_once(args, _demo_classes(info) if drawing else ["one"]) * (2 if _sample_plan(args, info).guided else 1)
+    sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
+    sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
+    rows = _at_once(args, otherwise) * (2 if sample.guided else 1)
     plan = plan.resolve(info.cache_shape(_dtype(args, _device(args))), info.pyramid or info.grid, rows)
     if info.pyramid is None:
         plan.check(info.grid)
@@ -722,6 +920,15 @@ class Writer:
             image = contact_sheet(rows, names, 0)
         self._save(lambda path: save(image, path, notes))
 
+    def write_beside(self, path: Path, notes: dict[str, Any]) -> None:
+        """A file of numbers beside the pictures, as JSON."""
+
+        def write(path: Path) -> None:
+            path.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+
+        self.paths.append(path)
+        self._save(write)
+
     def _save(self, save: Callable[[Path], None]) -> None:
         path, self.count = self.paths[self.count], self.count + 1
         try:
@@ -821,9 +1028,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
+
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group("model")
-    group.add_argument("where", nargs="?", metavar="MODEL", help="the same as --model")
     group.add_argument(
         "--model",
         default=library.BUNDLED,
@@ -884,6 +1093,7 @@ def _parser() -> argparse.ArgumentParser:
         "where that was measured to be faster (auto, the default; none has been measured yet)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="image i uses seed N + i (default: 0)")
+    group.add_argument("--seeds", metavar="LIST", help="a seed for each image instead, such as 3,7,100-103")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; typical: 2 to 5")
     group.add_argument(
         "--guidance-interval", type=int, metavar="TOKENS", help="image tokens after which guidance ends; -1: never"
@@ -928,16 +1138,28 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    parents = [model, cache, sample, output]
+    parents = [where, model, cache, sample, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
     add("generate", run_generate, parents, "draw images").add_argument(
         "--heatmap", action="store_true", help="overlay what the cache kept"
     )
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
-    add("plan", run_plan, [model, cache, sample], "memory of the cache, without loading a model")
+    drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
+    _batch_options(drawing)
+    add("plan", run_plan, [where, model, cache, sample], "memory of the cache, without loading a model")
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
+    )
+    add("check", run_check, parents, "the full cache against a few lines on your own model, with intervals")
+    report = add("doctor", run_doctor, [], "what is installed and whether it works, to paste into a bug report")
+    report.add_argument(
+        "folder", nargs="*", help="model folders to look into (default: those of the ComfyUI around this)"
+    )
+    report.add_argument("--text-encoder", metavar="PATH", help="a text encoder to look at")
+    report.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    report.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
     conversion = add("convert", run_convert, [], "published checkpoint (.pt) to safetensors with metadata")
     conversion.add_argument("source", metavar="SRC", help="decoder or VQ tokenizer, as published (.pt) or safetensors")
@@ -950,6 +1172,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     conversion.add_argument("--dtype", default="same", choices=["same", *DTYPES], help="default: as in the file")
     return parser
+
+
+def _batch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts", type=Path, metavar="PROMPTS", help="a .txt with a prompt a line, or a .csv, .jsonl or .parquet"
+    )
+    group = parser.add_argument_group("prompts and pictures")
+    group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
+    group.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the table's column of prompts (default: prompt, text, caption or class); its columns negative and seed "
+        "count too, and all others go along into the metadata",
+    )
+    group.add_argument("--size", type=int, default=0, metavar="PIXELS", help="enlarge pictures up to this size")
+    group.add_argument("--codes", action="store_true", help="also keep each picture's codes, in its metadata")
+    group = parser.add_argument_group("many GPUs or machines", "needs the Python package ray[data]")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const=over_ray.LOCAL,
+        metavar="ADDRESS",
+        help="draw with Ray Data: on this machine, or on the cluster at this address; the pictures are the same",
+    )
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="default: one a GPU, or else one a core")
+    group.add_argument("--gpus", type=float, metavar="SHARE", help="of each worker: 1 (default), or 0.5 for two a GPU")
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ class Started:
                 and `stride` are those of the last one, and `lines` is the number of tokens that a head keeps. The cells
                 of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
     state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
+    seeds       of each image, between commas, where they are not seed, seed + 1, …; a text, as a page rounds numbers
+                beyond 2**53
     """
 
     run: str
@@ -161,6 +163,7 @@ class Started:
     list_index: int = 0
     sides: list[list[int]] = field(default_factory=list)
     state_bytes: int = 0
+    seeds: str = ""
 
     @property
     def cells(self) -> int:
@@ -444,26 +447,35 @@ def codebooks_of(text: str) -> set[str]:
 
 
 class Kept(NamedTuple):
-    """Codes that the widget hands back: of the run with this list index, which had this seed; None: of every run."""
+    """Codes that the widget hands back: of the run with this list index, which had this seed; None: of every run.
+
+    `seeds` are those of each image, if the run had a list of them; `seed` is then the first.
+    """
 
     list_index: int | None
     seed: int | None
     sizes: tuple[int, ...]  # images, rows, cols; of scales images, tokens
     codes: list[int]
+    seeds: tuple[int, ...] = ()
 
 
 def unpack_kept(text: str) -> list[Kept]:
     """What the widget keeps of a node's runs, lines or scales, that of the run it shows first. web/state.js writes it.
 
-    Of one run "codes", as `pack_codes` has them; of several "list index @ seed | codes ; ...". Raises ValueError for
-    anything else.
+    Of one run "codes", as `pack_codes` has them; of several, or with seeds of their own, "list index @ seeds | codes ;
+    ...". Raises ValueError for anything else.
     """
     kept = []
     for part in text.split(";"):
         which, bar, codes = part.rpartition("|")
-        list_index, at, seed = which.partition("@")
-        if bar and not (list_index.isdecimal() and at and seed.isdecimal() and int(seed) < 1 << 64):
+        list_index, at, written = which.partition("@")
+        seeds = written.split(",")
+        if bar and not (list_index.isdecimal() and at and all(s.isdecimal() and int(s) < 1 << 64 for s in seeds)):
             raise ValueError(f"'{which[:40]}' names no run")
         sizes, numbers = unpack_codes(codes) if codes.partition(":")[0].count("x") > 1 else unpack_scales(codes)
-        kept.append(Kept(int(list_index), int(seed), sizes, numbers) if bar else Kept(None, None, sizes, numbers))
+        if not bar:
+            kept.append(Kept(None, None, sizes, numbers))
+            continue
+        own = tuple(map(int, seeds))
+        kept.append(Kept(int(list_index), own[0], sizes, numbers, own if len(own) > 1 else ()))
     return kept

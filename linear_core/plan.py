@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -13,6 +14,8 @@ from .errors import UserError, quoted
 from .grid import Grid
 from .pyramid import Pyramid, Stages
 
+MAX_SEED = 2**64 - 1
+MAX_SEEDS = 2**16  # in one text
 AUTO = -1  # drafts: by itself, where they were measured to win
 MIB = 2**20
 UNITS = {"kib": 2**10, "mib": MIB, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}  # bytes
@@ -197,6 +200,20 @@ def parse_share(text: str) -> float:
     raise ValueError(f"{text} is nothing")
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds such as "3, 7, 100-103", between commas, spaces or line breaks. Raises UserError for anything else."""
+    seeds: list[int] = []
+    for part in re.split(r"[\s,;]+", text.strip()) if text.strip() else ():
+        found = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise UserError(f"seeds: {quoted(part)} is not a seed; write whole numbers or ranges, such as 3, 7, 10-13.")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise UserError(f"seeds: {quoted(part)} makes more than {MAX_SEEDS} seeds; give one for each image.")
+        seeds += range(first, last + 1)
+    return tuple(seeds)
+
+
 PRESETS = {
     "Balanced": CachePlan("fold", budget=4, recent=0),
     "Small": CachePlan("fold", budget=3, recent=0),
@@ -222,6 +239,8 @@ class SamplePlan:
                        without (`loop/drafts.py`). 0: none; -1: by itself, where they were measured to win
     smooth             models that draw in scales: each place gets a mixture of codes around the one that is sampled.
                        Published as "more smooth", for looks; the picture is then more than its tokens
+    seeds              a seed for each image, in place of seed + i. A batch may then be split in any way over processes
+                       or machines, and the images stay the same
     """
 
     seed: int = 0
@@ -232,6 +251,7 @@ class SamplePlan:
     top_p: float = 1.0
     drafts: int = 0
     smooth: bool = False
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.guidance >= 0 or self.guidance > 1000:
@@ -248,6 +268,27 @@ class SamplePlan:
             )
         if self.drafts < AUTO:
             raise UserError(f"drafts: {self.drafts} is out of range; choose 0 (none) or more, or -1 (automatic).")
+        for seed in self.seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise UserError(f"seeds: {seed} is out of range; choose 0 to {MAX_SEED}.")
+
+    def image_seeds(self, images: int) -> tuple[int, ...]:
+        """The seed of each image. Raises UserError if there is not one for each."""
+        if len(self.seeds) not in (0, images):
+            raise UserError(
+                f"seeds: there are {len(self.seeds)}, but {images} images are drawn; give one for each, or none."
+            )
+        return self.seeds or tuple(self.seed + i for i in range(images))
+
+    def select(self, rows: Sequence[int]) -> SamplePlan:
+        """The plan for the images with these numbers, which keep their seeds."""
+        if self.seeds:
+            seeds = tuple(self.seeds[i] for i in rows)
+        elif list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            return replace(self, seed=self.seed + rows[0])
+        else:
+            seeds = tuple(self.seed + i for i in rows)
+        return replace(self, seed=seeds[0], seeds=seeds if len(seeds) > 1 else ())
 
     @property
     def guided(self) -> bool:

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import host
 from .compare import Compare
 from .decode import Decode
+from .doctor import Doctor
 from .download import DownloadModel
 from .encode import EncodeImage
 from .generate import Generate
@@ -33,4 +34,5 @@ class LineARExtension(ComfyExtension):
             EncodeImage,
             Compare,
             DownloadModel,
+            Doctor,
         ]

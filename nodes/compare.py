@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
 from ..linear_core.pictures.sheet import to_image
-from ..linear_core.plan import CachePlan
+from ..linear_core.plan import MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
 from . import host
 from .inputs import checked
@@ -36,7 +36,7 @@ class Compare(io.ComfyNode):
                 CACHE.Input("cache", tooltip="The cache to compare with the full one, from Line Cache."),
                 PROMPT.Input("prompt", tooltip="What to generate, from Class Prompt or Text Prompt."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
                     tooltip="Used for both runs, so that only the cache differs. Image i of the batch uses seed + i.",
                 ),
                 io.Float.Input(
@@ -61,6 +61,11 @@ class Compare(io.ComfyNode):
                     tooltip="Images per class or text. Both caches are in memory at the same time.",
                 ),
                 COMPARE.Input("view", tooltip="Left of the slider: the full cache. Right: the few lines."),
+                io.String.Input(
+                    "seeds", default="", optional=True, advanced=True,
+                    tooltip="A seed for each image of the batch, such as 3, 7, 100-103, in place of seed + i. Empty: "
+                    "seed + i.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image_full", tooltip="The images from the full cache."),
@@ -85,13 +90,16 @@ class Compare(io.ComfyNode):
         top_p: float,
         batch_size: int,
         view: str | None = None,
+        seeds: str = "",
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sample = replace(info.defaults, seed=seed, **{name: value for name, value in asked.items() if not value < 0})
+        asked = {name: value for name, value in asked.items() if not value < 0}
+        sample = replace(info.defaults, seed=seed, seeds=parse_seeds(seeds), **asked)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt)
         if not loop.evicts(cache):
             raise UserError(

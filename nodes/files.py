@@ -272,6 +272,11 @@ def text_encoder_names() -> list[str]:
     return [*(fitting or [published.TEXT_ENCODER]), NO_ENCODER]
 
 
+def text_encoder_paths() -> list[Path]:
+    """All T5 encoders of the model folders."""
+    return [path for path, _ in _text_encoders().values()]
+
+
 def find_text_files(name: str, width: int = 0) -> TextFiles:
     """The files of the chosen text encoder. Raises UserError where one is missing, or if it gives other than `width`
     features per token (0: as many as any model takes)."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import codebooks_of
-from ..linear_core.plan import AUTO, CachePlan
+from ..linear_core.plan import AUTO, MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
 from .inputs import checked
 from .live import VIEW, draw, kept_codes, resolve
 from .loops import Lines, Scales, loop_of
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 OWN = -1  # in place of a number: what the model was published with
 
 
@@ -150,6 +150,14 @@ class Generate(io.ComfyNode):
                     "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise. None with VAR and "
                     "Infinity, which draw a whole scale in one pass.",
                 ),
+                io.String.Input(
+                    "seeds",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A seed for each image of the batch, such as 3, 7, 100-103, in place of seed + i. A batch "
+                    "that is split over several machines then gives the same images. Empty: seed + i.",
+                ),
             ],
             outputs=[
                 TOKENS.Output(
@@ -179,16 +187,18 @@ class Generate(io.ComfyNode):
         stop_after: int = 0,
         view: str | None = None,
         drafts: int = 0,
+        seeds: str = "",
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
-        above, own_seed = _above(tokens, keep_rows, view, model, loop)
-        seed = seed if own_seed is None else own_seed
-        sample = replace(info.defaults, seed=seed, guidance_interval=guidance_interval, drafts=drafts, **asked)
+        above, own = _above(tokens, keep_rows, view, model, loop)
+        own = own or {"seed": seed, "seeds": parse_seeds(seeds)}
+        sample = replace(info.defaults, guidance_interval=guidance_interval, drafts=drafts, **own, **asked)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt, stop_after)
         node = cls.hidden.unique_id
         (run,), _, shown, decoded = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
@@ -213,13 +223,13 @@ class Generate(io.ComfyNode):
 
 def _above(
     tokens: Tokens | None, rows: int, view: str | None, model: Model, loop: Lines | Scales
-) -> tuple[Tensor | None, int | None]:
+) -> tuple[Tensor | None, dict[str, Any]]:
     """The rows, or scales, that stay: of the run that the widget shows, where it hands one back, else of `tokens`.
 
-    And the seed of the run that they are from, where the widget says so.
+    And the seeds of the run that they are from, where the widget says so.
     """
     if not rows:
-        return None, None
+        return None, {}
     if view:
         if codebooks_of(str(view)) - {model.image.codebook}:
             name = model.image.info.name
@@ -232,4 +242,4 @@ def _above(
             f"keep_rows: there is no image to take {rows} {loop.unit}s from; connect tokens, or set it to 0."
         )
     tokens.check(model.image)
-    return loop.first(tokens.codes, rows, tokens.sides), None
+    return loop.first(tokens.codes, rows, tokens.sides), {}

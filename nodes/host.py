@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
 import comfy.ops
 import comfy.utils
+import comfyui_version
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -61,6 +64,14 @@ def t5_tokenizer() -> Path | None:
     """The tokenizer that ComfyUI brings for T5 text encoders: FLAN-T5's too, all T5 of version 1.1 share it."""
     path = Path(comfy.ops.__file__).parent / "text_encoders" / "t5_tokenizer" / "tokenizer.json"
     return path if path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    """Of ComfyUI and its page."""
+    found = {"ComfyUI": str(comfyui_version.__version__)}
+    with suppress(metadata.PackageNotFoundError):
+        found["its frontend"] = metadata.version("comfyui-frontend-package")
+    return found
 
 
 # -- devices and memory ----------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
         codebook=model.image.codebook,
         list_index=host.list_index(),
         **told,
+        seeds=",".join(map(str, sample.image_seeds(images))) if sample.seeds else "",
     )
 
 
@@ -159,12 +160,12 @@ class Live:
     def _job(self) -> list[tuple[Any, ...]]:
         return [tuple(lines) for lines in (self.beside, self.lines) if lines is not None]
 
-    def _render(self, runs: list[tuple[Any, ...]], seconds: float | None = None) -> Image.Image:
-        """The pictures so far. Previews of scales get `seconds`, and the page enlarges them."""
-        pictures = self.loop.pictures(runs, self.trace.started.shown, seconds)
-        if isinstance(self.loop, Scales) and seconds is None:
+    def _render(self, runs: list[tuple[Any, ...]], elapsed: float | None = None) -> Image.Image:
+        """The pictures so far. Previews of scales are told the time, and the page enlarges them."""
+        pictures = self.loop.pictures(runs, self.trace.started.shown, elapsed)
+        if isinstance(self.loop, Scales) and elapsed is None:
             self.decoded = pictures[-1]
-        sheets = [sheet(one, SIZE if seconds is None else 0) for one in pictures]
+        sheets = [sheet(one, SIZE if elapsed is None else 0) for one in pictures]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
     def _show(self, picture: Image.Image, lines: int, trace: Trace | None = None) -> None:
@@ -274,7 +275,8 @@ def _as_one(
     """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
-    trace = Trace(started(model, plan, sample, prompt.select(range(len(lines[0].tokens))), at_once))
+    images = range(len(lines[0].tokens))
+    trace = Trace(started(model, plan, sample.select(images), prompt.select(images), at_once))
     for line in lines:
         trace.add(line)
     return trace, lines
@@ -300,9 +302,9 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | None, int | None]:
-    """The codes that the widget sent back for this run, int64 B rows cols, and the run's seed if it is not the node's.
-    Of scales, B N.
+def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | None, dict[str, Any]]:
+    """The codes that the widget sent back for this run, int64 B rows cols, and the run's seeds, as SamplePlan has them,
+    if they are not the node's. Of scales, B N.
 
     `rows` is how many to keep of the run that the widget shows. Of the node's other runs, which are not to change, all
     that the widget sent; None for a run that it knows nothing of.
@@ -316,8 +318,9 @@ def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | Non
     for each in kept:
         if each.list_index in (None, host.list_index()):
             codes = torch.tensor(each.codes).view(each.sizes)
-            return (loop.first(codes, rows, ()) if each is kept[0] else codes), each.seed
-    return None, None
+            own = {} if each.seed is None else {"seed": each.seed, "seeds": each.seeds}
+            return (loop.first(codes, rows, ()) if each is kept[0] else codes), own
+    return None, {}
 
 
 def report(full: Run, few: Run, started_few: Started, label: str) -> str:

@@ -29,6 +29,9 @@ def test_generate(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     alone = tmp_path / "alone.png"
     assert main([*asked, "--seed", "6", "--out", str(alone)]) == 0
     assert Image.open(alone).tobytes() == image.tobytes()  # image i of a batch is the image of seed + i
+    assert main([*asked, "--images", "2", "--seeds", "6,5", "--out", str(out)]) == 0
+    swapped = Image.open(tmp_path / "hills_01.png")
+    assert swapped.tobytes() == image.tobytes() and json.loads(swapped.text["linear"]) == notes
     assert "MiB" in capsys.readouterr().out
 
 
@@ -130,6 +133,8 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--budget", "1", "--recent", "1"], ["budget", "1 lines", "anchors"]),
         (["--budget", "0"], ["budget", "choose 1"]),
         (["--budget", "some"], ["budget", "some", "1/6"]),
+        (["--seeds", "1,2", "--class", "ocean dusk"], ["seeds", "there are 2", "1 images"]),
+        (["--seeds", "1", "--seed", "1"], ["seeds", "--seed is one for all"]),
         (["--grid", "3x3"], ["landscapes.safetensors", "24 x 24"]),
         (["--grid", "three"], ["grid", "24x24"]),
         (["--images", "0"], ["images"]),

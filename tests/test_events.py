@@ -324,6 +324,8 @@ def test_kept_runs_as_text():
     """Of one run its codes, of several each with its list index and seed; anything else is an error."""
     one, other = pack_codes(torch.arange(6).view(1, 2, 3)), pack_codes(torch.arange(3).view(1, 1, 3))
     assert unpack_kept(one) == [Kept(None, None, (1, 2, 3), [*range(6)])]
+    (listed,) = unpack_kept(f"0@5,{2**64 - 1}|{one}")
+    assert listed == Kept(0, 5, (1, 2, 3), [*range(6)], (5, 2**64 - 1))
     kept = unpack_kept(f"2@{2**64 - 1}|{one};0@7|{other}")
     assert [each[:3] for each in kept] == [(2, 2**64 - 1, (1, 2, 3)), (0, 7, (1, 1, 3))]
     for wrong in (

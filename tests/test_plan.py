@@ -8,7 +8,7 @@ import pytest
 
 from linear_core.errors import UserError
 from linear_core.grid import Grid
-from linear_core.plan import PRESETS, CachePlan, CacheShape, SamplePlan, parse_budget
+from linear_core.plan import PRESETS, CachePlan, CacheShape, SamplePlan, parse_budget, parse_seeds
 from linear_core.policies import POLICIES, get_policy
 from linear_core.pyramid import Pyramid
 
@@ -112,6 +112,31 @@ def test_budgets_as_people_say_them(text, setting):
 def test_what_is_no_budget_is_said_to_be_none(text):
     with pytest.raises(UserError, match="is not a budget; write lines"):
         parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("", ()), (" 5 ", (5,)), ("3, 7,100-103", (3, 7, 100, 101, 102, 103)), ("1\n2;3 4", (1, 2, 3, 4)),
+     (str(2**64 - 1), (2**64 - 1,))],
+)  # fmt: skip
+def test_seeds_as_people_write_them(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["x", "1,,x", "-3", "5-3", "1.5", "0-99999999999", str(2**64), "1-2-3"])
+def test_what_is_no_seed_is_said_to_be_none(text):
+    with pytest.raises(UserError, match=r"seeds: .*(is not a seed|more than 65536|out of range)"):
+        SamplePlan(seeds=parse_seeds(text))
+
+
+def test_every_image_keeps_its_seed_however_a_batch_is_split():
+    for plan in (SamplePlan(9), SamplePlan(seeds=(4, 4, 0, 2**64 - 1))):
+        seeds = plan.image_seeds(4)
+        for rows in ([0], [3], [1, 2, 3], [3, 0], range(4)):
+            assert plan.select(rows).image_seeds(len(rows)) == tuple(seeds[i] for i in rows)
+    assert plan.select([2]) == SamplePlan(0), "a picture says its own seed, as one that is drawn alone"
+    with pytest.raises(UserError, match="seeds: there are 4, but 3 images are drawn"):
+        plan.image_seeds(3)
 
 
 @pytest.mark.parametrize("plan", [CachePlan("fold"), CachePlan("adakv"), CachePlan("line", storage="int8")])

@@ -558,7 +558,9 @@ class View extends Told {
   /** Queue a run that keeps rows of this one. @param {number} rows @param {number} stop @param {boolean} [anew] */
   async again(rows, stop, anew = false) {
     const seed = anew ? Math.floor(Math.random() * 2 ** 32) : this.state.run.seed;
-    const text = keptTextOfRuns(this.states, this.at, rows, seed, isLinked(this.node, "seed"));
+    const own = this.state.run.seeds; // one for each picture
+    const listed = own || widgetValue(this.node, "seeds") || isLinked(this.node, "seeds");
+    const text = keptTextOfRuns(this.states, this.at, rows, anew ? seed : own || seed, !!listed || isLinked(this.node, "seed"));
     if (!text) return;
     this.kept = text;
     this.wanted = this.states.length > 1 ? this.at : -1;

@@ -10,7 +10,7 @@
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "state_bytes"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "state_bytes", "seeds"],
   "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted", "side"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held", "passes", "accepted"]
@@ -432,24 +432,25 @@ export function keptText(state, rows) {
  * The same of a node that runs several times, or whose seed comes through a link: "list index @ seed | lines to keep" of
  * the run that is shown, then of the others all that can be kept, with their own seeds, so that they stay as they are.
  * @param {State[]} runs @param {number} shown  which of them @param {number} rows  to keep of it
- * @param {number} seed  for the rest of it @param {boolean} linked  whether the node gets its seed through a link
+ * @param {number | string} seed  for the rest of it, or several between commas, one for each picture
+ * @param {boolean} linked  whether the node gets its seed through a link, or has seeds for each picture
  */
 export function keptTextOfRuns(runs, shown, rows, seed, linked) {
   const text = keptText(runs[shown], rows);
   if (!text || (runs.length < 2 && !linked)) return text;
   const others = runs.filter((_, i) => i !== shown).map((state) => ({ state, rows: Math.min(state.lines.length, state.run.rows - 1) }));
-  const parts = others.map(({ state, rows }) => [indexOf(state), state.run.seed, keptText(state, rows)]).filter((part) => part[2]);
+  const parts = others.map(({ state, rows }) => [indexOf(state), state.run.seeds || state.run.seed, keptText(state, rows)]).filter((part) => part[2]);
   return [[indexOf(runs[shown]), seed, text], ...parts].map(([index, seed, kept]) => `${index}@${wholeSeed(seed)}|${kept}`).join(";");
 }
 
-/** A seed in full; the largest were rounded up, beyond what a seed can be. @param {number} seed */
-const wholeSeed = (seed) => (seed < 2 ** 64 ? BigInt(seed) : 2n ** 64n - 1n);
+/** A seed in full; the largest were rounded up, beyond what a seed can be. @param {number | string} seed */
+const wholeSeed = (seed) => (typeof seed === "string" ? seed : seed < 2 ** 64 ? BigInt(seed) : 2n ** 64n - 1n);
 
 /** Which run a kept text is about; -1 where the node has only one. @param {unknown} text */
 export const keptRun = (text) => Number(/^(\d+)@/.exec(String(text ?? ""))?.[1] ?? -1);
 
 /** How many lines a kept text holds, of the run that it is about; of scales, how many tokens. @param {unknown} text */
-export const keptRows = (text) => Number(/^(?:\d+@\d+\|)?\d+x(\d+)(?:x\d+)?:/.exec(String(text ?? ""))?.[1] ?? 0);
+export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)(?:x\d+)?:/.exec(String(text ?? ""))?.[1] ?? 0);
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ def generate(
         raise UserError("prompt: it is empty; give at least one class or text.")
     lines_above = _check_above(above, images, image_grid, decoder.codes)
     window = window_size(decoder, sample, images, image_grid)
+    seeds = sample.image_seeds(images)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
     grid = image_grid.after(rows.length)
@@ -97,7 +98,7 @@ def generate(
     cache = LineCache(shape, rows.rows, grid, plan, dtype=decoder.dtype, device=device, reads=reads, static=static)
     rotate = partial(decoder.rotate_ahead, grid)
     step = step or decoder.step
-    noise = Noise(sample.seed, images, decoder.codes, device)
+    noise = Noise(seeds, images, decoder.codes, device)
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad

@@ -59,7 +59,7 @@ class MicroBatch:
         return [
             MicroBatch(
                 self.prompt.select(rows),
-                replace(self.sample, seed=self.sample.seed + rows[0]),
+                self.sample.select(rows),
                 [select(given, rows) for given in above],
                 [Run() for _ in above],
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,12 +48,14 @@ def _mix(x: Tensor) -> Tensor:
 class Noise:
     """Random numbers addressed by (seed, token, code), so that they depend on nothing else.
 
-    Image i of a batch with seed s gets the noise of a single image with seed s + i, on every device. Two runs that
-    differ only in their cache use the same noise, which makes their pictures comparable.
+    Image i of a batch with seed s gets the noise of a single image with seed s + i, on every device; given several
+    seeds, one for each image, that of its own. Two runs that differ only in their cache use the same noise, which makes
+    their pictures comparable.
     """
 
-    def __init__(self, seed: int, images: int, codes: int, device: torch.device | str):
-        keys = [((seed + i) * 0x9E3779B97F4A7C15 ^ (seed + i) >> 29) % 2**64 for i in range(images)]
+    def __init__(self, seed: int | Sequence[int], images: int, codes: int, device: torch.device | str):
+        seeds = [seed + i for i in range(images)] if isinstance(seed, int) else seed
+        keys = [(each * 0x9E3779B97F4A7C15 ^ each >> 29) % 2**64 for each in seeds]
         low = torch.tensor([k & _MASK for k in keys], device=device)[:, None]
         self.high = torch.tensor([k >> 32 for k in keys], device=device)[:, None]
         self.start = _mix(torch.arange(codes, device=device)[None] ^ low)

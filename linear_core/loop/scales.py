@@ -88,13 +88,14 @@ def generate_scales(
     if sample.drafts > 0:
         raise UserError(f"drafts: {name} draws a whole scale in one pass, and guesses nothing; set drafts to 0.")
     check_stop(stop_after, pyramid)
+    seeds = sample.image_seeds(images)
     tokens_given, scales_given = _check_given(given, images, pyramid, decoder.codes)
     prompt = prompt.to(device)
     rows = decoder.with_unconditional(prompt) if sample.guided else prompt
     plan = plan.resolve(decoder.cache_shape(), pyramid, rows.rows)
     policy = scale_policy(plan, pyramid)
     cache = scale_cache(decoder, rows.rows, plan, policy)
-    noise = Noise(sample.seed, images, decoder.digits * decoder.outcomes, device)
+    noise = Noise(seeds, images, decoder.digits * decoder.outcomes, device)
 
     started = time.perf_counter()
     state = decoder.begin(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -47,11 +47,16 @@ def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size:
 def save(image: Image.Image, path: Path, notes: dict[str, Any]) -> None:
     """Write a PNG with `notes` as JSON in its text chunk "linear". The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    info = PngImagePlugin.PngInfo()
-    info.add_text("linear", json.dumps(notes))
     part = path.with_name(path.name + ".part")
     try:
-        image.save(part, "PNG", pnginfo=info, optimize=True)
+        write_png(image, part, notes)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_png(image: Image.Image, file: Path | BinaryIO, notes: dict[str, Any]) -> None:
+    """Write a PNG with `notes` as JSON in its text chunk "linear"."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("linear", json.dumps(notes))
+    image.save(file, "PNG", pnginfo=info, optimize=True)

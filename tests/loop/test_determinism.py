@@ -10,8 +10,10 @@ precision the same comparisons (test_generate.py, test_replay.py) show that noth
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import platform
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -106,6 +108,29 @@ def test_batches_of_any_size_to_the_bit_where_matrices_are_packed(kind, plan, gu
         found, theirs = draw(model, prompt(images), plan, sample)
         rows = [*range(images), *(range(MOST, MOST + images) if sample.guided else ())]
         assert torch.equal(found, codes[:images]) and torch.equal(theirs, logits[rows])
+
+
+OWN = (7, 3, 2**40, 3, 2**64 - 1)  # a seed for each image
+
+
+def share_of(rows: list[int]) -> list[list[list[int]]]:
+    """The codes of these images, as one of several processes draws them."""
+    torch.set_num_threads(1)  # a forked process has only this thread
+    model, sample = tiny.llamagen(ROWS, COLS).double(), SamplePlan(guidance=2.5, seeds=OWN)
+    prompt = class_prompt([LABELS[i] for i in rows])
+    drawn = list(generate(model, prompt, CachePlan("fold", 2, 2, 1), sample.select(rows)))
+    return torch.stack([line.tokens for line in drawn], 1).tolist()
+
+
+def test_seeds_of_their_own_make_a_split_over_processes_invisible():
+    """Four processes draw parts of unequal size, in an order of their own: the codes are those of one process."""
+    whole, parts = share_of([*range(MOST)]), [[4], [1, 3], [2], [0]]
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with context.Pool(len(parts)) as pool:
+        found = pool.map(share_of, parts, chunksize=1)
+    for rows, codes in zip(parts, found, strict=True):
+        assert codes == [whole[i] for i in rows]
+    assert whole[1] != whole[3], "the same seed, but another class"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -283,6 +283,7 @@ def modules() -> dict[str, ModuleType]:
         "comfy.model_patcher": patcher,
         "comfy_execution.utils": module("comfy_execution.utils", get_executing_context=lambda: host.context),
         "comfy_execution": module("comfy_execution"),
+        "comfyui_version": module("comfyui_version", __version__="0.33.0"),
         "comfy_api": module("comfy_api", feature_flags=flags),
         "comfy_api.feature_flags": flags,
         "comfy_api.latest": module("comfy_api.latest", io=io, ComfyExtension=ComfyExtension),

@@ -40,7 +40,7 @@ GRAPH: dict[str, dict[str, Any]] = {
     "LineAR_Generate": {
         "model": "LineAR_LoadModel", "cache": "LineAR_LineCache", "prompt": "LineAR_ClassPrompt", "seed": 5,
         "guidance": 1.0, "temperature": -1.0, "top_k": -1, "top_p": -1.0, "batch_size": 1, "guidance_interval": -1,
-        "keep_rows": 0, "stop_after": 1, "view": "", "drafts": 0,
+        "keep_rows": 0, "stop_after": 1, "view": "", "drafts": 0, "seeds": "",
     },
     "LineAR_Decode": {"model": "LineAR_LoadModel", "tokens": "LineAR_Generate"},
     "LineAR_RetentionHeatmap": {
@@ -51,8 +51,10 @@ GRAPH: dict[str, dict[str, Any]] = {
     "LineAR_Compare": {
         "model": "LineAR_LoadModel", "cache": "LineAR_LineCache", "prompt": "LineAR_ClassPrompt", "seed": 5,
         "guidance": 1.0, "temperature": -1.0, "top_k": -1, "top_p": -1.0, "batch_size": 1, "view": "",
+        "seeds": "",
     },
     "LineAR_DownloadModel": {"release": "vq_ds16_c2i", "with_needed": False},
+    "LineAR_Doctor": {},
 }  # fmt: skip
 WRONG = {
     "INT": ["three", None, {}, [1, 2, 3], float("nan"), float("inf")],

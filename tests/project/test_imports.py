@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "app"}
+COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "app",
+         "comfyui_version"}  # fmt: skip
 
 # Room -> what it may import of ours, and of others. The first pattern that fits a file counts. A * stands for anything,
 # and a room that imports itself is a package whose files may import each other.
@@ -165,6 +166,59 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     # people
+    "doctor": (
+        {
+            "defaults",
+            "errors",
+            "plan",
+            "prompts",
+            "cache.attention",
+            "checkpoints.families",
+            "checkpoints.library",
+            "checkpoints.text",
+            "checkpoints",
+            "loop.forced",
+            "loop.generate",
+            "loop.memory",
+            "models.packed",
+            "pictures.preview",
+        },
+        TENSORS,
+    ),
+    "check": (
+        {
+            "plan",
+            "prompts",
+            "checkpoints.families",
+            "checkpoints.library",
+            "loop.forced",
+            "loop.generate",
+            "loop.micro_batches",
+            "loop.scales",
+        },
+        TENSORS,
+    ),
+    "batch.__init__": (set(), set()),
+    "batch.table": ({"errors"}, {"pyarrow"}),
+    "batch.folder": ({"errors", "batch.table"}, {"pyarrow", "msvcrt", "fcntl"}),
+    "batch.draw": (
+        {
+            "errors",
+            "plan",
+            "prompts",
+            "batch.*",
+            "checkpoints",
+            "checkpoints.families",
+            "checkpoints.library",
+            "checkpoints.text",
+            "loop.*",
+            "models.packed",
+            "pictures.preview",
+            "pictures.sheet",
+        },
+        TENSORS,
+    ),
+    "batch.over_ray": ({"errors", "batch.*"}, {"ray"}),  # imported when it is asked for
     "startup": (set(), set()),  # before anything that takes seconds to import, or may be missing
     "__main__": ({"*"}, TENSORS | {"numpy", "PIL", "tqdm", "safetensors"}),
 }
@@ -268,9 +322,9 @@ def test_the_table_itself_lets_nothing_through(row):
     ours, theirs = TABLE[row]
     assert not theirs & COMFY
     # hf and forced end lines as the loop does, micro-batches are drawn with it
-    if row not in ("__main__", "hf", "loop.forced", "loop.micro_batches"):
+    if row not in ("__main__", "check", "doctor", "batch.draw", "hf", "loop.forced", "loop.micro_batches"):
         assert not fits("loop.generate", ours)
-    if not row.startswith(("__main__", "checkpoints.")):
+    if not row.startswith(("__main__", "check", "doctor", "batch.draw")):  # checkpoints.* too
         assert not fits("checkpoints.library", ours)
     if row in NUMBERS:
         assert not theirs

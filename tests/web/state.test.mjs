@@ -14,7 +14,7 @@ const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toStri
 const started = {
   kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
   detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB, codebook: "",
-  list_index: 0, sides: [], state_bytes: 0,
+  list_index: 0, sides: [], state_bytes: 0, seeds: "",
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
@@ -224,6 +224,9 @@ test("lines to keep of one of several runs: the others stay as they are, with th
   assert.equal(keptRun(keptText(runs[1], 2)), -1);
   assert.equal(keptTextOfRuns([runs[0]], 0, 2, 99, true), `0@99|${keptText(runs[0], 2)}`, "unless its seed is not the node's to set");
   assert.equal(keptTextOfRuns(runs, 1, 3, 99, false), "");
+  const listed = keptTextOfRuns([runs[0]], 0, 2, "18446744073709551615,3", true);
+  assert.equal(listed, `0@18446744073709551615,3|${keptText(runs[0], 2)}`, "a seed for each picture, to the last digit");
+  assert.equal(keptRows(listed), 2);
   assert.match(keptTextOfRuns([runs[0]], 0, 1, 2 ** 64 - 2 ** 11, true), /^0@18446744073709549568[|]/);
   assert.match(keptTextOfRuns([runs[0]], 0, 1, 2 ** 64, true), /^0@18446744073709551615[|]/);
 });
