@@ -108,60 +108,84 @@ def start(arguments: list[str], threads: int | None) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait(process: subprocess.Popen[str]) -> None:
-    told, _ = process.communicate()
-    if process.returncode:
-        sys.exit(told)
+class Watched:
+    """Waits for commands, and adds up the processor time of all their processes, as last seen.
+
+    On a machine that is busy with other things, that says more than the clock.
+    """
+
+    def __init__(self, processes: list[subprocess.Popen[str]]):
+        self.processes, self.begun, self.spent = processes, time.perf_counter(), dict[int, float]()
+
+    def look(self) -> bool:
+        """Whether any still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                for pid in below(process.pid):
+                    with contextlib.suppress(OSError):
+                        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                        ticks = int(fields[11]) + int(fields[12])
+                        self.spent[pid] = ticks / os.sysconf("SC_CLK_TCK")
+        return any(process.poll() is None for process in self.processes)
+
+    def result(self) -> dict[str, Any]:
+        """Exits with what a command said if it failed."""
+        while self.look():
+            time.sleep(0.5)
+        seconds = time.perf_counter() - self.begun
+        for process in self.processes:
+            told, _ = process.communicate()
+            if process.returncode:
+                sys.exit(told)
+        return {"seconds": round(seconds, 1), "cpu_seconds": round(sum(self.spent.values()), 1)}
 
 
 def plain(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    begun = time.perf_counter()
-    wait(start(command(args, scratch, range(args.pictures), scratch / "plain"), None))
-    return {"seconds": round(time.perf_counter() - begun, 1)}
+    return Watched([start(command(args, scratch, range(args.pictures), scratch / "plain"), None)]).result()
 
 
 def halves(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    begun = time.perf_counter()
     edges = [args.pictures * i // args.workers for i in range(args.workers + 1)]
     parts = [range(a, b) for a, b in pairwise(edges)]
-    running = [start(command(args, scratch, part, scratch / f"part-{part.start}"), 1) for part in parts]
-    for process in running:
-        wait(process)
-    return {"seconds": round(time.perf_counter() - begun, 1)}
+    commands = [command(args, scratch, part, scratch / f"part-{part.start}") for part in parts]
+    return Watched([start(each, 1) for each in commands]).result()
 
 
 def over_ray(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    begun, out, killed, first = time.perf_counter(), scratch / "ray", 0, 0.0
-    process = start([*command(args, scratch, range(args.pictures), out), "--ray", "--workers", str(args.workers)], 1)
-    while process.poll() is None:
-        time.sleep(0.2)
+    out, killed, first = scratch / "ray", 0, 0.0
+    asked = [*command(args, scratch, range(args.pictures), out), "--ray", "--workers", str(args.workers)]
+    watched = Watched([start(asked, 1)])
+    while watched.look():
+        time.sleep(0.5)
         drawn = len(os.listdir(out / "pictures")) if (out / "pictures").exists() else 0
         if drawn and not first:
-            first = time.perf_counter() - begun
+            first = time.perf_counter() - watched.begun
         if args.kill and not killed and drawn >= args.pictures // 2:
-            os.kill(killed := workers_of(process.pid)[0], signal.SIGKILL)
+            os.kill(killed := workers_of(watched.processes[0].pid)[0], signal.SIGKILL)
             print(f"killed worker {killed} after {drawn} pictures", flush=True)
-    wait(process)
-    return {
-        "seconds": round(time.perf_counter() - begun, 1),
-        "until_first_batch": round(first, 1),
-        "workers_killed": int(bool(killed)),
-    }
+    return {**watched.result(), "until_first_batch": round(first, 1), "workers_killed": int(bool(killed))}
 
 
-def workers_of(pid: int) -> list[int]:
-    """The processes below this one that hold the model, by their titles (Linux)."""
+def below(pid: int) -> list[int]:
+    """This process and all below it (Linux)."""
     parents = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    below, found = {pid}, []
-    for _ in range(4):
-        below |= {child for child, parent in parents.items() if parent in below}
-    for child in sorted(below):
-        title = Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")
-        if title.startswith("ray::") and "Worker" in title:
-            found.append(child)
+    found = {pid}
+    for _ in range(5):
+        found |= {child for child, parent in parents.items() if parent in found}
+    return sorted(found)
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes below this one that hold the model, by their titles."""
+    found = []
+    for child in below(pid):
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")
+            if title.startswith("ray::") and "Worker" in title:
+                found.append(child)
     return found
 
 
@@ -184,6 +208,9 @@ def compared(scratch: Path, runs: dict[str, Any]) -> dict[str, Any]:
     for base in ("plain", "halves"):
         if base in runs and "ray" in runs:
             result[f"ray_over_{base}"] = round(runs["ray"]["seconds"] / runs[base]["seconds"], 3)
+            if "cpu_seconds" in runs[base]:
+                ratio = runs["ray"]["cpu_seconds"] / runs[base]["cpu_seconds"]
+                result[f"ray_over_{base}_cpu"] = round(ratio, 3)
     return result
 
 

@@ -2,9 +2,10 @@
 
     python bench/cards.py
 
-One square picture with guidance, bfloat16. Counted are the weights, the cache and what a run needs besides it, by the
-formulas that the pack plans with, and a GiB for CUDA and PyTorch. The VQ tokenizer is not: ComfyUI unloads the decoder
-when it needs the room for it. Nothing is allocated and nothing was measured on a card.
+One square picture with guidance, computed in bfloat16, with large matrices in bfloat16, 8 or 4 bits. Counted are the
+weights, the cache and what a run needs besides it, by the formulas that the pack plans with, and a GiB for CUDA and
+PyTorch. The VQ tokenizer is not: ComfyUI unloads the decoder when it needs the room for it. Nothing is allocated and
+nothing was measured on a card.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.shapes import SHAPES, ModelShape
 from linear_core.checkpoints.library import is_large
-from linear_core.loop.memory import run_bytes
+from linear_core.loop.memory import CONTEXT_BYTES, run_bytes
+from linear_core.models.quantised import QUANTISATIONS, chosen
 from linear_core.plan import PRESETS, CachePlan
 
 MODELS = ("Lumina-mGPT-2.0-768", "Emu3-Gen", "Xiaomi-Robotics-U0-4B", "Emu3.5-Image")
 SHARES = {"full": 1, "1/6": 6, "1/12": 12}
-CARDS = (12, 16, 24)  # GiB
+CARDS = (8, 12, 16, 24)  # GiB
 GIB = 2**30
-HEAD = """| model | image | weights, GB: bfloat16 · fp8 | cache, GiB: full · 1/6 · 1/12 | 12 GB card | 16 GB | 24 GB |
-|---|---|---|---|---|---|---|"""
+HEAD = """| model | image | weights, GB: bfloat16 · int8 · int4 | cache, GiB: full · 1/6 · 1/12 | {} |
+|---|---|---|---|---|---|---|---|""".format(" | ".join(f"{card} GB" for card in CARDS))
 
 
 def plan(shape: ModelShape, share: int) -> CachePlan:
@@ -35,21 +37,25 @@ def plan(shape: ModelShape, share: int) -> CachePlan:
 
 
 def weight_bytes(shape: ModelShape) -> dict[str, int]:
-    """Of the decoder, with its large matrices in bfloat16 and in fp8."""
+    """Of the decoder, with its large matrices in bfloat16, in 8 and in 4 bits."""
     with torch.device("meta"):
-        tensors = shape.network(shape.config, shape.grid).state_dict().items()
-    return {
-        kind: sum(t.numel() * (1 if kind == "fp8" and is_large(name, t) else 2) for name, t in tensors)
-        for kind in ("bfloat16", "fp8")
-    }
+        tensors = shape.network(shape.config, shape.grid).state_dict()
+    sizes = {"bfloat16": sum(2 * t.numel() for t in tensors.values())}
+    for name, kind in QUANTISATIONS.items():
+        large = [t for of, t in tensors.items() if is_large(of, t)]
+        saved = sum(2 * t.numel() - chosen(kind, *t.shape).bytes(*t.shape) for t in large)
+        sizes[name] = sizes["bfloat16"] - saved
+    return sizes
 
 
 def row(shape: ModelShape) -> str:
-    """A model's line of the table. On each card the first choice that fits: bfloat16 before fp8, large caches first."""
+    """A model's line of the table. On each card the first choice that fits: more bits first, then large caches."""
     cache, weights = shape.cache_shape(torch.bfloat16), weight_bytes(shape)
     held = {name: cache.bytes(shape.grid, plan(shape, share), 2) for name, share in SHARES.items()}
     total = {
-        f"{kind}, {name}": weights[kind] + run_bytes(cache, shape.grid, plan(shape, share), 2, shape.config.codes) + GIB
+        f"{kind}, {name}": CONTEXT_BYTES
+        + weights[kind]
+        + run_bytes(cache, shape.grid, plan(shape, share), 2, shape.config.codes)
         for kind in weights
         for name, share in SHARES.items()
     }

@@ -52,6 +52,12 @@ def bars(document: dict[str, Any]) -> list[Result]:
     for name in sorted({r["model"] for r in latency if "model" in r}):
         one = best(latency, "of_weight_bound", model=name, images=1, step="graph")
         bar(f"{name}, one image, graphs: share of the weight-bandwidth bound", 0.6, one and one["of_weight_bound"])
+    few = [r for r in results(document, "weights") if r.get("images") == 1 and r.get("model") == "LlamaGen-XL"]
+    whole = best(few, "images_per_second", weights="default")
+    for kind, wanted in (("int8", 1.6), ("int4", 2.2)) if few else ():
+        one = best(few, "images_per_second", weights=kind)
+        gain = one["images_per_second"] / whole["images_per_second"] if one and whole else None
+        bar(f"LlamaGen-XL, one image, {kind} weights: times bfloat16", wanted, gain)
     ends = [r["line_end_share"] for r in sixth if r.get("step") == "graph" and r.get("line_end_share") is not None]
     bar("a line's end, share of a line, at most", 0.05, min(ends, default=None), most=True)
     over = [abs(r["peak_over_plan"] - 1) for r in batch if r.get("peak_over_plan") is not None]

@@ -20,14 +20,15 @@ STYLE = {
     "line (published)": ("#D55E00", "s"),
     "random": ("#000000", "X"),
     "line fold": ("#56B4E9", "v"),
+    "random fold": ("#882255", "<"),
     "fold int8": ("#332288", "P"),
 }
 RIVALS = (("#009E73", "D"), ("#CC79A7", "^"))
 GREY, INK = "#b4b8bd", "#202226"
 
 
-def plot(field: Field, model: str, path: Path) -> None:
-    """Write a PNG that is readable at the width of a README."""
+def plot(field: Field, model: str, path: Path, of: str = "the lines") -> None:
+    """Write a PNG that is readable at the width of a README. Budgets are shares `of` something."""
     style = dict(STYLE)
     for name, look in zip(field.rivals(max(1, field.lines // 6))[:2], RIVALS, strict=False):
         style[name] = look
@@ -60,9 +61,7 @@ def plot(field: Field, model: str, path: Path) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
-    axes.set_xlabel(
-        "memory of the cache relative to the full cache; below, share of the lines that are kept", color=INK
-    )
+    axes.set_xlabel(f"memory of the cache relative to the full cache; below, share of {of} that are kept", color=INK)
     axes.set_ylabel("KL divergence from the full cache, nats per token", color=INK)
     images = next(iter(field.rows.values()))["images"]
     title = f"{model}: {images} held-out pictures, teacher-forced, 95 % intervals; lower is better"

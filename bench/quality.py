@@ -5,6 +5,8 @@
     python bench/quality.py --quick      two pictures, three policies, one budget: a smoke run
     python bench/quality.py --write      table, plot and contact sheet from existing results
     python bench/quality.py --policies line fold random --shares 6 12
+    python bench/quality.py --weights int8 int4 --images 24
+                                         what weights in 8 and 4 bits cost instead (bench/weights.py)
     python bench/quality.py --model models/ar_image/c2i_B_256.pt
 
 1. Teacher-forced: held-out pictures go through each cache a line at a time, and through the full cache. Measured are
@@ -15,6 +17,8 @@
    accuracy of the class and the Fréchet distance in the features of a small classifier (bundled model only).
 3. Written to --out: quality-MODEL.json (with the values of each picture, for paired differences), .md, .png,
    -sheet.png.
+
+Models that draw in scales are measured by bench/scales.py, with the same options.
 
 Held-out pictures are scenes that were never trained on; for another model, pictures that it drew with the full cache.
 """
@@ -38,18 +42,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import machine
+from bench import machine, scales, weights
 from bench.forced import Reference, drift, reference
 from bench.report import write_report
 from bench.rows import Results, Row
 from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
-from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model
+from linear_core.checkpoints.library import ModelFiles, bundled_files, find_tokenizer, load_model, read_info
 from linear_core.errors import UserError
 from linear_core.loop.generate import Run, generate
 from linear_core.loop.threads import limit_threads
+from linear_core.models.quantised import QUANTISATIONS
 from linear_core.pictures.preview import decode
 from linear_core.plan import CachePlan
-from linear_core.policies import POLICIES
+from linear_core.policies import POLICIES, SCALE_POLICIES
 from linear_core.prompts import Prompt, class_prompt
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +66,7 @@ BATCH = 8  # pictures at a time, so that they fit into a CPU's cache
 KEEP_BYTES = 2 * 2**30  # for results of the full cache; the others are computed again for each row
 # Files of linear_core that do not affect rows.
 UNRELATED = {"__main__", "convert", "download", "errors", "events", "heatmap", "library", "preview", "published",
-             "sheet", "text", "weights"}  # fmt: skip
+             "quantised", "quantised_kernel", "sheet", "text", "weights"}  # fmt: skip
 DRAWN = ("line", "random", "fold")  # at SHARES[:2], with the two best others; also measured on further pictures
 DRAWN_BATCH, DRAWN_SEED, OTHER_SEED = 24, 5000, 905_000
 
@@ -137,8 +142,7 @@ class Lab:
         self.scratch = SCRATCH
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.grid = self.model.decoder.grid
-        self.core = hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in UNRELATED])
-        self.weights = hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
+        self.core, self.weights = hash_of_core(), hash_of_model(files)
         self.results = Results(out / f"quality-{info.name}.json", info.name, self.weights, self.grid.rows)
         self.data = self.results.data
         self.codes: dict[Split, tuple[Prompt, Tensor]] = {}
@@ -341,6 +345,15 @@ def contents(path: Path) -> list[Path]:
     return sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
 
 
+def hash_of_core() -> str:
+    """Of the files that rows depend on."""
+    return hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in UNRELATED])
+
+
+def hash_of_model(files: ModelFiles) -> str:
+    return hash_of([f for top in dict.fromkeys([files.decoder, files.tokenizer]) for f in contents(top)])
+
+
 def hash_of(files: list[Path]) -> str:
     """Hash of names and contents, the first 12 digits."""
     total = hashlib.sha256()
@@ -449,18 +462,27 @@ def main() -> None:
         help="checkpoint, file or folder, with classes or its own tokenizer (default: the bundled model)",
     )
     parser.add_argument("--grid", type=int, nargs=2, help="rows and columns, if the file does not say")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
-    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets: N keeps 1/N of the lines")
-    parser.add_argument("--images", type=int, default=REPORT.images, help="number of held-out pictures to report on")
+    every = [*POLICIES, *SCALE_POLICIES]
+    parser.add_argument("--policies", nargs="+", default=every, choices=every, metavar="POLICY")
+    parser.add_argument("--shares", type=int, nargs="+", help="budgets: N keeps 1/N of the lines, or of a full cache")
+    parser.add_argument(
+        "--images", type=int, help="number of held-out pictures to report on (default: 256; 24 for models of scales)"
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=SEEDS, help="of the pictures to report on, then of further sets"
     )
     parser.add_argument(
         "--choose-images", type=int, default=CHOOSE.images, help="number of other pictures, to choose recent lines on"
     )
-    parser.add_argument("--samples", type=int, default=96, help="number of pictures to draw for each cache; 0: none")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="number of pictures to draw for each cache; 0: none (default: 96; 12 for models of scales)",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes, for models of scales (default: 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--quick", action="store_true", help="smoke run; its numbers mean nothing")
+    parser.add_argument("--weights", nargs="+", choices=list(QUANTISATIONS), help="only measure weights stored so")
     parser.add_argument("--write", action="store_true", help="only write table, plot and contact sheet again")
     args = parser.parse_args()
     machine.check_out(args.out, parser, folder=True)
@@ -471,6 +493,12 @@ def main() -> None:
         files = ModelFiles(args.model, find_tokenizer(args.model)) if args.model else bundled_files()
         if note := limit_threads():
             print(f"note: {note}.", file=sys.stderr)
+        if read_info(files.decoder).pyramid is not None:
+            scales.run(files, args, hash_of_model(files), hash_of_core())
+            return
+        args.shares, args.images = args.shares or SHARES, args.images or REPORT.images
+        args.samples = 96 if args.samples is None else args.samples
+        args.policies = [name for name in args.policies if name in POLICIES]
         lab = Lab(files, args.out, tuple(args.grid) if args.grid else None)
         run(lab, args)
     except UserError as error:
@@ -481,6 +509,9 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
     choose = replace(CHOOSE, images=args.choose_images)
     report, *further = (replace(REPORT, images=args.images, seed=seed) for seed in args.seeds)
     budgets = list(dict.fromkeys(max(1, lab.grid.rows // share) for share in args.shares))
+    if args.weights:
+        measure_weights(lab, replace(choose, images=args.images), args.weights)
+        return
     field = contenders(args.policies)[: len(FIRST) if args.quick else None]
     print(
         f"{lab.model.info.name}: {len(field)} contenders x {len(budgets)} budgets, {report.images} pictures each; "
@@ -501,6 +532,18 @@ def run(lab: Lab, args: argparse.Namespace) -> None:
                 for contender in key_contenders(lab, budget, args.policies, report.seed):
                     lab.row(contender.name, lab.chosen(contender, budget, choose), split)
         lab.report()
+
+
+def measure_weights(lab: Lab, split: Split, kinds: list[str]) -> None:
+    """Rows of quantised weights, for the lab's model and a tiny text model."""
+    fold = CachePlan("fold", max(1, lab.grid.rows // SHARES[0]), recent=0)
+    found = []
+    for name, given in ((lab.model.info.name, (lab.model.decoder, *lab.held_out(split))),
+                        (weights.TEXT_MODEL.name, weights.text_model(min(split.images, BATCH)))):  # fmt: skip
+        found += [{"model": name, **row} for row in weights.rows(*given, kinds, fold)]
+    lab.data["weights"] = found
+    lab.save()
+    print(weights.table(found))
 
 
 if __name__ == "__main__":

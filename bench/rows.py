@@ -22,7 +22,7 @@ class Results:
     model    its name
     weights  hash of its files; rows of other weights are kept, but not reported
     lines    of its grid
-    data     circumstances, bars, rows, samples, pairs
+    data     circumstances, bars, rows, samples, pairs, and weights if they were measured
     """
 
     def __init__(self, file: Path, model: str, weights: str, lines: int):
@@ -34,7 +34,9 @@ class Results:
     def save(self) -> None:
         """Write the file with one row per line, so that changes can be read as a diff."""
         parts = [f'"{key}": {json.dumps(self.data[key], indent=1)}' for key in ("circumstances", "bars")]
-        for key in ("rows", "samples", "pairs"):
+        if "speed" in self.data:
+            parts.append(f'"speed": {json.dumps(self.data["speed"], indent=1)}')
+        for key in ("rows", "samples", "pairs", *(["weights"] if "weights" in self.data else [])):
             parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in self.data[key]) + "\n]")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")

@@ -9,6 +9,8 @@ r"""Speed of drawing, and what share of the machine's memory bandwidth it reache
     python bench/speed.py --models landscapes --plans fold:4 --images 1 --drafts 0 8 16 24 48
                                                                 whole images with drafts, next to none
     python bench/speed.py --images 1 --lines 2 --drafts 0 8 24  what a pass over 8 or 24 tokens costs
+    python bench/speed.py --models LlamaGen-XL --images 1 --lines 2 --plans full --dtype float32 bfloat16 \
+        --weights default int8 int4                             matrices in 8 and 4 bits next to none
     python bench/speed.py --out cpu-b16                         also writes bench/results/speed-cpu-b16.json
     python bench/speed.py --out ~/found.json                    also writes that file
 
@@ -48,14 +50,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.machine import Peak, check_out, circumstances, copy_bandwidth, in_any_case, load, resident, spread, timed
 from bench.peer import WHICH, Peer, chosen, problem
-from bench.shapes import SHAPES, ModelShape, count
+from bench.shapes import SHAPES, ModelShape
 from linear_core.cache.attention import ATTENTIONS, SWITCH, no_kernel
 from linear_core.cache.line_cache import LineCache
+from linear_core.checkpoints.library import is_large
 from linear_core.grid import Grid
 from linear_core.loop.drafts import Drafts, check
 from linear_core.loop.generate import Run, draw, end_line, evict, generate
@@ -64,6 +68,7 @@ from linear_core.loop.memory import run_bytes
 from linear_core.loop.sampling import Noise
 from linear_core.loop.threads import limit_threads
 from linear_core.models.packed import pack
+from linear_core.models.quantised import QUANTISATIONS, quantise_model
 from linear_core.plan import STORAGES, CachePlan
 from linear_core.policies import POLICIES, get_policy
 
@@ -101,7 +106,9 @@ class Ours:
         kind: str,
         attention: str = "sdpa",
         window: int = 0,
+        weights: str = "default",
     ):
+        self.weights = weights
         self.name, self.model, self.shape, self.plan, self.images, self.kind = name, model, shape, plan, images, kind
         self.attention, self.window = attention, window
         self.policy, self.sample = get_policy(plan.policy), replace(shape.sample, drafts=window)
@@ -122,8 +129,10 @@ class Ours:
         self.cache = make(reads=reads, static=self.static)
         for stored in (self.cache.keys, self.cache.values):
             for tensor in vars(stored).values():
-                if tensor.dtype == torch.int8:
-                    tensor.random_(-127, 127)
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if tensor.dtype in (torch.int8, torch.uint8):
+                    tensor.random_(0, 127)
                 elif tensor.is_floating_point():
                     tensor.normal_(0, 0.01)
         if self.cache.queries is not None:
@@ -148,9 +157,6 @@ class Ours:
         first = self.grid.index(row) - held
         cache.index[..., prompt : prompt + held] = torch.arange(first, first + held, device=cache.index.device)
         cache.target.copy_(torch.arange(prompt + held, cache.extent, device=cache.target.device))
-        for layer in range(cache.shape.layers):
-            for stored in (cache.keys, cache.values):
-                stored.start_line(layer, cache.target[layer])
         self.row = row
 
     def steps(self, first: int, steps: int) -> None:
@@ -180,7 +186,7 @@ class Ours:
 
     def without_drafts(self, other: Ours) -> bool:
         """Whether this is `other` without drafts."""
-        mine, theirs = ((x.plan, x.kind, x.attention, x.images) for x in (self, other))
+        mine, theirs = ((x.plan, x.kind, x.attention, x.images, x.model) for x in (self, other))
         return not self.window and mine == theirs
 
     def not_recorded(self) -> dict[str, str]:
@@ -342,21 +348,34 @@ def measure(
 ) -> Iterator[list[dict[str, Any]]]:
     """Every plan and kind of step for one model and batch size; yields the results so far, the last time all."""
     before = 0.0 if args.device.startswith("cuda") else resident()
-    model = shape.make(DTYPES[args.dtype], args.device)
-    size = DTYPES[args.dtype].itemsize
-    parameters, read = (n * size for n in count(model))
-    published = dict(model.state_dict()) if args.against else {}  # before packing, which changes the matrices
-    if args.device == "cpu" and not args.unpacked and pack(model) and args.against:
-        before += read  # the peer keeps the unpacked matrices
-    ours = []
-    for plan in args.plans:
-        name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
-        for kind, attention, window in product(args.steps, args.attention, args.drafts):
-            label = name + " int8" * (plan.storage == "int8")
-            label += "".join(f" {word}" for word in (kind, attention) if word not in ("eager", "sdpa"))
-            label += f" drafts {window}" * (window > 0)
-            ours.append(Ours(label, model, shape, plan, images, kind, attention, window))
-    held = {one.name: peak_memory(one, before, parameters, args.device) | {"attention": one.attention} for one in ours}
+    published: dict[str, torch.Tensor] = {}
+    ours, read, stored = [], {}, {}
+    for dtype, weights in product(args.dtype, args.weights):
+        model = shape.make(DTYPES[dtype], args.device)
+        if args.against:  # before packing, which changes the matrices
+            published = dict(model.state_dict())
+        if weights != "default":
+            quantise_model(model, QUANTISATIONS[weights], is_large)
+        tables = sum(p.nbytes for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+        size = sum(p.nbytes for p in model.parameters())
+        if args.device == "cpu" and not args.unpacked and pack(model) and args.against:
+            before += size - tables  # the peer keeps the unpacked matrices
+        for plan in args.plans:
+            name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
+            for kind, attention, window in product(args.steps, args.attention, args.drafts):
+                label = name + " int8" * (plan.storage == "int8")
+                label += "".join(f" {word}" for word in (kind, attention) if word not in ("eager", "sdpa"))
+                label += f" drafts {window}" * (window > 0)
+                label += f", {dtype}" * (len(args.dtype) > 1) + f", {weights} weights" * (weights != "default")
+                ours.append(Ours(label, model, shape, plan, images, kind, attention, window, weights))
+                read[label], stored[label] = size - tables, size
+    others = sum({id(one.model): stored[one.name] for one in ours}.values())
+    held = {}
+    for one in ours:
+        found = peak_memory(one, before + others - stored[one.name], stored[one.name], args.device)
+        dtype = str(one.model.dtype).removeprefix("torch.")
+        about = {"attention": one.attention, "dtype": dtype, "weights": one.weights, "weight_bytes": stored[one.name]}
+        held[one.name] = found | about
     peer = None
     if args.against:
         peer = chosen(args.against)(args.against, model, published, shape, images)
@@ -365,16 +384,16 @@ def measure(
         base = next((r["image_seconds"] for r in results if peer and r["name"] == peer.name), None)
         for result in results:
             seconds = result.get("image_seconds")
-            result |= {"model": shape.name, "images": images, "dtype": args.dtype}
+            result |= {"model": shape.name, "images": images}
             if seconds:
                 result["images_per_second"] = images / seconds
                 result["tokens_per_second"] = images * shape.grid.rows * shape.grid.cols / seconds
             if base and seconds:
                 result["times_published"] = round(base / seconds, 2)
             if result.get("cache_read") is not None:
-                achieved = (read + result["cache_read"]) / (result["step_ms"]["median"] / 1e3)
+                achieved = (read[result["name"]] + result["cache_read"]) / (result["step_ms"]["median"] / 1e3)
                 result |= {"bytes_per_second": achieved, "of_copy_bandwidth": round(achieved / bandwidth, 3)}
-            result |= held.get(result["name"], {})
+            result |= held.get(result["name"], {"dtype": args.dtype[0]})
         for one, result in zip(ours, results, strict=False):  # the peer comes last
             result["not_recorded"] = one.not_recorded()
         yield results
@@ -433,7 +452,9 @@ def main() -> int:
                         help="tokens that one pass checks; 0: no drafts (default: 0)")  # fmt: skip
     parser.add_argument("--lines", type=int, default=0, metavar="N", help="time N lines only and extrapolate")
     parser.add_argument("--repeat", type=int, default=7, metavar="N", help="steps per line, or images (default: 7)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="default: float32")
+    parser.add_argument("--weights", nargs="+", default=["default"], choices=["default", *QUANTISATIONS],
+                        help="how matrices are stored (default: as computed)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--unpacked", action="store_true", help="do not pack the weight matrices (CPU)")
     parser.add_argument("--against", metavar="PATH", help=f"published loop to compare with, using our weights. {WHICH}")
@@ -445,8 +466,11 @@ def main() -> int:
     args.plans = [plan_of(text, parser) for text in args.plans]
     if args.against and (why := problem(args.against, [SHAPES[name] for name in args.models])):
         parser.error(f"--against: {why}")
-    if "kernel" in args.attention and (why := no_kernel(torch.device(args.device), DTYPES[args.dtype])):
-        parser.error(f"--attention: the kernel cannot be used because {why}.")
+    if args.against and len(args.dtype) + len(args.weights) > 2:
+        parser.error("--against: choose one --dtype and one kind of --weights.")
+    for dtype in args.dtype if "kernel" in args.attention else ():
+        if why := no_kernel(torch.device(args.device), DTYPES[dtype]):
+            parser.error(f"--attention: the kernel cannot be used because {why}.")
     torch.manual_seed(0)
     if args.device == "cpu" and (note := limit_threads()):
         print(f"note: {note}. Timings taken next to other programs prove little.", file=sys.stderr)
@@ -458,7 +482,7 @@ def main() -> int:
     bandwidth = copy_bandwidth(args.device)
     print(
         f"{about['device']}, {about['threads']} of {about['cores']} cores, torch {about['torch']}, "
-        f"load {about['load']}, {args.dtype}, copies {bandwidth / 1e9:.1f} GB/s"
+        f"load {about['load']}, {', '.join(args.dtype)}, copies {bandwidth / 1e9:.1f} GB/s"
     )
     print(HEAD)
     measured: dict[tuple[str, int], list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""The command line: python -m linear_core {demo, generate, compare, batch, check, plan, models, convert, doctor}."""
+"""The command line: python -m linear_core {demo, generate, compare, batch, check, plan, models, calibrate, …}."""
 
 from __future__ import annotations
 
@@ -30,26 +30,44 @@ from . import doctor
 from .batch import draw as batch_draw
 from .batch import over_ray
 from .batch.folder import Drawn, Folder, as_settings
-from .batch.table import MAX_SEED, Skipped, read_table
+from .batch.table import Skipped, read_table
 from .check import TEXTS, check_plans, joined, usual_classes
 from .check import table as check_table
 from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
+from .checkpoints.weights import model_path
 from .errors import UserError, quoted
+from .loop.calibrate import calibrate
 from .loop.drafts import check
-from .loop.forced import shared_probability
+from .loop.forced import log_likelihood, prompt_match, shared_probability
 from .loop.generate import Run, evict, generate
-from .loop.graph import Graphs, use_graphs
-from .loop.memory import free_memory, max_batch_size, run_bytes, scales_run_bytes, split_batch
+from .loop.graph import CapturedHead, Graphs, use_graphs
+from .loop.masked import generate_masked
+from .loop.memory import (
+    BUS_BYTES,
+    CONTEXT_BYTES,
+    STREAMED_ROOM,
+    free_memory,
+    masked_run_bytes,
+    max_batch_size,
+    run_bytes,
+    scales_run_bytes,
+    split_batch,
+    streamed_bytes,
+    streamed_seconds,
+)
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
-from .loop.scales import check_stop, generate_scales, scale_policy
+from .loop.redraw import best_of
+from .loop.scales import check_stop, generate_scales, scale_policy, surveys, with_drafter
 from .loop.threads import limit_threads
 from .models.packed import pack
+from .models.quantised import QUANTISATIONS
 from .pictures.heatmap import heatmap, lifetime, over_scales
-from .pictures.preview import UNDRAWN, Preview, decode
-from .pictures.sheet import contact_sheet, save, to_image
+from .pictures.inpaint import check_mask, known_latents
+from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
+from .pictures.sheet import contact_sheet, read_image, save, to_image
 from .plan import (
     AUTO,
     MAX_SEED,
@@ -58,18 +76,24 @@ from .plan import (
     STORAGES,
     CachePlan,
     CacheShape,
+    PrunePlan,
     SamplePlan,
     parse_budget,
     parse_seeds,
     parse_share,
 )
-from .policies import POLICIES
+from .policies import POLICIES, SCALE_POLICIES
+from .profile import profile_path
 from .prompts import Prompt
+from .pyramid import Pyramid
+from .steps import RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 
 MIB = 2**20
 BUNDLED = (library.BUNDLED, library.BUNDLED_SCALES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_DTYPES = {"as computed": None, "with fp8 matrices (ComfyUI)": torch.float8_e4m3fn}
+WEIGHT_DTYPES = {
+    "as computed": None, "matrices in int8": "int8", "in int4": "int4", "in fp8 (ComfyUI)": torch.float8_e4m3fn
+}  # fmt: skip
 STEP_KINDS = ("auto", "eager", "graph")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 ADVICE = "lower --budget, --images or --at-once (`plan` shows what they take)"
@@ -120,26 +144,40 @@ def run_generate(args: argparse.Namespace) -> None:
     model = _load(args)
     prompt = _prompt(args, model)
     plan = _resolved(args, plan, model, prompt, sample)
+    if args.best:
+        _generate_best(args, model, plan, sample, prompt, out)
+        return
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
-    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    masked = _masked_plans(args, info)
+    micro_batches = _micro_batches(args, prompt, sample, caches=1, above=_given(args, model))
+    settings = asdict(plan) if info.cached else {}
+    if masked is not None:
+        settings = {name: value for each in masked for name, value in asdict(each).items()}
 
     def write(picture: Tensor, **more: Any) -> None:
         i = writer.count
         notes = {
             "model": model.info.name,
             "text" if model.info.text else "class": prompt.names[i],
-            **asdict(plan),
+            **settings,
             **asdict(sample.select([i])),
+            **{
+                name: value
+                for name in ("prune", "prune_layers", "drafter", "drafter_scales")
+                if (value := getattr(args, name))
+            },
         }
         del notes["seeds"]  # `seed` is the picture's own
+        if _weight_dtype(args):
+            notes["weight_dtype"] = args.weight_dtype
         writer.write(picture, args.size, notes | more)
 
     def finish(run: Run) -> None:
-        for i in range(len(run.tokens)):
-            picture, shares, pyramid = _pictures(model, run, slice(i, i + 1)), run.shares[i : i + 1], model.info.pyramid
+        for i in range(run.images):
+            picture = _pictures(model, run, slice(i, i + 1))
             if args.heatmap:
-                kept = lifetime(shares) if pyramid is None else over_scales(shares[:, -1], pyramid)
+                kept = _kept(model, run)[i : i + 1]
                 picture = heatmap(kept, *_enlarged_size(picture, args.size), picture)
             write(picture[0])
 
@@ -165,12 +203,61 @@ def run_generate(args: argparse.Namespace) -> None:
             raise
     finally:
         writer.tell()
-    _say(_summary(micro_batches.runs[0]))
+    run = micro_batches.runs[0]
+    _say(_summary(run, info) if run.latents is None else _masked_summary(run))
+
+
+def _generate_best(
+    args: argparse.Namespace, model: ImageModel, plan: CachePlan, sample: SamplePlan, prompt: Prompt, out: Path
+) -> None:
+    """Draw all images, write the best of each class or text, and a sheet of all with their scores."""
+    chosen_names = [f"{out.stem}_{i + 1:02d}{out.suffix}" for i in range(prompt.rows // args.images * args.best)]
+    sheet = out.with_name(f"{out.stem}_sheet{out.suffix}")
+    writer = Writer([*(map(out.with_name, chosen_names) if len(chosen_names) > 1 else [out]), sheet])
+    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    try:
+        (run,) = _draw(model, micro_batches, [plan], args)
+    except BaseException:  # keep what was drawn so far, on the sheet; the rest of it is grey
+        with STOP.waiting(), suppress(UserError, RuntimeError):
+            if codes := [one for part in micro_batches.codes for one in part]:
+                writer.count = len(writer.paths) - 1
+                unfinished = torch.stack([_unfinished(model, one) for one in codes])
+                writer.write_sheet([("stopped", "", unfinished)], list(prompt.names), args.size, {"unfinished": True})
+        with suppress(UserError):
+            writer.tell()
+        raise
+    with STOP.waiting():
+        at_once = args.at_once or prompt.rows
+        if args.by == "likelihood":
+            found = log_likelihood(model.decoder, prompt, run.tokens, plan, sample, at_once)
+        else:
+            found = prompt_match(model.decoder, prompt, run.tokens, plan, at_once)
+        scores = found.flatten(1).sum(1)
+        pictures, chosen = _pictures(model, run), best_of(scores, args.images, args.best)
+        for n in chosen:
+            notes = {"model": model.info.name, "text" if model.info.text else "class": prompt.names[n], "by": args.by,
+                     "score": float(scores[n]), **asdict(plan), **asdict(sample.select([n]))}  # fmt: skip
+            del notes["seeds"]
+            writer.write(pictures[n], args.size, notes)
+        rows = []
+        for first in range(0, prompt.rows, args.images):
+            each = range(first, first + args.images)
+            told = ", ".join(f"{n - first + 1}: {scores[n]:.4g}{' *' if n in chosen else ''}" for n in each)
+            rows.append((prompt.names[first] if prompt.names else "", told, pictures[first : first + args.images]))
+        writer.write_sheet(rows, [str(n + 1) for n in range(args.images)], args.size, {"by": args.by})
+    writer.tell()
+    _say(_summary(run, model.info))
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Draw the same seeds with the full cache and with a few lines: a contact sheet, and a row of numbers for each."""
     info = _checked(args)
+    if not info.cached:
+        raise UserError(f"compare: {info.name} keeps no cache, so there is nothing to compare; use generate.")
+    if info.masked is not None:
+        raise UserError(
+            f"compare: {info.name} draws masked tokens, which need no cache; `generate` with --step-cache keeps one."
+        )
     few, sample, out = (
         _cache_plan(args),
         _sample_plan(args, info),
@@ -223,8 +310,8 @@ def _write_comparison(
         kept = run.shares[:, shown - 1]
     kept = heatmap(kept, *_enlarged_size(below, size), below)
     rows = [
-        ("full cache", _measurements(full), pictures[0]),
-        (_describe(few, model.info), _measurements(run), pictures[1]),
+        ("full cache", _measurements(full, model.info), pictures[0]),
+        (_describe(few, model.info), _measurements(run, model.info), pictures[1]),
         (title, "bright: held by most layers and heads; dark: evicted", kept),
     ]
     writer.write_sheet(rows, names, size, notes)
@@ -267,7 +354,11 @@ def _tell_comparison(
 
 def run_batch(args: argparse.Namespace) -> None:
     """Draw a picture for every row of a file of prompts, into a folder. The same command goes on where it stopped."""
+    if args.seeds is not None:
+        raise UserError("seeds: a table's column seed says them; leave --seeds out (--seed is that of the first row).")
     info = _checked(args, drawing=False)
+    if info.masked is not None:
+        raise UserError(f"batch: {info.name} draws masked tokens, which only `generate` draws so far; use that.")
     job = _job(args, info)
     rows, bad = read_table(args.prompts, args.column)
     rows, unknown = batch_draw.check_rows(rows, info)
@@ -278,6 +369,7 @@ def run_batch(args: argparse.Namespace) -> None:
         tokenizer=job.files.tokenizer.name,
         pixels=args.pixels,
         dtype=args.dtype,
+        weight_dtype=args.weight_dtype,
         images=job.images,
         negative=job.negative,
         size=job.size,
@@ -314,9 +406,19 @@ def run_plan(args: argparse.Namespace) -> None:
     few, sample = _cache_plan(args), _sample_plan(args, info)
     images = _at_once(args, ["one"])
     rows = images * (2 if sample.guided else 1)
+    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
+    if info.masked is not None:
+        c = info.config
+        _say(
+            f"{info.name}: {c.tokens} tokens of {c.numbers} numbers, {c.layers} + {c.decoder_layers} layers, "
+            f"{c.heads} heads of {c.head_dim}, weights {info.weight_bytes / MIB:.1f} MiB on disk"
+        )
+        _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
+        _say(f"{images} image{'s' * (images > 1)}{' with guidance' * sample.guided}: {rows} sequences in {dtype}")
+        _plan_masked(args, info, images, rows, dtype)
+        return
     shape = info.cache_shape(dtype)
     few = few.resolve(shape, info.pyramid or info.grid, rows)
-    weights = {name: library.decoder_bytes(info, dtype, dtype_kept) / MIB for name, dtype_kept in WEIGHT_DTYPES.items()}
     if info.pyramid is None:
         what = f"{info.grid.rows} lines of {info.grid.stride} tokens"
         holds = "the prompt, the budget and the line being written"
@@ -329,23 +431,73 @@ def run_plan(args: argparse.Namespace) -> None:
     )
     _say("weights in memory: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in weights.items()))
     _say(f"{images} image{'s' * (images > 1)}{' with guidance' if sample.guided else ''}: {rows} sequences in {dtype}")
+    if not info.cached:
+        _tell_state(shape, info, sample, rows, args)
+        return
     _say(f"{'':24}{'of the tokens':>14}{'cache MiB':>12}")
     full = CachePlan(policy="full")
     for plan in (full, few):
-        size = shape.cache_bytes(info.pyramid or info.grid, plan, rows) / MIB
+        size = _planned_bytes(shape, info, plan, rows, args.stop_after) / MIB
         _say(f"{_describe(plan, info):24}{_ratio(plan, info):>14}{size:>12.2f}")
-    saved = 1 - size / (shape.cache_bytes(info.pyramid or info.grid, full, rows) / MIB)
+    saved = 1 - size / (_planned_bytes(shape, info, full, rows, args.stop_after) / MIB)
     _say(f"{saved:.0%} less; the cache holds {holds}.")
     device = _device(args).partition(":")[0]
     if (free := _free(_device(args))) is not None:
-        room = free - library.decoder_bytes(info, dtype)
-        counts = [_batch_size(shape, info, plan, sample, room, device) for plan in (full, few)]
+        room = free - library.decoder_bytes(info, dtype, _weight_dtype(args))
+        counts = [_batch_size(_needed(shape, info, plan, sample, device), room) for plan in (full, few)]
         _say(
             f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: with the full cache "
             f"{counts[0]}, with {_describe(few, info)} {counts[1]}. --at-once draws a larger batch in parts."
         )
+    if args.card is not None:
+        _say_of_card(args, info, few, sample)
     if info.own_tokenizer:
         _say(f"This assumes a prompt of {shape.prompt} tokens; a longer one takes one more slot per token.")
+
+
+def _tell_state(shape: CacheShape, info: ModelInfo, sample: SamplePlan, rows: int, args: argparse.Namespace) -> None:
+    """The rest of `plan` for a model without a cache."""
+    _say(f"{_state_words(shape.state_bytes(rows))}, the same at every scale and with every budget")
+    device = _device(args)
+    if (free := _free(device)) is not None:
+        room = free - library.decoder_bytes(info, _dtype(args, device), _weight_dtype(args))
+        count = _batch_size(_needed(shape, info, CachePlan("full"), sample, device.partition(":")[0]), room)
+        _say(
+            f"{free / MIB:.0f} MiB are free. Images that fit at once, besides the weights: {count}. --at-once draws a "
+            "larger batch in parts."
+        )
+
+
+def _say_of_card(args: argparse.Namespace, info: ModelInfo, few: CachePlan, sample: SamplePlan) -> None:
+    """What a card of --card GB holds, and what it costs to stream the weights that it has no room for."""
+    if not 1 <= args.card <= 1024:
+        raise UserError(f"card: {args.card:g} GB is out of range; choose 1 to 1024.")
+    dtype, card = _dtype(args, "cuda"), int(args.card * 2**30) - CONTEXT_BYTES
+    shape = info.cache_shape(dtype)
+    weights = library.decoder_bytes(info, dtype, _weight_dtype(args))
+    _say(f"On a card of {args.card:g} GB, with {weights / MIB:.0f} MiB of weights, computed in {dtype}:")
+    for plan in (CachePlan(policy="full"), few):
+        needed = _needed(shape, info, plan, sample, "cuda")
+        passes = info.pyramid.stages if info.pyramid else info.grid.rows * info.grid.stride
+        held = _batch_size(needed, card - weights)
+        said = []
+        for images in (1, 32):
+            left = streamed_bytes(weights, card, needed(images))
+            if left is None:
+                said.append(f"{images} at once: does not fit")
+            elif left:
+                seconds = streamed_seconds(left, passes, images)
+                said.append(
+                    f"{images} at once: {left / MIB:.0f} MiB streamed a pass, at least {seconds:.1f} s a picture"
+                )
+            else:
+                said.append(f"{images} at once: nothing is streamed")
+        most = _batch_size(needed, card - STREAMED_ROOM)
+        _say(
+            f"  {_describe(plan, info)}: {held} at once beside all weights, {most} if they are streamed; "
+            + "; ".join(said)
+        )
+    _say(f"  Load AR Model in ComfyUI can stream. Seconds are predicted, for {BUS_BYTES / 1e9:.0f} GB/s over the bus.")
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -359,7 +511,7 @@ def run_models(args: argparse.Namespace) -> None:
             _say(f"{path.name}: skipped, {str(error).removeprefix(path.name + ': ')}")
             continue
         kind = f"{info.config.classes} classes" if info.config.classes else "text"
-        scales = f" in scales {info.pyramid.text}" if info.pyramid else ""
+        scales = f" in scales {info.pyramid.text}" if info.pyramid else " in any order" if info.masked else ""
         _say(
             f"{info.name}: {info.grid.rows} x {info.grid.cols} tokens{scales}, {kind}, "
             f"{info.weight_bytes / MIB:.1f} MiB, {path}"
@@ -368,9 +520,40 @@ def run_models(args: argparse.Namespace) -> None:
             _say("  " + ", ".join(info.classes[:20]) + (", …" if len(info.classes) > 20 else ""))
 
 
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Measure what a model's heads attend to, on a few pictures, and write its profile next to it.
+
+    For models that draw in scales. The policies hack, heatkv, scalekv and amskv read it.
+    """
+    if not 1 <= args.samples <= MAX_IMAGES:
+        raise UserError(f"samples: {args.samples} is out of range; choose 1 to {MAX_IMAGES}.")
+    info = _checked(args)
+    if info.pyramid is None:
+        raise UserError(f"model: {info.name} draws in lines; profiles are of models that draw in scales.")
+    if not info.text and not args.classes:
+        args.classes = [str(i * info.config.classes // args.samples) for i in range(args.samples)]
+    path = args.out or profile_path(model_path(_files(args).decoder))
+    if path.suffix != ".json" or path.is_dir():
+        raise UserError(f"out: {path} is not a JSON file; end its name in .json.")
+    sample, model = _sample_plan(args, info), _load(args)
+    if model.decoder.carried:
+        raise UserError(f"model: {info.name} keeps no cache, so there is nothing that a profile could say.")
+    prompt = _prompt(args, model)
+    prompt = prompt.select([i % prompt.rows for i in range(max(args.samples, prompt.rows))])
+    with tqdm(total=prompt.rows, unit="picture", leave=False, disable=None) as bar:
+        found = calibrate(
+            model.decoder, model.tokenizer.quantize, prompt, sample, name=info.name, told=lambda done: bar.update(1)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.write(path)
+    _say(f"{path}: {found.mass.shape[0]} layers of {found.mass.shape[1]} heads, from {found.samples} pictures")
+
+
 def run_check(args: argparse.Namespace) -> None:
     """Measure how close a few lines come to the full cache on this model: a table, a contact sheet and a JSON file."""
     info = _check_options(args)
+    if not info.cached:
+        raise UserError(f"check: {info.name} keeps no cache, so no budget can change its pictures.")
     sample, out = replace(_sample_plan(args, info), drafts=0), _out(args.out, f"check-{info.name}.png")
     plans = _plans_to_check(args, info)
     model = _load(args)
@@ -378,20 +561,19 @@ def run_check(args: argparse.Namespace) -> None:
     if (len(plans) + 1) * prompt.rows * max(args.size, info.grid.rows * 16) ** 2 > MAX_SHEET:
         raise UserError(f"size: {prompt.rows} pictures at {args.size} pixels make too large a sheet; lower --size.")
     writer, parts = Writer([out]), []
-    tokens = (
-        (len(plans) + 1) * 2 * prompt.rows * (info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols)
-    )
-    with tqdm(total=tokens, unit="tok", leave=False, disable=None) as bar:
+    tokens = info.pyramid.tokens if info.pyramid else info.grid.rows * info.grid.cols
+    total = (len(plans) + 1) * 2 * prompt.rows * tokens  # drawn, then fed
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for rows in split_batch(prompt.rows, args.at_once or CHECKED_AT_ONCE):
-            part = replace(sample, seed=sample.seed + rows[0])
-            parts.append(check_plans(model, prompt.select(rows), plans, part, bar.update))
+            parts.append(check_plans(model, prompt.select(rows), plans, sample.select(rows), bar.update))
     found = joined(parts)
     names = [_describe(each.plan, info) for each in found]
-    at_once, dtype, device = max(len(part[0].kl) for part in parts), str(model.decoder.dtype), str(model.decoder.device)
+    at_once, seed = max(len(part[0].kl) for part in parts), sample.select([0]).seed
+    dtype, device = str(model.decoder.dtype), str(model.decoder.device)
     about = {"model": info.name, "pictures": prompt.rows, "at_once": at_once, "dtype": dtype, "device": device}
     about |= {"torch": torch.__version__, "linear": doctor.version(), "names": prompt.names, **asdict(sample)}
     _say(
-        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {sample.seed}, "
+        f"{info.name}: {prompt.rows} pictures, {at_once} at a time, guidance {sample.guidance:g}, seed {seed}, "
         f"{dtype.removeprefix('torch.')} on {doctor.device_name(device)}, torch {torch.__version__}, LineAR "
         f"{doctor.version()}"
     )
@@ -400,7 +582,7 @@ def run_check(args: argparse.Namespace) -> None:
     _say("KL: of the next token, given the full cache's pictures; mean and 95 % interval. time: × the full cache's.")
     with STOP.waiting():
         rows_of_sheet = [
-            (name, f"KL {each.divergence}, {_measurements(each.run)}", _pictures(model, each.run))
+            (name, f"KL {each.divergence}, {_measurements(each.run, info)}", _pictures(model, each.run))
             for name, each in zip(names, found, strict=True)
         ]
         writer.write_sheet(rows_of_sheet, list(prompt.names), args.size, about)
@@ -432,6 +614,7 @@ def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan
                 scale_policy(plan, info.pyramid)
                 drops = plan.keeps(info.pyramid) < info.pyramid.kept
             else:
+                plan = plan.in_lines(info.grid)
                 plan.check(info.grid)
                 drops = plan.evicts(info.grid)
             if drops:
@@ -496,6 +679,7 @@ def _job(args: argparse.Namespace, info: ModelInfo) -> batch_draw.Job:
         encoder=str(Path(args.text_encoder).absolute()) if needs_encoder else None,
         size=args.size,
         codes=args.codes,
+        weight_dtype=_weight_dtype(args),
     )
 
 
@@ -513,19 +697,42 @@ def _note(note: str) -> None:
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _micro_batches(args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int) -> MicroBatches:
-    return MicroBatches(prompt, sample, args.at_once or prompt.rows, caches=caches, advice=ADVICE)
+def _micro_batches(
+    args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int, above: Tensor | None = None
+) -> MicroBatches:
+    return MicroBatches(prompt, sample, args.at_once or prompt.rows, above, caches=caches, advice=ADVICE)
 
 
 def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
     """The finished pictures of a run, or some of them: float32 B H W 3."""
-    return decode(model.tokenizer, (run.tokens if run.canvas is None else run.canvas)[rows])
+    drawn = next((each for each in (run.latents, run.canvas) if each is not None), None)
+    return decode(model.tokenizer, (run.tokens if drawn is None else drawn)[rows])
+
+
+def _kept(model: ImageModel, run: Run) -> Tensor:
+    """What a heatmap shows of each place, B rows cols: how much of the picture's time the cache held it; of a masked
+    picture, in which share of the steps its keys and values were computed.
+    """
+    if run.latents is not None:
+        steps = [step for step in run.lines if not step.full] or run.lines
+        return torch.stack([(step.age == 0).float() for step in steps]).mean(0)
+    if (pyramid := model.info.pyramid) is not None:
+        return over_scales(run.shares[:, -1], pyramid)
+    return lifetime(run.shares)
+
+
+def _planned_bytes(shape: CacheShape, info: ModelInfo, plan: CachePlan, rows: int, stop_after: int = 0) -> int:
+    if info.pyramid is not None:
+        return shape.scales_bytes(info.pyramid, plan, rows, stop_after)
+    return shape.cache_bytes(info.grid, plan, rows)
 
 
 def _resolved(
     args: argparse.Namespace, plan: CachePlan, model: ImageModel, prompt: Prompt, sample: SamplePlan
 ) -> CachePlan:
     """The plan with its budget in lines, or as a share of a pyramid, now that it is known what is drawn at once."""
+    if model.info.masked is not None:
+        return plan
     rows = min(prompt.rows, args.at_once or prompt.rows) * (2 if sample.guided else 1)
     shape = model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)
     return plan.resolve(shape, model.info.pyramid or model.info.grid, rows)
@@ -539,6 +746,9 @@ def _draw(
     then: Callable[[], None] = lambda: None,
 ) -> list[Run]:
     """Draw the images once for each plan, in micro-batches if there are too many. `then` is called after each."""
+    if model.info.pyramid is not None:
+        for note in dict.fromkeys(note for plan in plans if (note := surveys(plan, model.decoder))):
+            _say(f"note: {note}.", sys.stderr)
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
             _draw_micro_batch(model, micro_batch, plans, args)
@@ -555,7 +765,12 @@ def _shared(model: ImageModel, prompt: Prompt, codes: Tensor, plan: CachePlan, s
 
 
 def _unfinished(model: ImageModel, codes: Tensor) -> Tensor:
-    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3."""
+    """A picture of the rows drawn so far, codes rows cols, with grey below, or of the scales so far, codes N: H W 3.
+
+    Of masked steps, latents Z h w: the gaps are filled from around them, and dimmed.
+    """
+    if model.info.masked is not None:
+        return LatentPreview.of(model.tokenizer, codes[None])[0]
     if (pyramid := model.info.pyramid) is not None:
         quantizer = model.tokenizer.quantize
         ends = [pyramid.index(stage + 1) for stage in range(pyramid.stages)]
@@ -576,10 +791,19 @@ def _draw_micro_batch(
     prompt, sample, name, pyramid = micro_batch.prompt, micro_batch.sample, model.info.name, model.info.pyramid
     graphs: list[Graphs] = []
     drawing: list[Iterator[Any]]
-    if pyramid is not None:
-        quantizer, stop = model.tokenizer.quantize, args.stop_after
+    if masked := _masked_plans(args, model.info):
+        head = model.decoder.head
+        if use_graphs(args.step, model.decoder.device, prompt.rows * (2 if sample.guided else 1)):
+            head = CapturedHead(head)
         drawing = [
-            generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, stop_after=stop, name=name)
+            generate_masked(model.decoder, prompt, sample, *masked, given=given, denoise=head, name=name)
+            for given in micro_batch.above
+        ]
+    elif pyramid is not None:
+        quantizer = model.tokenizer.quantize
+        scales = {"stop_after": args.stop_after, "prune": _prune(args), "name": name}
+        drawing = [
+            generate_scales(model.decoder, quantizer, prompt, plan, sample, given=given, **scales)
             for plan, given in zip(plans, micro_batch.above, strict=True)
         ]
     else:
@@ -596,7 +820,7 @@ def _draw_micro_batch(
         for lines in zip(*drawing, strict=True):
             for run, line in zip(micro_batch.runs, lines, strict=True):
                 run.add(line)
-                bar.update(line.tokens.numel())
+                bar.update(int(line.drawn.sum()) if masked else line.tokens.numel())
     if why := next((each.why for each in graphs if each.why), ""):
         _say(f"{why}.", sys.stderr)
 
@@ -605,16 +829,30 @@ def _load(args: argparse.Namespace) -> ImageModel:
     device = _device(args)
     if device == "cpu" and (note := limit_threads()):
         _say(f"note: {note}.", sys.stderr)
-    model = library.load_model(_files(args), grid=_grid(args), device=device, dtype=_dtype(args, device))
+    model = library.load_model(
+        _files(args), grid=_grid(args), device=device, dtype=_dtype(args, device), weight_dtype=_weight_dtype(args)
+    )
     pack(model.decoder)  # on the CPU only, where it halves the time of a step
+    if args.drafter:
+        drafter = library.load_model(_files(args, args.drafter), device=device, dtype=_dtype(args, device))
+        pack(drafter.decoder)
+        if drafter.codebook != model.codebook:
+            raise UserError(
+                f"drafter: {drafter.info.name}'s codes stand for other pieces of pictures than {model.info.name}'s; "
+                "choose two models of the same tokenizer."
+            )
+        paired = with_drafter(model.decoder, drafter.decoder, args.drafter_scales or model.decoder.pyramid.stages - 2)
+        model = replace(model, decoder=paired)
     return replace(model, info=_with_size(args, model.info))
 
 
-def _files(args: argparse.Namespace) -> ModelFiles:
-    if args.model in BUNDLED:
-        return library.bundled_files(args.model)
-    tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(args.model, _grid(args))
-    return ModelFiles(Path(args.model), tokenizer)
+def _files(args: argparse.Namespace, model: str = "") -> ModelFiles:
+    """Of --model, or of another one that shares its tokenizer."""
+    model = model or args.model
+    if model in BUNDLED:
+        return library.bundled_files(model)
+    tokenizer = Path(args.tokenizer) if args.tokenizer else library.find_tokenizer(model, _grid(args))
+    return ModelFiles(Path(model), tokenizer)
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -645,8 +883,10 @@ def _free(device: str) -> int | None:
     return free_memory() if device == "cpu" else None
 
 
-def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, room: int, device: str) -> str:
-    """How many images fit into `room` bytes, up to MAX_IMAGES."""
+def _needed(
+    shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: SamplePlan, device: str
+) -> Callable[[int], int]:
+    """From a number of images to the bytes that drawing them at once takes besides the weights."""
     sequences, window = 2 if sample.guided else 1, max(sample.drafts, 0)  # AUTO: none for more than one image
 
     def needed(images: int) -> int:
@@ -655,10 +895,19 @@ def _batch_size(shape: CacheShape, info: ModelInfo, plan: CachePlan, sample: Sam
             return scales_run_bytes(shape, info.pyramid, plan, sequences * images, logits, hidden, device)
         return run_bytes(shape, info.grid, plan, sequences * images, info.config.codes, device, window)
 
+    return needed
+
+
+def _batch_size(needed: Callable[[int], int], room: int) -> str:
+    """How many images fit into `room` bytes, up to MAX_IMAGES."""
     if needed(1) > room:
         return "none"
     count = max_batch_size(room, MAX_IMAGES, needed)
     return f"{count} or more" if count == MAX_IMAGES else str(count)
+
+
+def _weight_dtype(args: argparse.Namespace) -> str | None:
+    return None if args.weight_dtype == "default" else args.weight_dtype
 
 
 def _dtype(args: argparse.Namespace, device: str) -> torch.dtype:
@@ -699,7 +948,7 @@ def _cache_plan(args: argparse.Namespace) -> CachePlan:
         changes["share"] = _share(args.share)
     if args.budget is not None:
         changes |= parse_budget(args.budget)
-    plan = PRESETS[args.preset]
+    plan = PRESETS[args.preset or "Balanced"]
     if args.policy is not None:  # the preset's release is meant for the preset's policy
         plan = replace(plan, policy=args.policy, release="auto")
     return replace(plan, **changes)
@@ -711,6 +960,22 @@ def _share(text: str) -> float:
         return parse_share(text)
     except (ValueError, ArithmeticError):
         raise UserError(f"share: {quoted(text)} is not a share; write it as 1/6, 15% or 0.17.") from None
+
+
+def _prune(args: argparse.Namespace) -> PrunePlan | None:
+    """'0.4,0.5' and '3-27' as a plan."""
+    if not args.prune:
+        if args.prune_layers:
+            raise UserError("prune-layers: it says in which layers --prune leaves tokens out; add that one.")
+        return None
+    try:
+        ratios = tuple(float(part) for part in args.prune.split(","))
+    except ValueError:
+        raise UserError(f"prune: {quoted(args.prune)} are no shares; write them as 0.4,0.5.") from None
+    layers = re.fullmatch(r"(\d{1,4})-(\d{1,4})", args.prune_layers or "0-0")
+    if layers is None:
+        raise UserError(f"prune-layers: {quoted(args.prune_layers)} are no layers; write them as 3-27.")
+    return PrunePlan(ratios, int(layers[1]), int(layers[2])) if args.prune_layers else PrunePlan(ratios)
 
 
 def _sample_plan(args: argparse.Namespace, info: ModelInfo) -> SamplePlan:
@@ -771,8 +1036,18 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
+    if best := getattr(args, "best", 0):
+        if not 0 < best <= args.images:
+            raise UserError(f"best: {best} of {args.images} images cannot be kept; raise --images, or lower --best.")
+        if info.pyramid is not None:
+            raise UserError(f"best: {info.name} draws in scales, and cannot judge pictures yet; leave it out.")
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
+    if masked := _masked_plans(args, info):
+        masked[0].check(info.config.tokens)
+        if drawing:
+            _files(args)
+        return info
     rows = _at_once(args, otherwise) * (2 if sample.guided else 1)
     plan = plan.resolve(info.cache_shape(_dtype(args, _device(args))), info.pyramid or info.grid, rows)
     if info.pyramid is None:
@@ -780,9 +1055,28 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     else:
         scale_policy(plan, info.pyramid)
         check_stop(args.stop_after, info.pyramid)
+        if prune := _prune(args):
+            prune.check(args.stop_after or info.pyramid.stages, info.config.layers)
+        _check_drafter(args, info.pyramid)
     if drawing:
         _files(args)
     return info
+
+
+def _check_drafter(args: argparse.Namespace, pyramid: Pyramid) -> None:
+    """Refuse a drafter that cannot draw the model's first scales."""
+    if not args.drafter:
+        if args.drafter_scales:
+            raise UserError("drafter-scales: it says how many scales --drafter draws; add that one.")
+        return
+    drafter = library.read_info(args.drafter)
+    if drafter.pyramid is None:
+        raise UserError(f"drafter: {drafter.name} draws in lines; choose a model that draws in scales.")
+    if not 0 <= args.drafter_scales < pyramid.stages:
+        raise UserError(
+            f"drafter-scales: {args.drafter_scales} is out of range; choose 1 to {pyramid.stages - 1}, or 0 for all "
+            "but the last two."
+        )
 
 
 def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> None:
@@ -790,12 +1084,20 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
     guided = _sample_plan(args, info).guided
     if args.tokenizer and args.model in BUNDLED:
         raise UserError("tokenizer: the bundled model comes with its own; leave --tokenizer out.")
+    _check_kind(args, info)
     in_scales = info.pyramid is not None
-    of_lines, of_scales = {"drafts": args.drafts > 0, "step": args.step == "graph"}, ("stop_after", "smooth")
+    of_lines, of_scales = (
+        {"drafts": args.drafts > 0, "step": args.step == "graph"},
+        ("stop_after", "smooth", "drafter", "prune"),
+    )
     for name, given in (of_lines if in_scales else {name: getattr(args, name) for name in of_scales}).items():
         if given:
             option, stage = name.replace("_", "-"), "scale" if in_scales else "line"
             raise UserError(f"{option}: it does nothing here, as {info.name} draws {stage} by {stage}; leave it out.")
+    if not info.cached:
+        for name in ("preset", "policy", "budget", "share", "anchors", "recent", "release", "storage", "heatmap"):
+            if getattr(args, name, None) not in (None, False):
+                raise UserError(f"{name}: it does nothing here, as {info.name} keeps no cache; leave it out.")
     if not info.text:
         if args.texts:
             raise UserError(f"text: {info.name} draws classes, not texts; use --class instead of --text.")
@@ -825,6 +1127,112 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
             f"text-encoder: {info.name} needs one to read texts; add --text-encoder PATH, the folder of "
             "google/flan-t5-xl."
         )
+
+
+# -- masked models ---------------------------------------------------------------------------------------------------
+
+OF_MASKED = {
+    "steps": "steps", "denoising": "denoising", "denoising_last": "denoising_last", "start": "start",
+    "guidance_schedule": "schedule",
+}  # fmt: skip
+OF_STEP_CACHE = ("refresh", "rule", "full_every", "full_first", "full_last")
+OF_OTHERS = (
+    "policy", "budget", "share", "anchors", "recent", "release", "storage", "top_k", "top_p", "guidance_interval",
+    "stop_after", "smooth",
+)  # fmt: skip
+
+
+def _masked_plans(args: argparse.Namespace, info: ModelInfo) -> tuple[MaskedPlan, StepCachePlan] | None:
+    """How a masked picture is drawn, and what a step computes again; None for other models."""
+    if info.masked is None:
+        return None
+
+    def asked(*options: str) -> dict[str, Any]:
+        return {name: value for name in options if (value := getattr(args, name, None)) is not None}
+
+    changes = {OF_MASKED[option]: value for option, value in asked(*OF_MASKED).items()}
+    preset = STEP_CACHES[getattr(args, "step_cache", "Off")]
+    return replace(info.masked, **changes), replace(preset, **asked(*OF_STEP_CACHE))
+
+
+def _check_kind(args: argparse.Namespace, info: ModelInfo) -> None:
+    """Refuse options of masked models for others, and the reverse."""
+    for_masked = [*OF_MASKED, *OF_STEP_CACHE, "image", "mask"]
+    refused = [name for name in (for_masked if info.masked is None else OF_OTHERS) if getattr(args, name, None)]
+    if info.masked is None and getattr(args, "step_cache", "Off") != "Off":
+        refused.append("step_cache")
+    if info.masked is not None and args.drafts > 0:
+        refused.append("drafts")
+    if refused:
+        how = "draws masked tokens step by step" if info.masked else "does not draw masked tokens"
+        raise UserError(f"{refused[0].replace('_', '-')}: it does nothing here, as {info.name} {how}; leave it out.")
+    if bool(getattr(args, "image", None)) != bool(getattr(args, "mask", None)):
+        raise UserError("mask: --image says what is kept and --mask what is drawn anew; give both.")
+    if getattr(args, "image", None):
+        picture, mask = _picture_and_mask(args)
+        check_mask(picture, mask, _picture_size(info))
+
+
+def _given(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
+    """What --image and --mask leave of a picture: latents with gaps."""
+    if not getattr(args, "image", None):
+        return None
+    return known_latents(model.tokenizer, *_picture_and_mask(args), _picture_size(model.info), model.info.config.patch)
+
+
+def _picture_and_mask(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """1 H W 3 and 1 H W."""
+    return read_image(args.image, "image")[None], read_image(args.mask, "mask")[None, ..., 0]
+
+
+def _picture_size(info: ModelInfo) -> tuple[int, int]:
+    """Height and width of what a model draws."""
+    return info.grid.rows * info.pixels, info.grid.cols * info.pixels
+
+
+def _plan_masked(args: argparse.Namespace, info: ModelInfo, images: int, rows: int, dtype: torch.dtype) -> None:
+    """What a masked picture takes: work, and memory for what is kept from step to step."""
+    masked, cache = _masked_plans(args, info) or (MaskedPlan(), StepCachePlan())
+    shape = info.config.step_cache_shape(dtype.itemsize)
+    work = shape.work(masked, cache, info.config.tokens)
+    full = shape.work(masked, STEP_CACHES["Off"], info.config.tokens)
+    _say(
+        f"{masked.steps} steps, {sum(work.full)} of them full; the others compute "
+        + (f"{work.partial:.0f} of {shape.slots} slots on average." if work.partial else "nothing, as there are none.")
+    )
+    steps = [masked.denoising_steps(step) for step in range(masked.steps)]
+    _say(f"{sum(steps) / len(steps):.0f} denoising steps a token on average, from t = {masked.start}.")
+    _say(f"The transformer's work is 1/{full.rows / work.rows:.3g} of that of full steps.")
+    kept = shape.bytes(cache, masked.steps, rows)
+    _say(
+        f"Keys and values that are kept take {kept / MIB:.1f} MiB more memory; full steps keep none."
+        if kept
+        else "Nothing is kept from step to step, so no memory is added."
+    )
+    device = _device(args).partition(":")[0]
+    if (free := _free(_device(args))) is not None:
+        room = free - library.decoder_bytes(info, dtype)
+        sequences = rows // images
+
+        def needed(images: int) -> int:
+            return masked_run_bytes(shape, cache, masked.steps, sequences * images, info.config.hidden)
+
+        count = "none" if needed(1) > room else str(max_batch_size(room, MAX_IMAGES, needed))
+        _say(f"{free / MIB:.0f} MiB are free on {device}. Images that fit at once, besides the weights: {count}.")
+
+
+def _masked_summary(run: Run) -> str:
+    steps = run.lines
+    computed = torch.cat([step.computed for step in steps])
+    drawn = sum(int(step.drawn.sum()) for step in steps)
+    mean = float(computed[computed > 0].float().mean())
+    kept = steps[-1].cache_bytes / MIB
+    return (
+        f"{drawn} tokens in {len(steps)} steps, {mean:.0f} of {steps[0].slots} slots computed in a step on average, "
+        f"{run.seconds:.1f} s: transformer {sum(step.transformer for step in steps):.1f}, diffusion head "
+        f"{sum(step.head for step in steps):.1f}; "
+        + (f"keys and values add {kept:.1f} MiB" if kept else "no keys and values are kept")
+    )
 
 
 # -- what must not be lost -------------------------------------------------------------------------------------------
@@ -996,7 +1404,7 @@ def _describe(plan: CachePlan, info: ModelInfo) -> str:
     return (
         f"{what}, {plan.policy}"
         + (f", {plan.release}" if other_release else "")
-        + (", 8 bits" if plan.storage == "int8" else "")
+        + ("" if plan.storage == "full" else f", {plan.storage.removeprefix('int')} bits")
     )
 
 
@@ -1009,13 +1417,21 @@ def _cache_mib(run: Run) -> float:
     return run.lines[-1].cache_bytes / MIB
 
 
-def _measurements(run: Run) -> str:
-    return f"{_cache_mib(run):.1f} MiB of keys and values, {run.tokens_per_second:.0f} tokens/s"
+def _state_words(size: int) -> str:
+    """What is said instead of a cache's size, of a state of `size` bytes."""
+    return f"no cache: a state of {size / MIB:.1f} MiB"
 
 
-def _summary(run: Run) -> str:
+def _measurements(run: Run, info: ModelInfo) -> str:
+    size = f"{_cache_mib(run):.1f} MiB of keys and values" if info.cached else _state_words(run.lines[-1].cache_bytes)
+    return f"{size}, {run.tokens_per_second:.0f} tokens/s"
+
+
+def _summary(run: Run, info: ModelInfo) -> str:
     stage = "line" if run.canvas is None else "scale"
-    text = f"{_measurements(run)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
+    if not info.cached:
+        return f"{_measurements(run, info)}, {run.seconds:.1f} s"
+    text = f"{_measurements(run, info)}, at most {run.held:.0f} image tokens held after a {stage}, {run.seconds:.1f} s"
     if not run.passes:
         return text
     return f"{text}, {run.passes:.0f} passes of {run.tokens_per_pass:.1f} tokens, {run.accepted:.0%} of drafts right"
@@ -1051,11 +1467,18 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES], help="of decoder and cache (default: auto)"
     )
+    group.add_argument(
+        "--weight-dtype",
+        default="default",
+        choices=["default", *QUANTISATIONS],
+        help="how the decoder's large matrices are stored: as computed (default), or in 8 or 4 bits a weight, which "
+        "saves memory, and time when few images are drawn at once",
+    )
 
     cache = argparse.ArgumentParser(add_help=False)
     group = cache.add_argument_group("cache", "default: the preset's values")
-    group.add_argument("--preset", default="Balanced", choices=list(PRESETS), help="default: Balanced, 4 lines")
-    group.add_argument("--policy", choices=list(POLICIES), help="decides which tokens stay")
+    group.add_argument("--preset", choices=list(PRESETS), help="default: Balanced, 4 lines")
+    group.add_argument("--policy", choices=[*POLICIES, *SCALE_POLICIES], help="decides which tokens stay")
     group.add_argument(
         "--budget",
         metavar="BUDGET",
@@ -1071,7 +1494,9 @@ def _parser() -> argparse.ArgumentParser:
         help="evicted tokens vanish (strict), stay until they are overwritten (lazy) or are merged into the nearest "
         "kept one (fold); auto: fold for policy fold, strict for others",
     )
-    group.add_argument("--storage", choices=STORAGES, help="keys and values as computed (full) or in 8 bits (int8)")
+    group.add_argument(
+        "--storage", choices=STORAGES, help="keys and values as computed (full), in 8 bits (int8) or in 4 (int4)"
+    )
 
     sample = argparse.ArgumentParser(add_help=False)
     group = sample.add_argument_group("sampling", "default: the model's own settings")
@@ -1111,7 +1536,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=AUTO,
         metavar="TOKENS",
-        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 12 for a "
+        help="tokens that one forward pass guesses ahead and checks; the image is the same; 0: none; -1: 8 for a "
         "single float32 image on the CPU, none otherwise (default)",
     )
     group.add_argument(
@@ -1123,6 +1548,46 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="for models that draw in scales: mix codes, for smoother pictures",
     )
+
+    group.add_argument(
+        "--prune",
+        default="",
+        metavar="SHARES",
+        help="for models that draw in scales: leave out these shares of the tokens of the last scales, such as 0.4,0.5 "
+        "(FastVAR); faster, other pictures",
+    )
+    group.add_argument("--prune-layers", default="", metavar="FIRST-LAST", help="in these layers only, such as 3-27")
+    group.add_argument(
+        "--drafter",
+        default="",
+        metavar="PATH",
+        help="for models that draw in scales: a larger model of the same tokenizer that draws the first scales (CoDe)",
+    )
+    group.add_argument(
+        "--drafter-scales", type=int, default=0, metavar="N", help="how many; default: all but the last two"
+    )
+    masked = argparse.ArgumentParser(add_help=False)
+    group = masked.add_argument_group(
+        "masked models (MAR)", "default: as published; everything is computed in each step"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="steps that a picture is drawn in (default: 64)")
+    group.add_argument("--denoising", type=int, metavar="N", help="denoising steps of a token (default: 100)")
+    group.add_argument(
+        "--denoising-last", type=int, metavar="N", help="those of the last step's tokens, to which they fall (DiSA: 5)"
+    )
+    group.add_argument("--start", type=int, metavar="T", help="where denoising starts, up to 999 (default); DiSA: 950")
+    group.add_argument(
+        "--guidance-schedule", choices=SCHEDULES, help="guidance grows with what is known, or is constant"
+    )
+    group.add_argument(
+        "--step-cache", default="Off", choices=list(STEP_CACHES),
+        help="keys and values are kept from step to step, which saves time and takes memory (default: Off)",
+    )  # fmt: skip
+    group.add_argument("--refresh", type=int, metavar="TOKENS", help="tokens computed again in a step that is not full")
+    group.add_argument("--rule", choices=RULES, help="which tokens are computed again")
+    group.add_argument("--full-every", type=int, metavar="N", help="every so many steps one is full; 0: never")
+    group.add_argument("--full-first", type=int, metavar="N", help="steps at the beginning that are full")
+    group.add_argument("--full-last", type=int, metavar="N", help="steps at the end that are full")
 
     output = argparse.ArgumentParser(add_help=False)
     group = output.add_argument_group("output")
@@ -1138,19 +1603,44 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    parents = [where, model, cache, sample, output]
+    parents = [where, model, cache, sample, masked, output]
     demo = add("demo", run_compare, parents, "compare on the bundled model, with a picture")
     demo.set_defaults(judge=True)  # not of an option: those belong to all commands
-    add("generate", run_generate, parents, "draw images").add_argument(
-        "--heatmap", action="store_true", help="overlay what the cache kept"
+    drawing = add("generate", run_generate, parents, "draw images")
+    drawing.add_argument("--heatmap", action="store_true", help="overlay what the cache kept")
+    drawing.add_argument(
+        "--best", type=int, default=0, metavar="K", help="write the best K of --images, and a sheet of all with scores"
     )
+    drawing.add_argument(
+        "--by",
+        choices=("match", "likelihood"),
+        default="match",
+        help="what --best goes by: how much likelier the prompt makes an image (match, the default), or how likely it "
+        "is to the model",
+    )
+    drawing.add_argument(
+        "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
+    )
+    drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
     _batch_options(drawing)
-    add("plan", run_plan, [where, model, cache, sample], "memory of the cache, without loading a model")
+    planning = add(
+        "plan", run_plan, [where, model, cache, sample, masked], "memory of the cache, without loading a model"
+    )
+    planning.add_argument(
+        "--card", type=float, metavar="GB", help="also say what a graphics card with so much memory can draw at once"
+    )
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )
+    calibration = add("calibrate", run_calibrate, [model, sample], "what its heads attend to, for some policies")
+    calibration.add_argument(
+        "--samples", type=int, default=10, metavar="N", help="pictures that are drawn (default: 10)"
+    )
+    calibration.add_argument("--out", type=Path, metavar="FILE.json", help="default: next to the model")
+    plan_options = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
+    calibration.set_defaults(preset="Full", size=0, **dict.fromkeys(plan_options))
     add("check", run_check, parents, "the full cache against a few lines on your own model, with intervals")
     report = add("doctor", run_doctor, [], "what is installed and whether it works, to paste into a bug report")
     report.add_argument(

@@ -120,6 +120,49 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One finished step of every image of the batch: what a Line is to models that draw masked tokens.
+
+    step        0-based
+    steps       of the picture. Those that would draw only what was given do not take place
+    latents     what is known so far, float32 B Z h w; NaN where nothing is known
+    drawn       which places this step drew: bool B rows cols
+    age         steps since the keys and values of each place were computed, int64 B rows cols; 0: in this one
+    computed    slots of each image that the decoder computed in this step, of `slots`: int64 B. 0: it drew nothing
+    slots       copies of the class, and places
+    seconds     since the previous step; of these `transformer` and `head`, which makes numbers of what it says
+    cache_bytes keys and values that are kept from step to step, as allocated: memory that is *added*; 0 if none are
+    """
+
+    step: int
+    steps: int
+    latents: Tensor
+    drawn: Tensor
+    age: Tensor
+    computed: Tensor
+    slots: int
+    seconds: float
+    transformer: float
+    head: float
+    cache_bytes: int
+
+    @property
+    def full(self) -> bool:
+        """Whether everything was computed, in all images that drew."""
+        return bool(((self.computed == self.slots) | (self.computed == 0)).all())
+
+    @property
+    def row(self) -> int:
+        """The step, as a Line calls it."""
+        return self.step
+
+    @property
+    def rows(self) -> int:
+        """The number of steps, as a Line calls it."""
+        return self.steps
+
+
+@dataclass(frozen=True)
 class Started:
     """Description of a run, before its first line.
 
@@ -135,9 +178,12 @@ class Started:
     sides       rows and columns of each scale, if the picture is drawn in scales: `rows` is then their number, `cols`
                 and `stride` are those of the last one, and `lines` is the number of tokens that a head keeps. The cells
                 of an image are the tokens of all scales, one scale after the other. Empty: it is drawn in lines
-    state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
+    kept        uint8, a bit for each cell of the images shown, the lowest first: 1 where the code is kept of an image
+                that exists already, 0 where it is drawn. Empty: all are drawn, or whole rows kept
     seeds       of each image, between commas, where they are not seed, seed + 1, …; a text, as a page rounds numbers
                 beyond 2**53
+    state_bytes what a model without a cache carries from scale to scale, in its place; 0: there is a cache
+    beside      what the run on the left is, where it is another model's: its name; empty: the same with a full cache
     """
 
     run: str
@@ -162,8 +208,10 @@ class Started:
     codebook: str = ""
     list_index: int = 0
     sides: list[list[int]] = field(default_factory=list)
-    state_bytes: int = 0
     seeds: str = ""
+    state_bytes: int = 0
+    beside: str = ""
+    kept: str = ""
 
     @property
     def cells(self) -> int:
@@ -396,6 +444,12 @@ def unpack(text: str, kind: str = "H") -> list[int]:
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tolist()
+
+
+def mark_cells(cells: Tensor) -> str:
+    """Bool ... as a bit each, the lowest first, in base64."""
+    bits = cells.flatten().tolist()
+    return pack((sum(bit << n for n, bit in enumerate(bits[i : i + 8])) for i in range(0, len(bits), 8)), "B")
 
 
 def pack_tokens(codes: list[int]) -> str:

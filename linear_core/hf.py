@@ -294,11 +294,17 @@ class LineCache(Cache):
 
     def _refuse_rows(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UserError(
-            "cache: the rows and tokens of a line cache stay as they are; use num_beams=1, no assistant model, and the "
-            "same batch from the prompt on."
+            "cache: the rows of a line cache stay as they are; use num_beams=1 and the same batch from the prompt on."
         )
 
-    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse_rows
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, even within a line: assisted generation feeds drafts across the end of a line, where we evict."""
+        raise UserError(
+            "cache: a line cache cannot take back tokens that it was fed, because it evicts at the end of a line; "
+            "generate without assistant_model and prompt_lookup_num_tokens."
+        )
+
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_rows
 
     def _refuse_states(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UserError("cache: a line cache holds keys and values only; this model keeps states of another kind.")

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any
 
 from .errors import UserError, quoted
@@ -19,13 +19,22 @@ MAX_SEEDS = 2**16  # in one text
 AUTO = -1  # drafts: by itself, where they were measured to win
 MIB = 2**20
 UNITS = {"kib": 2**10, "mib": MIB, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}  # bytes
-STORAGES = ("full", "int8")
+STORAGES = ("full", "int8", "int4")
 RELEASES = ("strict", "lazy", "fold")
 # Policies under which heads keep unequal numbers of tokens, on average the budget. Every head has room for HEADROOM
 # times the budget: shapes stay the same for all heads, at the price of unused room.
-UNEVEN = frozenset({"adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"})
-ACROSS_LAYERS = frozenset({"cake", "hack", "prefixkv", "pyramidkv"})  # of these, those that share among all layers
+UNEVEN = frozenset({"adakv", "amskv", "cake", "hack", "headkv", "heatkv", "prefixkv", "pyramidkv", "scalekv"})
+WHOLE = frozenset({"heatkv", "scalekv"})  # of these, those under which a layer may keep all, at the others' expense
+ACROSS_LAYERS = WHOLE | {
+    "amskv",
+    "cake",
+    "hack",
+    "prefixkv",
+    "pyramidkv",
+}  # of these, those that share among all layers
+ONLY_SCALES = frozenset({"amskv", "heatkv", "scalekv"})  # policies that mean nothing where a picture is drawn in lines
 HEADROOM = 2
+ROOMS = 4  # over scales, heads of unequal room are grouped by quarters of the budget
 LINES = 24  # of a picture whose budget is stated in lines while it is drawn in scales: 4 lines are then 1/6
 
 
@@ -42,7 +51,7 @@ class CachePlan:
              line overwrites it, least useful first. "fold": a victim is merged into the kept slot with the nearest key,
              which then stands for both. "auto": fold for the policy that is made for it, strict for all others; it is
              replaced by the one chosen. All take the same memory.
-    storage  "full": keys and values in the dtype they were computed in. "int8": complete lines in 8 bits.
+    storage  "full": keys and values in the dtype they were computed in. "int8", "int4": in 8 or about 5 bits
     share    the budget as a share of what a full cache holds, 0 to 1, in place of lines. 0: `budget` says it
     mib      the budget as MiB of keys and values of the whole batch, in place of lines: as many lines as fit. 0:
              `budget` or `share` says it
@@ -79,8 +88,8 @@ class CachePlan:
 
     @property
     def uneven(self) -> bool:
-        """Whether heads keep unequal numbers of tokens."""
-        return self.policy in UNEVEN
+        """Whether heads keep unequal numbers of tokens over scales, where they have room for just that."""
+        return self.policy in UNEVEN or self.policy == "fold"
 
     def in_lines(self, grid: Grid) -> CachePlan:
         """The same plan with the budget in lines of this grid, at least one and no fewer than are protected."""
@@ -91,8 +100,11 @@ class CachePlan:
     def resolve(self, shape: CacheShape, stages: Stages, rows: int) -> CachePlan:
         """The same plan for `rows` sequences of such a model, with the budget in lines; of a pyramid, as a share.
 
-        Of MiB, the largest budget whose cache takes no more. Raises UserError if not even the smallest fits.
+        Of MiB, the largest budget whose cache takes no more. Raises UserError if not even the smallest fits. A model
+        without a cache has nothing to evict, whatever the plan says.
         """
+        if shape.state:
+            return CachePlan("full")
         if not self.mib or self.policy == "full":
             return self if isinstance(stages, Pyramid) else self.in_lines(stages)
         most = stages.kept if isinstance(stages, Pyramid) else stages.rows
@@ -142,9 +154,24 @@ class CachePlan:
         """Tokens that each head keeps, on average: a share of all scales but the last, which nobody reads."""
         return min(max(1, pyramid.size(0), round(self.ratio(pyramid) * pyramid.kept)), pyramid.kept)
 
-    def work_slots(self, pyramid: Pyramid) -> int:
-        """Slots of working memory that one layer at a time needs: what its fullest head holds, and the last scale."""
-        return min(self.keeps(pyramid) * (HEADROOM if self.uneven else 1), pyramid.kept) + pyramid.size(-1)
+    def sure_slots(self, pyramid: Pyramid, stages: int = 0) -> int:
+        """Slots of working memory for each head of a layer that any layer needs: the budget and the last scale drawn.
+
+        Where heads keep unequal numbers, they are rounded up to parts of the budget.
+        """
+        keeps = self.keeps(pyramid)
+        room = -(-keeps // ROOMS) if self.uneven and self.policy not in ACROSS_LAYERS else 0
+        return min(keeps + room, pyramid.kept) + pyramid.size((stages or pyramid.stages) - 1)
+
+    def work_slots(self, pyramid: Pyramid, stages: int = 0) -> int:
+        """The same for the layer that needs most: with a budget that layers share, at most what one of them may keep.
+
+        stages  scales that are drawn; 0: all
+        """
+        sure, keeps = self.sure_slots(pyramid, stages), self.keeps(pyramid)
+        if self.policy not in ACROSS_LAYERS:
+            return sure
+        return sure - keeps + (pyramid.kept if self.policy in WHOLE else min(keeps * HEADROOM, pyramid.kept))
 
     def check_scales(self, pyramid: Pyramid) -> None:
         """Raise UserError if the plan does not suit a picture drawn in scales, or the first scales exceed its share."""
@@ -162,7 +189,12 @@ class CachePlan:
             )
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError if the protected tokens alone exceed the budget on this grid."""
+        """Raise UserError if the policy needs scales, or the protected tokens alone exceed the budget on this grid."""
+        if self.policy in ONLY_SCALES:
+            raise UserError(
+                f"policy: {self.policy} weighs scales, and this model draws in lines; choose fold, or a model that "
+                "draws in scales."
+            )
         protected = self.anchors + self.recent * grid.stride
         if self.evicts(grid) and protected > self.budget * grid.stride:
             raise UserError(
@@ -219,6 +251,7 @@ PRESETS = {
     "Small": CachePlan("fold", budget=3, recent=0),
     "Smallest": CachePlan("fold", budget=2, recent=0),
     "Tiny": CachePlan("fold", share=1 / 20, recent=0),  # for large pyramids
+    "Compact": CachePlan("fold", budget=2, recent=0, storage="int8"),
     "LineAR": CachePlan("line", budget=4, recent=2),  # as published
     "Full": CachePlan(policy="full"),
 }
@@ -301,6 +334,39 @@ class SamplePlan:
 
 
 @dataclass(frozen=True)
+class PrunePlan:
+    """Tokens that are not computed at the last scales (`models/pruning.py`). Raises UserError for what cannot be.
+
+    ratios  share of a scale's tokens that is left out, for the last scales that are drawn, coarse to fine
+    first   number of the first layer that leaves any out
+    last    number of the last one; -1: the model's last
+    """
+
+    ratios: tuple[float, ...]
+    first: int = 0
+    last: int = -1
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not all(0 <= ratio < 1 for ratio in self.ratios):
+            raise UserError("prune: each share has to be 0 or more and less than 1; write it as 0.4,0.5.")
+        if self.first < 0 or self.last < -1 or 0 <= self.last < self.first:
+            raise UserError(f"prune layers: {self.first} to {self.last} are no layers; write them as 3-27.")
+
+    def layer(self, number: int) -> bool:
+        """Whether this layer leaves tokens out."""
+        return self.first <= number and (self.last < 0 or number <= self.last)
+
+    def check(self, stages: int, layers: int) -> None:
+        """Raise UserError if a run of so many scales, or a model of so many layers, cannot do that."""
+        if len(self.ratios) >= stages:
+            raise UserError(
+                f"prune: {len(self.ratios)} of {stages} scales leave no scale to be computed whole; name fewer shares."
+            )
+        if self.first >= layers or self.last >= layers:
+            raise UserError(f"prune layers: the model's layers are 0 to {layers - 1}.")
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """The sizes that decide a cache's memory; each model states its own."""
 
@@ -310,23 +376,33 @@ class CacheShape:
     prompt: int  # slots of the prompt
     bytes_per_element: int
     group: int = 1  # query heads that share a key head; does not change the cache, but what a line's end takes
+    state: int = 0  # numbers that a layer carries from scale to scale instead of a cache, for each sequence
+
+    def state_bytes(self, rows: int) -> int:
+        """What is carried from scale to scale for `rows` sequences, in float32 or better; 0: there is a cache."""
+        return self.layers * rows * self.state * max(self.bytes_per_element, 4)
 
     def line_bytes(self, grid: Grid, rows: int) -> int:
         """Keys and values of one line for `rows` sequences (images, twice with guidance)."""
         return 2 * self.layers * rows * self.heads * self.head_dim * grid.stride * self.bytes_per_element
 
-    def scales_bytes(self, pyramid: Pyramid, plan: CachePlan, rows: int) -> int:
+    def scales_bytes(self, pyramid: Pyramid, plan: CachePlan, rows: int, stages: int = 0) -> int:
         """Keys and values over the scales for `rows` sequences: every layer's budget and one working memory.
 
-        Exact, but for policies that divide a budget among layers: until all layers have settled for the first time, the
-        earlier ones may have grown before the later ones shrink. Then it is the most there can be.
+        Exact, but for policies that divide a budget among layers: while a scale is drawn, the earlier layers may have
+        grown before the later ones shrink. Then it is the most there can be. Without a cache, the state that joins the
+        scales, whatever the plan.
+
+        stages  scales that are drawn; 0: all
         """
+        if self.state:
+            return self.state_bytes(rows)
         heads = 2 * rows * self.heads
-        slot = self.head_dim + 4 if plan.storage == "int8" else self.head_dim * self.bytes_per_element
+        slot = self.slot_bytes(plan.storage, 4)
         held = self.layers * heads * plan.keeps(pyramid) * slot
         if plan.policy in ACROSS_LAYERS and plan.keeps(pyramid) < pyramid.kept:
-            held += held * (HEADROOM - 1) // 2
-        return held + heads * plan.work_slots(pyramid) * self.head_dim * self.bytes_per_element
+            held += held if plan.policy in WHOLE else held * (HEADROOM - 1) // 2
+        return held + heads * plan.work_slots(pyramid, stages) * self.head_dim * self.bytes_per_element
 
     def cache_bytes(self, stages: Stages, plan: CachePlan, rows: int) -> int:
         """Keys and values of the whole cache for `rows` sequences, whether they are drawn in lines or in scales."""
@@ -338,6 +414,12 @@ class CacheShape:
         """Keys and values of the whole cache for `rows` sequences, as allocated before the first token."""
         slots = self.prompt + plan.lines(grid) * grid.stride
         heads = 2 * self.layers * rows * self.heads  # keys and values
-        if plan.storage == "int8":  # a byte per element, a scale per slot, and the line being written in full
-            return heads * slots * (self.head_dim + self.bytes_per_element) + self.line_bytes(grid, rows)
-        return heads * slots * self.head_dim * self.bytes_per_element
+        return heads * slots * self.slot_bytes(plan.storage, self.bytes_per_element)
+
+    def slot_bytes(self, storage: str, scale: int) -> int:
+        """A key, or a value, of one head, with a scale of so many bytes where the storage has one."""
+        if storage == "full":
+            return self.head_dim * self.bytes_per_element
+        if storage == "int8":
+            return self.head_dim + scale
+        return self.head_dim // 2 + 2 * ceil(self.head_dim / 16) + scale  # a floor and a step for 16 elements

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import host
+from .best import PickBest
 from .compare import Compare
 from .decode import Decode
 from .doctor import Doctor
@@ -35,4 +36,5 @@ class LineARExtension(ComfyExtension):
             Compare,
             DownloadModel,
             Doctor,
+            PickBest,
         ]

@@ -7,12 +7,13 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
+from ..linear_core.loop.generate import Run
 from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
 from . import host
 from .inputs import checked
-from .live import COMPARE, SIZE, draw, report, resolve
+from .live import COMPARE, MIB, SIZE, draw, report, resolve
 from .loops import loop_of
 from .sockets import CACHE, MODEL, PROMPT, Model
 
@@ -66,6 +67,11 @@ class Compare(io.ComfyNode):
                     tooltip="A seed for each image of the batch, such as 3, 7, 100-103, in place of seed + i. Empty: "
                     "seed + i.",
                 ),
+                MODEL.Input(
+                    "beside", optional=True,
+                    tooltip="Another model for the left side, instead of the full cache: one with the same tokenizer "
+                    "and picture size. M-VAR, which needs no cache, beside VAR of the same depth.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image_full", tooltip="The images from the full cache."),
@@ -91,24 +97,55 @@ class Compare(io.ComfyNode):
         batch_size: int,
         view: str | None = None,
         seeds: str = "",
+        beside: Model | None = None,
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}
         sample = replace(info.defaults, seed=seed, seeds=parse_seeds(seeds), **asked)
+        if not info.cached:
+            raise UserError(
+                f"model: {info.name} keeps no cache, so there is no smaller one to compare; connect it to 'beside', "
+                "and a model with a cache here."
+            )
         image.check(prompt)
+        if beside is not None:
+            beside = _beside(beside.with_grid(prompt.grid), model)
+            beside.image.check(prompt)
         prompt = prompt.repeat(batch_size)
         sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt)
-        if not loop.evicts(cache):
+        if beside is None and not loop.evicts(cache):
             raise UserError(
                 f"cache: it keeps every {loop.unit}, so both runs would be the same; choose a smaller budget."
             )
-        (full, few), begun, shown, _ = draw(model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id)
+        (full, few), begun, shown, _ = draw(
+            model, prompt, [CachePlan("full"), cache], sample, cls.hidden.unique_id, beside=beside
+        )
         pictures = [model.pictures(run.tokens, loop.sides) for run in (full, few)]
         shown["linear_ar_pairs"] = [
             [host.keep_for_the_page(to_image(picture.cpu(), SIZE)) | {"run": begun.run} for picture in pair]
             for pair in zip(*pictures, strict=True)
         ]
-        return io.NodeOutput(*pictures, report(full, few, begun, loop.budget(cache)), ui=shown)
+        label, other = loop.budget(cache), ""
+        if beside is not None:
+            label, other = f"{info.name}, {label}", f"{beside.image.info.name}, {_memory(beside, full)}"
+        return io.NodeOutput(*pictures, report(full, few, begun, label, other), ui=shown)
+
+
+def _beside(beside: Model, model: Model) -> Model:
+    """`beside` with the tokenizer of `model`. Raises UserError if their pictures cannot be drawn side by side."""
+    one, other = beside.image, model.image
+    if (one.info.grid, one.info.pyramid) != (other.info.grid, other.info.pyramid) or one.codebook != other.codebook:
+        raise UserError(
+            f"beside: {one.info.name} draws other codes or sizes than {other.info.name}; connect a model with the same "
+            "tokenizer and picture size."
+        )
+    return replace(beside, image=replace(one, tokenizer=other.tokenizer), tokenizer=model.tokenizer)
+
+
+def _memory(model: Model, run: Run) -> str:
+    """What a run with everything kept took."""
+    size = f"{run.lines[-1].cache_bytes / MIB:.1f} MiB"
+    return f"full cache: {size}" if model.image.info.cached else f"no cache: a state of {size}"

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..linear_core.checkpoints.families import ModelInfo
-from ..linear_core.errors import UserError
-from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
-from ..linear_core.pyramid import Pyramid
-from ..linear_core.sizes import Size, nearest
-from . import host
+from .encoding import encode
 from .inputs import checked
-from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens
+from .sockets import MODEL, PROMPT, TOKENS, Model
 
 
 class EncodeImage(io.ComfyNode):
@@ -45,60 +35,4 @@ class EncodeImage(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: Model, image: Tensor, prompt: Prompt | None = None) -> io.NodeOutput:
-        info, tokenizer = model.image.info, model.image.tokenizer
-        if not tokenizer.config.encoder_widths:
-            raise UserError(
-                f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."
-            )
-        if prompt is not None:
-            model.image.check(prompt)
-            info = info.with_grid(prompt.grid)
-        elif info.sizes:
-            height, width = image.shape[1:3]
-            info = info.with_size(nearest((width, height), _sizes(info))[0])
-        grid, factor = info.grid, tokenizer.config.factor
-        pictures = fit(image, grid.rows * factor, grid.cols * factor) * 2 - 1
-        host.load(model.tokenizer, memory=model.picture_bytes(grid.rows, grid.cols))
-        device = tokenizer.device
-        codes = torch.cat([_tokens(tokenizer, part.to(device), info.pyramid).cpu() for part in pictures.split(4)])
-        nothing = torch.zeros(len(codes), 1, *codes.shape[1:])
-        return io.NodeOutput(
-            Tokens(
-                codes=codes, shares=nothing, names=("encoded picture",) * len(codes), model=info.name,
-                codebook=info.config.codes, plan=CachePlan("full"), cache_bytes=0, seconds=0.0,
-                meaning=model.image.codebook, sides=info.pyramid.sides if info.pyramid else (),
-            )
-        )  # fmt: skip
-
-
-def _sizes(info: ModelInfo) -> list[Size]:
-    """What a picture can be cropped to: of a model that draws in scales, only with as many as it has by itself."""
-    stages = info.pyramid.stages if info.pyramid else 0
-    pyramids = info.pyramids or (None,) * len(info.sizes)
-    return [size for size, one in zip(info.sizes, pyramids, strict=True) if one is None or one.stages == stages]
-
-
-def _tokens(tokenizer: Any, pictures: Tensor, pyramid: Pyramid | None) -> Tensor:
-    """Pictures B 3 H W in -1..1 as codes B rows cols, or B N of all scales."""
-    if pyramid is None:
-        return tokenizer.encode(pictures)
-    return torch.cat([scale.flatten(1) for scale in tokenizer.encode(pictures, pyramid)], 1)
-
-
-def fit(image: Tensor, height: int, width: int) -> Tensor:
-    """IMAGE B H W 3 -> B 3 height width: the middle of it, scaled without changing its proportions."""
-    scale = max(height / image.shape[1], width / image.shape[2])
-    image = _middle(_middle(image, 1, height / scale), 2, width / scale)
-    pictures = image.permute(0, 3, 1, 2)
-    tall, wide = pictures.shape[2:]
-    size = max(height, round(tall * scale)), max(width, round(wide * scale))
-    pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pictures[:, :, top : top + height, left : left + width]
-
-
-def _middle(image: Tensor, side: int, needed: float) -> Tensor:
-    """Of a side far longer than needed, the middle: a strip of 1 x 20000 pixels would be scaled to gigabytes."""
-    length = image.shape[side]
-    rest = max(0, (length - math.ceil(8 * needed)) // 2)
-    return image.narrow(side, rest, length - 2 * rest)
+        return io.NodeOutput(encode(model, image, prompt))

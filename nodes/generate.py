@@ -12,9 +12,11 @@ from ..linear_core.errors import UserError
 from ..linear_core.events import codebooks_of
 from ..linear_core.plan import AUTO, MAX_SEED, CachePlan, parse_seeds
 from ..linear_core.prompts import Prompt
+from . import live
 from .inputs import checked
-from .live import VIEW, draw, kept_codes, resolve
+from .live import VIEW, draw, resolve
 from .loops import Lines, Scales, loop_of
+from .redraw import best_fills, check_fills, copies, kept_codes
 from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
 
 OWN = -1  # in place of a number: what the model was published with
@@ -27,8 +29,9 @@ class Generate(io.ComfyNode):
             node_id="LineAR_Generate",
             display_name="Generate",
             category="LineAR",
-            description="Generates images line by line, or with VAR and Infinity scale by scale, with the KV cache set "
-            "in Line Cache. Finished rows or scales appear on the node; Stop takes effect within one.",
+            description="Generates images line by line, or with VAR, M-VAR and Infinity scale by scale, with the KV "
+            "cache set in Line Cache. M-VAR needs no cache, whatever is set. Finished rows or scales appear on the "
+            "node; Stop takes effect within one.",
             search_aliases=[
                 "autoregressive sampler",
                 "sampler",
@@ -60,7 +63,8 @@ class Generate(io.ComfyNode):
                     tooltip="Classifier-free guidance scale: how closely the image follows the prompt. Typical: 2 to "
                     "5. 1 or less: none, which halves compute and cache. -1: the model's own value (bundled model 3; "
                     "LlamaGen 4 for classes, 7.5 for text; Janus 5; Lumina-mGPT 4; Anole 3; Emu3 and "
-                    "U0 3; Emu3.5 2, Emu3.5-Image 5; VAR 5, growing from 1 at the first scale; Infinity 2B 4, 8B 3).",
+                    "U0 3; Emu3.5 2, Emu3.5-Image 5; VAR and M-VAR 5, growing from 1 at the first scale; Infinity 2B "
+                    "4, 8B 3).",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -78,7 +82,7 @@ class Generate(io.ComfyNode):
                     max=65536,
                     tooltip="Sample from only this many of the most likely codes. 0: all. -1: the model's own value "
                     "(bundled model and Janus: all; LlamaGen: 2000 for classes, 1000 for text; Lumina-mGPT: 2000, 2.0: "
-                    "4096; Emu3: 2048; Emu3.5 and U0: 5120; VAR: 900).",
+                    "4096; Emu3: 2048; Emu3.5 and U0: 5120; VAR and M-VAR: 900).",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -87,8 +91,8 @@ class Generate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Sample from the most likely codes whose probabilities add up to this. 1: all. Typical: "
-                    "0.9 to 1. -1: the model's own value, which is 1 for all but Anole (0.9), VAR (0.95) and Infinity "
-                    "(0.97).",
+                    "0.9 to 1. -1: the model's own value, which is 1 for all but Anole (0.9), VAR and M-VAR (0.95) "
+                    "and Infinity (0.97).",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -146,8 +150,8 @@ class Generate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same, "
-                    "except where two codes are equal but for rounding. Can make one to four images faster; try 12 to "
-                    "24. 0: none. -1: 12 for a single float32 image on the CPU, none otherwise. None with VAR and "
+                    "except where two codes are equal but for rounding. Can make one to four images faster; try 8 to "
+                    "24. 0: none. -1: 8 for a single float32 image on the CPU, none otherwise. None with VAR and "
                     "Infinity, which draw a whole scale in one pass.",
                 ),
                 io.String.Input(
@@ -157,6 +161,24 @@ class Generate(io.ComfyNode):
                     advanced=True,
                     tooltip="A seed for each image of the batch, such as 3, 7, 100-103, in place of seed + i. A batch "
                     "that is split over several machines then gives the same images. Empty: seed + i.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The region of the image behind tokens to generate anew, from Load Image (right-click it "
+                    "to paint one) or any node that makes masks; all else is kept. The region is filled from the "
+                    "top and sees what is kept above it and to its left, not below. One mask, or one per image.",
+                ),
+                io.Int.Input(
+                    "candidates",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With a mask: fills to generate for each image. The one that fits best to what is kept "
+                    "behind it stays: the one under which the model finds those tokens the most likely. Takes as much "
+                    "time and memory as so many images.",
                 ),
             ],
             outputs=[
@@ -188,6 +210,8 @@ class Generate(io.ComfyNode):
         view: str | None = None,
         drafts: int = 0,
         seeds: str = "",
+        mask: Tensor | None = None,
+        candidates: int = 1,
     ) -> io.NodeOutput:
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
@@ -198,10 +222,24 @@ class Generate(io.ComfyNode):
         sample = replace(info.defaults, guidance_interval=guidance_interval, drafts=drafts, **own, **asked)
         image.check(prompt)
         prompt = prompt.repeat(batch_size)
+        node, kept = cls.hidden.unique_id, None
+        if mask is not None:
+            if tokens is None:
+                raise UserError("mask: there is no image that it belongs to; connect tokens, from Encode Image.")
+            tokens.check(image)
+            kept = kept_codes(model, tokens, mask, prompt.rows, node)
+        check_fills(kept, candidates)
+        if kept is not None and candidates > 1:
+            kept, above, sample = copies(kept, above, sample, prompt.rows, candidates)
+            prompt = prompt.repeat(candidates)
         sample.image_seeds(prompt.rows)
         cache = resolve(model, cache, sample, prompt, stop_after)
-        node = cls.hidden.unique_id
-        (run,), _, shown, decoded = draw(model, prompt, [cache], sample, node, above=above, stop_after=stop_after)
+        (run,), begun, shown, decoded = draw(
+            model, prompt, [cache], sample, node, above=above, kept=kept, stop_after=stop_after
+        )
+        if kept is not None and candidates > 1:
+            run, prompt, shown = best_fills(model, cache, sample, prompt, run, begun, kept, candidates)
+            decoded = None
         shares = run.shares if loop.sides else run.shares[:, :, : len(run.lines)]
         return io.NodeOutput(
             Tokens(
@@ -215,6 +253,7 @@ class Generate(io.ComfyNode):
                 seconds=run.seconds,
                 meaning=image.codebook,
                 sides=loop.sides,
+                cached=info.cached,
                 decoded=decoded,
             ),
             ui=shown,
@@ -236,7 +275,7 @@ def _above(
             raise UserError(
                 f"view: the {loop.unit}s kept on the node are not of {name}; press 'Start over' on the node."
             )
-        return kept_codes(loop, str(view), rows)
+        return live.kept_codes(loop, str(view), rows)
     if tokens is None:
         raise UserError(
             f"keep_rows: there is no image to take {rows} {loop.unit}s from; connect tokens, or set it to 0."

@@ -9,12 +9,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.pictures.heatmap import heatmap, lifetime, lifetime_of_scales, over_scales, strip
+from ..linear_core.pictures.heatmap import captioned, heatmap, lifetime, lifetime_of_scales, over_scales, strip
 from . import host
 from .inputs import checked
 from .sockets import TOKENS, Tokens
 
 LIFETIME, AFTER = "lifetime", "after a row"
+NOTHING = "no cache, so no token is held"  # written into the map of such a model
 
 
 class RetentionHeatmap(io.ComfyNode):
@@ -26,7 +27,7 @@ class RetentionHeatmap(io.ComfyNode):
             category="LineAR",
             description="Shows which tokens the KV cache kept: bright where most layers and heads held them, dark "
             "where they were evicted. Drawn alone or over the image. Of a picture drawn in scales, alone: one map for "
-            "each scale, with the number of tokens held below it.",
+            "each scale, with the number of tokens held below it. M-VAR has no cache: its map is dark and says so.",
             search_aliases=["attention map", "kept tokens", "cache heatmap", "linear"],
             inputs=[
                 TOKENS.Input("tokens", tooltip="From Generate. They record what the cache held after each line."),
@@ -88,15 +89,17 @@ class RetentionHeatmap(io.ComfyNode):
         show: dict[str, Any],
         image: Tensor | None = None,
     ) -> io.NodeOutput:
-        if not tokens.shares.any():
+        if tokens.cached and not tokens.shares.any():
             raise UserError("tokens: they record nothing of a cache, as those of Encode Image; connect Generate's.")
         pyramid, shares = tokens.pyramid, tokens.shares
         if show["show"] == AFTER:
             share = shares[:, min(show["row"], shares.shape[1]) - 1]
         else:
             share = lifetime(shares) if pyramid is None else lifetime_of_scales(shares, pyramid)
+        why = "" if tokens.cached else NOTHING
         if pyramid is not None and image is None:
-            return io.NodeOutput(host.to_intermediate(strip(share, pyramid, max(16, size // pyramid.stages))))
+            maps = strip(share, pyramid, max(16, size // pyramid.stages))
+            return io.NodeOutput(host.to_intermediate(captioned(maps, why)))
         if pyramid is not None:
             share = over_scales(share, pyramid)
             share = share / share.amax((1, 2), keepdim=True).clamp(min=1e-9)  # few tokens are held of fine scales
@@ -111,4 +114,4 @@ class RetentionHeatmap(io.ComfyNode):
             raise UserError(
                 f"image: {len(image)} images do not match {count} token grids; connect those decoded from these tokens."
             )
-        return io.NodeOutput(host.to_intermediate(heatmap(share, height, width, image, strength)))
+        return io.NodeOutput(host.to_intermediate(captioned(heatmap(share, height, width, image, strength), why)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
+import comfy.model_patcher as model_patcher
 import comfy.ops
 import comfy.utils
 import comfyui_version
@@ -22,6 +23,10 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import BinaryEventTypes, PromptServer
 from torch import Tensor, nn
+
+from ..linear_core.errors import UserError
+from ..linear_core.loop.memory import STREAMED_ROOM
+from ..linear_core.models import quantised
 
 log = logging.getLogger(__name__)
 FOLDER = "ar_image"
@@ -92,9 +97,28 @@ class Layers:
         __init__ = nn.Embedding.__init__
         _load_from_state_dict = nn.Module._load_from_state_dict
 
+    Conv1d = comfy.ops.disable_weight_init.Conv1d
     Conv2d = comfy.ops.disable_weight_init.Conv2d
     GroupNorm = comfy.ops.disable_weight_init.GroupNorm
     RMSNorm = comfy.ops.disable_weight_init.RMSNorm
+
+    class QuantisedLinear(quantised.QuantisedLinear):
+        """As ComfyUI keeps its own: it may leave the matrix where it is and have the layer fetch it for every use."""
+
+        comfy_cast_weights = False
+        weight_function: tuple[Any, ...] = ()
+        bias_function: tuple[Any, ...] = ()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.comfy_cast_weights:
+                return super().forward(x)
+            fetched = comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True
+            )
+            weight, bias, stream = fetched
+            out = self.multiply(x, weight, self.scale.to(x.device), bias)
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return out
 
 
 class CastingLayers(Layers):
@@ -104,7 +128,9 @@ class CastingLayers(Layers):
         comfy_cast_weights = True
 
 
-WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+WEIGHT_DTYPES = {
+    "default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": "int8", "int4": "int4"
+}  # fmt: skip
 
 
 def device_type() -> str:
@@ -118,13 +144,26 @@ def compute_dtype() -> torch.dtype:
     return wanted if wanted in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def managed(module: nn.Module) -> ModelPatcher:
+def compute_device() -> torch.device:
+    """The device that models compute on."""
+    return management.get_torch_device()
+
+
+def managed(module: nn.Module, streamed: bool = False) -> ModelPatcher:
     """`module` in ComfyUI's care, which moves it to the device for use and away when room is needed.
 
-    Not the patcher that fetches weights layer by layer: a picture calls every layer hundreds of times, for one token
-    each, and the fetching would take longer than the layers.
+    Only on request (`streamed`) by the patcher that fetches weights layer by layer, where ComfyUI has it: a picture
+    calls every layer hundreds of times, for one token each, and the fetching takes longer than the layers.
     """
-    return ModelPatcher(module, management.get_torch_device(), management.unet_offload_device())
+    make = getattr(model_patcher, "CoreModelPatcher", ModelPatcher) if streamed else ModelPatcher
+    patcher = make(module, management.get_torch_device(), management.unet_offload_device())
+    patcher.linear_streamed = streamed
+    return patcher
+
+
+def is_streamed(model: ModelPatcher) -> bool:
+    """Whether `model`'s weights are fetched layer by layer."""
+    return bool(getattr(model, "linear_streamed", False))
 
 
 def managed_text_encoder(module: nn.Module) -> ModelPatcher:
@@ -155,13 +194,38 @@ def room(*models: ModelPatcher) -> int:
     if device.type == "cpu":
         return free_memory()  # models are in the computer's memory wherever they are used
     loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
-    needed = sum(model.model_size() for model in models) * 1.1 + management.extra_reserved_memory()
+    sizes = (min(model.model_size(), STREAMED_ROOM if is_streamed(model) else 1e32) for model in models)
+    needed = sum(sizes) * 1.1 + management.extra_reserved_memory()
     return int(free_memory() + loaded - needed)
 
 
 def to_intermediate(picture: Tensor) -> Tensor:
     """An IMAGE on the device where ComfyUI keeps the outputs of nodes."""
     return picture.to(management.intermediate_device())
+
+
+# -- CLIP --------------------------------------------------------------------------------------------------------------
+
+
+def clip_texts(clip: Any, texts: list[str]) -> Tensor:
+    """Features of texts in the space that a CLIP model shares with images: float32 B D."""
+    projections = [m.weight for name, m in clip.cond_stage_model.named_modules() if name.endswith("text_projection")]
+    found = torch.cat([clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[1] for text in texts])
+    own = [weight for weight in projections if weight.shape[0] == found.shape[1]]
+    if not any(not torch.equal(w.float().cpu(), torch.eye(len(w))) for w in own):  # as ComfyUI fills in what is missing
+        raise UserError(
+            "clip: its file has no projection into the space of images, as in checkpoints of Stable Diffusion 1; load "
+            "clip_l.safetensors or clip_g.safetensors."
+        )
+    return found.float().cpu()
+
+
+def clip_images(clip_vision: Any, images: Tensor) -> Tensor:
+    """Features of images B H W 3 in the same space: float32 B D."""
+    features = clip_vision.encode_image(images)["image_embeds"]
+    if features is None or features.ndim != 2:
+        raise UserError("clip_vision: it has no features that texts share; load the vision half of a CLIP model.")
+    return features.float().cpu()
 
 
 # -- runs and progress -------------------------------------------------------------------------------------------------
@@ -193,9 +257,15 @@ class Progress:
         management.throw_exception_if_processing_interrupted()  # the bar asks too, but leaves out some updates
         # No size is given with the picture: ComfyUI would blur it up to that.
         self.bar.update_absolute(done, self.total, None if picture is None else ("JPEG", picture, None))
-        server = PromptServer.instance
-        if text and feature_flags.supports_feature(server.sockets_metadata, server.client_id, SHOWS_TEXT):
-            server.send_progress_text(text, self.node_id, server.client_id)
+        if text:
+            tell(self.node_id, text)
+
+
+def tell(node_id: str, text: str) -> None:
+    """Show a line of text under a node, on pages that leave it at that."""
+    server = PromptServer.instance
+    if feature_flags.supports_feature(server.sockets_metadata, server.client_id, SHOWS_TEXT):
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def preview(node_id: str, picture: Image.Image) -> None:

@@ -9,6 +9,7 @@ object. `checked` holds both to the same schema. What it takes:
     COMBO         one of the choices
     IMAGE         B H W 3 from 0 to 1 in any dtype. A fourth channel, alpha, is dropped, and what resampling leaves
                   a little below 0 or above 1 is clamped.
+    MASK          B H W, or H W of one, from 0 to 1 in any dtype
     our sockets   the object that belongs there
     None          an optional input that is not given
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from numbers import Real
@@ -37,6 +39,8 @@ SOURCES = {
     "LINEAR_PROMPT": (Prompt, "Class Prompt or Text Prompt"),
     "LINEAR_TOKENS": (Tokens, "Generate or Encode Image"),
 }
+HOSTS = {"CLIP": (("tokenize", "encode_from_tokens"), "Load CLIP"),
+         "CLIP_VISION": (("encode_image",), "Load CLIP Vision")}  # fmt: skip
 OURS = {Model: "a model", CachePlan: "a cache", Prompt: "a prompt", Tokens: "image tokens"}
 FILES = {"model", "tokenizer", "text_encoder"}  # choices that the nodes find for themselves, to say what is missing
 OVERSHOOT = 0.25  # bicubic and Lanczos resampling leave 0 to 1 by up to a fifth
@@ -76,6 +80,12 @@ def _take(entry: Any, value: Any) -> Any:
         return value
     if kind == "IMAGE":
         return _image(entry, value)
+    if kind == "MASK":
+        return _mask(entry, value)
+    if kind in HOSTS:
+        if not all(hasattr(value, name) for name in HOSTS[kind][0]):
+            raise _wrong(entry, value)
+        return value
     if kind == "COMFY_DYNAMICCOMBO_V3":
         return _choice(entry, value)
     value = _plain(value)
@@ -172,13 +182,24 @@ def _image(entry: Any, value: Any) -> Tensor:
         raise _wrong(entry, value, " Convert Mask to Image makes a picture of a mask." if mask else "")
     if value.shape[-1] not in (3, 4) or not value.numel():
         raise _wrong(entry, value)
-    image = value[..., :3].float()
+    return _pixels(entry, value[..., :3].float(), "picture")
+
+
+def _mask(entry: Any, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim not in (2, 3) or value.is_complex() or not value.numel():
+        image = isinstance(value, Tensor) and value.ndim == 4
+        raise _wrong(entry, value, " Convert Image to Mask makes a mask of a picture." if image else "")
+    return _pixels(entry, value.float() if value.ndim == 3 else value.float()[None], "mask").cpu()
+
+
+def _pixels(entry: Any, image: Tensor, what: str) -> Tensor:
+    """In 0..1, or a UserError."""
     low, high = (float(end) for end in torch.aminmax(image))
     if not math.isfinite(low) or not math.isfinite(high):
-        raise UserError(f"{entry.id}: some of its pixels are NaN or infinite; connect a picture that shows.")
+        raise UserError(f"{entry.id}: some of its pixels are NaN or infinite; connect a {what} that shows.")
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         raise UserError(
-            f"{entry.id}: its pixels go from {low:.3g} to {high:.3g}; connect a picture whose pixels are 0 to 1."
+            f"{entry.id}: its pixels go from {low:.3g} to {high:.3g}; connect a {what} whose pixels are 0 to 1."
         )
     return image.clamp(0, 1)
 
@@ -197,6 +218,10 @@ def _advice(entry: Any) -> str:
         return f"connect {SOURCES[kind][1]}"
     if kind == "IMAGE":
         return "connect a node that outputs images, which are B x H x W x 3"
+    if kind in HOSTS:
+        return f"connect {HOSTS[kind][1]}"
+    if kind == "MASK":
+        return "connect a node that outputs masks, which are B x H x W"
     if kind in ("INT", "FLOAT"):
         what = "whole number" if kind == "INT" else "number"
         return f"choose a {what} from {_shown(entry.min)} to {_shown(entry.max)}"
@@ -231,3 +256,8 @@ def found(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a dictionary"
     return next((words for kind, words in OURS.items() if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def split_texts(text: str) -> list[str]:
+    """Texts between lines of ---, without empty ones."""
+    return [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]

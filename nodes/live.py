@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..linear_core.errors import UserError
-from ..linear_core.events import EVENT, Picture, Started, Trace, unpack_kept
+from ..linear_core.events import EVENT, Picture, Started, Trace, mark_cells, unpack_kept
 from ..linear_core.loop.drafts import check
 from ..linear_core.loop.generate import Run, evict
 from ..linear_core.loop.graph import Graphs, use_graphs
 from ..linear_core.loop.memory import max_batch_size
 from ..linear_core.loop.micro_batches import MicroBatches, merge_lines
+from ..linear_core.loop.redraw import DRAW
 from ..linear_core.pictures.preview import PreviewWorker
 from ..linear_core.pictures.sheet import to_image
 from ..linear_core.plan import CachePlan, SamplePlan
@@ -64,8 +65,11 @@ def resolve(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, s
     return plan
 
 
-def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None) -> Started:
-    """The event that describes a run. `at_once` of its images are in the cache together, by default all."""
+def started(
+    model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int | None = None, beside: str = ""
+) -> Started:
+    """The event that describes a run. `at_once` of its images are in the cache together, by default all. `beside` is
+    the model of the run on its left, if that is another."""
     images = prompt.rows
     rows, places = _sequences(sample, prompt.select(range(at_once or images)))
     shape = model.image.decoder.cache_shape(places)
@@ -83,8 +87,9 @@ def started(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, a
         recent=plan.recent,
         codebook=model.image.codebook,
         list_index=host.list_index(),
-        **told,
         seeds=",".join(map(str, sample.image_seeds(images))) if sample.seeds else "",
+        beside=beside,
+        **told,
     )
 
 
@@ -99,8 +104,9 @@ def memory(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, im
 class Live:
     """Sends a run to the page: row by row, or scale by scale, while it is generated, and as a whole afterwards.
 
-    `beside` are the lines of another run, which grows meanwhile; the preview shows that one on the left. `part` of
-    `parts`: a batch that does not fit is generated in parts, and the page sees each part as a run of its own.
+    `beside` are the lines of another run, which grows meanwhile; the preview shows that one on the left. `name` is that
+    of its model, if it is another. `part` of `parts`: a batch that does not fit is generated in parts, and the page
+    sees each part as a run of its own.
 
     decoded  the pictures that are shown, once the run has ended
     """
@@ -115,6 +121,8 @@ class Live:
         beside: list[Any] | None = None,
         part: int = 0,
         parts: int = 1,
+        name: str = "",
+        kept: Tensor | None = None,
     ):
         self.node_id, self.loop, self.beside = node_id, loop_of(model), beside
         self.rows = self.loop.stages
@@ -122,7 +130,7 @@ class Live:
         self.before = part * self.rows
         self.text = f"part {part + 1} of {parts}, {prompt.rows} pictures at a time" if parts > 1 else ""
         self.progress = host.Progress(parts * self.rows, node_id)
-        self.trace = Trace(started(model, plan, sample, prompt))
+        self.trace = Trace(_marked(started(model, plan, sample, prompt, beside=name), kept))
         self.lines: list[Any] = []
         self._send(self.trace.latest)
         self.loop.prepare()
@@ -193,42 +201,57 @@ def draw(
     node_id: str,
     *,
     above: Tensor | None = None,
+    kept: Tensor | None = None,
     stop_after: int = 0,
+    beside: Model | None = None,
 ) -> tuple[list[Run], Started, dict[str, Any], Tensor | None]:
     """Generate with each of `plans` at the same time. The page sees the last one, with the first on its left.
 
-    `above` are lines, or scales, to keep; `stop_after` is the number of them after which to stop (0: never). A batch
-    that does not fit into memory, or for which memory runs out, is generated in parts. Returns the runs, the event that
-    describes the last one, what stays on the page, and all its pictures if they are decoded.
+    `above` are lines, or scales, to keep, and `kept` codes (see `generate`); `stop_after` is the number of lines or
+    scales after which to stop (0: never). A batch that does not fit into memory, or for which memory runs out, is
+    generated in parts. Returns the runs, the event that describes the last one, what stays on the page, and all its
+    pictures if they are decoded.
+
+    `beside` draws with the first plan instead; a model whose pictures have the same stages and codes.
     """
-    image, loop = model.image, loop_of(model)
+    loop = loop_of(model)
+    models = [beside or model, *[model] * (len(plans) - 1)]
+    name = beside.image.info.name if beside else ""
+    networks = [model.decoder, model.tokenizer, *([beside.decoder] if beside else [])]
 
     def needed(images: int) -> int:
-        return sum(memory(model, plan, sample, prompt, images) for plan in plans)
+        return sum(memory(each, plan, sample, prompt, images) for each, plan in zip(models, plans, strict=True))
 
-    at_once = max_batch_size(host.room(model.decoder, model.tokenizer), prompt.rows, needed)
-    micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), advice=ADVICE)
+    at_once = max_batch_size(host.room(*networks), prompt.rows, needed)
+    micro_batches = MicroBatches(prompt, sample, at_once, above, caches=len(plans), kept=kept, advice=ADVICE)
     done: list[list[Any]] = []  # by part: the lines of the last plan that were sent
     for micro_batch in micro_batches:
         with micro_batches.watch(micro_batch):
-            host.load(model.decoder, model.tokenizer, memory=needed(micro_batch.prompt.rows))
-            sequences = _sequences(sample, micro_batch.prompt)[0]
-            graphs = _graphs(image.decoder, len(plans), sequences) if isinstance(loop, Lines) else []
+            host.load(*networks, memory=needed(micro_batch.prompt.rows))
+            sequences, graphs = _sequences(sample, micro_batch.prompt)[0], []
+            decoders = [each.image.decoder for each in models]
+            # A graph reads weights where they were when it was recorded.
+            if isinstance(loop, Lines) and not any(host.is_streamed(each.decoder) for each in models):
+                graphs = _graphs(decoders, sequences)
             given = [each.kwargs for each in graphs] or [{} for _ in plans]
+            if micro_batch.kept is not None:
+                given = [more | {"kept": micro_batch.kept} for more in given]
             drawing = [
-                loop.draw(micro_batch.prompt, plan, micro_batch.sample, upper, stop_after, **more)
-                for plan, upper, more in zip(plans, micro_batch.above, given, strict=True)
+                loop_of(each).draw(micro_batch.prompt, plan, micro_batch.sample, upper, stop_after, **more)
+                for each, plan, upper, more in zip(models, plans, micro_batch.above, given, strict=True)
             ]
-            beside = micro_batch.runs[0].lines if len(plans) > 1 else None
+            other = micro_batch.runs[0].lines if len(plans) > 1 else None
             live = Live(
                 model,
                 plans[-1],
                 micro_batch.sample,
                 micro_batch.prompt,
                 node_id,
-                beside,
+                other,
                 part=len(done),
                 parts=len(micro_batches),
+                kept=micro_batch.kept,
+                name=name,
             )
             try:
                 for lines in zip(*drawing, strict=True):
@@ -239,7 +262,9 @@ def draw(
             except host.Interrupted:  # the page gets the rows that all images have, to continue from
                 if done and live.lines and len(plans) == 1:
                     at_once = max(len(part[0].tokens) for part in done)
-                    live.replace_run(*_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines]))
+                    live.replace_run(
+                        *_as_one(model, plans[-1], sample, prompt, at_once, [*done, live.lines], name, kept)
+                    )
                 raise
             finally:
                 for lines in drawing:
@@ -251,7 +276,7 @@ def draw(
     shown, trace, decoded = live.shown, live.trace, live.decoded
     if len(micro_batches) > 1:  # afterwards the page has all of the batch, as one run
         decoded = None
-        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done)
+        trace, lines = _as_one(model, plans[-1], sample, prompt, micro_batches.max_images, done, name, kept)
         trace.finish()
         picture = live.worker.final([tuple(lines)]) if len(plans) == 1 else None
         shown = left(trace, picture)
@@ -260,23 +285,39 @@ def draw(
     return micro_batches.runs, trace.started, shown, decoded
 
 
-def _graphs(decoder: Any, runs: int, sequences: int) -> list[Graphs]:
-    """CUDA graphs for each run, if the environment asks for them or `linear_core/defaults.py` says that they win."""
+def _graphs(decoders: list[Any], sequences: int) -> list[Graphs]:
+    """CUDA graphs for each decoder's run, if the environment asks for them or `linear_core/defaults.py` says that they
+    win."""
     asked = os.environ.get(STEP, "auto")
     if asked not in ("auto", "eager", "graph"):
         raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
-    use = use_graphs(asked, decoder.device, sequences)
-    return [Graphs(decoder.step, evict, check) for _ in range(runs)] if use else []
+    use = use_graphs(asked, decoders[0].device, sequences)
+    return [Graphs(decoder.step, evict, check) for decoder in decoders] if use else []
+
+
+def _marked(begun: Started, kept: Tensor | None) -> Started:
+    """The event of a run that keeps these codes of its images, or of one for all."""
+    if kept is None:
+        return begun
+    return replace(begun, kept=mark_cells(kept.expand(begun.images, -1, -1)[: begun.shown] != DRAW))
 
 
 def _as_one(
-    model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, at_once: int, parts: list[list[Any]]
+    model: Model,
+    plan: CachePlan,
+    sample: SamplePlan,
+    prompt: Prompt,
+    at_once: int,
+    parts: list[list[Any]],
+    name: str = "",
+    kept: Tensor | None = None,
 ) -> tuple[Trace, list[Any]]:
     """Parts of a batch, the first images of `prompt`, as one run with the lines that all parts have."""
     rows = min(map(len, parts))
     lines = merge_lines([part[:rows] for part in parts])
     images = range(len(lines[0].tokens))
-    trace = Trace(started(model, plan, sample.select(images), prompt.select(images), at_once))
+    begun = started(model, plan, sample.select(images), prompt.select(images), at_once, name)
+    trace = Trace(_marked(begun, kept if kept is None or len(kept) == 1 else kept[: len(images)]))
     for line in lines:
         trace.add(line)
     return trace, lines
@@ -323,8 +364,13 @@ def kept_codes(loop: Lines | Scales, text: str, rows: int) -> tuple[Tensor | Non
     return None, {}
 
 
-def report(full: Run, few: Run, started_few: Started, label: str) -> str:
-    """Two runs with the same seeds in a few lines of text."""
+def report(full: Run, few: Run, started_few: Started, label: str, beside: str = "") -> str:
+    """Two runs with the same seeds in a few lines of text. The first is of the model `beside` if that is another."""
+    if beside:
+        return "\n".join(
+            f"{name}, {run.tokens_per_second:.0f} tokens/s, {run.seconds:.1f} s"
+            for name, run in ((beside, full), (f"{label}: {started_few.cache_bytes / MIB:.1f} MiB", few))
+        )
     same = float((full.tokens == few.tokens).float().mean())
     saved = 1 - started_few.cache_bytes / started_few.full_bytes
     return "\n".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..linear_core.checkpoints.library import load_model
@@ -30,11 +31,11 @@ class LoadModel(io.ComfyNode):
                     options=files.model_names(),
                     extra_dict={"linear_ar": files.model_facts()},
                     tooltip="The decoder. Bundled ones come with the pack; others go into models/ar_image: "
-                    "LlamaGen, VAR and Infinity files (.safetensors, .pt or .pth) and folders of Infinity 8B, Janus "
-                    "(also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. "
-                    "Licences: LlamaGen, VAR and Infinity MIT; Janus DeepSeek Model License; Lumina-mGPT 2.0 "
-                    "Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT 7B and "
-                    "Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
+                    "LlamaGen, VAR, M-VAR and Infinity files (.safetensors, .pt or .pth) and folders of Infinity 8B, "
+                    "Janus (also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. "
+                    "Licences: LlamaGen, VAR and Infinity MIT; M-VAR Apache-2.0 (its code: none stated); Janus "
+                    "DeepSeek Model License; Lumina-mGPT 2.0 Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT "
+                    "7B and Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
                 ),
                 io.Combo.Input(
                     "tokenizer",
@@ -42,8 +43,8 @@ class LoadModel(io.ComfyNode):
                     tooltip="The VQ tokenizer that belongs to the decoder. 'automatic' finds it: the bundled one, the "
                     "one in the model's folder or named in its file, vq_ds16_c2i or vq_ds16_t2i for LlamaGen, vqgan "
                     "for Lumina-mGPT and Anole, movqgan_270M for Lumina-mGPT 2.0, Emu3-VisionTokenizer and "
-                    "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's), vae_ch160v4096z32 for VAR, "
-                    "infinity_vae_d16, _d32reg and _d56_f8_14_patchify for Infinity 125M, 2B and 8B.",
+                    "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's), vae_ch160v4096z32 for VAR and "
+                    "M-VAR, infinity_vae_d16, _d32reg and _d56_f8_14_patchify for Infinity 125M, 2B and 8B.",
                 ),
                 io.Int.Input(
                     "grid_rows",
@@ -70,9 +71,22 @@ class LoadModel(io.ComfyNode):
                     default="default",
                     optional=True,
                     advanced=True,
-                    tooltip="How the decoder's large matrices are stored. default: in the compute precision. fp8: one "
-                    "byte per weight, half the memory of bfloat16, at some cost in quality and speed. Line Cache "
-                    "shows the result: Janus-Pro-7B takes 13.2 GB, or 7.1 GB in fp8; Lumina-mGPT-7B 13.6 or 7.1 GB.",
+                    tooltip="How the decoder's large matrices are stored. default: in the compute precision. int8: one "
+                    "byte per weight, half the memory of bfloat16, and hardly any difference to see. int4: half of "
+                    "int8, at some cost in quality. Both are multiplied as they are stored, which saves time where "
+                    "reading the weights takes most of it: for few pictures at once. fp8: one byte per weight too, but "
+                    "slower, as every use converts it. Line Cache shows the result: Janus-Pro-7B takes 13.2 GB, or "
+                    "7.1 GB in fp8 or int8.",
+                ),
+                io.Boolean.Input(
+                    "stream_weights",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For models larger than the graphics card: weights stay in the computer's memory and pass "
+                    "through the card for every token, which is slow. A token of one picture costs as much as a token "
+                    "of many, so draw large batches; a cache of few lines makes room for them. 'python -m linear_core "
+                    "plan MODEL --card 12' says what a picture would take.",
                 ),
             ],
             outputs=[
@@ -84,7 +98,13 @@ class LoadModel(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model: str, tokenizer: str, grid_rows: int = 0, grid_cols: int = 0, weight_dtype: str = "default"
+        cls,
+        model: str,
+        tokenizer: str,
+        grid_rows: int = 0,
+        grid_cols: int = 0,
+        weight_dtype: str = "default",
+        stream_weights: bool = False,
     ) -> io.NodeOutput:
         if bool(grid_rows) != bool(grid_cols):
             raise UserError(
@@ -93,9 +113,21 @@ class LoadModel(io.ComfyNode):
         grid = (grid_rows, grid_cols) if grid_rows else None
         found = files.find_files(model, tokenizer, grid)
         kept = host.WEIGHT_DTYPES[weight_dtype]
-        layers = host.CastingLayers if kept else host.Layers
-        image = load_model(found, grid=grid, dtype=host.compute_dtype(), weight_dtype=kept, ops=layers)
-        return io.NodeOutput(Model(image, host.managed(image.decoder), host.managed(image.tokenizer)))
+        layers = host.CastingLayers if isinstance(kept, torch.dtype) else host.Layers
+        image = load_model(
+            found,
+            grid=grid,
+            dtype=host.compute_dtype(),
+            weight_dtype=kept,
+            ops=layers,
+            compute_device=host.compute_device(),
+        )
+        if image.info.masked is not None:
+            raise UserError(
+                f"{found.decoder.name}: draws masked tokens, which the nodes cannot show yet; use it on the command "
+                "line: python -m linear_core generate."
+            )
+        return io.NodeOutput(Model(image, host.managed(image.decoder, stream_weights), host.managed(image.tokenizer)))
 
     @classmethod
     def validate_inputs(cls, model: str | None = None, tokenizer: str | None = None) -> bool | str:

@@ -156,6 +156,7 @@ class Scales:
             "lines": plan.keeps(pyramid),
             "cache_bytes": shape.scales_bytes(pyramid, plan, sequences),
             "full_bytes": shape.scales_bytes(pyramid, FULL, sequences),
+            "state_bytes": shape.state_bytes(sequences),
             "sides": [list(side) for side in pyramid.sides],
         }
 

@@ -67,9 +67,9 @@ def _custom() -> list[io.Input]:
             "storage",
             options=list(STORAGES),
             default=plan.storage,
-            tooltip="Precision of keys and values. full: as they are computed. int8: 8 bits, except for the line being "
-            "generated; takes half to three quarters of the memory of half precision, with no visible loss of quality "
-            "and some loss of speed.",
+            tooltip="Precision of keys and values. full: as they are computed. int8: 8 bits, half the memory of half "
+            "precision, with no visible loss of quality. int4: 4 bits and what they need, a third of the memory; on "
+            "the bundled model, two lines in 4 bits are much closer to the full cache than one line in 8.",
         ),
     ]
 
@@ -92,17 +92,18 @@ class LineCache(io.ComfyNode):
                         io.DynamicCombo.Option(CUSTOM, _custom()),
                     ],
                     tooltip="Balanced: 4 lines; evicted tokens are folded into the most similar ones. Small: 3 lines. "
-                    "Smallest: 2 lines. Tiny: a twentieth of the cache, for Infinity. LineAR: 4 lines, as in the "
-                    "paper; with the bundled model ten times as far from the full cache as Balanced. Full: everything, "
-                    "as without this pack. Custom: your own settings. Lines are those of an image of 24: VAR and "
-                    "Infinity, which draw in scales, keep the same share, 1/6 for 4 lines.",
+                    "Smallest: 2 lines. Tiny: a twentieth of the cache, for Infinity. Compact: 2 lines in 8 bits. "
+                    "LineAR: 4 lines, as in the paper; with the bundled model ten times as far from the full cache as "
+                    "Balanced. Full: everything, as without this pack. Custom: your own settings. Lines are those of "
+                    "an image of 24: VAR and Infinity, which draw in scales, keep the same share, 1/6 for 4 lines.",
                 ),
                 MEMORY.Input(
                     "memory",
                     tooltip="Memory that the connected Generate node will allocate for keys and values: 2 × layers × "
                     "sequences × heads × head size × (prompt + lines × tokens per line) × bytes per number. Sequences: "
                     "the number of images, doubled by guidance. VAR and Infinity: the tokens kept in each layer, and "
-                    "room for one layer to draw the last scale.",
+                    "room for one layer to draw the last scale. M-VAR: no cache, but a state of the same size at every "
+                    "scale, whatever is chosen here.",
                     extra_dict={"presets": {name: asdict(plan) for name, plan in PRESETS.items()}},
                 ),
                 io.Combo.Input(

@@ -71,7 +71,9 @@ class Tokens:
     codebook  number of codes that model draws from
     meaning   what they stand for, as ImageModel.codebook says it; "": not stated
     sides     rows and columns of each scale; empty: it was drawn in lines
+    cached    whether the model keeps a cache, so that shares say something
     decoded   float32 B H W 3: the finished picture, where it was decoded already; by the tokenizer with this meaning
+    pixels    height and width of the image that was encoded, before it was scaled and cropped; None: none was
     """
 
     codes: Tensor
@@ -84,12 +86,20 @@ class Tokens:
     seconds: float
     meaning: str = ""
     sides: tuple[tuple[int, int], ...] = ()
+    cached: bool = True
     decoded: Tensor | None = field(default=None, repr=False, compare=False)
+
+    pixels: tuple[int, int] | None = None
 
     @property
     def pyramid(self) -> Pyramid | None:
         """The scales; None: it was drawn in lines."""
         return Pyramid(self.sides) if self.sides else None
+
+    def select(self, rows: list[int]) -> Tokens:
+        """The pictures with these numbers."""
+        names = tuple(self.names[row] for row in rows)
+        return replace(self, codes=self.codes[rows], shares=self.shares[rows], names=names, decoded=None)
 
     def check(self, image: ImageModel) -> None:
         """Raise UserError if these are codes of another codebook than the model's, or drawn another way."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from ..linear_core.checkpoints.text import prompt
 from ..linear_core.errors import UserError
 from . import files, host
-from .inputs import checked
+from .inputs import checked, split_texts
 from .size import OWN, size_input, sized
 from .sockets import MODEL, PROMPT, Model
 
@@ -110,7 +109,7 @@ class TextPrompt(io.ComfyNode):
         negative_text: str = "",
         size: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
-        texts = [part.strip() for part in re.split(r"(?m)^\s*-{3,}\s*$", text) if part.strip()]
+        texts = split_texts(text)
         negative = negative_text.strip()
         if model is not None and not model.image.info.text:
             raise UserError(f"model: {model.image.info.name} takes classes, not text; connect it to Class Prompt.")

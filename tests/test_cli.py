@@ -119,6 +119,24 @@ def test_a_budget_in_memory_is_what_the_cache_takes(
     assert "not enough for one line of 2 sequences" in capsys.readouterr().err
 
 
+def test_the_best_of_several(small_model: Path, tmp_path: Path) -> None:
+    """The pictures with the highest scores, as they are drawn alone, and a sheet of all."""
+    out = tmp_path / "b.png"
+    asked = [str(small_model), "--class", "desert day", "--class", "ocean dusk"]
+    for by in ("match", "likelihood"):
+        assert main(["generate", *asked, "--images", "3", "--best", "2", "--by", by, "--out", str(out)]) == 0
+        written = [Image.open(tmp_path / f"b_{n:02d}.png") for n in (1, 2, 3, 4)]
+        notes = [json.loads(picture.text["linear"]) for picture in written]
+        assert [note["class"] for note in notes] == ["desert day"] * 2 + ["ocean dusk"] * 2
+        assert all(a["score"] >= b["score"] for a, b in (notes[:2], notes[2:]))
+        assert {note["seed"] for note in notes[:2]} < {0, 1, 2} and {note["seed"] for note in notes[2:]} < {3, 4, 5}
+        assert Image.open(tmp_path / "b_sheet.png").width > 3 * 288
+    alone = tmp_path / "alone.png"
+    again = ["--class", "ocean dusk", "--seed", str(notes[3]["seed"]), "--out", str(alone)]
+    assert main(["generate", str(small_model), *again]) == 0
+    assert Image.open(alone).tobytes() == written[3].tobytes()
+
+
 def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     assert main(["models", str(tmp_path)]) == 0
@@ -134,6 +152,7 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--budget", "0"], ["budget", "choose 1"]),
         (["--budget", "some"], ["budget", "some", "1/6"]),
         (["--seeds", "1,2", "--class", "ocean dusk"], ["seeds", "there are 2", "1 images"]),
+        (["--best", "2"], ["best", "2 of 1 images"]),
         (["--seeds", "1", "--seed", "1"], ["seeds", "--seed is one for all"]),
         (["--grid", "3x3"], ["landscapes.safetensors", "24 x 24"]),
         (["--grid", "three"], ["grid", "24x24"]),

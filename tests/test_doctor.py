@@ -46,10 +46,10 @@ def test_the_report_says_what_is_wrong_and_names_no_folder(
 
 def test_paths_and_names_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: "ann")
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/ann"))
+    monkeypatch.setattr(Path, "home", lambda: Path("/srv/ann"))
     clean = doctor.without_names
-    assert clean("/home/ann/x/models/a b.pt: gone", [Path("/home/ann/x/models")]) == "a b.pt: gone"
-    assert clean("cannot load /home/ann/venv/lib/libx.so (no)") == "cannot load ~/.../libx.so (no)"
+    assert clean("/srv/ann/x/models/a b.pt: gone", [Path("/srv/ann/x/models")]) == "a b.pt: gone"
+    assert clean("cannot load /srv/ann/venv/lib/libx.so (no)") == "cannot load ~/.../libx.so (no)"
     assert clean("/data/ann/planner by ann.") == "/data/USER/planner by USER."
     assert clean(f"{os.path.dirname(doctor.__file__)}/assets: gone") == "linear_core/assets: gone"
 

@@ -521,8 +521,16 @@ def test_a_batch_that_changes():
 @pytest.mark.parametrize("name", ["reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices"])
 def test_rows_and_tokens_stay(name):
     _, past = begun()
-    with pytest.raises(UserError, match="num_beams=1"):
+    with pytest.raises(UserError, match="without assistant_model" if name == "crop" else "num_beams=1"):
         getattr(past, name)(1)
+
+
+def test_assisted_generation_is_refused():
+    """It takes back drafts that are wrong. Newer versions ask whether the cache can; others call `crop`."""
+    what, (ids, mask) = subject("llama"), words(LENGTHS[:1])
+    past = LineCache(what.model, (7, 5), CachePlan("full"))
+    with pytest.raises((UserError, ValueError), match=r"cannot take back|a cache that can be cropped"):
+        what.model.generate(ids, attention_mask=mask, prompt_lookup_num_tokens=2, max_new_tokens=8, **passed(past))
 
 
 def test_beams_are_refused():

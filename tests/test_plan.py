@@ -9,7 +9,7 @@ import pytest
 from linear_core.errors import UserError
 from linear_core.grid import Grid
 from linear_core.plan import PRESETS, CachePlan, CacheShape, SamplePlan, parse_budget, parse_seeds
-from linear_core.policies import POLICIES, get_policy
+from linear_core.policies import POLICIES, SCALE_POLICIES, get_policy
 from linear_core.pyramid import Pyramid
 
 SQUARE = Grid(24, 24)
@@ -185,8 +185,15 @@ def test_presets_fit_the_bundled_grid(name):
 
 def test_unknown_policy_is_answered_with_the_known_ones():
     """The message lists what there is."""
-    with pytest.raises(UserError, match=f"policy: 'lin' is unknown; choose one of {', '.join(POLICIES)}"):
+    known = ", ".join(POLICIES | SCALE_POLICIES)
+    with pytest.raises(UserError, match=f"policy: 'lin' is unknown; choose one of {known}"):
         get_policy("lin")
+
+
+def test_policies_for_scales_are_refused_where_there_are_lines():
+    for name in SCALE_POLICIES:
+        with pytest.raises(UserError, match=f"policy: {name} weighs scales, and this model draws in lines"):
+            CachePlan(name).check(SQUARE)
 
 
 def test_bytes_are_known_before_anything_is_loaded():

@@ -30,12 +30,15 @@ from linear_core.models.infinity import Infinity, InfinityConfig
 from linear_core.models.janus import Janus, JanusConfig
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
 from linear_core.models.lumina import Lumina, LuminaConfig
+from linear_core.models.mar import MAR, MARConfig
+from linear_core.models.mvar import MVAR, MVARConfig
 from linear_core.models.var import VAR, VARConfig
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.policies import POLICIES, Policy
 from linear_core.prompts import Prompt, token_prompt
 from linear_core.pyramid import Pyramid
 from linear_core.tokenizers.bits import BitPyramid
+from linear_core.tokenizers.latents import LatentConfig, LatentTokenizer
 from linear_core.tokenizers.pyramid import ResidualPyramid
 
 CLASSES, CODES = 5, 23
@@ -96,6 +99,19 @@ def var(
     return _filled(model, deviation, seed).to(dtype), _filled(quantizer, {"embedding": 1.0}, seed).to(dtype)
 
 
+def mvar(
+    *sides: int, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[MVAR, ResidualPyramid]:
+    """VAR's with attention within a scale, and a scan of three heads of 16 channels, 5 numbers of state for each."""
+    sizes = {"inner": 48, "scan_heads": 3, "scan_size": 5, "span": 4}
+    model = MVAR(MVARConfig(layers, 24, 3, 32, CODES, CLASSES, 6, Pyramid.square(*sides), **sizes))
+    model = model.requires_grad_(False).eval()
+    quantizer = ResidualPyramid(CODES, 6, 4).requires_grad_(False)
+    deviation = {"mat_qkv": 0.4, "fc2": 0.1, "scale_mul": 0.7, "ada": 0.4, "head": 0.5, "class_emb": 1.0}
+    deviation |= {"A_log": 2.0, "dt_bias": 1.5, "conv1d": 0.5, "in_proj": 0.3}  # some heads remember several scales
+    return _filled(model, deviation, seed).to(dtype), _filled(quantizer, {"embedding": 1.0}, seed).to(dtype)
+
+
 def infinity(
     *sides: tuple[int, int], seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
 ) -> tuple[Infinity, BitPyramid]:
@@ -104,6 +120,31 @@ def infinity(
     model = Infinity(config, Pyramid(sides)).requires_grad_(False).eval()
     deviation = {"mat_qkv": 0.4, "fc2": 0.1, "scale_mul": 0.7, "ada": 0.4, "head": 0.5, "cfg_uncond": 1.0}
     return _filled(model, deviation, seed).to(dtype), BitPyramid(6, 1)
+
+
+def mar(*, seed: int = 0, side: int = 6, patch: int = 1, dtype: torch.dtype = torch.float64) -> MAR:
+    """Three heads of 8 numbers, 2 + 4 layers, 3 copies of the class; latents of 4 channels, in double precision.
+
+    What the head says is small, so latents stay about 10.
+    """
+    numbers = 4 * patch**2
+    config = MARConfig(2, 4, 24, 3, 32, CLASSES, side * side, 3, numbers, 16, 2, patch)
+    model = MAR(config).requires_grad_(False).eval()
+    deviation = {
+        "qkv": 0.5,
+        "fc2": 0.3,
+        "class_emb": 1.0,
+        "pos_embed": 0.7,
+        "z_proj.weight": 0.7,
+        "final_layer.linear": 0.05,
+    }
+    return _filled(model, deviation, seed).to(dtype)
+
+
+def latent_tokenizer(seed: int = 0) -> LatentTokenizer:
+    """4 channels of 2 pixels a side, with an encoder."""
+    tokenizer = LatentTokenizer(LatentConfig(4, (16, 8), 1, False, (8, 16), 1, True)).requires_grad_(False).eval()
+    return _filled(tokenizer, {}, seed)
 
 
 def _filled(model: Any, deviation: dict[str, float], seed: int) -> Any:

@@ -90,8 +90,9 @@ export function cellAt(at, x, y) {
  * @param {{ width: number, height: number }} [what.size]  of the picture, in its own pixels
  * @param {number} [what.hover]      cell under the pointer; -1 none
  * @param {number} [what.cut]        first line to be drawn anew; -1 none
+ * @param {boolean[] | null} [what.kept]  cells that a mask keeps
  */
-export function draw(ctx, { at, theme, mode, held, done, drawn, running, picture, size, hover = -1, cut = -1 }) {
+export function draw(ctx, { at, theme, mode, held, done, drawn, running, picture, size, hover = -1, cut = -1, kept = null }) {
   const { boxes, columns, rows, cols } = at;
   const lines = Math.ceil(boxes.length / columns);
   boxes.forEach((box, image) => {
@@ -106,6 +107,7 @@ export function draw(ctx, { at, theme, mode, held, done, drawn, running, picture
     }
     const known = held.length >= (image + 1) * rows * cols;
     if (mode !== "image" && known) cells(ctx, box, at, held, image, done, mode === "kept" ? 0 : drawn, mode === "kept" ? 1 : 0.5);
+    if (kept) region(ctx, box, at, kept, image);
     if (known) bars(ctx, box, at, held, image, done, theme);
     if (running && done < rows) scan(ctx, box, at, done, theme);
     if (cut >= 0) knife(ctx, box, at, cut, theme);
@@ -143,6 +145,33 @@ function cells(ctx, box, at, held, image, done, drawn, alpha) {
       }
     }
   }
+}
+
+/** What a mask keeps is hatched, and a line goes around the rest. @param {any} ctx @param {Box} box @param {Layout} at @param {boolean[]} kept @param {number} image */
+function region(ctx, box, at, kept, image) {
+  const { rows, cols } = at;
+  const of = (/** @type {number} */ row, /** @type {number} */ col) => kept[(image * rows + row) * cols + col];
+  const paths = { hatch: /** @type {number[][]} */ ([]), edge: /** @type {number[][]} */ ([]) };
+  for (let row = 0; row < rows; row++)
+    for (let col = 0; col < cols; col++) {
+      const [x, y, c] = [box.x + col * box.cell, box.y + row * box.cell, box.cell];
+      if (of(row, col)) paths.hatch.push([x, y + c, x + c, y]);
+      if (col + 1 < cols && of(row, col) !== of(row, col + 1)) paths.edge.push([x + c, y, x + c, y + c]);
+      if (row + 1 < rows && of(row, col) !== of(row + 1, col)) paths.edge.push([x, y + c, x + c, y + c]);
+    }
+  const stroke = (/** @type {number[][]} */ lines, /** @type {string} */ style, /** @type {number} */ width) => {
+    ctx.strokeStyle = style;
+    ctx.lineWidth = width;
+    ctx.beginPath();
+    for (const [x1, y1, x2, y2] of lines) {
+      ctx.moveTo(x1, y1);
+      ctx.lineTo(x2, y2);
+    }
+    ctx.stroke();
+  };
+  stroke(paths.hatch, "rgb(255 255 255 / 0.28)", 1);
+  stroke(paths.edge, "#000", 3);
+  stroke(paths.edge, "#fff", 1.5);
 }
 
 /** How much of each line is left. @param {any} ctx @param {Box} box @param {Layout} at @param {Uint8Array} held @param {number} image @param {number} done @param {Theme} theme */

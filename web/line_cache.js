@@ -12,7 +12,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, cellOfScales, draw, drawScales, layout, layoutScales, pictureAt, scaleOfCell } from "./draw.js";
-import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, heldOfScales, hoverText, inScales, keptOf, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, remembered, replayRuns, resolved, runBytes, statusText, unitOf, withBudget } from "./state.js";
+import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, heldOfScales, hoverText, inScales, keptCells, keptOf, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, remembered, replayRuns, resolved, runBytes, statusText, unitOf, withBudget } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -669,6 +669,7 @@ class View extends Told {
       size: picture ? { width: picture.width, height: picture.height } : undefined,
       hover: this.hover,
       cut: this.cut,
+      kept: keptCells(state),
     });
   }
 
@@ -814,7 +815,7 @@ class Slider extends Told {
     const { run } = this.state;
     ctx.font = "600 11px system-ui, sans-serif";
     ctx.textBaseline = "middle";
-    const words = ["full cache", (run && keptOf(run)) || "few lines"];
+    const words = [run?.beside || "full cache", (run && keptOf(run)) || (run?.beside ? "full cache" : "few lines")];
     const [wide, wideRight] = words.map((text) => ctx.measureText(text).width + 12);
     const label = (/** @type {string} */ text, /** @type {number} */ x, /** @type {number} */ y, /** @type {number} */ width) => {
       ctx.fillStyle = "rgb(0 0 0 / 0.6)";
@@ -834,6 +835,7 @@ class Slider extends Told {
 // -- Line Cache: the memory line --------------------------------------------------------------------------------------
 
 const PROMPTS = ["LineAR_ClassPrompt", "LineAR_TextPrompt"];
+const STREAMED_ROOM = 2 ** 30; // bytes of the card for weights that pass through it, as loop/memory.py has it
 const FREE = { /** @type {number | null} */ bytes: null, asked: 0 };
 
 /** Free memory of the host's device, asked for now and then. */
@@ -896,6 +898,7 @@ class Memory {
     const plan = withBudget(chosen, read(this.node, "budget_in", "lines"), Number(read(this.node, "amount", 0)));
     const pixels = read(prompt, "size.pixels", undefined);
     const weight_dtype = read(loader, "weight_dtype", "default");
+    const streamed = read(loader, "stream_weights", false) === true;
     const shape = known.models[model];
     if (missed.length) return { lacking: missed };
     if (!shape || !plan.policy || !plan.budget) return null;
@@ -907,7 +910,7 @@ class Memory {
     const images = Math.max(1, rows) * (Number(read(user, "batch_size", 1)) || 1);
     const guidance = Number(read(user, "guidance", -1));
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
-    return { shape, grid: gridOf(shape, pixels), plan, weights: shape.weights?.[weight_dtype], images: missed.length ? 1 : images, each: guided ? 2 : 1, unknown: missed };
+    return { shape, grid: gridOf(shape, pixels), plan, weights: shape.weights?.[weight_dtype], streamed, images: missed.length ? 1 : images, each: guided ? 2 : 1, unknown: missed };
   }
 
   show() {
@@ -919,17 +922,18 @@ class Memory {
     if (sizes?.lacking) {
       memory.text = `KV cache: unknown until it runs, as ${sizes.lacking.join(" and ")} ${sizes.lacking.length > 1 ? "come" : "comes"} through a link`;
     } else if (sizes) {
-      const { shape, grid, weights = 0, images, each, unknown } = sizes;
+      const { shape, grid, weights = 0, streamed, images, each, unknown } = sizes;
       const plan = resolved(shape, grid, sizes.plan, images * each);
       const bytes = (/** @type {any} */ plan) => cacheBytes(shape, grid, plan, images * each);
       // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
-      const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - weights;
+      const resident = streamed ? Math.min(weights, STREAMED_ROOM) : weights;
+      const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - resident;
       const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
-      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state?.length);
-      const budget = shape.state?.length ? "" : budgetText(plan, grid);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state);
+      const budget = shape.state ? "" : budgetText(plan, grid);
       const [kept, one] = grid.scales ? ["tokens", "one scale"] : ["lines", "one line"];
       if (budget) memory.text = `${budget} · ${memory.text}`;
-      if (sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many ${kept} that is depends on ${unknown.join(" and ")}, unknown until it runs`;
+      if (!shape.state && sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many ${kept} that is depends on ${unknown.join(" and ")}, unknown until it runs`;
       if (!plan.budget) memory = { text: `${sizes.plan.mib} MiB are not enough for ${one}, which takes ${mib(bytes({ ...plan, budget: grid.scales ? 1e-9 : 1, share: 0 }))} MiB`, fits: false, share: 0 };
     }
     if (this.status.textContent === memory.text) return;

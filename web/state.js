@@ -10,7 +10,7 @@
 
 /** The fields of each event. A Python test holds this table equal to linear_core/events.py. */
 export const FIELDS = {
-  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "state_bytes", "seeds"],
+  "started": ["run", "rows", "cols", "stride", "images", "shown", "columns", "layers", "heads", "detail", "seed", "policy", "release", "lines", "anchors", "recent", "cache_bytes", "full_bytes", "codebook", "list_index", "sides", "seeds", "state_bytes", "beside", "kept"],
   "row": ["run", "row", "rows", "cols", "seconds", "tokens_per_second", "held", "lines", "cache_bytes", "full_bytes", "replayed", "tokens", "cells", "shares", "evicted", "by_layer", "merged", "stands", "passes", "accepted", "side"],
   "picture": ["run", "lines"],
   "finished": ["run", "rows", "seconds", "tokens_per_second", "held", "passes", "accepted"]
@@ -132,6 +132,15 @@ function packed(codes) {
   let raw = "";
   for (const byte of new Uint8Array(view.buffer)) raw += String.fromCharCode(byte);
   return btoa(raw);
+}
+
+/** Which cells of the pictures shown keep the code of a picture that exists already: bool of each; null: none do.
+ * @param {State} state */
+export function keptCells(state) {
+  const { kept, shown, rows, cols } = state.run ?? {};
+  if (!kept || state.partial) return null;
+  const bits = bytes(kept);
+  return Array.from({ length: shown * rows * cols }, (_, cell) => ((bits[cell >> 3] >> (cell & 7)) & 1) === 1);
 }
 
 // -- scales -----------------------------------------------------------------------------------------------------------
@@ -344,7 +353,7 @@ export function statusText(state) {
   const rate = finished ? finished.tokens_per_second : speed(state);
   if (rate) parts.push(`${Math.round(rate)} tok/s`);
   if (kept) parts.push(`cache ${kept}`, `${mib(run.cache_bytes)} MiB of ${mib(run.full_bytes)}`);
-  else if (run.state_bytes) parts.push(`no cache, a state of ${mib(run.state_bytes)} MiB`);
+  else if (run.state_bytes) parts.push(`no cache: a state of ${mib(run.state_bytes)} MiB`);
   else parts.push(`full cache · ${mib(run.full_bytes)} MiB`);
   const left = state.partial && inScales(run) ? null : eta(state);
   if (finished) parts.push(`${duration(finished.seconds)}${state.stopped ? " · stopped" : ""}`);
@@ -368,6 +377,7 @@ export function hoverText(state, cell, look = {}) {
   const { rows, cols, first } = scalesOf(run)[stage];
   const name = `${which}scale ${stage + 1} of ${run.rows}`;
   if (stage >= upTo(state, look)) return `${name}, ${rows} × ${cols} · not drawn yet`;
+  if (run.state_bytes) return `${name}, ${rows} × ${cols} · no cache, so no token is held: a state joins the scales`;
   if (stage === run.rows - 1) return `${name}, ${rows} × ${cols} · drawn and never kept`;
   const count = now.length > cell ? `${Math.round(heldOfScales(run, now, image)[stage])} of ` : "";
   const place = `row ${Math.floor((at - first) / cols) + 1}, column ${((at - first) % cols) + 1}`;
@@ -378,7 +388,8 @@ export function hoverText(state, cell, look = {}) {
  * @param {State} state @param {number} cell @param {Uint8Array} now  held @param {Look} look @param {number} stage  of the cell */
 function fate(state, cell, now, look, stage) {
   const { run } = state;
-  if (!now.length) return "";
+  const given = keptCells(state)?.[cell] ? " · outside the mask" : "";
+  if (!now.length) return given;
   if (cell >= now.length) return " · layers and heads are told of the first picture only";
   const gone = evictedAfter(state, look)[cell];
   const { layer = -1, head = -1 } = look;
@@ -386,11 +397,11 @@ function fate(state, cell, now, look, stage) {
   if (gone < 0) {
     const tokens = standsFor(state, cell, look);
     const more = tokens > 1 ? ` · stands for ${tokens < 10 ? tokens.toFixed(1).replace(".0", "") : Math.round(tokens)} tokens` : "";
-    return ` · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
+    return `${given} · ${of ? `kept by ${now[cell] === 255 ? "all" : `${Math.max(1, Math.round(now[cell] / 2.55))} % of`} ${of}` : "kept"}${more}`;
   }
   const line = inScales(run) ? "scale" : "line";
   if (line === "line" && cell % (run.rows * run.cols) === run.rows * run.cols - 1) return " · the last token is drawn and never kept";
-  return ` · evicted after ${unitOf(run)} ${gone + 1}${gone > stage ? `, ${gone - stage} ${line}${gone - stage > 1 ? "s" : ""} later` : ""}`;
+  return `${given} · evicted after ${unitOf(run)} ${gone + 1}${gone > stage ? `, ${gone - stage} ${line}${gone - stage > 1 ? "s" : ""} later` : ""}`;
 }
 
 /** What the model chooses where a widget says −1, as the nodes name it. */
@@ -457,7 +468,11 @@ export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)(?:x\d+)?:/
 /** Policies that share the budget out unevenly have room for twice the budget in every head: plan.py's UNEVEN. */
 const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
 /** Of these, those that share it among all layers: plan.py's ACROSS_LAYERS. */
-const ACROSS_LAYERS = ["cake", "hack", "prefixkv", "pyramidkv"];
+const ACROSS_LAYERS = ["amskv", "cake", "hack", "heatkv", "prefixkv", "pyramidkv", "scalekv"];
+/** Of these, those under which a layer may keep all: plan.py's WHOLE. */
+const WHOLE = ["heatkv", "scalekv"];
+/** Over scales, heads of unequal room are grouped by quarters of the budget: plan.py's ROOMS. */
+const ROOMS = 4;
 const LINES = 24; // of a picture whose budget is stated in lines while it is drawn in scales
 
 /**
@@ -475,19 +490,23 @@ function keepsOf(plan, [first, kept]) {
   return Math.min(Math.max(1, first, toEven(share * kept)), kept);
 }
 
-/** Slots of the fullest head and the last scale, in the layer that is computed: CachePlan.work_slots. @param {any} plan @param {[number, number, number]} scales */
-const workSlots = (plan, scales) => Math.min(keepsOf(plan, scales) * (UNEVEN.includes(plan.policy) ? 2 : 1), scales[1]) + scales[2];
+/** Slots for each head and the last scale, in the layer that is computed: CachePlan.work_slots. @param {any} plan @param {[number, number, number]} scales */
+function workSlots(plan, scales) {
+  const [keeps, [, kept, last]] = [keepsOf(plan, scales), scales];
+  if (WHOLE.includes(plan.policy)) return kept + last;
+  if (ACROSS_LAYERS.includes(plan.policy)) return Math.min(2 * keeps, kept) + last;
+  const room = plan.policy === "fold" || UNEVEN.includes(plan.policy) ? Math.ceil(keeps / ROOMS) : 0;
+  return Math.min(keeps + room, kept) + last;
+}
 
 /** CacheShape.scales_bytes. @param {any} shape @param {[number, number, number]} scales @param {any} plan @param {number} sequences */
 function scalesBytes(shape, scales, plan, sequences) {
-  if (shape.state?.length) { // no cache: what each layer carries from scale to scale, in float32 or better
-    const each = shape.state.reduce((/** @type {number} */ sum, /** @type {number[]} */ sizes) => sum + sizes.reduce((a, b) => a * b, 1), 0);
-    return shape.layers * sequences * each * Math.max(shape.bytes_per_element, 4);
-  }
+  // No cache: what each layer carries from scale to scale, in float32 or better.
+  if (shape.state) return shape.layers * sequences * shape.state * Math.max(shape.bytes_per_element, 4);
   const [keeps, heads] = [keepsOf(plan, scales), 2 * sequences * shape.heads];
-  const slot = plan.storage === "int8" ? shape.head_dim + 4 : shape.head_dim * shape.bytes_per_element;
+  const slot = slotBytes(shape, plan.storage, 4);
   let held = shape.layers * heads * keeps * slot;
-  if (ACROSS_LAYERS.includes(plan.policy) && keeps < scales[1]) held += Math.floor(held / 2);
+  if (ACROSS_LAYERS.includes(plan.policy) && keeps < scales[1]) held += WHOLE.includes(plan.policy) ? held : Math.floor(held / 2);
   return held + heads * workSlots(plan, scales) * shape.head_dim * shape.bytes_per_element;
 }
 
@@ -496,13 +515,13 @@ function scalesRunBytes(model, scales, plan, sequences) {
   const { heads, bytes_per_element: wide } = model;
   const [keeps, slots, size] = [keepsOf(plan, scales), workSlots(plan, scales), scales[2]];
   let settling = 0;
-  if (keeps < scales[1]) {
+  if (!model.state && keeps < scales[1]) {
     const together = Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / (heads * slots ** 2))));
     settling = together * heads * (folds(plan) ? slots ** 2 : 64 * slots) * 4 * 3;
   }
   const activations = sequences * size * model.hidden * (wide * 2 + 4);
   const sampling = sequences * size * model.logits * (4 * 3 + 8 * 2);
-  return scalesBytes(model, scales, plan, sequences) + model.layers * sequences * heads * keeps * 12 + Math.max(activations, settling, sampling);
+  return scalesBytes(model, scales, plan, sequences) + (model.state ? 0 : model.layers * sequences * heads * keeps * 12) + Math.max(activations, settling, sampling);
 }
 
 /** Pairs of slots that folding compares at once. @param {{ device: string }} model */
@@ -518,6 +537,16 @@ function linesOf(plan, grid) {
 }
 
 /**
+ * A key, or a value, of one head, with a scale of so many bytes where the storage has one: CacheShape.slot_bytes.
+ * @param {{ head_dim: number, bytes_per_element: number }} shape @param {string | undefined} storage @param {number} scale
+ */
+function slotBytes(shape, storage, scale) {
+  if (storage === "int8") return shape.head_dim + scale;
+  if (storage === "int4") return Math.floor(shape.head_dim / 2) + 2 * Math.ceil(shape.head_dim / 16) + scale;
+  return shape.head_dim * shape.bytes_per_element;
+}
+
+/**
  * Bytes of the whole cache, as linear_core.plan.CacheShape has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number }} shape
  * @param {Grid} grid
@@ -528,8 +557,7 @@ export function cacheBytes(shape, grid, plan, sequences) {
   if (grid.scales) return scalesBytes(shape, grid.scales, plan, sequences);
   const slots = shape.prompt + linesOf(plan, grid) * grid.stride;
   const heads = 2 * shape.layers * sequences * shape.heads; // keys and values
-  const line = heads * shape.head_dim * grid.stride * shape.bytes_per_element;
-  return plan.storage === "int8" ? heads * slots * (shape.head_dim + shape.bytes_per_element) + line : heads * shape.head_dim * slots * shape.bytes_per_element;
+  return heads * slots * slotBytes(shape, plan.storage, shape.bytes_per_element);
 }
 
 /** A preset, or settings of one's own, with the budget of the two widgets below in its place: nodes/plan.py.
@@ -546,6 +574,7 @@ export const withBudget = (plan, unit, amount) =>
  * @param {number} sequences @returns {P}
  */
 export function resolved(shape, grid, plan, sequences) {
+  if (shape.state) return { ...plan, policy: "full", budget: 4, share: 0, mib: 0 }; // no cache: nothing to evict
   if (plan.policy === "full" || !(plan.share || plan.mib)) return plan;
   const { scales } = grid;
   const keeping = (/** @type {number} */ count) =>
@@ -618,12 +647,12 @@ export function gridOf(own, size) {
  */
 export function memoryText(bytes, full, weights, fitting, images, unknown = [], most = 512, state = false) {
   const each = unknown.length ? " a picture" : "";
-  const parts = [state ? `no KV cache, a state of ${mib(bytes)} MiB${each}` : `KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB${each}, −${Math.round((1 - bytes / full) * 100)} %` : `${each}, everything kept`)];
+  const parts = [state ? `no cache: a state of ${mib(bytes)} MiB${each}` : `KV cache ${mib(bytes)} MiB` + (bytes < full ? ` of ${mib(full)} MiB${each}, −${Math.round((1 - bytes / full) * 100)} %` : `${each}, everything kept`)];
   if (unknown.length) parts.push(`${unknown.join(" and ")} unknown until it runs`);
   if (weights) parts.push(`weights ${(weights / 1e9).toFixed(2)} GB`);
   const fits = fitting === null || images <= fitting;
   if (fitting === 0) parts.push("too little memory is free for one picture");
   else if (!fits) parts.push(`room for ${fitting} of ${images} pictures at once`);
   else if (fitting !== null) parts.push(`room for ${fitting >= most ? `${most} pictures or more` : fitting === 1 ? "one picture" : `${fitting} pictures`} at once`);
-  return { text: parts.join(" · "), fits, share: bytes / full };
+  return { text: parts.join(" · "), fits, share: state ? 0 : bytes / full };
 }

@@ -21,7 +21,6 @@ from linear_core.cache.storage import STORAGE
 HEADS = {"LlamaGen-XL": (20, 64), "Janus-Pro-7B": (32, 128)}
 SLOTS = (97, 121, 169, 289, 577, 1153, 2305, 4160)
 BATCHES = (1, 4, 16, 64, 256, 512)  # images, each of them twice with guidance
-STRIDE = 24
 COLD = 2**28  # bytes of slots that calls take turns over: more than any GPU's cache
 MOST = 12 * 2**30  # bytes of one size's slots
 
@@ -44,9 +43,10 @@ def run(ask: Ask) -> Iterator[Result]:
 
 
 def compare(ask: Ask, bandwidth: float, storage: str, rows: int, heads: int, dim: int, slots: int) -> Result:
-    one = 2 * rows * heads * slots * dim * (1 if storage != "full" else DTYPE.itemsize)
+    filled = [[fill(ask, storage, rows, heads, dim, slots) for _ in range(2)]]
+    one = sum(stored.nbytes for stored in filled[0])
     copies = 1 if ask.dry else max(1, min(16, COLD // one))
-    filled = [[fill(ask, storage, rows, heads, dim, slots) for _ in range(2)] for _ in range(copies)]
+    filled += [[fill(ask, storage, rows, heads, dim, slots) for _ in range(2)] for _ in range(copies - 1)]
     q = torch.randn(rows, heads, 1, dim, dtype=DTYPE, device=ask.device)
     bias = torch.zeros(rows, heads, slots, dtype=DTYPE, device=ask.device)
     contenders: dict[str, Any] = {"sdpa": through_sdpa}
@@ -74,9 +74,8 @@ def compare(ask: Ask, bandwidth: float, storage: str, rows: int, heads: int, dim
 
 def fill(ask: Ask, storage: str, rows: int, heads: int, dim: int, slots: int) -> Any:
     """One layer's keys or values, as a cache holds them within a line."""
-    stored = STORAGE[storage]((1, rows, heads), slots, STRIDE, dim, DTYPE, ask.device)
+    stored = STORAGE[storage]((1, rows, heads), slots, dim, DTYPE, ask.device)
     stored.write_prompt(0, torch.randn(rows, heads, slots, dim, dtype=DTYPE, device=ask.device))
-    stored.start_line(0, torch.arange(STRIDE, device=ask.device).expand(rows, heads, STRIDE))
     return stored
 
 

@@ -24,7 +24,7 @@ from ..loop.threads import limit_threads
 from ..models.packed import pack
 from ..pictures.preview import decode
 from ..pictures.sheet import to_image, write_png
-from ..plan import CachePlan, SamplePlan
+from ..plan import MAX_SEED, CachePlan, SamplePlan
 from ..prompts import Prompt
 from .folder import PICTURES, Drawn
 from .table import Row, Skipped
@@ -48,6 +48,7 @@ class Job:
     encoder   a text encoder, for models that need one
     size      pixels that pictures are enlarged to
     codes     whether a picture's codes go into its metadata
+    weight_dtype  how the decoder's large matrices are stored, see `load_model`
     """
 
     files: ModelFiles
@@ -63,6 +64,7 @@ class Job:
     encoder: str | None = None
     size: int = 0
     codes: bool = False
+    weight_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def pictures_of(rows: Sequence[Row], job: Job) -> list[Picture]:
         first = (row.number - 1) * job.images + job.sample.seed if row.seed is None else row.seed
         for image in range(job.images):
             which = f"_{image + 1:02d}" if job.images > 1 else ""
-            found.append(Picture(row, image, (first + image) % 2**64, f"{PICTURES}/{row.number:06d}{which}.png"))
+            found.append(
+                Picture(row, image, (first + image) % (MAX_SEED + 1), f"{PICTURES}/{row.number:06d}{which}.png")
+            )
     return found
 
 
@@ -125,7 +129,7 @@ class Drawer:
         if device == "cpu" and (note := limit_threads()):
             tell(f"note: {note}.")
         dtype = job.dtype or usual_dtype(device)
-        model = load_model(job.files, grid=job.grid, device=device, dtype=dtype)
+        model = load_model(job.files, grid=job.grid, device=device, dtype=dtype, weight_dtype=job.weight_dtype)
         pack(model.decoder)  # on the CPU only, where it halves the time of a step
         self.model = replace(model, info=model.info.with_size(job.pixels) if job.pixels else model.info)
         self.encoder = text.find_text_encoder(job.encoder) if job.encoder else None
@@ -138,14 +142,11 @@ class Drawer:
 
         Raises UserError for what concerns all of them, such as memory that ran out twice.
         """
-        done: list[Drawn | Skipped] = []
-        for part in _runs(batch):  # TODO seeds
-            prompt, left, skipped = self._prompt(part)
-            done += [*skipped, *(self._draw(prompt, left) if prompt is not None else ())]
-        return done
+        prompt, left, skipped = self._prompt(batch)
+        return [*skipped, *(self._draw(prompt, left) if prompt is not None else ())]
 
     def _draw(self, prompt: Prompt, batch: Sequence[Picture]) -> Iterator[Drawn]:
-        sample = replace(self.job.sample, seed=batch[0].seed)
+        sample = replace(self.job.sample, seeds=tuple(picture.seed for picture in batch))
         parts = MicroBatches(prompt, sample, self.at_once or len(batch), advice=ADVICE)
         for part in parts:
             with parts.watch(part):
@@ -176,6 +177,7 @@ class Drawer:
         said = {"negative": negative} if (negative := row.negative or job.negative) else {}
         known = {"row": row.number, "file_name": picture.name, "prompt": row.prompt, **said, "seed": picture.seed}
         settings = asdict(job.plan) | asdict(replace(job.sample, seed=picture.seed))
+        del settings["seeds"]  # `seed` is the picture's own
         notes = {"model": info.name, "text" if info.text else "class": row.prompt, **said, **settings}
         file = io.BytesIO()
         write_png(to_image(image, job.size), file, notes)
@@ -213,16 +215,6 @@ class Drawer:
             prompt = model.class_prompt(texts)
         model.check(prompt)
         return prompt
-
-
-def _runs(batch):
-    parts = []
-    for picture in batch:
-        if parts and picture.seed == parts[-1][-1].seed + 1:
-            parts[-1].append(picture)
-        else:
-            parts.append([picture])
-    return parts
 
 
 def best_device() -> str:

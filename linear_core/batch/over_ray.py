@@ -129,7 +129,9 @@ def _started(ray: Any, workers: Workers) -> Iterator[None]:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
         paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
-    else:  # the code travels, the model's files do not
+    else:
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")  # tries, or nobody there takes many minutes
+        # The code travels, the model's files do not.
         options["runtime_env"] = {"py_modules": [str(PACKAGE)], "excludes": ["assets/*.safetensors"]}
     try:
         ray.init(address=workers.address, **options)

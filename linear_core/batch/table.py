@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, quoted
+from ..plan import MAX_SEED
 
 COLUMNS = ("prompt", "text", "caption", "class")  # which of a table's columns is what to draw: the first that is there
 NEGATIVE, SEED = "negative", "seed"
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
-MAX_SEED = 2**64 - 1
 
 
 class BadRow(Exception):

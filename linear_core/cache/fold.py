@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .look_ahead import distances, gather_vectors, upcast
+from .look_ahead import gather_vectors, least_squares, upcast
 from .view import View
 
 SLACK = 1.0  # in ln: how far a folded slot's weight may be from its number of tokens
@@ -50,49 +50,52 @@ def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None)
     Folding equal keys loses nothing: n tokens with key k and values v_i equal one with key k, their mean value and
     weight n. Prompt slots and empty slots are not folded.
     """
-    look_ahead, importance = view.look_ahead(), view.importance()
-    kept = view.candidates().scatter(-1, victims, False)
-    victim_keys = upcast(gather_vectors(view.keys, victims))
-    distance = distances(victim_keys, upcast(view.keys)).masked_fill(~kept[..., None, :], float("inf"))
-    folds = view.candidates().gather(-1, victims)  # a victim may be an empty slot
+    look_ahead, importance, image = view.look_ahead(), view.importance(), view.candidates()
+    folds = image.gather(-1, victims)  # a victim may be an empty slot
     if none is not None:
         folds = folds & ~none
-    slot = torch.where(folds, _nearest(distance, view.index[..., None, :])[..., 0], victims)
+    slot = torch.where(folds, _nearest(view, victims, image.scatter(-1, victims, False)), victims)
     # Victims V x V, 1 where two share a slot. A matrix product always adds in the same order; a scatter does not.
-    same_slot = (slot[..., :, None] == slot[..., None, :]).to(victim_keys.dtype)
-
-    def merge(own: Tensor, added: Tensor) -> Tensor:
-        """The slots' own values plus what the victims add, all L B H V N."""
-        return own + same_slot @ added
+    same_slot = (slot[..., :, None] == slot[..., None, :]).to(importance.dtype)
 
     def pair(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x L B H S at the receiving slots and at the victims: L B H V 1 each."""
-        return x.gather(-1, slot)[..., None], x.gather(-1, victims)[..., None]
+        """x L B H S at the receiving slots, and what the victims bring: L B H V each."""
+        return x.gather(-1, slot), x.gather(-1, victims) * folds
+
+    def total(x: Tensor) -> Tensor:
+        """Sum of x L B H S over all that ends up in each receiving slot: L B H V."""
+        own, added = pair(x)
+        return own + (same_slot @ added[..., None])[..., 0]
 
     own, added = pair(importance)
-    total = merge(own, added)
-    old_keys, old_values = (upcast(gather_vectors(x, slot)) for x in (view.keys, view.values))
-    keys = merge(old_keys * own, victim_keys * added) / total
-    values = merge(old_values * own, upcast(gather_vectors(view.values, victims)) * added) / total
-    tokens = merge(*pair(count.to(keys.dtype)))[..., 0]
+    whole = total(importance).clamp(min=torch.finfo(importance.dtype).tiny)
+    share = torch.where(folds, own / whole, 1.0)[..., None]
+    shares = same_slot * added[..., None, :] / whole[..., None]
+
+    def mean(x: Tensor) -> Tensor:
+        """Means of vectors x L B H S D over all that ends up in each receiving slot: L B H V D."""
+        own, added = (upcast(gather_vectors(x, slots)) for slots in (slot, victims))
+        own.mul_(share).flatten(0, 2).baddbmm_(shares.flatten(0, 2), added.flatten(0, 2))
+        return own
+
+    keys, values, tokens = mean(view.keys), mean(view.values), total(count.to(importance.dtype))
     log_count = tokens.log()
-    weight = (merge(*pair(look_ahead.mass))[..., 0] / look_ahead.attention_mass(keys)).log()
+    weight = (total(look_ahead.mass) / look_ahead.attention_mass(keys)).log()
     weight = weight.nan_to_num(0.0).clamp(log_count - SLACK, log_count + SLACK)
-    folds_vector = folds[..., None]
-    return Folded(
-        slot,
-        torch.where(folds_vector, keys, old_keys),
-        torch.where(folds_vector, values, old_values),
-        torch.where(folds, weight, upcast(view.bias).gather(-1, slot)),
-        torch.where(folds, tokens, count.gather(-1, slot).to(keys.dtype)),
-    )
+    return Folded(slot, keys, values, torch.where(folds, weight, upcast(view.bias).gather(-1, slot)), tokens)
 
 
-def _nearest(distance: Tensor, index: Tensor) -> Tensor:
-    """The slot of the smallest distance ... S, the newest token's in a tie: int64 ... 1.
+def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
+    """The slot among `kept` (bool L B H S) with the key nearest to that of each victim, the newest in a tie.
 
     Distances equal to three digits tie. Keys of the same code at the same offset left and right are equally far, and
     the last digit, which changes with the batch size, must not decide between them.
     """
-    digits = (distance.float().view(torch.int32) + 0x800 >> 12).long()  # the bits of positive floats are in their order
-    return (digits << 32 | 0x7FFFFFFF - index.long()).argmin(-1, keepdim=True)
+    keys, squares = view.centred
+    usable = squares.masked_fill(~kept, float("inf"))[..., None, :]
+    distance = least_squares(gather_vectors(keys, victims), keys, usable)
+    distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0).float()
+    # Positive floats sort like their bits. The last of them make room for the token's age.
+    room = max(12, (view.grid.prompt + view.grid.tokens).bit_length())
+    age = (1 << room) - 1 - view.index[..., None, :]
+    return distance.view(torch.int32).add_(1 << room - 1).bitwise_and_(-1 << room).add_(age).argmin(-1)

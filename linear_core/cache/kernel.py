@@ -1,7 +1,7 @@
 """Attention of one query over the slots of a cache in a single pass: a Triton kernel for NVIDIA GPUs.
 
 Importing this module needs Triton. `attention.kernel` says when the kernel is used. B batch, H heads, S slots, D head
-size, C tokens per line; Q query heads, as many for each key head. Programs of a group run side by side, so that all
+size; Q query heads, as many for each key head. Programs of a group run side by side, so that all
 but one of them find its keys in the cache of the GPU.
 
 The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), in float32. If B Q programs are too few to
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .storage import GROUP as PER_GROUP
 from .storage import RawSlots
 
 TILE = 4096  # elements of keys, and of values, that a program holds at a time: 32 per thread of four warps
@@ -45,13 +46,12 @@ def attend_one(q: Tensor, keys: RawSlots, values: RawSlots, bias: Tensor) -> Ten
     out = q.new_empty(rows, heads, 1, head_dim)
     # Per split: the maximum score, the sum of exponentials, and the values weighted by them.
     partial = q.new_empty(rows, heads, splits, head_dim + 2, dtype=torch.float32) if splits > 1 else None
-    line = 0 if keys.target is None else keys.target.shape[2]
+    bits = 0 if keys.scale is None else 8 if keys.data.dtype == torch.int8 else 4
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current device
         _attend[(heads, rows, splits)](
-            out, partial, q, *keys[:3], *values[:3], keys.target, bias, head_dim**-0.5, slots, split_size,
+            out, partial, q, *keys, *values, bias, head_dim**-0.5, slots, split_size,
             *q.stride()[:2], *strides, *bias.stride()[:2],
-            GROUP=heads // bias.shape[1], DIM=head_dim, WIDTH=width, BLOCK=block, LINE=line,
-            LINE_WIDTH=triton.next_power_of_2(max(line, 1)),
+            GROUP=heads // bias.shape[1], DIM=head_dim, WIDTH=width, BLOCK=block, BITS=bits, PER_GROUP=PER_GROUP,
         )  # fmt: skip
         if partial is not None:
             _reduce_splits[(heads, rows)](
@@ -61,25 +61,20 @@ def attend_one(q: Tensor, keys: RawSlots, values: RawSlots, bias: Tensor) -> Ten
 
 
 def _strides(raw: RawSlots) -> list[int]:
-    """Strides of rows, heads and slots; of rows and heads for scale and target, whose slots are contiguous."""
-    tensors = [(raw.data, 3), (raw.scale, 2), (raw.fresh, 3), (raw.target, 2)]
+    """Strides of rows, heads and slots; of rows and heads for the scale, whose slots are contiguous."""
+    tensors = [(raw.data, 3), (raw.scale, 2)]
     assert all(x is None or x.stride(n) == 1 for x, n in tensors)
     return [x.stride(i) if x is not None else 0 for x, n in tensors for i in range(n)]
 
 
 @triton.jit(do_not_specialize=["slots", "split_size"])
 def _attend(
-    out, partial, q, k, k_scale, k_fresh, v, v_scale, v_fresh, target, bias, factor, slots, split_size,
-    q_row, q_head, data_row, data_head, data_slot, scale_row, scale_head, fresh_row, fresh_head, fresh_token,
-    target_row, target_head, bias_row, bias_head,
-    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
-    LINE_WIDTH: tl.constexpr,
+    out, partial, q, k, k_scale, v, v_scale, bias, factor, slots, split_size,
+    q_row, q_head, data_row, data_head, data_slot, scale_row, scale_head, bias_row, bias_head,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One head's query over `split_size` of its slots.
-
-    The last program also takes the line being written, of LINE tokens. LINE 0: there is none, and data are not
-    quantized.
-    """
+    """One head's query over `split_size` of its slots, which are in 8 or 4 bits (BITS) or as they were computed (0)."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)  # a layer may have over 2^31 elements
     split, splits = tl.program_id(2), tl.num_programs(2)
     d = tl.arange(0, WIDTH)
@@ -91,44 +86,28 @@ def _attend(
     k += data_offset
     v += data_offset
     bias += row * bias_row + head * bias_head
-    if LINE:
+    if BITS:
         k_scale += row * scale_row + head * scale_head
         v_scale += row * scale_row + head * scale_head
-        target += row * target_row + head * target_head
-        line = tl.arange(0, LINE_WIDTH)
-        targets = tl.load(target + line, mask=line < LINE, other=-1)
     max_score, sum_exp, acc = float("-inf"), 0.0, tl.zeros((WIDTH,), tl.float32)
     end = tl.minimum((split + 1) * split_size, slots)
     for first in range(split * split_size, end, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         in_split = slot < end
-        offset = slot[:, None] * data_slot + d[None, :]
+        offset = slot[:, None] * data_slot
         mask = in_split[:, None] & in_head[None, :]
-        keys = tl.load(k + offset, mask=mask, other=0).to(tl.float32)
-        values = tl.load(v + offset, mask=mask, other=0).to(tl.float32)
+        if BITS == 4:
+            keys = _four_bits(k + offset, d[None, :], mask, DIM, PER_GROUP)
+            values = _four_bits(v + offset, d[None, :], mask, DIM, PER_GROUP)
+        else:
+            keys = tl.load(k + offset + d[None, :], mask=mask, other=0).to(tl.float32)
+            values = tl.load(v + offset + d[None, :], mask=mask, other=0).to(tl.float32)
         scores = tl.sum(keys * query[None, :], 1)
         slot_bias = tl.load(bias + slot, mask=in_split, other=float("-inf")).to(tl.float32)
-        if LINE:
+        if BITS:
             scores *= tl.load(k_scale + slot, mask=in_split, other=0.0).to(tl.float32)
             values *= tl.load(v_scale + slot, mask=in_split, other=0.0).to(tl.float32)[:, None]
-            replaced = tl.max((slot[:, None] == targets[None, :]).to(tl.int32), 1)
-            slot_bias = tl.where(replaced > 0, float("-inf"), slot_bias)
         max_score, sum_exp, acc = _online_softmax(max_score, sum_exp, acc, scores + slot_bias, values)
-    if LINE:
-        fresh_offset = row * fresh_row + head * fresh_head
-        k_fresh += fresh_offset
-        v_fresh += fresh_offset
-        for first in range(0, tl.where(split == splits - 1, LINE, 0), BLOCK):
-            token = first + tl.arange(0, BLOCK)
-            in_line = token < LINE
-            offset = token[:, None] * fresh_token + d[None, :]
-            mask = in_line[:, None] & in_head[None, :]
-            keys = tl.load(k_fresh + offset, mask=mask, other=0.0).to(tl.float32)
-            values = tl.load(v_fresh + offset, mask=mask, other=0.0).to(tl.float32)
-            slot = tl.load(target + token, mask=in_line, other=0)
-            slot_bias = tl.load(bias + slot, mask=in_line, other=float("-inf")).to(tl.float32)
-            scores = tl.sum(keys * query[None, :], 1) + slot_bias
-            max_score, sum_exp, acc = _online_softmax(max_score, sum_exp, acc, scores, values)
     if partial is None:
         tl.store(out + row_head * DIM + d, acc / tl.where(sum_exp == 0, 1.0, sum_exp), mask=in_head)
     else:
@@ -136,6 +115,18 @@ def _attend(
         tl.store(partial, max_score)
         tl.store(partial + 1, sum_exp)
         tl.store(partial + 2 + d, acc, mask=in_head)
+
+
+@triton.jit
+def _four_bits(data, d, mask, DIM: tl.constexpr, PER_GROUP: tl.constexpr):
+    """Elements d of slots in `storage.Int4`'s format, without the slots' scale. Bytes that two elements share come
+    from the GPU's cache the second time."""
+    half: tl.constexpr = DIM // 2
+    level = (tl.load(data + d % half, mask=mask, other=0).to(tl.int32) >> tl.where(d < half, 0, 4)) & 15
+    group = half + d // PER_GROUP
+    floor = tl.load(data + group, mask=mask, other=0).to(tl.float32)
+    step = tl.load(data + group + (DIM + PER_GROUP - 1) // PER_GROUP, mask=mask, other=0).to(tl.float32)
+    return floor / 127.5 - 1 + level * (step / (15 * 127.5))
 
 
 @triton.jit

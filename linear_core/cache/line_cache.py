@@ -49,7 +49,7 @@ class LineCache:
         self.slots = shape.prompt + plan.lines(grid) * stride
         slots = (layers, rows, heads, self.slots)
         self.keys, self.values = (
-            STORAGE[plan.storage](slots[:3], self.slots, stride, head_dim, dtype, device) for _ in range(2)
+            STORAGE[plan.storage](slots[:3], self.slots, head_dim, dtype, device) for _ in range(2)
         )
         self.nbytes = self.keys.nbytes + self.values.nbytes  # as allocated; does not shrink with keep_rows
         self.bias = torch.full(slots, float("-inf"), dtype=dtype, device=device)
@@ -110,8 +110,8 @@ class LineCache:
     def write(self, layer: int, column: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
         """Write k, v B H T D and q B Q T D of the tokens at `column` (int64 T)."""
         slot = self.target[layer].index_select(2, column)
-        self.keys.write(layer, slot, column, k)
-        self.values.write(layer, slot, column, v)
+        self.keys.write(layer, slot, k)
+        self.values.write(layer, slot, v)
         if self.queries is not None:
             self.queries[layer].index_copy_(2, column, q)
 
@@ -145,8 +145,8 @@ class LineCache:
         Tokens beyond the line's end see the cache as it is at the line's last token.
         """
         end, count = self.end, k.shape[2]
-        keys = torch.cat([self.keys.read(layer, end), k], 2)
-        values = torch.cat([self.values.read(layer, end), v], 2)
+        keys = torch.cat([self.keys.read(layer, end), self.keys.stored(k)], 2)
+        values = torch.cat([self.values.read(layer, end), self.values.stored(v)], 2)
         before = self.bias[layer, :, :, None, :end].expand(-1, -1, count, -1)
         if self.plan.release == "lazy":  # each token of the line hides the victim that it overwrites
             target, order = self.target[layer], torch.arange(count, device=column.device)
@@ -200,20 +200,14 @@ class LineCache:
     def extend(self) -> None:
         """Put the next line into slots that were never used."""
         stride = self.grid.stride
-        if self.extent > self.shape.prompt:  # this is not the first line
-            for layer in range(self.shape.layers):
-                self._finish_line(layer)
         self.target.copy_(torch.arange(self.extent, self.extent + stride, device=self.target.device))
         self.extent += stride
-        for layer in range(self.shape.layers):
-            self._start_line(layer)
 
     def view(self, row: int | Tensor, layer: int, rotate: Callable[[Tensor, int], Tensor] | None = None) -> View:
         """The contents of one layer once line `row` is complete: a view with L = 1. `rotate` is passed on to it.
 
         Also adds the line's attention to `mass`, so call it once per line.
         """
-        self._finish_line(layer)
         end, one = self.extent, slice(layer, layer + 1)
         keys, values = self.keys.read(layer, end)[None], self.values.read(layer, end)[None]
         bias, index = self.bias[one, ..., :end], self.index[one, ..., :end]
@@ -222,7 +216,10 @@ class LineCache:
         if self.mass is not None and queries is not None:
             mass = self.mass[one, ..., :end]
             mass += attention_weights(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
-        return View(keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey)
+        protected = self.plan.anchors + self.plan.recent * self.grid.stride
+        return View(
+            keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey, protected=protected
+        )
 
     def release(self, view: View, victims: Tensor) -> None:
         """Release `victims` (slots, int64 1 B H V, least useful first; -1: none) in the layer and rows of `view`.
@@ -237,26 +234,17 @@ class LineCache:
         if self.count is not None:
             folded = fold(view, victims.clamp(min=0), self.count[one][..., :end])
             slot = folded.slot[0]
-            self.keys.overwrite(view.layer, rows, slot, folded.keys[0])
-            self.values.overwrite(view.layer, rows, slot, folded.values[0])
+            self.keys.write(view.layer, slot, folded.keys[0], rows)
+            self.values.write(view.layer, slot, folded.values[0], rows)
             self.bias[view.layer, rows].scatter_(2, slot, folded.bias[0].to(self.bias.dtype))
             self.count[view.layer, rows].scatter_(2, slot, folded.count[0].to(self.count.dtype))
             self.count[one][..., :end].masked_fill_(released, 1.0)  # for the token that is written there next
         self.target[one] = victims[..., -stride:]
-        self._start_line(view.layer)
         if self.mass is not None:
             self.mass[one][..., :end].masked_fill_(released, 0.0)
         hidden = _mark(victims[..., :-stride], end) if self.plan.release == "lazy" else released
         self.bias[one][..., :end].masked_fill_(hidden, float("-inf"))
         self.index[one][..., :end].masked_fill_(hidden, -1)
-
-    def _finish_line(self, layer: int) -> None:
-        for stored in (self.keys, self.values):
-            stored.finish_line(layer, self.target[layer])
-
-    def _start_line(self, layer: int) -> None:
-        for stored in (self.keys, self.values):
-            stored.start_line(layer, self.target[layer])
 
     # -- the batch ---------------------------------------------------------------------------------------------------
 

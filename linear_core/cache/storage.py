@@ -8,41 +8,32 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Device = torch.device | str
+ALL = slice(None)
+GROUP = 16  # elements of a vector that share a floor and a step in 4 bits
 
 
 class RawSlots(NamedTuple):
     """Keys or values of a layer's slots in their storage format, for a kernel that reads them directly.
 
-    data    B H S D
-    scale   B H S 1, factor for each slot's data; None: none
-    fresh   B H T D, the line being written, which replaces the data at `target`; None: it is in `data` already
-    target  int64 B H T, slots
+    data   B H S N, what a slot's D elements are stored as
+    scale  B H S 1, factor for each slot's data; None: none
     """
 
     data: Tensor
     scale: Tensor | None = None
-    fresh: Tensor | None = None
-    target: Tensor | None = None
 
 
 class Full:
     """Keys or values in the dtype they were computed in."""
 
     def __init__(
-        self,
-        batch_shape: tuple[int, int, int],
-        slots: int,
-        stride: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: Device,
+        self, batch_shape: tuple[int, int, int], slots: int, head_dim: int, dtype: torch.dtype, device: Device
     ):
         self.data = torch.zeros(*batch_shape, slots, head_dim, dtype=dtype, device=device)
-        self.table = self.data.view(-1, head_dim)  # all slots; `first` is the row of each head's first one
-        self.first = torch.arange(0, len(self.table), slots, device=device).view(*batch_shape, 1)
 
     @property
     def nbytes(self) -> int:
@@ -56,105 +47,131 @@ class Full:
         """The first `end` slots in their storage format."""
         return RawSlots(self.data[layer, :, :, :end])
 
-    def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
-        """Write x B H T D, the line's tokens at `column`, to slots `slot` B H T."""
-        _write_slots(self.data[layer], slot, x)
+    def stored(self, x: Tensor) -> Tensor:
+        """x ... D as it is read once it has been written."""
+        return x
+
+    def write(self, layer: int, slot: Tensor, x: Tensor, rows: slice = ALL) -> None:
+        """Write x B H T D to slots `slot` B H T of these rows."""
+        _write_slots(self.data[layer, rows], slot, x.to(self.data.dtype))
 
     def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
         """Write x L B H C D, a whole line in all layers, to slots `slot` L B H C where `chosen` B 1 C 1.
 
         The other slots stay as they are.
         """
-        row = (self.first + slot).view(-1)
-        old = self.table.index_select(0, row)
-        self.table.index_copy_(0, row, torch.where(chosen, x, old.view_as(x)).view_as(old))
+        _write_chosen(self.data, slot, x, chosen)
 
     def write_prompt(self, layer: int, x: Tensor) -> None:
         """Write x B H P D to the first P slots."""
         self.data[layer, :, :, : x.shape[2]] = x
 
-    def overwrite(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
-        """Write x B H T D to slots `slot` B H T of these rows, in complete lines."""
-        _write_slots(self.data[layer, rows], slot, x.to(self.data.dtype))
-
-    def finish_line(self, layer: int, target: Tensor) -> None:
-        """The line written to `target` (slots, B H C) is complete."""
-
-    def start_line(self, layer: int, target: Tensor) -> None:
-        """The next line goes to `target`. Old contents stay readable until they are overwritten."""
-
     def keep_rows(self, rows: int) -> None:
         """Drop all but the first `rows` of the batch."""
-        self.data, self.first = self.data[:, :rows], self.first[:, :rows]
+        self.data = self.data[:, :rows]
 
 
-class Int8(Full):
-    """Complete lines in 8 bits with one scale for each head and slot; the line being written stays as it was computed.
+class Packed(Full):
+    """Keys or values in fewer bits, with a scale for each head and slot.
 
-    A complete line no longer changes, so it is quantized once, to 255 steps of its largest element (and once more for a
-    slot that something is folded into). In half precision this takes D + 2 bytes where Full takes 2 D.
+    A token is packed once, when it is written, and once more if something is folded into it.
     """
 
     def __init__(
-        self,
-        batch_shape: tuple[int, int, int],
-        slots: int,
-        stride: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: Device,
+        self, batch_shape: tuple[int, int, int], slots: int, head_dim: int, dtype: torch.dtype, device: Device
     ):
-        self.data = torch.zeros(*batch_shape, slots, head_dim, dtype=torch.int8, device=device)
-        self.scale = torch.zeros(*batch_shape, slots, 1, dtype=dtype, device=device)
-        self.fresh = torch.zeros(*batch_shape, stride, head_dim, dtype=dtype, device=device)
-        self.target = torch.zeros(*batch_shape, stride, dtype=torch.int64, device=device)
+        empty = self.pack(torch.zeros(head_dim, dtype=dtype, device=device))
+        self.data, self.scale = (x.expand(*batch_shape, slots, -1).contiguous() for x in empty)
+        self.size = head_dim
+
+    @staticmethod
+    def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+        """x ... D as data ... N and, in x's dtype, a scale ... 1."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unpack(data: Tensor, scale: Tensor, size: int) -> Tensor:
+        """What `pack` stored, ... D in the dtype of `scale`. `size` is D."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes + self.fresh.nbytes
+        return self.data.nbytes + self.scale.nbytes
 
     def read(self, layer: int, end: int) -> Tensor:
-        stored = self._dequantize(self.data[layer, :, :, :end], self.scale[layer, :, :, :end])
-        slot = self.target[layer][..., None].expand_as(self.fresh[layer])
-        return stored.scatter(2, slot, self.fresh[layer])
+        return self.unpack(self.data[layer, :, :, :end], self.scale[layer, :, :, :end], self.size)
 
     def raw(self, layer: int, end: int) -> RawSlots:
-        data, scale = (x[layer, :, :, :end] for x in (self.data, self.scale))
-        return RawSlots(data, scale, self.fresh[layer], self.target[layer])
+        return RawSlots(self.data[layer, :, :, :end], self.scale[layer, :, :, :end])
 
-    def write(self, layer: int, slot: Tensor, column: Tensor, x: Tensor) -> None:
-        self.fresh[layer].index_copy_(2, column, x)
+    def stored(self, x: Tensor) -> Tensor:
+        return self.unpack(*self.pack(x), self.size)
 
-    def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
-        self.fresh.copy_(torch.where(chosen, x, self.fresh))
-
-    def write_prompt(self, layer: int, x: Tensor) -> None:
-        end = x.shape[2]
-        self.data[layer, :, :, :end], self.scale[layer, :, :, :end] = quantize(x, self.scale.dtype)
-
-    def overwrite(self, layer: int, rows: slice, slot: Tensor, x: Tensor) -> None:
-        data, scale = quantize(x, self.scale.dtype)
+    def write(self, layer: int, slot: Tensor, x: Tensor, rows: slice = ALL) -> None:
+        data, scale = self.pack(x.to(self.scale.dtype))
         _write_slots(self.data[layer, rows], slot, data)
         _write_slots(self.scale[layer, rows], slot, scale)
 
-    def finish_line(self, layer: int, target: Tensor) -> None:
-        data, scale = quantize(self.fresh[layer], self.scale.dtype)
-        _write_slots(self.data[layer], target, data)
-        _write_slots(self.scale[layer], target, scale)
+    def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
+        data, scale = self.pack(x)
+        _write_chosen(self.data, slot, data, chosen)
+        _write_chosen(self.scale, slot, scale, chosen)
 
-    def start_line(self, layer: int, target: Tensor) -> None:
-        self.target[layer] = target
-        slot = target[..., None]
-        data = self.data[layer].gather(2, slot.expand_as(self.fresh[layer]))
-        self.fresh[layer] = self._dequantize(data, self.scale[layer].gather(2, slot))
+    def write_prompt(self, layer: int, x: Tensor) -> None:
+        end = x.shape[2]
+        self.data[layer, :, :, :end], self.scale[layer, :, :, :end] = self.pack(x)
 
     def keep_rows(self, rows: int) -> None:
-        for name in ("data", "scale", "fresh", "target"):
-            setattr(self, name, getattr(self, name)[:, :rows])
+        self.data, self.scale = self.data[:, :rows], self.scale[:, :rows]
 
-    def _dequantize(self, data: Tensor, scale: Tensor) -> Tensor:
-        dtype = self.fresh.dtype
-        return data.to(dtype) * scale.to(dtype)
+
+class Int8(Packed):
+    """Keys or values in 8 bits: 255 steps of a vector's largest element. D bytes and a scale for each slot."""
+
+    @staticmethod
+    def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, x = x.dtype, x.float()
+        # Slightly larger, so that the largest element stays within 127 steps however the scale is rounded.
+        scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps)).to(dtype)
+        return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
+
+    @staticmethod
+    def unpack(data: Tensor, scale: Tensor, size: int) -> Tensor:
+        return data.to(scale.dtype) * scale
+
+
+class Int4(Packed):
+    """Keys or values in 4 bits. Every GROUP elements of a vector have 16 levels of their own, from a floor upwards.
+
+    With a floor, channels that are far from 0 in every token, as keys have them, take no levels from the others. Floor
+    and step are stored in 8 bits, as parts of the vector's largest element: 5/8 D bytes and a scale for each slot.
+
+    A slot's data are D/2 bytes with two elements each, d and d + D/2; then the floors of all groups, then their steps.
+    """
+
+    @staticmethod
+    def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, size = x.dtype, x.shape[-1]
+        x = x.float()
+        largest = (x.abs().amax(-1, keepdim=True) * (1 + torch.finfo(dtype).eps)).to(dtype)
+        x = x / largest.float().clamp(min=1e-8)  # -1 to 1
+        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], -size % GROUP)], -1).unflatten(-1, (-1, GROUP))
+        floor = ((x.amin(-1) + 1) * 127.5).floor().clamp(0, 255)
+        low = (floor / 127.5 - 1)[..., None]
+        step = ((x.amax(-1) - low[..., 0]) * 127.5).ceil().clamp(1, 255)  # of 15 levels together
+        level = ((x - low) * (15 * 127.5) / step[..., None]).round().clamp(0, 15).to(torch.uint8).flatten(-2)
+        first, second = level[..., : size // 2], level[..., size // 2 : size]
+        return torch.cat([first | second << 4, floor.to(torch.uint8), step.to(torch.uint8)], -1), largest
+
+    @staticmethod
+    def unpack(data: Tensor, scale: Tensor, size: int) -> Tensor:
+        pairs, groups = data[..., : size // 2], -(-size // GROUP)
+        level = F.pad(torch.cat([pairs & 15, pairs >> 4], -1), (0, -size % GROUP)).unflatten(-1, (-1, GROUP))
+        floor, step = (x.to(scale.dtype)[..., None] for x in data[..., size // 2 :].split(groups, -1))
+        factor = scale[..., None] / 127.5
+        return torch.addcmul(floor * factor - scale[..., None], level.to(scale.dtype), step * (factor / 15)).flatten(
+            -2
+        )[..., :size]
 
 
 def _write_slots(stored: Tensor, slot: Tensor, x: Tensor) -> None:
@@ -166,12 +183,19 @@ def _write_slots(stored: Tensor, slot: Tensor, x: Tensor) -> None:
     stored.view(-1, stored.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x ... D as int8, and the scale of each vector as `dtype`: ... 1."""
-    x = x.float()
-    # Slightly larger, so that the largest element stays within 127 steps however the scale is rounded.
-    scale = (x.abs().amax(-1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps)).to(dtype)
-    return (x / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8), scale
+def _write_chosen(stored: Tensor, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
+    """Write x L B H C N to slots `slot` L B H C of `stored` L B H S N where `chosen` B 1 C 1.
+
+    Also as rows of one long table, which holds all rows of the batch, those dropped included.
+    """
+    size, (layers, rows, heads) = stored.shape[-1], stored.shape[:3]
+    table = stored.as_strided((layers * stored.stride(0) // size, size), (size, 1))
+    first = torch.zeros(1, dtype=torch.int64, device=slot.device)
+    for count, stride in zip((layers, rows, heads), stored.stride()[:3], strict=True):
+        first = first[..., None] + torch.arange(count, device=slot.device) * (stride // size)
+    row = (first.view(layers, rows, heads, 1) + slot).view(-1)
+    old = table.index_select(0, row)
+    table.index_copy_(0, row, torch.where(chosen, x, old.view_as(x)).view_as(old))
 
 
-STORAGE = {"full": Full, "int8": Int8}
+STORAGE = {"full": Full, "int8": Int8, "int4": Int4}

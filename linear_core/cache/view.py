@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ class View:
     first         number of the first row of the batch in the view
     survey        all layers B ..., result of the policy's survey at the first eviction; None unless it has one
     keeps         image tokens that each head will keep, on average; 0: all but a line
+    rows, heads   numbers of the rows and heads that are shown, int64, as one index of x B H ...: x[rows, heads]. None:
+                  all, in order
+    first_head    number of the first head in the view
+    protected     first image tokens that no head will lose, whatever their score; 0: not told
 
     A picture drawn in scales (`Pyramid`) is shown at the end of a layer's pass over a scale: "line" above is then
     "scale", C is some of its queries, evenly spread, and every query sees the whole scale.
@@ -53,11 +58,21 @@ class View:
     survey: Tensor | None = None
     first: int = 0
     keeps: int = 0
+    rows: Tensor | None = None
+    heads: Tensor | None = None
+    first_head: int = 0
+    protected: int = 0
     _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
-        """The view split by rows: each part has at most `pairs` pairs of slots, but at least one row."""
+        """The view split by rows: each part has at most `pairs` pairs of slots, but at least one row.
+
+        Over scales, where a head may have thousands of slots, also by heads: then it has at least one head.
+        """
         count = max(1, pairs // (self.index.shape[2] * self.index.shape[3] ** 2))
+        if isinstance(self.grid, Pyramid):
+            yield from self._parts_of_rows_and_heads(count, max(1, pairs // self.index.shape[3] ** 2))
+            return
         for first in range(0, self.index.shape[1], count):
             rows = slice(first, first + count)
             shown: dict[str, Any] = {
@@ -65,6 +80,31 @@ class View:
                 for name in ("keys", "values", "bias", "index", "queries", "mass", "survey")
             }
             yield replace(self, **shown, first=first)
+
+    def _parts_of_rows_and_heads(self, rows: int, heads: int) -> Iterator[View]:
+        """At most so many rows, and heads, at a time. What the survey found is not split: see `own`."""
+        count = self.index.shape[1:3]
+        if rows >= count[0] and heads >= count[1]:
+            yield self
+            return
+        all_rows, all_heads = self.rows, self.heads
+        if all_rows is None or all_heads is None:
+            all_rows, all_heads = (torch.arange(n, device=self.index.device) for n in count)
+            all_rows, all_heads = all_rows[:, None], all_heads[None]
+        for first in range(0, count[0], rows):
+            for first_head in range(0, count[1], heads):
+                cut = slice(first, first + rows), slice(first_head, first_head + heads)
+                shown: dict[str, Any] = {
+                    name: None if (tensor := getattr(self, name)) is None else tensor[(slice(None), *cut)]
+                    for name in ("keys", "values", "bias", "index", "queries", "mass")
+                }
+                own_rows, own_heads = (x.expand(count)[cut] for x in (all_rows, all_heads))
+                yield replace(self, **shown, first=first, first_head=first_head, rows=own_rows, heads=own_heads)
+
+    def own(self, found: Tensor) -> Tensor:
+        """What a survey found, all layers B H ..., for the layers, rows and heads of the view: L B H ..."""
+        layers = found[self.layer :][: len(self.index)]
+        return layers if self.rows is None else layers[:, self.rows, self.heads]
 
     @property
     def newest(self) -> int | Tensor:
@@ -81,6 +121,11 @@ class View:
         """Image tokens that each head will keep, on average: L B H 1."""
         held = self.candidates().sum(-1, keepdim=True)
         return held.clamp(max=self.keeps) if isinstance(self.grid, Pyramid) else held - self.grid.stride
+
+    @property
+    def released(self) -> int:
+        """Tokens that each head releases, on average."""
+        return self.index.shape[-1] - self.keeps if isinstance(self.grid, Pyramid) else self.grid.stride
 
     def age(self) -> Tensor:
         """How many queries have seen each slot's token: L B H S, at least 1."""
@@ -112,22 +157,44 @@ class View:
     def look_ahead(self, lines: tuple[int, ...] = ()) -> LookAhead:
         """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike.
 
-        By default of several, HORIZONS; of a pyramid only of the next scale.
+        By default of several, HORIZONS: all queries are rotated to the first of them, because a query looks right above
+        itself, and to each of the others every third one is. Of a pyramid only of the next scale.
         """
-        lines = (1,) if isinstance(self.grid, Pyramid) else lines or HORIZONS
+        lines = (1,) if isinstance(self.grid, Pyramid) else lines
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
-            queries = torch.cat([self.rotate(self.queries, n) for n in lines], 3)
+            first, *further = HORIZONS
+            some = [(n, self.queries[:, :, :, start :: len(further)]) for start, n in enumerate(further)]
+            some = [(n, self.queries) for n in lines] or [(first, self.queries), *some]
+            queries = torch.cat([self.rotate(queries, n) for n, queries in some], 3)
             queries = stack_groups(queries, queries.shape[2] // self.keys.shape[2])
-            self._look_aheads[lines] = LookAhead.of(queries, self.keys, self.bias)
+            self._look_aheads[lines] = LookAhead.of(queries, self.upcast_keys, self.bias)
         return self._look_aheads[lines]
 
+    @cached_property
+    def upcast_keys(self) -> Tensor:
+        """The keys as float32 or wider."""
+        return upcast(self.keys)
+
+    @cached_property
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """All keys less their mean, L B H S D in float32 or wider, and the squares of their lengths, L B H S.
+
+        Their distances are those of the keys, and more exact when they come from a matrix product (`least_squares`).
+        """
+        keys = self.upcast_keys - self.upcast_keys.mean(-2, keepdim=True)
+        return keys, torch.linalg.vector_norm(keys, dim=-1).square()  # in one pass
+
     def importance(self) -> Tensor:
-        """Importance of each slot for the coming lines, L B H S; 0 for empty slots.
+        """Importance of each slot for the coming lines, L B H S; 0 for empty slots. Computed once.
 
         The attention mass that look-ahead predicts, plus a floor for every token in the slot: a tenth of what an image
         token receives on average. The prediction may be wrong about a token to which it gives nothing.
         """
+        return self._importance
+
+    @cached_property
+    def _importance(self) -> Tensor:
         mass = self.look_ahead().mass
         weight = upcast(self.bias).exp()
         image = weight * self.candidates()

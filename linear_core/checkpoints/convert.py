@@ -63,7 +63,7 @@ def _decoder(
     info = library.describe(weights, grid)
     if info.family is not llamagen.FAMILY:
         raise weights.problem(
-            f"is a {info.family.name}, whose files describe themselves; only LlamaGen's need converting."
+            f"belongs to {info.family.name}, whose files describe themselves; only LlamaGen's need converting."
         )
     with torch.device("meta"):
         network = LlamaGen(info.config, info.grid, nn)

@@ -16,17 +16,21 @@ from torch import nn
 
 from ..errors import UserError, quoted
 from ..models.blocks import Ops
+from ..models.quantised import QUANTISATIONS, quantised
+from ..profile import profile_path, read_profile
 from ..prompts import Origin, Prompt, class_prompt
 from ..prompts.tokenizer import TextTokenizer
 from ..tokenizers.bits import BitConfig, BitTokenizer, file_key
 from ..tokenizers.bits import read_config as read_bit_config
+from ..tokenizers.latents import LatentConfig, LatentTokenizer
+from ..tokenizers.latents import read_config as read_latent_config
 from ..tokenizers.layouts import rename_key, taming_top_level, transform
 from ..tokenizers.pyramid import PyramidConfig, PyramidTokenizer
 from ..tokenizers.pyramid import read_config as read_pyramid_config
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, var
+from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, mar, mvar, var
 from .weights import (
     NESTED,
     SUFFIXES,
@@ -39,7 +43,9 @@ from .weights import (
     read_weights,
 )
 
-FAMILIES = (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, infinity.FAMILY)
+FAMILIES = (
+    llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, mvar.FAMILY, infinity.FAMILY, mar.FAMILY,
+)  # fmt: skip
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "landscapes"
@@ -50,7 +56,7 @@ BUNDLED_SCALES = "landscapes_var"  # the same landscapes, drawn in scales
 WITHIN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 IN_FRONT = re.compile(
     r"(?:_?(?:model|module|state|dict|checkpoint|weights?|params?|ema|averaged|avg|shadow|student|forward|inner|base|raw"
-    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer|trainer|var|wo|ddp|fsdp|local))+"
+    r"|net|network|generator|gpt|transformer|decoder|lit|pl|vq|vae|gan|tokenizer|trainer|m?var|wo|ddp|fsdp|local))+"
 )
 MAX_IN_FRONT, MAX_WORD = 8, 64
 # Which of several state dicts LlamaGen's scripts take: sample_c2i.py for decoders; reconstruction_vq_ddp.py, for
@@ -70,12 +76,15 @@ VQ_COUNTER = ".num_batches_tracked"  # of batch norms
 VQ_FAMILY = "{}-vq"  # family in a converted file's metadata, for each of KINDS
 PYRAMID_KEY = "quantize.quant_resi.qresi_ls.0.weight"  # only multi-scale VQ tokenizers have it
 
-Tokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer
-TokenizerConfig = VQConfig | PyramidConfig | BitConfig
-# Kinds of tokenizers that decode scales: how sizes are read, and what is built. All others are VQTokenizers.
-IN_SCALES: dict[str, tuple[Callable[..., TokenizerConfig], Callable[..., Tokenizer]]] = {
-    "pyramid": (read_pyramid_config, PyramidTokenizer),
-    "bits": (read_bit_config, BitTokenizer),
+WeightDtype = torch.dtype | str | None
+Tokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer
+TokenizerConfig = VQConfig | PyramidConfig | BitConfig | LatentConfig
+# Kinds of tokenizers that are no VQTokenizers: how sizes are read, what is built, and what it decodes.
+LINES, SCALES, NUMBERS = "one map of codes", "maps of codes from coarse to fine", "numbers without a codebook"
+OTHERS: dict[str, tuple[Callable[..., TokenizerConfig], Callable[..., Tokenizer], str]] = {
+    "pyramid": (read_pyramid_config, PyramidTokenizer, SCALES),
+    "bits": (read_bit_config, BitTokenizer, SCALES),
+    "latents": (read_latent_config, LatentTokenizer, NUMBERS),
 }
 
 
@@ -95,8 +104,10 @@ class ImageModel:
     """
 
     info: ModelInfo
-    decoder: Any  # a linear_core.loop.generate.Decoder, or a linear_core.loop.scales.ScaleDecoder
-    tokenizer: Any  # a VQTokenizer; for models that draw in scales a PyramidTokenizer or a BitTokenizer
+    decoder: Any  # a linear_core.loop.generate.Decoder, a linear_core.loop.scales.ScaleDecoder or a MaskedDecoder
+    tokenizer: (
+        Any  # a VQTokenizer; for models that draw in scales a PyramidTokenizer or a BitTokenizer; a LatentTokenizer
+    )
     files: ModelFiles = field(repr=False)
     codebook: str = ""
 
@@ -230,26 +241,25 @@ def unwrapped(weights: Weights) -> Weights:
             if NESTED not in name
         }
 
-    found = []
+    found: list[tuple[str, Family | None]] = []  # None: a tokenizer
     for prefix in _prefixes(weights.tensors):
         inner = replace(weights, tensors={new: weights.tensors[old] for old, new in below(prefix).items()})
-        if any(family.recognises(inner) for family in FAMILIES) or is_tokenizer(inner):
-            found.append((prefix, is_tokenizer(inner)))
+        family = next((family for family in FAMILIES if family.recognises(inner)), None)
+        if family or is_tokenizer(inner):
+            found.append((prefix, None if is_tokenizer(inner) else family))
             if not prefix:
                 break
     if not found:
         return weights
-    if any(
-        not tokenizer for _, tokenizer in found
-    ):  # a whole model has a tokenizer inside, and not the other way round
-        found = [(prefix, tokenizer) for prefix, tokenizer in found if not tokenizer]
+    if any(family for _, family in found):  # a whole model has a tokenizer inside, and not the other way round
+        found = [(prefix, family) for prefix, family in found if family]
 
-    def preference(candidate: tuple[str, bool]) -> tuple[bool, int, int]:
-        prefix, tokenizer = candidate
+    def preference(candidate: tuple[str, Family | None]) -> tuple[bool, int, int]:
+        prefix, family = candidate
         parts = _parts(prefix)[:-1]
         averaged = any(re.search(r"ema|averaged|avg|shadow", part) for part in parts)
         rank = ORDER.index(parts[0]) if parts and parts[0] in ORDER else len(ORDER)
-        return averaged != tokenizer, len(parts), rank
+        return averaged != (family is None or family.averaged), len(parts), rank
 
     return weights.renamed(below(min(found, key=preference)[0]))
 
@@ -313,8 +323,8 @@ def family_of(weights: Weights) -> Family:
 def _looks_like(shapes: dict[str, tuple[int, ...]]) -> str:
     if "quantize.embedding.weight" in shapes or _decodes_bits(shapes):
         return "it looks like a VQ tokenizer"
-    if "pos_1LC" in shapes and any(".mamba." in k for k in shapes):
-        return "it looks like M-VAR, which remembers earlier scales in a Mamba state instead of a cache"
+    if _decodes_latents(shapes):
+        return "it looks like a VAE"
     if any(re.search(r"(?:^|\.)(?:diffusion_model|double_blocks|transformer_blocks)\.", k) for k in shapes):
         return "it looks like a diffusion model"
     if any(".lora_" in k for k in shapes):
@@ -329,15 +339,18 @@ def load_model(
     grid: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    weight_dtype: torch.dtype | None = None,
+    weight_dtype: WeightDtype = None,
     ops: Ops = nn,
+    compute_device: torch.device | str | None = None,
 ) -> ImageModel:
     """Load both checkpoints and build the model. The tokenizer stays in float32, as published.
 
-    grid          rows and cols, for files that do not state their own
-    dtype         compute dtype of the decoder
-    weight_dtype  storage dtype of its large matrices, if `ops` are layers that cast; None: dtype
-    ops           namespace of the layers: torch.nn, or a host's casting layers
+    grid            rows and cols, for files that do not state their own
+    dtype           compute dtype of the decoder
+    weight_dtype    how its large matrices are stored: "int8" or "int4" (see models/quantised.py); a dtype, if `ops`
+                    are layers that cast; None: dtype
+    ops             namespace of the layers: torch.nn, or a host's casting layers
+    compute_device  where it will compute, if a host moves it there from `device`
     Raises UserError naming the file.
     """
     weights = read_checkpoint(files.decoder)
@@ -346,26 +359,50 @@ def load_model(
     _check_tokenizer(info, tokenizer, files)
     decoder = _decoder(info, ops)
     storage_dtype = _storage_dtype(info, dtype, weight_dtype)
-    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype)
-    decoder.compute_dtype = dtype if weight_dtype else None
+    layers = _quantised(decoder, info, weight_dtype, ops)
+    load_into(decoder, weights, dtype, lambda key: info.family.target(key, info.config), storage_dtype, layers)
+    for layer in layers.values():
+        layer.arrange(torch.device(compute_device or device))
+    decoder.compute_dtype = dtype if isinstance(weight_dtype, torch.dtype) else None
+    if info.pyramid is not None and (beside := profile_path(model_path(files.decoder))).is_file():
+        decoder.profile = read_profile(beside)
     return ImageModel(info, decoder.eval().requires_grad_(False).to(device), tokenizer, files, name_codebook(tokenizer))
+
+
+def _quantised(decoder: Any, info: ModelInfo, weight_dtype: WeightDtype, ops: Ops = nn) -> dict[str, Any]:
+    """Layers for the matrices that `weight_dtype` quantises, by the matrices' names."""
+    if not isinstance(weight_dtype, str):
+        return {}
+    if weight_dtype not in QUANTISATIONS:
+        raise UserError(f"weight-dtype: {quoted(weight_dtype)} is unknown; choose {' or '.join(QUANTISATIONS)}.")
+
+    def wanted(name: str, matrix: torch.Tensor) -> bool:
+        return is_large(name, matrix) and not info.family.precise(name)
+
+    return quantised(decoder, QUANTISATIONS[weight_dtype], wanted, ops)
 
 
 def name_codebook(tokenizer: Any) -> str:
     """A name from the signs of its numbers, which converting a file to another dtype does not change.
 
-    Where bits are their own codes, the layer that reads them says what they mean.
+    Where there is no table of codes, the layer that reads them says what they mean.
     """
-    bits = tokenizer.config.kind == "bits"
-    table = (tokenizer.decoder.conv_in if bits else tokenizer.quantize.embedding).weight.detach().float().cpu()
+    no_table = tokenizer.config.kind in ("bits", "latents")
+    table = (tokenizer.decoder.conv_in if no_table else tokenizer.quantize.embedding).weight.detach().float().cpu()
     return hashlib.sha256(str(tuple(table.shape)).encode() + (table > 0).numpy().tobytes()).hexdigest()[:16]
 
 
-def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> int:
+def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype = None) -> int:
     """Memory of a decoder's weights when loaded with these dtypes (see `load_model`)."""
-    storage_dtype = _storage_dtype(info, dtype, weight_dtype)
-    weights = _decoder(info, nn).state_dict().items()
-    return sum(tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize for name, tensor in weights)
+    storage_dtype, decoder = _storage_dtype(info, dtype, weight_dtype), _decoder(info, nn)
+    with torch.device("meta"):
+        layers = _quantised(decoder, info, weight_dtype)
+    return sum(
+        layers[name].kind.bytes(*tensor.shape)
+        if name in layers
+        else tensor.numel() * (storage_dtype(name, tensor) or dtype).itemsize
+        for name, tensor in decoder.state_dict().items()
+    )
 
 
 def _decoder(info: ModelInfo, ops: Ops) -> Any:
@@ -374,32 +411,40 @@ def _decoder(info: ModelInfo, ops: Ops) -> Any:
 
 
 def _storage_dtype(
-    info: ModelInfo, dtype: torch.dtype, weight_dtype: torch.dtype | None
+    info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype
 ) -> Callable[[str, torch.Tensor], torch.dtype | None]:
     """What a weight of the decoder is stored as, if not as `dtype`."""
 
     def storage_dtype(name: str, tensor: torch.Tensor) -> torch.dtype | None:
         if info.family.precise(name):
             return torch.promote_types(dtype, torch.float32)
-        return weight_dtype if weight_dtype and is_large(name, tensor) else None
+        return weight_dtype if isinstance(weight_dtype, torch.dtype) and is_large(name, tensor) else None
 
     return storage_dtype
 
 
 def is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
-    return name.startswith(("layers.", "blocks.")) and tensor.ndim == 2 and "norm" not in name and "ada_" not in name
+    return (
+        name.startswith(("layers.", "blocks.", "encoder_blocks.", "decoder_blocks."))
+        and tensor.ndim == 2
+        and "norm" not in name
+        and "ada_" not in name
+    )
 
 
 def _check_tokenizer(info: ModelInfo, tokenizer: Tokenizer, files: ModelFiles) -> None:
     """Refuse another model's tokenizer, even with the same number of codes: its codes have other meanings."""
-    in_scales = tokenizer.config.kind in IN_SCALES
-    if in_scales != (info.pyramid is not None):
-        kinds = ("one map of codes", "maps of codes from coarse to fine")
+    decodes = OTHERS[tokenizer.config.kind][2] if tokenizer.config.kind in OTHERS else LINES
+    draws = SCALES if info.pyramid else NUMBERS if info.masked else LINES
+    if decodes != draws:
         raise UserError(
-            f"{files.tokenizer.name}: decodes {kinds[in_scales]}, but {files.decoder.name} draws "
-            f"{kinds[not in_scales]}; choose the tokenizer that belongs to the model."
+            f"{files.tokenizer.name}: decodes {decodes}, but {files.decoder.name} draws {draws}; choose the tokenizer "
+            "that belongs to the model."
         )
+    if isinstance(tokenizer, LatentTokenizer):
+        _check_vae(info, tokenizer.config, files)
+        return
     if info.family.vq is not None:
         if model_path(files.tokenizer) == model_path(files.decoder):
             return
@@ -434,6 +479,17 @@ def _check_tokenizer(info: ModelInfo, tokenizer: Tokenizer, files: ModelFiles) -
         )
 
 
+def _check_vae(info: ModelInfo, config: LatentConfig, files: ModelFiles) -> None:
+    """Refuse a VAE of another kind, such as Stable Diffusion's."""
+    pixels = info.pixels // info.config.patch
+    if (config.channels, config.factor) != (info.config.channels, pixels):
+        raise UserError(
+            f"{files.tokenizer.name}: is another VAE, of {config.channels} channels and {config.factor} pixels a side "
+            f"of each; {files.decoder.name} needs {info.config.channels} and {pixels}: choose {info.tokenizer}"
+            + (f", or {source}." if (source := published.download_hint(info.tokenizer)) else ".")
+        )
+
+
 def _many(codes: int) -> str:
     """A number of codes; those made of bits are many."""
     return str(codes) if codes < 2**20 else f"2^{codes.bit_length() - 1}"
@@ -453,8 +509,12 @@ def _fits(info: ModelInfo, name: str, config: TokenizerConfig) -> bool:
     """Whether a tokenizer can be the one of a model with a published codebook, by its sizes and its name."""
     ours, theirs = published.kind_from_name(info.tokenizer), published.kind_from_name(name)
     normalized = _kind(info) == "vqgan" and info.tokenizer != published.CHAMELEON_VQ
+    if isinstance(config, LatentConfig):
+        wanted = (info.config.channels, info.pixels // info.config.patch) if info.masked else ()
+        return (config.channels, config.factor) == wanted
     return (
-        config.codes == info.config.codes
+        info.masked is None
+        and config.codes == info.config.codes
         and config.factor == info.pixels
         and config.kind == _kind(info)
         and config.normalized == normalized
@@ -520,12 +580,12 @@ def _may_belong(info: ModelInfo, path: Path) -> bool:
 def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops: Ops = nn) -> Any:
     """The tokenizer at `path`, or the one in a model's checkpoint, with its encoder if there is one.
 
-    A PyramidTokenizer or a BitTokenizer for models that draw in scales, else a VQTokenizer. Raises UserError naming the
-    file.
+    A PyramidTokenizer or a BitTokenizer for models that draw in scales, a LatentTokenizer for masked ones, else a
+    VQTokenizer. Raises UserError naming the file.
     """
     weights = read_checkpoint(path)
     config, key_map = describe_tokenizer(weights)
-    build: Callable[..., Tokenizer] = IN_SCALES[config.kind][1] if config.kind in IN_SCALES else VQTokenizer
+    build: Callable[..., Tokenizer] = OTHERS[config.kind][1] if config.kind in OTHERS else VQTokenizer
     with torch.device("meta"):
         tokenizer = build(config, ops)
     load_into(tokenizer, weights, torch.float32, key_map)
@@ -533,8 +593,9 @@ def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops:
 
 
 def is_tokenizer(weights: Weights) -> bool:
-    """Whether a checkpoint is a VQ tokenizer."""
-    return "quantize.embedding.weight" in weights.tensors or _decodes_bits(weights.tensors)
+    """Whether a checkpoint is a tokenizer."""
+    keys = weights.tensors
+    return "quantize.embedding.weight" in keys or _decodes_bits(keys) or _decodes_latents(keys)
 
 
 def _decodes_bits(keys: Collection[str]) -> bool:
@@ -547,16 +608,24 @@ def _decodes_bits(keys: Collection[str]) -> bool:
     )
 
 
+def _decodes_latents(keys: Collection[str]) -> bool:
+    """Whether a file is a KL autoencoder in the layout of latent diffusion, or ours: a VQ-GAN without a table."""
+    parts = {"decoder.conv_in.weight", "post_quant_conv.weight"}
+    middle = {"decoder.mid.block_1.conv1.weight", "decoder.mid.0.conv1.weight"}
+    return parts <= set(keys) and bool(middle & set(keys)) and "quantize.embedding.weight" not in keys
+
+
 def describe_tokenizer(weights: Weights) -> tuple[TokenizerConfig, KeyMap]:
     """Sizes of a VQ tokenizer's checkpoint, and its key map. Raises UserError naming the file."""
     own = next((family for family in FAMILIES if family.vq and family.recognises(weights)), None)
     bits = own is None and _decodes_bits(weights.tensors)
+    latents = own is None and not bits and _decodes_latents(weights.tensors)
     names = ((key, own.vq(key) if own and own.vq else key) for key in weights.tensors)
     keys = {key: name for key, name in names if name is not None and not name.endswith(VQ_COUNTER)}
     top, rename = taming_top_level(keys.values()), file_key if bits else rename_key
     targets = {key: Target(rename(name, top), transform=transform(name)) for key, name in keys.items()}
     shapes = {target.name: weights.shapes[key] for key, target in targets.items()}
-    if "decoder.conv_in.weight" not in shapes or not (bits or "quantize.embedding.weight" in shapes):
+    if "decoder.conv_in.weight" not in shapes or not (bits or latents or "quantize.embedding.weight" in shapes):
         if own is not None:
             raise weights.problem(
                 f"lacks the weights of the VQ tokenizer that belongs to a {own.name} model; download it again."
@@ -567,11 +636,11 @@ def describe_tokenizer(weights: Weights) -> tuple[TokenizerConfig, KeyMap]:
         )
     family = weights.metadata.get("family", "")
     kind = next((kind for kind in KINDS if family == VQ_FAMILY.format(kind)), "")
-    if bits or PYRAMID_KEY in shapes:
-        kind = "bits" if bits else "pyramid"
+    if bits or latents or PYRAMID_KEY in shapes:
+        kind = "bits" if bits else "latents" if latents else "pyramid"
     try:
-        if kind in IN_SCALES:
-            config = IN_SCALES[kind][0](shapes)
+        if kind in OTHERS:
+            config = OTHERS[kind][0](shapes)
         else:
             config = read_vq_config(shapes, normalized=top is None and family != UNNORMALIZED, kind=kind)
     except (KeyError, ValueError, IndexError) as error:

@@ -4,7 +4,8 @@ Numbers and names only; nothing here reads a file or uses the network. Sources: 
 (MIT), for its text encoder huggingface.co/google/flan-t5-xl (Apache-2.0), github.com/deepseek-ai/Janus (code MIT,
 weights DeepSeek Model License), github.com/Alpha-VLLM/Lumina-mGPT, derived from Chameleon (non-commercial),
 Lumina-mGPT-2.0 (Apache-2.0) with github.com/ai-forever/MoVQGAN (no licence stated), github.com/baaivision/Emu3 and
-Emu3.5 (Apache-2.0), and github.com/FoundationVision/VAR and github.com/FoundationVision/Infinity (both MIT).
+Emu3.5 (Apache-2.0), github.com/FoundationVision/VAR and github.com/FoundationVision/Infinity (both MIT), and
+github.com/LTH14/mar (MIT), whose own links are no place to download from, so that a copy on the hub stands here.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ LUMINAS_2 = {name: Repository(f"Alpha-VLLM/{name}", None, "Apache-2.0") for name
 MOVQGAN = Repository("ai-forever/MoVQGAN", None, "none stated")
 VAR = Repository("FoundationVision/var", None, "MIT")
 VAR_TOKENIZER = "vae_ch160v4096z32"
+MVAR = Repository("OliverRen/M-VAR", None, "Apache-2.0")  # by its card; the repository of its code states none
 INFINITY = Repository("FoundationVision/Infinity", None, "MIT")
 # By bits of a token. The file called d32 has as many as d32reg and other bits; only their names tell them apart.
 INFINITY_TOKENIZERS = {
@@ -112,6 +114,8 @@ INFINITY_TOKENIZERS = {
 # Numbers of codes that do not tell published tokenizers apart.
 SHARED_CODES = frozenset({CODES, *(2**bits for bits in INFINITY_TOKENIZERS)})
 INFINITY_VAES = frozenset({*INFINITY_TOKENIZERS.values(), "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64"})
+MAR = Repository("jadechoghari/mar", None, "MIT")
+KL16 = "kl16"
 ANOLE = Repository("GAIR/Anole-7b-v0.1", None, CHAMELEON)
 
 EMU = {name: Repository(f"BAAI/{name}", None, "Apache-2.0") for name in (
@@ -170,6 +174,11 @@ def _lumina_2(name: str) -> Release:
     files = (*((file, 0.0) for file in small), *zip(shards, (4.96, 4.98, 4.42, 1.40), strict=True))
     own = tuple(Remote(LUMINAS_2[name], *file) for file in files)
     return Release(name, "ar_image", own, (MOVQ,), subfolder=name)
+
+
+def _mvar(depth: int, gigabytes: float) -> Remote:
+    """Its file, which the hub calls by its depth alone. Sizes are counted: four bytes for each parameter."""
+    return Remote(MVAR, f"d{depth}.pth", gigabytes, local_name=f"mvar_d{depth}.pth")
 
 
 # Hashes as the hub's pages state them.
@@ -252,11 +261,20 @@ RELEASES: dict[str, Release] = {
         ),
         _single_file(VAR, f"{VAR_TOKENIZER}.pth", 0.44),
         *(
+            Release(f"mvar_d{depth}", "ar_image", (_mvar(depth, gigabytes),), (VAR_TOKENIZER,))
+            for depth, gigabytes in ((12, 0.79), (16, 1.86), (20, 3.60), (24, 6.20), (32, 14.64))
+        ),
+        *(
             Release(path.rpartition(".")[0], "ar_image", (Remote(INFINITY, path, gigabytes, sha256),), needs)
             for path, gigabytes, sha256, needs in _INFINITY_FILES
         ),
         _infinity_8b("infinity_8b_weights", 8.22, 8.22, 8.22, 8.83),
         _infinity_8b("infinity_8b_512x512_weights", *[4.11] * 7, 4.72),
+        *(
+            _single_file(MAR, f"mar-{size}.safetensors", gigabytes, KL16)
+            for size, gigabytes in (("base", 0.83), ("large", 1.91), ("huge", 3.77))
+        ),
+        _single_file(MAR, f"{KL16}.safetensors", 0.27),
         Release(TEXT_ENCODER, "text_encoders", tuple(Remote(T5, *file) for file in _T5_FILES), subfolder=TEXT_ENCODER),
     )
 }  # fmt: skip

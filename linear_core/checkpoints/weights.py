@@ -35,6 +35,7 @@ class Weights:
 
     files  the checkpoint itself, or the shards of a folder
     keys   names in the files of weights that are called otherwise here (see `renamed`)
+    scaled names in the files of matrices in 8 bits with a scale beside them: `stream` gives the numbers they stand for
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Weights:
     metadata: dict[str, str]
     files: tuple[Path, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    scaled: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -65,17 +67,30 @@ class Weights:
     def stream(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The `wanted` weights one by one. Files are remapped every CHUNK_BYTES, to free memory of what was read."""
         names = {self.keys.get(name, name): name for name in wanted}
+        scales = self._scales(self.scaled & names.keys())
         for file in self.files:
-            read = _each_of_safetensors if file.suffix.lower() == ".safetensors" else _each_of_pickle
+            read = _reader(file)
             left, size = set(names), CHUNK_BYTES
             while size >= CHUNK_BYTES:
                 size = 0
                 for key, tensor in read(file, frozenset(left)):
-                    yield names[key], tensor
+                    yield names[key], tensor.float() * scales[key] if key in scales else tensor
                     left.discard(key)
                     size += tensor.nbytes
                     if size >= CHUNK_BYTES:
                         break
+
+    def _scales(self, keys: frozenset[str]) -> dict[str, Tensor]:
+        """The scale of each matrix, one for each of its rows or for all. Raises UserError for other kinds of scales."""
+        found: dict[str, Tensor] = {}
+        for file in self.files if keys else ():
+            for key, tensor in _reader(file)(file, _Beside(keys)):
+                matrix, what = key.rpartition(".")[0] + ".weight", key.rpartition(".")[2]
+                if what == SCALE:
+                    found[matrix] = tensor.float().reshape(-1, 1)
+                elif tensor.dtype == torch.uint8 and b'"convrot": true' in tensor.numpy().tobytes():
+                    raise self.problem(f"{quoted(matrix)} is rotated before it is quantised; choose another file.")
+        return found
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Those of the weights that `names` lists, by their present names, under new ones.
@@ -120,7 +135,41 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
     weights = Weights(path, tensors, metadata, files)
     if weights.nbytes > 2 * (size := sum(file.stat().st_size for file in files)):  # twice: a weight may have two names
         raise weights.problem(f"claims to hold {weights.nbytes} bytes of weights, but has only {size} bytes.")
-    return weights
+    return _without_scales(weights) if shapes_only else weights
+
+
+# How ComfyUI quantises files: a matrix `x.weight` in 8 bits has `x.weight_scale`, and may have the other two. Its nvfp4
+# has two weights in a byte, so that their shapes alone say that such a file is refused (`match_keys`).
+SCALE = "weight_scale"
+BESIDE = (SCALE, "input_scale", "comfy_quant")
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class _Beside(frozenset[str]):
+    """The names of what lies beside these matrices and says how to read them."""
+
+    def __contains__(self, key: object) -> bool:
+        place, _, what = str(key).rpartition(".")
+        return what in (SCALE, "comfy_quant") and super().__contains__(f"{place}.weight")
+
+
+def _without_scales(weights: Weights) -> Weights:
+    """`weights` with scaled matrices as if they were bfloat16, and without what lies beside them."""
+    tensors, scaled = dict(weights.tensors), set()
+    for name, tensor in weights.tensors.items():
+        place, _, what = name.rpartition(".")
+        scale = tensors.get(f"{place}.{SCALE}")
+        if what != "weight" or tensor.dtype not in EIGHT_BITS or tensor.ndim != 2 or scale is None:
+            continue
+        if not scale.is_floating_point() or scale.numel() not in (1, len(tensor)):
+            raise weights.problem(
+                f"{quoted(f'{place}.{SCALE}')} is not a scale of rows; choose a file that is not quantised."
+            )
+        scaled.add(name)
+        tensors[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+        for beside in BESIDE:
+            tensors.pop(f"{place}.{beside}", None)
+    return replace(weights, tensors=tensors, scaled=frozenset(scaled)) if scaled else weights
 
 
 def display_name(path: Path) -> str:
@@ -220,6 +269,10 @@ def _shape_of(part: Any) -> Tensor:
     Models do not need every weight of a file, so an unknown kind is no reason to refuse the file.
     """
     return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+
+
+def _reader(file: Path) -> Callable[[Path, Container[str]], Iterator[tuple[str, Tensor]]]:
+    return _each_of_safetensors if file.suffix.lower() == ".safetensors" else _each_of_pickle
 
 
 def _each_of_safetensors(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
@@ -357,27 +410,34 @@ def load_into(
     dtype: torch.dtype,
     key_map: KeyMap = Target,
     storage_dtype: Callable[[str, Tensor], torch.dtype | None] | None = None,
+    layers: Mapping[str, Any] | None = None,
 ) -> None:
     """Load `weights` into `module`, which was built on the meta device, as `dtype`.
 
     storage_dtype  may name another dtype for a weight, by its name and its tensor on the meta device
+    layers         by the name of a matrix: layers that take the place of those which own it, and keep it in a way of
+                   their own, given some of its rows at a time (`fill`; see models/quantised.py)
 
     One of the file's tensors at a time is in memory besides the module. Raises UserError as `match_keys` and
     `check_finite` do.
     """
     targets = match_keys(module, weights, key_map)
-    expected = module.state_dict()
+    expected, layers = module.state_dict(), layers or {}
     loaded: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        module.set_submodule(name.rpartition(".")[0], layer)
     for key, tensor in weights.stream(targets):
-        target = targets[key]
+        target, meta = targets[key], expected[targets[key].name]
+        rows = target.block(len(meta)) if target.parts > 1 else slice(0, len(meta) if meta.ndim else 1)
+        numbers = check_finite(weights, key, target.transform(tensor))
+        if target.name in layers:
+            layers[target.name].fill(rows, numbers)
+            continue
         if target.name not in loaded:
-            meta = expected[target.name]
             kept = (storage_dtype(target.name, meta) if storage_dtype else None) or dtype
             loaded[target.name] = torch.empty(meta.shape, dtype=kept)
-        weight = loaded[target.name]
-        part = weight[target.block(len(weight))] if target.parts > 1 else weight
-        part.copy_(check_finite(weights, key, target.transform(tensor)))
-    module.load_state_dict(loaded, assign=True)
+        (loaded[target.name][rows] if target.parts > 1 else loaded[target.name]).copy_(numbers)
+    module.load_state_dict(loaded, assign=True, strict=not layers)  # layers have what else there is
 
 
 def check_finite(weights: Weights, key: str, tensor: Tensor) -> Tensor:

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.line_cache import LineCache, Window
 from ..errors import UserError
 from ..grid import Grid
 from ..plan import AUTO, SamplePlan
+from .redraw import DRAW, merged
 from .sampling import Noise, apply_guidance, filter_logits, sample_codes
 
-AUTO_WINDOW = 12  # tokens; where it was measured to win: see bench/NOTES.md
+AUTO_WINDOW = 8  # tokens: the best by the clock for one image on a CPU. Fewer passes, as with 24, do not pay there
 
 
 class Peeks(Protocol):
@@ -86,6 +88,7 @@ class Drafts:
     Every image has its own place in the line. Those that are ahead wait at the line's end, or where guidance ends.
 
     codes       int64 B N, all tokens of the image, end-of-line tokens included; guesses behind the known ones
+    kept        int64 B N, codes that exist already, and DRAW elsewhere; None: none does. They are their own drafts
     number      int64 B, each image's newest known token: the next to be fed
     non_finite  NaN once a logit of a known token is not finite
 
@@ -93,7 +96,15 @@ class Drafts:
     """
 
     def __init__(
-        self, decoder: Peeks, cache: LineCache, sample: SamplePlan, noise: Noise, pad: Tensor, images: int, size: int
+        self,
+        decoder: Peeks,
+        cache: LineCache,
+        sample: SamplePlan,
+        noise: Noise,
+        pad: Tensor,
+        images: int,
+        size: int,
+        kept: Tensor | None = None,
     ):
         self.decoder, self.cache, self.sample, self.noise = decoder, cache, sample, noise
         self.pad, self.images, self.size = pad, images, size
@@ -101,6 +112,10 @@ class Drafts:
         self.codes = torch.zeros(images, cache.grid.tokens, dtype=torch.int64, device=device)
         self.number = torch.zeros(images, dtype=torch.int64, device=device)
         self.non_finite = torch.zeros((), device=device)
+        self.kept: Tensor | None = None
+        if kept is not None:  # B rows cols
+            ends = cache.grid.stride - cache.grid.cols
+            self.kept = F.pad(kept, (0, ends), value=DRAW).flatten(1).to(device)
 
     def begin(self, number: int, code: Tensor) -> None:
         """Token `number` of each image is known: `code` B. Those behind it are guessed to equal it."""
@@ -114,7 +129,7 @@ class Drafts:
         found = torch.where(place < 0, self.codes, codes.gather(1, place.clamp(0, codes.shape[1] - 1)))
         if grid.eol is not None:
             found = found.masked_fill(token % grid.stride == grid.cols, grid.eol)
-        self.codes.copy_(found)
+        self.codes.copy_(found if self.kept is None else merged(self.kept, found))
 
     def draw_line(self, row: int, check: Check) -> Passes:
         """Draw line `row`, whose first code is known, and feed it. The host waits for the device once a pass."""
@@ -158,6 +173,8 @@ def check(drafts: Drafts, stop: int | Tensor) -> None:
     codes = sample_codes(scores, drafts.noise.exponential(token + 1), sample.temperature)
     if grid.eol is not None:
         codes = codes.masked_fill((token + 1) % grid.stride == grid.cols, grid.eol)
+    if drafts.kept is not None:
+        codes = merged(drafts.kept.gather(1, (token + 1).clamp(max=grid.tokens - 1)), codes)
     right = (fed[:, 1:] == codes[:, :-1]).cumprod(1).sum(1)
     accepted = torch.minimum(right + 1, stop - number).clamp(min=0)
     kept = accepted.repeat(repeat)

@@ -18,6 +18,8 @@ from ..cache.line_cache import LineCache
 from ..plan import CachePlan, SamplePlan
 from ..policies import get_policy
 from .generate import Decoder, end_line, scores
+from .memory import split_batch
+from .sampling import apply_guidance
 
 
 @torch.inference_mode()
@@ -57,6 +59,62 @@ def forced_lines(
         observe(row, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, rotate)
+
+
+@torch.inference_mode()
+def log_likelihood(
+    decoder: Decoder, prompt: Any, codes: Tensor, plan: CachePlan, sample: SamplePlan, at_once: int = 8
+) -> Tensor:
+    """ln of the probability of each code of existing pictures, B rows cols, given the prompt and the codes before it:
+    float32 B rows cols, on the CPU.
+
+    With the guidance of `sample`, over all codes and at temperature 1: codes that exist already may be none that top-k
+    or top-p would draw. `at_once` pictures are computed together.
+    """
+
+    def judge(logits: Tensor, images: int, number: int) -> Tensor:
+        found = logits[:images].clone()
+        guided = [n for n in range(found.shape[1]) if sample.guides(number + n)]
+        if guided:
+            found[:, guided] = apply_guidance(logits[:, guided], images, sample.guidance)
+        return found.log_softmax(-1)
+
+    return _judged(decoder, prompt, codes, plan, judge, sample.guided, at_once)
+
+
+@torch.inference_mode()
+def prompt_match(decoder: Decoder, prompt: Any, codes: Tensor, plan: CachePlan, at_once: int = 8) -> Tensor:
+    """How much likelier the prompt makes each code of existing pictures, in ln, than no prompt does: as
+    `log_likelihood`, which is high for plain pictures of anything.
+    """
+
+    def judge(logits: Tensor, images: int, number: int) -> Tensor:
+        return logits[:images].log_softmax(-1) - logits[images:].log_softmax(-1)
+
+    return _judged(decoder, prompt, codes, plan, judge, True, at_once)
+
+
+def _judged(
+    decoder: Decoder,
+    prompt: Any,
+    codes: Tensor,
+    plan: CachePlan,
+    judge: Callable[[Tensor, int, int], Tensor],
+    guided: bool,
+    at_once: int,
+) -> Tensor:
+    """What `judge` says of each code, from the logits B cols V of a line's sequences and its first token's number."""
+    stride, parts = (prompt.grid or decoder.grid).stride, []
+    for part in split_batch(prompt.rows, at_once):
+        rows, own = prompt.select(part).to(decoder.device), codes[list(part)]
+        sequences = decoder.with_unconditional(rows) if guided else rows
+        lines = forced_lines(decoder, sequences, own.repeat(sequences.rows // len(part), 1, 1), plan)
+        found = []
+        for row, logits in enumerate(lines):
+            scores = judge(logits, len(part), row * stride)
+            found.append(scores.gather(-1, own[:, row, :, None].to(scores.device))[..., 0].cpu())
+        parts.append(torch.stack(found, 1))
+    return torch.cat(parts)
 
 
 @torch.inference_mode()

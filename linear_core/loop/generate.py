@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.line_cache import LineCache, Window
+from ..cache.look_ahead import by_matrices
 from ..cache.view import View
 from ..errors import UserError
-from ..events import Line, Stage, totals
+from ..events import Line, Stage, Step, totals
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
 from .drafts import Check, Drafts, Passes, check, window_size
 from .memory import fold_pairs
+from .redraw import DRAW, check_kept, merged, pieces
 from .sampling import Noise, apply_guidance, filter_logits, not_finite, sample_codes
 
 
@@ -45,7 +47,7 @@ class Decoder(Protocol):
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
 Rotate = Callable[[Tensor, int], Tensor]
 Evict = Callable[[LineCache, Policy, int, Rotate], None]
 
@@ -57,11 +59,12 @@ def generate(
     plan: CachePlan,
     sample: SamplePlan,
     *,
-    step: Step | None = None,
+    step: Forward | None = None,
     line_end: Evict | None = None,
     check_drafts: Check | None = None,
     static: bool = False,
     above: Tensor | None = None,
+    kept: Tensor | None = None,
     name: str = "the model",
 ) -> Iterator[Line]:
     """Draw one image for each row of `prompt`; yields a Line when a row of tokens is finished.
@@ -75,6 +78,9 @@ def generate(
     above         codes B rows cols, or one image's for all: lines that exist already. They are fed a line at a time,
                   with the same eviction at every line's end, so the cache is as if they had been drawn; drawing goes on
                   below
+    kept      codes B rows cols, or one image's for all, of pictures that exist already, DRAW (-1) where to draw anew.
+                  Kept codes are fed in their turn, with the same eviction; those that are drawn see what is kept above
+                  them and to their left, and nothing below
     name          what error messages call the model
 
     Raises UserError before anything is allocated if the settings do not fit the model, and at the end of a line whose
@@ -85,7 +91,10 @@ def generate(
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
-    lines_above = _check_above(above, images, image_grid, decoder.codes)
+    known = check_kept(kept, _check_above(above, images, image_grid, decoder.codes), images, image_grid, decoder.codes)
+    given = [known is not None and bool((known[:, row] != DRAW).all()) for row in range(image_grid.rows)]
+    first = given.index(False)
+    every = [(column, column + 1) for column in range(image_grid.cols)]
     window = window_size(decoder, sample, images, image_grid)
     seeds = sample.image_seeds(images)
     prompt = prompt.to(device)
@@ -102,7 +111,7 @@ def generate(
     index = torch.arange(grid.prompt, grid.prompt + grid.tokens, device=device)
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad
-    drafts = Drafts(decoder, cache, sample, noise, pad, images, window) if window else None
+    drafts = Drafts(decoder, cache, sample, noise, pad, images, window, known) if window else None
     non_finite = torch.zeros((), device=device)  # NaN once a logit is not finite; read at a line's end only
 
     started = time.perf_counter()
@@ -110,38 +119,37 @@ def generate(
     cache.extend()
     for row in range(grid.rows):
         tokens, passes = torch.empty(images, grid.cols, dtype=torch.int64, device=device), Passes()
-        replayed = row < lines_above.shape[1]
-        if replayed:
-            tokens.copy_(lines_above[:, row])
-            line = tokens if grid.eol is None else F.pad(tokens, (0, 1), value=grid.eol)
-            logits = decoder.feed(
-                line.repeat(cache.rows // images, 1), index[grid.stride * row :][: grid.stride], pad, columns, cache
-            )
-        elif drafts:
-            if row == lines_above.shape[1]:  # the first that is drawn; later ones begin with a code that is known
+        line, spans = None if known is None else known[:, row], every
+        if line is not None:
+            tokens.copy_(line)
+            spans = pieces(line != DRAW)
+        if drafts and row >= first:
+            if row == first:  # later lines begin with a code that is known
                 non_finite += logits.sum() * 0
-                drafts.begin(row * grid.stride, draw(logits, row * grid.stride, images, sample, noise))
-            passes = drafts.draw_line(row, check_drafts or check)
+                code = draw(logits, row * grid.stride, images, sample, noise)
+                drafts.begin(row * grid.stride, code if line is None else merged(tokens[:, 0], code))
+            passes, spans = drafts.draw_line(row, check_drafts or check), []
             non_finite += drafts.non_finite
             tokens.copy_(drafts.codes[:, row * grid.stride :][:, : grid.cols])
-        for column in range(grid.cols if replayed or drafts else 0, grid.cols):
+        for column, end in spans:
             number = row * grid.stride + column
-            non_finite += logits.sum() * 0  # NaN and infinity times 0 are NaN
-            token = draw(logits, number, images, sample, noise)
-            tokens[:, column] = token
-            fed = grid.tokens_fed(column)  # the end-of-line token is known, so it needs no logits
+            if line is None or (line[:, column] == DRAW).any():
+                non_finite += logits.sum() * 0  # NaN and infinity times 0 are NaN
+                token = draw(logits, number, images, sample, noise)
+                tokens[:, column] = token if line is None else merged(tokens[:, column], token)
+            fed = end - column - 1 + grid.tokens_fed(end - 1)  # the end-of-line token is known, so it needs no logits
             if number + fed == grid.tokens:
                 break  # it is the last
             if cache.rows > images and not sample.guides(number + fed):
                 cache.keep_rows(images)
                 pad = pad[:images]
-            token = token.repeat(cache.rows // images)
             fed_index, fed_columns = index[number : number + fed], columns[column : column + fed]
             if fed == 1:
-                logits = step(token, fed_index, pad, fed_columns, cache)
+                logits = step(tokens[:, column].repeat(cache.rows // images), fed_index, pad, fed_columns, cache)
             else:
-                with_end = F.pad(token[:, None], (0, 1), value=grid.eol)
-                logits = decoder.feed(with_end, fed_index, pad, fed_columns, cache)
+                codes = tokens[:, column:end]
+                codes = F.pad(codes, (0, column + fed - end), value=0 if grid.eol is None else grid.eol)
+                logits = decoder.feed(codes.repeat(cache.rows // images, 1), fed_index, pad, fed_columns, cache)
         if row + 1 < grid.rows:
             end_line(cache, policy, row, rotate, line_end or evict)
         share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
@@ -151,7 +159,7 @@ def generate(
             raise UserError(not_finite(name, decoder.dtype, f"line {row + 1} of {grid.rows}"))
         now = time.perf_counter()
         yield Line(
-            row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), replayed,
+            row, grid.rows, tokens_now, share.cpu(), held, now - started, cache.nbytes, by_head.cpu(), given[row],
             None if stands is None else stands.cpu(), passes.count, passes.accepted,
         )  # fmt: skip
         started = time.perf_counter()
@@ -195,7 +203,7 @@ def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -
     The work is the same for every line, so it can be captured in a CUDA graph (`graph.py`); `row` is then a tensor of
     one element on the device. The first eviction of a cache also runs the policy's survey and cannot be captured.
     """
-    plan, grid = cache.plan, cache.grid
+    plan, grid, rotate = cache.plan, cache.grid, by_matrices(rotate)
     views: Iterable[View] = (cache.view(row, layer, rotate) for layer in range(cache.shape.layers))
     if policy.survey is not None and cache.survey is None:
         views = list(views)
@@ -233,10 +241,12 @@ class Run:
     """The lines of one run, and totals over them."""
 
     def __init__(self) -> None:
-        self.lines: list[Any] = []  # of Line, or of Stage
+        self.lines: list[Any] = []  # of Line, of Stage, or of Step
 
-    def add(self, line: Line | Stage) -> None:
-        self.lines.append(replace(line, by_head=None))  # large, and only of interest while the run goes on
+    def add(self, line: Line | Stage | Step) -> None:
+        if not isinstance(line, Step):
+            line = replace(line, by_head=None)  # large, and only of interest while the run goes on
+        self.lines.append(line)
 
     @property
     def tokens(self) -> Tensor:
@@ -244,9 +254,19 @@ class Run:
         return (torch.cat if self.canvas is not None else torch.stack)([line.tokens for line in self.lines], 1)
 
     @property
+    def images(self) -> int:
+        """Pictures of the batch."""
+        return len(self.tokens if self.latents is None else self.latents)
+
+    @property
     def canvas(self) -> Tensor | None:
         """The running picture B Z h w of a model that draws in scales; None for others."""
         return self.lines[-1].canvas if self.lines and isinstance(self.lines[-1], Stage) else None
+
+    @property
+    def latents(self) -> Tensor | None:
+        """What a masked model has drawn so far, B Z h w with NaN in the gaps; None for others."""
+        return self.lines[-1].latents if self.lines and isinstance(self.lines[-1], Step) else None
 
     @property
     def shares(self) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.attention import gpu_name
@@ -141,3 +142,48 @@ class Graphs:
     def why(self) -> str:
         """Why one of them was not used; empty if all were, or had nothing to do."""
         return "; ".join(f"{name}: no graph was used, {work.why}" for name, work in self.works.items() if work.why)
+
+
+HEAD_ROWS = 8  # tokens of a step are filled up to a multiple of this, so that few graphs serve all steps
+
+
+class CapturedHead:
+    """The diffusion head's whole denoising as a CUDA graph: `denoise` of `generate_masked`.
+
+    One graph for each number of tokens, filled up to a multiple of HEAD_ROWS, and each choice of denoising steps.
+    Conditions, noise and the strength of guidance are copied into it. `why` says why the last call used no graph.
+    """
+
+    def __init__(self, head: Callable[..., Tensor], *, capture: Capture = cuda_graph, device: str = "cuda"):
+        self.head, self.capture, self.device, self.why = head, capture, device, ""
+        self._graphs: dict[Any, tuple[tuple[Tensor, ...], Run | None, str]] = {}
+
+    def __call__(self, z: Tensor, noise: Tensor, schedule: Any, guidance: float, temperature: float) -> Tensor:
+        """As models.denoise.Denoiser."""
+        if z.device.type != self.device:
+            self.why = f"graphs need {self.device} and this runs on {z.device.type}"
+            return self.head(z, noise, schedule, guidance, temperature)
+        count, halves = noise.shape[1], len(z) // noise.shape[1]
+        more = -count % HEAD_ROWS
+        z = F.pad(z.unflatten(0, (halves, count)), (0, 0, 0, more)).flatten(0, 1)
+        noise = F.pad(noise, (0, 0, 0, more))
+        inputs = (z, noise, torch.as_tensor(guidance, dtype=torch.float32, device=z.device))
+        key = (z.shape, noise.shape, schedule, temperature)
+        if key not in self._graphs:
+            drawn = self.head(*inputs[:2], schedule, inputs[2], temperature)  # also the warm-up that capturing requires
+            fixed = tuple(each.clone() for each in inputs)
+            replay, self.why = None, ""
+            try:
+                replay = self.capture(lambda: self.head(*fixed[:2], schedule, fixed[2], temperature))
+            except RuntimeError as error:
+                self.why = f"capturing it failed ({str(error).partition(chr(10))[0]})"
+            self._graphs[key] = fixed, replay, self.why
+            return drawn[:count]
+        fixed, replay, self.why = self._graphs[key]
+        if replay is None:
+            return self.head(*inputs[:2], schedule, inputs[2], temperature)[:count]
+        for kept, new in zip(fixed, inputs, strict=True):
+            kept.copy_(new)
+        result = replay()
+        assert result is not None
+        return result[:count].clone()

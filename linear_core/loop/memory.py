@@ -10,11 +10,16 @@ from pathlib import Path
 from ..grid import Grid
 from ..plan import CachePlan, CacheShape
 from ..pyramid import Pyramid
+from ..steps import StepCachePlan, StepCacheShape
+
+CONTEXT_BYTES = 2**30  # of a card's memory, that CUDA and PyTorch take for themselves
+STREAMED_ROOM = 2**30  # of a card's memory, for weights that pass through it
+BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0 slot of 16 lanes
 
 
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
-    return 2**19 if device == "cpu" else 2**25
+    return 2**21 if device == "cpu" else 2**25
 
 
 def run_bytes(
@@ -31,9 +36,12 @@ def run_bytes(
     bookkeeping = slots * (shape.bytes_per_element + 4 + 4 + 8) + shape.line_bytes(grid, rows) * shape.group // 2
     head_slots = shape.prompt + plan.lines(grid) * grid.stride
     attention = rows * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
-    if plan.evicts(grid) and plan.release == "fold":  # distances between slots, and look-ahead over four lines
+    if plan.evicts(grid) and plan.release == "fold":
+        # Keys as float32, centred and sorted; distances to candidates; scores and weights of the look-ahead's queries.
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
-        attention = at_once * shape.heads * head_slots * (7 * head_slots + 2 * 4 * shape.group * grid.stride) * 4
+        near = min(max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots // 2), head_slots)
+        each = 3 * shape.head_dim + 2 * near + 2 * 2 * shape.group * grid.stride
+        attention = at_once * shape.heads * head_slots * each * 4
     if window:  # what a window's queries see, their scores, and queries, keys and values of all layers, twice
         seen = head_slots + window
         vectors = rows * shape.heads * shape.head_dim * shape.bytes_per_element
@@ -48,19 +56,50 @@ def scales_run_bytes(
 ) -> int:
     """Bytes of cache, bookkeeping, the last scale's activations, settling, logits and noise, for `rows` sequences.
 
+    Without a cache, of the state that joins the scales instead.
+
     logits  of a token
     hidden  numbers of a token in the middle of a feed-forward block, where a pass is widest
     """
     held, slots, size = shape.scales_bytes(pyramid, plan, rows), plan.work_slots(pyramid), pyramid.size(-1)
-    bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4)
+    cached = not shape.state
+    bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4) if cached else 0
     activations = rows * size * hidden * (shape.bytes_per_element * 2 + 4)
     settling = 0
-    if plan.keeps(pyramid) < pyramid.kept and pyramid.stages > 1:
+    if cached and plan.keeps(pyramid) < pyramid.kept and pyramid.stages > 1:
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * slots**2)))
         pairs = slots**2 if plan.release == "fold" else 64 * slots
         settling = at_once * shape.heads * pairs * 4 * 3
     sampling = rows * size * logits * (4 * 3 + 8 * 2)  # guidance, sorting, softmax; noise in int64
     return held + bookkeeping + max(activations, settling, sampling)
+
+
+def masked_run_bytes(shape: StepCacheShape, plan: StepCachePlan, steps: int, rows: int, hidden: int) -> int:
+    """Bytes of what is kept, what is fed, and the activations of a full pass, for `rows` sequences.
+
+    hidden  numbers of a slot in the middle of a feed-forward block, where a pass is widest
+    """
+    width = shape.heads * shape.head_dim
+    fed = rows * shape.slots * width * 4 * 4  # inputs of encoder and decoder, and their places
+    activations = rows * shape.slots * (hidden * (shape.bytes_per_element + 4) + 8 * width * 4)
+    modulations = 2**28  # of the diffusion head, and its noise
+    return shape.bytes(plan, steps, rows) + fed + activations + modulations
+
+
+def streamed_bytes(weights: int, card: int, run: int) -> int | None:
+    """Bytes of `weights` that every pass has to fetch if `run` of the `card`'s bytes are taken; None: it does not fit.
+
+    If all fit, nothing is fetched. Otherwise STREAMED_ROOM is left for those that are, and the rest stays on the card.
+    """
+    room = card - run
+    if weights <= room:
+        return 0
+    return weights - (room - STREAMED_ROOM) if room >= STREAMED_ROOM else None
+
+
+def streamed_seconds(streamed: int, passes: int, images: int) -> float:
+    """Seconds that fetching alone takes for each of `images` that are drawn at once: they share every pass."""
+    return streamed * passes / BUS_BYTES / images
 
 
 def free_memory() -> int | None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..events import Stage
+from ..events import Stage, Step
 from ..plan import SamplePlan
 from .generate import Run
 from .memory import split_batch
@@ -27,18 +28,22 @@ class MicroBatch:
     """Images that are drawn together, once with each cache: input of `generate`, and its result.
 
     above  by cache: lines that exist already, codes B rows cols, or one image's for all; None: none. For models that
-           draw in scales: the tokens of the first scales, B N
+           draw in scales: the tokens of the first scales, B N; for masked ones: latents B Z h w with NaN in the gaps
     runs   by cache: lines drawn so far
+    kept   codes of pictures that exist already, B rows cols, or one image's for all; see `generate`
     """
 
     prompt: Any
     sample: SamplePlan
     above: list[Tensor | None]
     runs: list[Run] = field(default_factory=list)
+    kept: Tensor | None = None
 
     def codes(self, cache: int = 0) -> Tensor | None:
         """The lines so far, drawn or given: codes B rows cols."""
         given, run = self.above[cache], self.runs[cache]
+        if run.latents is not None:
+            return run.latents
         count = run.tokens.shape[1] if run.lines else 0
         return run.tokens if count > (0 if given is None else given.shape[1]) else given
 
@@ -62,6 +67,7 @@ class MicroBatch:
                 self.sample.select(rows),
                 [select(given, rows) for given in above],
                 [Run() for _ in above],
+                select(self.kept, rows),
             )
             for rows in split_batch(self.prompt.rows, at_once)
         ]
@@ -84,9 +90,10 @@ class MicroBatches:
         above: Tensor | None = None,
         *,
         caches: int = 1,
+        kept: Tensor | None = None,
         advice: str,
     ):
-        batch = MicroBatch(prompt, sample, [above] * caches, [Run() for _ in range(caches)])
+        batch = MicroBatch(prompt, sample, [above] * caches, [Run() for _ in range(caches)], kept)
         self.done: list[MicroBatch] = []
         self.pending, self.halved_from, self.advice = batch.split(at_once), 0, advice
 
@@ -140,7 +147,13 @@ class MicroBatches:
 
 
 def _without_last(codes: Tensor, run: Run) -> Tensor:
-    """The lines or scales so far, but for the last of the picture: something has to be left to draw."""
+    """The lines, scales or steps so far, but for the last of the picture: something has to be left to draw."""
+    if run.latents is not None:
+        last = run.lines[-1]
+        if last.step + 1 < last.steps:
+            return codes
+        drawn = F.interpolate(last.drawn[:, None].float(), codes.shape[2:], mode="nearest").bool()
+        return codes.masked_fill(drawn, float("nan"))
     if run.canvas is None:
         return codes[:, : run.lines[0].rows - 1]
     finished = len(run.lines) == run.lines[0].rows
@@ -160,11 +173,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def merge_lines(parts: list[list[Any]]) -> list[Any]:
-    """The lines, or stages, of a batch drawn in micro-batches, as if drawn at once; seconds add up, cache_bytes are the
-    maximum.
+    """The lines, stages or steps of a batch drawn in micro-batches, as if drawn at once; seconds add up.
+
+    `cache_bytes` are the maximum.
     """
 
     def merge(lines: tuple[Any, ...]) -> Any:
+        if isinstance(lines[0], Step):
+            return _merge_steps(lines)
         images = [len(line.tokens) for line in lines]
         stands = [line.stands for line in lines if line.stands is not None]
         if isinstance(lines[0], Stage):
@@ -182,4 +198,29 @@ def merge_lines(parts: list[list[Any]]) -> list[Any]:
             **more,
         )
 
+    if parts and parts[0] and isinstance(parts[0][0], Step):
+        parts = _aligned(parts)
     return [merge(lines) for lines in zip(*parts, strict=True)]
+
+
+def _merge_steps(steps: tuple[Step, ...]) -> Step:
+    tensors = ("latents", "drawn", "age", "computed")
+    more: dict[str, Any] = {name: torch.cat([getattr(step, name) for step in steps]) for name in tensors}
+    more |= {name: sum(getattr(step, name) for step in steps) for name in ("seconds", "transformer", "head")}
+    return replace(steps[0], cache_bytes=max(step.cache_bytes for step in steps), **more)
+
+
+def _aligned(parts: list[list[Step]]) -> list[list[Step]]:
+    """As many steps of each part. A part of which more is given begins later: until then it is as it was given."""
+    first = min(part[0].step for part in parts)
+
+    def before(step: Step, number: int) -> Step:
+        """A step that a part did not take, since what it would have drawn was given."""
+        nothing = torch.zeros_like(step.computed)
+        drawn = F.interpolate(step.drawn[:, None].float(), step.latents.shape[2:], mode="nearest").bool()
+        return replace(
+            step, step=number, latents=step.latents.masked_fill(drawn, float("nan")), drawn=step.drawn & False,
+            age=step.age * 0, computed=nothing, seconds=0.0, transformer=0.0, head=0.0,
+        )  # fmt: skip
+
+    return [[before(part[0], number) for number in range(first, part[0].step)] + part for part in parts]

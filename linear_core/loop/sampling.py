@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -65,6 +67,21 @@ class Noise:
 
         For several tokens of each image, `token` int64 B T, or T of all: B T V.
         """
+        return self.uniform(token).neg_().log1p_().neg_()
+
+    def normal(self, token: int | Tensor) -> Tensor:
+        """Standard normal noise: half as many numbers, each made of two (Box and Muller)."""
+        radius, angle = self.uniform(token).chunk(2, -1)
+        return (-2 * torch.log1p(-radius)).sqrt() * (2 * math.pi * angle).cos()
+
+    def select(self, images: Tensor) -> Noise:
+        """The noise of these images alone, int64 B."""
+        some = copy(self)
+        some.high, some.start = self.high[images], self.start[images]
+        return some
+
+    def uniform(self, token: int | Tensor) -> Tensor:
+        """Numbers between 0 and 1, neither of them included."""
         start, high, offset = self.start, self.high, (token + 1) * 0x9E3779B1
         if isinstance(offset, Tensor):
             start, high, offset = start[:, None], high[:, None], offset[..., None]
@@ -72,8 +89,7 @@ class Noise:
         bits = _mix(bits.bitwise_and_(_MASK).bitwise_xor_(high))
         # u is finest near 0, where the race below is decided. It stays below 1: infinite noise would rule out a code,
         # even the only one that is left.
-        u = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-        return u.neg_().log1p_().neg_()
+        return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def sample_codes(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -93,7 +109,7 @@ def as_number(digits: Tensor, base: int) -> Tensor:
     return (digits * base**place).sum(-1)
 
 
-def not_finite(name: str, dtype: torch.dtype, where: str) -> str:
+def not_finite(name: str, dtype: torch.dtype, where: str, what: str = "logits") -> str:
     """What to tell when logits are NaN or infinite; `where`: "line 3 of 24"."""
     hint = (
         "float16 ends at 65504, which large models exceed; use bfloat16 or float32"
@@ -101,4 +117,4 @@ def not_finite(name: str, dtype: torch.dtype, where: str) -> str:
         else "its file may be damaged or belong to another model; download it again or choose another"
     )
     kind = str(dtype).removeprefix("torch.")
-    return f"{name}: its logits are not finite (NaN or infinity, {kind}) in {where}; {hint}."
+    return f"{name}: its {what} are not finite (NaN or infinity, {kind}) in {where}; {hint}."

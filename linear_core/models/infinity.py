@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from ..plan import CacheShape
 from ..prompts import Prompt
 from ..pyramid import Pyramid
 from .blocks import Ops, rope_2d, rotate_pairs
-from .scales import Scales
-from .var import EPS, Attend, Attention, FeedForward, HeadModulation, modulate, modulation
+from .scales import Prune, Scales, everything
+from .var import EPS, Attention, FeedForward, HeadModulation, modulate, modulation
 
 ROPE_BASE = 10000.0
 
@@ -176,14 +177,33 @@ class Block(nn.Module):
         self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))
 
     def forward(
-        self, x: Tensor, vectors: Tensor, text: Text, attend: Attend, table: Tensor, dtype: torch.dtype
+        self,
+        x: Tensor,
+        vectors: Tensor,
+        text: Text,
+        attend: Callable[..., Tensor],
+        table: Tensor,
+        dtype: torch.dtype,
+        layer: int = 0,
+        prune: Prune = everything,
     ) -> Tensor:
         """x R n W, float32. vectors R 6 1 W: two factors of the residuals, two scales, two shifts."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(1)
-        inner = modulate(x, scale1, shift1).to(dtype)
-        x = x + self.sa(inner, attend, lambda qk: rotate_pairs(qk, table)) * gamma1
-        x = x + self.ca(self.ca_norm(x).to(dtype), text)  # its norm has weights, and nothing modulates it
-        return x + self.ffn(modulate(x, scale2, shift2).to(dtype)) * gamma2
+
+        def attention(x: Tensor, places: Tensor | None) -> Tensor:
+            own = table if places is None else table[places][:, None]  # rows may compute different tokens
+            inner, rotate = modulate(x, scale1, shift1).to(dtype), partial(rotate_pairs, table=own)
+            return self.sa(inner, partial(attend, places=places), rotate) * gamma1
+
+        def cross_attention(x: Tensor, places: Tensor | None) -> Tensor:
+            return self.ca(self.ca_norm(x).to(dtype), text)  # its norm has weights, and nothing modulates it
+
+        def feed_forward(x: Tensor, places: Tensor | None) -> Tensor:
+            return self.ffn(modulate(x, scale2, shift2).to(dtype)) * gamma2
+
+        x = x + prune(layer, "attention", x, attention)
+        x = x + prune(layer, "cross-attention", x, cross_attention)
+        return x + prune(layer, "feed-forward", x, feed_forward)
 
 
 @dataclass(frozen=True)
@@ -206,6 +226,7 @@ class Infinity(Scales):
     """Decoder for Infinity of every size."""
 
     config: InfinityConfig
+    prunes = True
     cfg_uncond: nn.Parameter
 
     def __init__(self, config: InfinityConfig, pyramid: Pyramid, ops: Ops = nn):
@@ -300,17 +321,16 @@ class Infinity(Scales):
 
     # -- a scale -------------------------------------------------------------------------------------------------------
 
-    def stage(self, stage: int, below: Tensor | None, state: State, cache: StageCache) -> Tensor:
+    def stage(
+        self, stage: int, below: Tensor | None, state: State, cache: StageCache, prune: Prune = everything
+    ) -> Tensor:
         x = state.first
         if below is not None:  # rows of guidance read the same canvas
             x = self._embed(stage, below).repeat(len(x) // len(below), 1, 1)
         table = self.rope_table(stage)
         for layer, block in enumerate(self.blocks):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return cache.attend(layer, q, k, v)
-
-            x = block(x, state.blocks[layer], state.texts[layer], attend, table, self.dtype)
+            attend = partial(cache.attend, layer)
+            x = block(x, state.blocks[layer], state.texts[layer], attend, table, self.dtype, layer, prune)
         return self._logits(x, state)
 
     def forward(self, prompt: Prompt, below: list[Tensor], visible: Tensor | None = None) -> Tensor:
@@ -331,7 +351,7 @@ class Infinity(Scales):
             masks = list(visible)
         for layer, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, places: None = None, mask: Tensor = mask) -> Tensor:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
             x = block(x, state.blocks[layer], state.texts[layer], attend, table, self.dtype)

@@ -6,6 +6,7 @@ asked for; earlier scales reach it through the cache too. The residual stream st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +15,24 @@ from torch import Tensor, nn
 from ..cache.stage_cache import StageCache
 from ..grid import Grid
 from ..plan import CacheShape
+from ..profile import Profile
 from ..prompts import Prompt
 from ..pyramid import Pyramid
+
+# What decides which tokens a sub-block computes: layer, its name, its input x R n W, and what it does with tokens
+# R n' W and their places R n' (None: all of them) -> what it adds to x.
+Prune = Callable[[int, str, Tensor, Callable[[Tensor, "Tensor | None"], Tensor]], Tensor]
+
+
+def everything(layer: int, part: str, x: Tensor, compute: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """The sub-block computes all tokens."""
+    return compute(x, None)
 
 
 class Scales(nn.Module):
     """Base class of next-scale models. R rows are the images, twice with guidance: conditional rows first."""
+
+    prunes = False  # whether `stage` takes a Prune
 
     def __init__(self, config: Any, pyramid: Pyramid):
         super().__init__()
@@ -27,6 +40,9 @@ class Scales(nn.Module):
         # Set by a host whose layers cast and move their weights when they are used.
         self.compute_dtype: torch.dtype | None = None
         self.compute_device: torch.device | None = None
+        self.profile: Profile | None = None  # what is known of its heads, for policies that ask
+        # Another model that draws the first scales, so many of them (`loop.scales.with_drafter`).
+        self.drafter: tuple[Any, int] | None = None
 
     # -- defined by each model -----------------------------------------------------------------------------------------
 
@@ -66,6 +82,11 @@ class Scales(nn.Module):
     def outcomes(self) -> int:
         """Results that each draw has."""
         return self.config.codes
+
+    @property
+    def carried(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the tensors that a layer carries from scale to scale for each sequence; none: there is a cache."""
+        return ()
 
     def rotate_ahead(self, stage: int, queries: Tensor) -> Tensor:
         """Queries ... T D of scale `stage` as if they stood at the same places of the next one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ..plan import CacheShape
 from ..prompts import Prompt
 from ..pyramid import Pyramid
 from .blocks import Ops, Rotate
-from .scales import Scales
+from .scales import Prune, Scales, everything
 
 HEAD_DIM = 64  # of every published file
 PYRAMIDS = {
@@ -124,11 +125,26 @@ class Block(nn.Module):
         else:
             self.ada_lin = modulation(config.width, 6, ops)
 
-    def forward(self, x: Tensor, vectors: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        vectors: Tensor,
+        attend: Callable[..., Tensor],
+        dtype: torch.dtype,
+        layer: int = 0,
+        prune: Prune = everything,
+    ) -> Tensor:
         """x R n W, float32. vectors R 6 1 W: two factors of the residuals, two scales, two shifts."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(1)
-        x = x + self.attn(modulate(x, scale1, shift1).to(dtype), attend) * gamma1
-        return x + self.ffn(modulate(x, scale2, shift2).to(dtype)) * gamma2
+
+        def attention(x: Tensor, places: Tensor | None) -> Tensor:
+            return self.attn(modulate(x, scale1, shift1).to(dtype), partial(attend, places=places)) * gamma1
+
+        def feed_forward(x: Tensor, places: Tensor | None) -> Tensor:
+            return self.ffn(modulate(x, scale2, shift2).to(dtype)) * gamma2
+
+        x = x + prune(layer, "attention", x, attention)
+        return x + prune(layer, "feed-forward", x, feed_forward)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -160,6 +176,9 @@ class VAR(Scales):
     """Decoder for VAR of every size."""
 
     config: VARConfig
+    prunes = True
+    block: type[nn.Module] = Block
+    vectors = 6  # that modulate a block
 
     def __init__(self, config: VARConfig, ops: Ops = nn):
         super().__init__(config, config.pyramid)
@@ -169,7 +188,7 @@ class VAR(Scales):
         self.pos_1LC = nn.Parameter(torch.zeros(1, pyramid.tokens, width))
         self.lvl_embed = ops.Embedding(pyramid.stages, width)
         self.word_embed = ops.Linear(config.code_dim, width)
-        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(self.block(config, ops) for _ in range(config.layers))
         if config.shared_adaln:
             self.shared_ada_lin = modulation(width, 6, ops)
         self.head_nm = HeadModulation(width, ops)
@@ -205,7 +224,7 @@ class VAR(Scales):
                 shared + upcast(block.get_parameter("ada_gss")).to(shared).transpose(1, 2) for block in self.blocks
             ]
         else:
-            blocks = [vectors(block.get_submodule("ada_lin"), 6) for block in self.blocks]
+            blocks = [vectors(block.get_submodule("ada_lin"), self.vectors) for block in self.blocks]
         first = upcast(condition)[:, None] + upcast(self.pos_start).to(condition.device)
         return State(first + self._place(0), blocks, vectors(self.head_nm.ada_lin, 2))
 
@@ -218,23 +237,19 @@ class VAR(Scales):
         """Grows from 1, which is none, at the first scale to `scale` at the last: the published cfg is `scale` - 1."""
         return 1 + (scale - 1) * stage / max(self.pyramid.stages - 1, 1)
 
-    def stage(self, stage: int, below: Tensor | None, state: State, cache: StageCache) -> Tensor:
-        x = state.first
-        if below is not None:  # rows of guidance read the same canvas
-            x = self._embed(stage, below).repeat(len(x) // len(below), 1, 1)
+    def stage(
+        self, stage: int, below: Tensor | None, state: State, cache: StageCache, prune: Prune = everything
+    ) -> Tensor:
+        x = self._input(stage, below, state)
         for layer, block in enumerate(self.blocks):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return cache.attend(layer, q, k, v)
-
-            x = block(x, state.blocks[layer], attend, self.dtype)
+            x = block(x, state.blocks[layer], partial(cache.attend, layer), self.dtype, layer, prune)
         return self._logits(x, state)
 
     def forward(self, prompt: Prompt, below: list[Tensor], visible: Tensor | None = None) -> Tensor:
         """Logits of every token of all scales in one pass without a cache: for training, and the reference for tests.
 
         below    the canvas shrunk to every scale but the first, B n Z each
-        visible  bool L B H N N, which keys each query sees; None: its own scale and those before it
+        visible  bool L B H N N, which keys each query sees; None: those of the scales that it `sees`
         Returns B N V.
         """
         state = self.begin(prompt)
@@ -242,16 +257,26 @@ class VAR(Scales):
         x = torch.cat(inputs, 1)
         if visible is None:
             scale = torch.cat([torch.full((one.shape[1],), n, device=x.device) for n, one in enumerate(inputs)])
-            masks = [scale[:, None] >= scale] * len(self.blocks)
+            masks = [self.sees(scale[:, None], scale)] * len(self.blocks)
         else:
             masks = list(visible)
         for block, mask, vectors in zip(self.blocks, masks, state.blocks, strict=True):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, places: None = None, mask: Tensor = mask) -> Tensor:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
             x = block(x, vectors, attend, self.dtype)
         return self._logits(x, state)
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a token of scale `query` sees those of scale `key`, in the same layer."""
+        return query >= key
+
+    def _input(self, stage: int, below: Tensor | None, state: State) -> Tensor:
+        """What the first layer reads, R n W: rows of guidance read the same canvas."""
+        if below is None:
+            return state.first
+        return self._embed(stage, below).repeat(len(state.first) // len(below), 1, 1)
 
     def _place(self, stage: int) -> Tensor:
         """What a token's place adds to its input: 1 n W, float32."""

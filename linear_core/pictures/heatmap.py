@@ -83,6 +83,18 @@ def strip(share: Tensor, pyramid: Pyramid, side: int = 64, gap: int = 4) -> Tens
     return sheet
 
 
+def captioned(pictures: Tensor, text: str) -> Tensor:
+    """Pictures B H W 3 in 0..1 with a line of white text on a dark bar at the bottom; as they are without a text."""
+    height, width = pictures.shape[1:3]
+    if not text:
+        return pictures
+    size = max(6, min(20, height // 4, 2 * width // len(text)))
+    bar = Image.new("L", (width, min(height, size + 4)), 0)
+    ImageDraw.Draw(bar).text((2, 1), text, 255, font=ImageFont.load_default(size=size))
+    letters = torch.frombuffer(bytearray(bar.tobytes()), dtype=torch.uint8).view(bar.height, width, 1) / 255
+    return torch.cat([pictures[:, : height - bar.height], letters.expand(len(pictures), -1, -1, 3).to(pictures)], 1)
+
+
 LABEL = 12  # pixels of a number's height
 
 

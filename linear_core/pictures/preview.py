@@ -15,15 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..events import Line
+from ..events import Line, Step
 from ..loop.micro_batches import is_out_of_memory
 from ..pyramid import Pyramid
 from ..tokenizers.bits import BitTokenizer
+from ..tokenizers.latents import LatentTokenizer
 from ..tokenizers.pyramid import PyramidTokenizer
 from ..tokenizers.tokenizer import VQTokenizer, to_pixels
+from .inpaint import fill
 
 if TYPE_CHECKING:
     from PIL import Image
+
+AnyTokenizer = VQTokenizer | PyramidTokenizer | BitTokenizer | LatentTokenizer
 
 log = logging.getLogger(__name__)
 UNDRAWN = 0.35  # grey value of rows that are not drawn yet
@@ -167,9 +171,41 @@ class CanvasPreview:
         return pictures
 
 
+class LatentPreview:
+    """Keeps the latents of a run over masked steps, and decodes them with the gaps filled from around them, and dimmed.
+
+    So the picture comes into focus wherever tokens are drawn.
+    """
+
+    dimmed = 0.5  # brightness of what is only filled in
+
+    def __init__(self, tokenizer: LatentTokenizer):
+        self.tokenizer = tokenizer
+        self.step: Step | None = None
+
+    def add(self, step: Step) -> None:
+        self.step = step
+
+    def pictures(self, images: int = 1) -> Tensor:
+        """The first `images` pictures so far: float32 B H W 3 in 0..1, on the CPU."""
+        assert self.step is not None, "nothing is drawn yet"
+        return self.of(self.tokenizer, self.step.latents[:images])
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, tokenizer: LatentTokenizer, latents: Tensor) -> Tensor:
+        """The pictures of latents with gaps, B Z h w."""
+        latents = latents.to(tokenizer.device)
+        pictures = to_pixels(tokenizer.decode(fill(latents))).cpu()
+        known = F.interpolate(latents[:, :1].isfinite().float(), pictures.shape[1:3], mode="nearest")[:, 0, :, :, None]
+        return pictures * (cls.dimmed + (1 - cls.dimmed) * known.cpu())
+
+
 @torch.inference_mode()
-def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
-    """Decode finished pictures: codes int64 B rows cols, or a canvas B Z h w -> float32 B H W 3 in 0..1, on the CPU.
+def decode(tokenizer: AnyTokenizer, tokens: Tensor, batch: int = 16) -> Tensor:
+    """Decode finished pictures: codes int64 B rows cols, or a canvas or latents B Z h w.
+
+    Returns float32 B H W 3 in 0..1, on the CPU.
 
     Decodes `batch` pictures at a time, and half as many if memory runs out. Raises UserError if it is too little for
     one.
@@ -190,7 +226,7 @@ def decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, tokens: Ten
     return torch.cat(done)
 
 
-def _try_decode(tokenizer: VQTokenizer | PyramidTokenizer | BitTokenizer, codes: Tensor) -> Tensor | None:
+def _try_decode(tokenizer: AnyTokenizer, codes: Tensor) -> Tensor | None:
     """None if memory ran out. By then the error, and with it every tensor of the computation, is freed."""
     try:
         return to_pixels(tokenizer.decode(codes.to(tokenizer.device))).cpu()

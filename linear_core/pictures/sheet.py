@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
+
+from ..errors import UserError
 
 PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (110, 114, 120)
 GAP = 8
@@ -20,6 +23,16 @@ def to_image(picture: Tensor, size: int | None = None) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(array))
     factor = max(1, (size or 0) // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def read_image(path: Path, what: str) -> Tensor:
+    """The picture at `path`: H W 3 in 0..1. Raises UserError, which says `what` it was meant for."""
+    try:
+        with Image.open(path) as image:
+            array = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{what}: {path} cannot be read as a picture; give a PNG or JPEG file.") from error
+    return torch.from_numpy(array).float() / 255
 
 
 def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size: int = 288) -> Image.Image:
@@ -42,6 +55,11 @@ def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size:
         for i, picture in enumerate(pictures[r]):
             sheet.paste(picture, (GAP + i * (width + GAP), top + bar))
     return sheet
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An image as a picture 1 H W 3 in 0..1."""
+    return torch.from_numpy(np.asarray(image).copy()).float()[None] / 255
 
 
 def save(image: Image.Image, path: Path, notes: dict[str, Any]) -> None:

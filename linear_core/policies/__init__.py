@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..errors import UserError
 from .adakv import adakv
+from .amskv import amskv
 from .attention_distance import attention_distance
 from .cake import cake
 from .choose import choose
@@ -19,6 +20,7 @@ from .full import full
 from .h2o import h2o
 from .hack import hack
 from .headkv import headkv
+from .heatkv import heatkv
 from .keydiff import keydiff
 from .line import line
 from .next_line import next_line
@@ -27,6 +29,7 @@ from .prefixkv import prefixkv
 from .pyramidkv import pyramidkv
 from .random import random
 from .rkv import rkv
+from .scalekv import scalekv
 from .snapkv import snapkv
 from .ssd import ssd
 from .stratified import stratified
@@ -34,7 +37,7 @@ from .streaming import streaming
 from .tova import tova
 from .vase import vase
 
-__all__ = ["POLICIES", "Policy", "choose", "get_policy"]
+__all__ = ["OVER_SCALES", "POLICIES", "SCALE_POLICIES", "Policy", "choose", "get_policy"]
 
 QUERIES, MASS, AHEAD = (frozenset({name}) for name in ("queries", "mass", "ahead"))
 _LINE = Policy(line, QUERIES)
@@ -64,10 +67,15 @@ POLICIES: dict[str, Policy] = {
     "prefixkv": prefixkv,
     "pyramidkv": pyramidkv,
 }
+# These weigh scales against each other, and mean nothing where a picture is drawn in lines (plan.ONLY_SCALES).
+SCALE_POLICIES: dict[str, Policy] = {"heatkv": heatkv, "scalekv": scalekv, "amskv": amskv}
+# Over scales, where heads of unequal room cost nothing, those of a layer share one budget: `fold` loses a third of it.
+OVER_SCALES: dict[str, Policy] = {"fold": adakv(POLICIES["fold"])}
 
 
 def get_policy(name: str) -> Policy:
     """The policy of this name. Raises UserError listing the names if there is none."""
-    if name not in POLICIES:
-        raise UserError(f"policy: '{name}' is unknown; choose one of {', '.join(POLICIES)}.")
-    return POLICIES[name]
+    known = POLICIES | SCALE_POLICIES
+    if name not in known:
+        raise UserError(f"policy: '{name}' is unknown; choose one of {', '.join(known)}.")
+    return known[name]

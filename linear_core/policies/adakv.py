@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..cache.view import View
-from ..plan import CachePlan
+from ..plan import HEADROOM, CachePlan
 from ..pyramid import Pyramid
 from .allocate import allocate, bounds
 from .choose import protect
 from .policy import Policy
 
 FLOOR = 0.2
+WIDE = 4  # times the budget that a head may keep over scales, where heads of unequal room take no more for it
 
 
 def adakv(policy: Policy) -> Policy:
@@ -28,11 +29,12 @@ def adakv(policy: Policy) -> Policy:
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     _, budget = bounds(view, plan)
-    recent = 0 if isinstance(view.grid, Pyramid) else plan.recent
+    in_scales = isinstance(view.grid, Pyramid)
+    recent, headroom = (0, WIDE) if in_scales else (plan.recent, HEADROOM)
     scores = protect(scores, view.index, view, plan.protected(view.grid), recent)
     scores = scores.masked_fill(~view.candidates(), float("-inf"))
     heads, slots = scores.shape[-2:]
     best = scores.flatten(-2).argsort(dim=-1, descending=True, stable=True)[..., : heads * budget]
     head = best // slots
     counts = scores.new_zeros(scores.shape[:-1]).scatter_add_(-1, head, torch.ones_like(head, dtype=scores.dtype))
-    return allocate((1 - FLOOR) * counts + FLOOR * budget, view.candidates().sum(-1), view, plan)
+    return allocate((1 - FLOOR) * counts + FLOOR * budget, view.candidates().sum(-1), view, plan, headroom)

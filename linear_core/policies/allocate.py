@@ -20,21 +20,21 @@ def bounds(view: View, plan: CachePlan) -> tuple[int, int]:
     return plan.anchors + plan.recent * view.grid.stride, plan.budget * view.grid.stride
 
 
-def allocate(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan) -> Tensor:
+def allocate(weights: Tensor, held: Tensor | int, view: View, plan: CachePlan, headroom: int = HEADROOM) -> Tensor:
     """Image tokens that each of N heads keeps, in proportion to `weights` ... N: int64 ... N, the budget on average.
 
     held  int or ... N, tokens that each head has
 
-    No head gets fewer than the protected tokens, more than it has, or more than HEADROOM times the budget. What a head
-    at its limit cannot take or give up is spread over the others in proportion.
+    No head gets fewer than the protected tokens, more than it has, or more than `headroom` times the budget. What a
+    head at its limit cannot take or give up is spread over the others in proportion.
     """
     low, budget = bounds(view, plan)
-    high = (torch.zeros_like(weights, dtype=torch.int64) + held).clamp(max=HEADROOM * budget)
+    high = (torch.zeros_like(weights, dtype=torch.int64) + held).clamp(max=headroom * budget)
     total = weights.shape[-1] * budget
     weights = weights.float()
     weights = (weights / weights.mean(-1, keepdim=True).clamp(min=1e-30)).clamp(min=MIN_WEIGHT)
     lower = weights.new_zeros(*weights.shape[:-1], 1)
-    upper = torch.full_like(lower, HEADROOM * budget / MIN_WEIGHT)
+    upper = torch.full_like(lower, headroom * budget / MIN_WEIGHT)
     for _ in range(STEPS):
         middle = (lower + upper) / 2
         short = (weights * middle).clamp(min=low).minimum(high).sum(-1, keepdim=True) < total

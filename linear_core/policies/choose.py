@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cache.view import View
+from .rank import sortable
 
 
 def protect(scores: Tensor, index: Tensor, view: View, anchors: int, recent: int) -> Tensor:
@@ -40,10 +41,9 @@ def choose(
     """
     index = view.index[..., prompt_slots:]
     scores = protect(scores[..., prompt_slots:], index, view, anchors, recent)
-    oldest_first = index.argsort(dim=-1, stable=True)
-    order = scores.gather(-1, oldest_first).argsort(dim=-1, stable=True)
-    order = oldest_first.gather(-1, order) + prompt_slots
+    places = sortable(scores, index)
     if keep is None:
-        return order[..., :count]
+        return places.topk(count, largest=False).indices + prompt_slots
+    order = places.argsort(dim=-1) + prompt_slots
     rank = torch.arange(order.shape[-1], device=order.device) - keep[..., None]
     return order.gather(-1, rank.clamp(min=0)).masked_fill(rank < 0, -1)

@@ -26,7 +26,7 @@ FLOOR = 0.2
 
 def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
     assert view.survey is not None
-    weights = view.survey[view.layer :][: len(view.index)]
+    weights = view.own(view.survey)
     weights = (1 - FLOOR) * weights / weights.mean(-1, keepdim=True).clamp(min=1e-30) + FLOOR
     return allocate(weights, view.candidates().sum(-1), view, plan)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..cache.view import View
 from ..plan import CachePlan
+from ..profile import Profile
+from ..pyramid import Pyramid
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Policy:
             listed in `plan.UNEVEN`, so that its cache gets the room.
     survey  View -> L B ..., called once for every layer when the cache first overflows. From then on every view
             carries the results of all layers (`View.survey`).
+    profile what a model's profile says in place of the survey: Profile, Pyramid -> L H ..., the same for every row;
+            None: the survey is always needed
     lines   why the policy needs lines and cannot serve a picture drawn in scales, as the end of a sentence; "": it can
 
     Policies compose as functions of policies: `adakv(criticalkv(POLICIES["line"]))`.
@@ -32,3 +36,4 @@ class Policy:
     keep: Callable[[View, Tensor, CachePlan], Tensor] | None = None
     survey: Callable[[View], Tensor] | None = None
     lines: str = ""
+    profile: Callable[[Profile, Pyramid], Tensor] | None = None

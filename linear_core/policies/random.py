@@ -15,9 +15,9 @@ def random(view: View) -> Tensor:
     """
     layers, _, heads, _ = view.index.shape
     layer = view.layer + torch.arange(layers, device=view.index.device)[:, None, None, None]
-    head = torch.arange(heads, device=view.index.device)[None, None, :, None]
+    head = torch.arange(heads, device=view.index.device) if view.heads is None else view.heads
     token = view.index.long() - view.grid.prompt  # counted in the picture, so that the prompt's length does not matter
-    x = ((token * 1024 + head) * 1024 + layer) * 1024 + view.row
+    x = ((token * 1024 + head[..., None]) * 1024 + layer) * 1024 + view.row
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x.double()

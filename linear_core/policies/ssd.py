@@ -20,5 +20,5 @@ def ssd(view: View) -> Tensor:
     two newest lines. Both kinds keep the same number, so the cache has no room to spare. Reads: queries, mass.
     """
     assert view.survey is not None
-    semantic = view.survey[view.layer :][: len(view.index)] > SEMANTIC
+    semantic = view.own(view.survey) > SEMANTIC
     return torch.where(semantic[..., None], h2o(view), view.index.float())

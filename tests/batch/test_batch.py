@@ -156,6 +156,7 @@ def test_a_bad_row_is_reported_and_the_others_are_drawn(
     [
         (["--class", "desert day"], "class: prompts.txt says what to draw"),
         (["--text", "a fox"], "draws classes, not texts"),
+        (["--seeds", "1-5"], "seeds: a table's column seed says them"),
         (["--workers", "2"], "workers: they are for --ray"),
         (["--gpus", "0.5"], "workers: they are for --ray"),
         (["--ray", "--gpus", "1.5"], "gpus: 1.5 is neither"),
@@ -221,14 +222,15 @@ def test_rows_that_are_added_are_drawn(whole: Path, command: Callable[..., int],
 def test_pictures_do_not_depend_on_the_split(job: Job) -> None:
     """Seeds of their own, in any order and company: the same codes."""
     rows = [Row(1, "desert day"), Row(2, "ocean dusk", seed=9), Row(3, "alpine dawn"), Row(4, "ocean dusk", seed=1)]
-    pictures = pictures_of(rows, job)
+    pictures, drawer = pictures_of(rows, job), Drawer(job)
 
     def codes(at_once: int, order: list[Picture]) -> dict[str, list[int]]:
-        done = [each for batch in draw_here(job, batches_of(order, at_once, job), print) for each in batch]
+        done = [each for batch in batches_of(order, at_once, job) for each in drawer.draw(batch)]
         return {each.metadata["file_name"]: each.metadata["codes"] for each in done if isinstance(each, Drawn)}
 
-    assert codes(4, pictures) == codes(3, pictures[::-1]) == codes(1, pictures)
-    assert len({tuple(one) for one in codes(4, pictures).values()}) == 4
+    together = codes(4, pictures)
+    assert together == codes(3, pictures[::-1]) == codes(1, pictures)
+    assert len({tuple(one) for one in together.values()}) == 4
 
 
 def test_batches_have_one_negative_prompt(job: Job) -> None:
@@ -319,3 +321,17 @@ def test_without_ray_one_sentence_says_what_to_install(
 def test_rows_are_held_to_the_model(small_model: Path) -> None:
     rows, skipped = check_rows([Row(1, "11"), Row(2, "12"), Row(3, "1", "blurry")], read_info(small_model))
     assert [row.number for row in rows] == [1] and [row.number for row in skipped] == [2, 3]
+
+
+def test_a_ray_that_is_not_there_is_one_sentence(job: Job) -> None:
+    def refuse(**options: Any) -> None:
+        raise ConnectionError(f"no GCS at {options['address']}\nand more")
+
+    ray = SimpleNamespace(init=refuse)
+    with (
+        pytest.raises(
+            UserError, match=r"ray: it cannot be started at '10\.0\.0\.1:6379' \(no GCS at 10\.0\.0\.1:6379\)"
+        ),
+        over_ray._started(ray, Workers("10.0.0.1:6379")),
+    ):
+        pass

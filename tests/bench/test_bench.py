@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from bench import fold_ablation, paper_table, quality, soak, speed
+from bench import fold_ablation, paper_table, quality, scan, soak, speed
 from bench.shapes import SHAPES, ModelShape
 from linear_core.grid import Grid
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
@@ -43,6 +43,21 @@ def test_speed_says_what_it_measured(how, tiny, monkeypatch, capsys):
     assert document["circumstances"]["torch"] and document["circumstances"]["copy_bytes_per_second"] > 0
 
 
+def test_speed_sets_kinds_of_weights_side_by_side(tiny, monkeypatch, capsys):
+    told = ["--models", "tiny", "--images", "1", "--plans", "full", "--repeat", "1", "--lines", "1"]
+    told += ["--dtype", "float32", "bfloat16", "--weights", "default", "int8"]
+    results = last_line(speed.main, ["--device", "cpu", *told], monkeypatch, capsys)["results"]
+    assert [(r["dtype"], r["weights"]) for r in results] == [
+        (dtype, weights) for dtype in ("float32", "bfloat16") for weights in ("default", "int8")
+    ]
+    whole, eight, half, eight_of_half = (r["weight_bytes"] for r in results)
+    assert half == whole / 2 and eight < whole and eight_of_half < half
+    monkeypatch.setattr("sys.argv", ["speed.py", *told, "--against", "transformers"])
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert "--against: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", [["--lines", "2"], []])
 def test_speed_says_what_was_not_recorded(how, tiny, monkeypatch, capsys):
     """Without a GPU neither the step nor the end of a line becomes a graph; a full cache has no such end."""
@@ -51,6 +66,13 @@ def test_speed_says_what_was_not_recorded(how, tiny, monkeypatch, capsys):
     why = "graphs need cuda and this runs on cpu"
     full, few = (r["not_recorded"] for r in document["results"])
     assert full == {"step": why} and few == {"step": why, "line's end": why}
+
+
+def test_scans_that_carry_and_that_go_back_say_the_same(monkeypatch, capsys):
+    (result,) = last_line(scan.main, ["--depth", "1", "--layers", "2", "--rounds", "1"], monkeypatch, capsys)
+    assert 0 < result["largest_relative_difference"] < 1e-4
+    assert result["bytes"] == {"carried": 2 * 2 * 4 * (3 * 256 + 128 * 64), "var": 2 * 2 * 64 * 4 * (2 * 424 + 680)}
+    assert all(len(times) == 10 and min(times) > 0 for times in result["seconds"].values())
 
 
 SHORT = ["--device", "cpu", "--models", "tiny", "--plans", "line:2"]

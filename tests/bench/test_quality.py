@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bench import quality
+from bench import quality, weights
 from bench.forced import FULL, drift, forced_logits, reference
 from bench.report import bars
 from bench.rows import Field
@@ -93,6 +93,21 @@ def test_drift_is_what_plain_arithmetic_says(monkeypatch):
     assert lost[:, 3:].min() > 0.01, "something must be lost, or this says nothing"
     torch.testing.assert_close(found.lost, lost.mean((1, 2, 3)))
     assert found.tokens == plan.budget * grid.stride
+
+
+def test_rows_of_quantised_weights():
+    """Beside the cache's own, by the same arithmetic; 8 bits move the next token less than a few lines do."""
+    plan = CachePlan("line", 2, 2, 1)
+    decoder, prompt, run = drawn("class", plan)
+    found = weights.rows(decoder, prompt, run.tokens, ["int8"], plan)
+    assert [(r["weights"], r["cache"]) for r in found] == [
+        ("int8", "full"), ("default", "line 2/7"), ("int8", "line 2/7")
+    ]  # fmt: skip
+    eight, few, both = found
+    assert 0 < eight["kl"] < few["kl"] and eight["matrix_bytes"] < few["matrix_bytes"]
+    full = reference(decoder, prompt, run.tokens)
+    assert few["kl"] == pytest.approx(float(drift(decoder, prompt, run.tokens, plan, full).kl.mean()))
+    assert both["kl"] != few["kl"] and weights.table([{"model": "tiny", **eight}]).count("\n") == 2
 
 
 def test_intervals():

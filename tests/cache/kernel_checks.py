@@ -27,7 +27,7 @@ from linear_core.cache import kernel
 from linear_core.cache.attention import SWITCH, attend
 from linear_core.cache.kernel import attend_one
 from linear_core.cache.line_cache import LineCache
-from linear_core.cache.storage import Int8, RawSlots
+from linear_core.cache.storage import STORAGE, RawSlots
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
 from linear_core.loop.graph import Captured
@@ -86,20 +86,15 @@ def test_it_is_softmax(slots, dim, dtype, fill, monkeypatch):
 
 
 @parts
-@pytest.mark.parametrize("kind", ["full", "int8"])
+@pytest.mark.parametrize("kind", STORAGE)
 def test_query_heads_that_share_a_key_head(kind, fill, monkeypatch):
     """As if each had a copy of its own."""
     monkeypatch.setattr(kernel, "FILL", fill)
     _, k, v, bias = cached(2, 3, 333, 8, torch.float32)
     q = noise(2, 6, 1, 8, seed=6)
     keys, values = RawSlots(k), RawSlots(v)
-    if kind == "int8":
-        target = torch.arange(40, 45, device=DEVICE).expand(2, 3, 5)
-        keys, values = (
-            RawSlots((x * 40).clamp(-127, 127).to(torch.int8), noise(2, 3, 333, 1, seed=n).abs() / 40,
-                     noise(2, 3, 5, 8, seed=n + 2), target)
-            for x, n in ((k, 7), (v, 8))
-        )  # fmt: skip
+    if kind != "full":
+        keys, values = (RawSlots(*STORAGE[kind].pack(x)) for x in (k, v))
     copies = [RawSlots(*(x if x is None else x.repeat_interleave(2, 1) for x in raw)) for raw in (keys, values)]
     found = attend_one(q, keys, values, bias)
     torch.testing.assert_close(found, attend_one(q, *copies, bias.repeat_interleave(2, 1)), atol=1e-6, rtol=1e-6)
@@ -163,57 +158,29 @@ def test_the_same_shapes_give_the_same_numbers():
     assert torch.equal(again[0], once[0]) and not torch.equal(again[1], once[1])
 
 
-# -- eight bits --------------------------------------------------------------------------------------------------------
+# -- few bits ----------------------------------------------------------------------------------------------------------
 
 
 @parts
+@pytest.mark.parametrize("storage", ["int8", "int4"])
 @pytest.mark.parametrize(
-    ("slots", "dim", "stride", "dtype"),
-    [
-        (50, 8, 5, torch.bfloat16),
-        (270, 64, 24, torch.float32),
-        (90, 100, 17, torch.float16),
-        (70, 128, 40, torch.bfloat16),
-    ],
+    ("slots", "dim", "dtype"),
+    [(50, 8, torch.bfloat16), (270, 64, torch.float32), (90, 100, torch.float16), (70, 128, torch.bfloat16)],
 )
-@pytest.mark.parametrize("lazy", [False, True])
-def test_eight_bits_and_the_line_being_written(slots, dim, stride, dtype, lazy, fill, monkeypatch):
-    """From its first token to its last. Where victims leave lazily, what lay there is seen until it is written over."""
+def test_few_bits(slots, dim, dtype, storage, fill, monkeypatch):
+    """As if they were unpacked in double precision; and the way that is taken otherwise, which rounds once more."""
     monkeypatch.setattr(kernel, "FILL", fill)
     q, *start, bias = cached(2, 3, slots, dim, dtype)
-    stored = [Int8((2, 2, 3), slots + 7, stride, dim, dtype, DEVICE) for _ in range(2)]
-    target = torch.stack([torch.randperm(slots, generator=torch.Generator().manual_seed(n))[:stride] for n in range(6)])
-    target = target.view(2, 3, stride).to(DEVICE)
-    for kind, x in zip(stored, start, strict=True):
+    held = [STORAGE[storage]((2, 2, 3), slots + 7, dim, dtype, DEVICE) for _ in range(2)]
+    for kind, x in zip(held, start, strict=True):
         kind.write_prompt(1, x)
-        kind.start_line(1, target)
-    if not lazy:
-        bias.scatter_(2, target, NEVER)
-        bias[..., 0] = 0.0
-    packed = [kind.data[1, :, :, :slots].double() * kind.scale[1, :, :, :slots].double() for kind in stored]
-    seen, told = [x.clone() for x in packed], []
-    for column in range(stride):
-        slot = target[..., column : column + 1]
-        for n, (kind, there) in enumerate(zip(stored, seen, strict=True)):
-            x = noise(2, 3, 1, dim, seed=10 + 2 * column + n).to(dtype)
-            kind.write(1, slot, torch.tensor([column], device=DEVICE), x)
-            there.scatter_(2, slot[..., None].expand_as(x), x.double())
-        bias.scatter_(2, slot, 0.0)
-        if column in (0, stride // 2, stride - 1):
-            # what is not yet written over, unpacked and rounded, stands in the line's own buffer
-            waiting = target[..., column + 1 :, None].expand(-1, -1, -1, dim)
-            for kind, there in zip(stored, seen, strict=True):
-                there.scatter_(2, waiting, kind.fresh[1, :, :, column + 1 :].double())
-            keys, values = (kind.raw(1, slots) for kind in stored)
-            told.append(attend_one(q, keys, values, bias))
-            close(told[-1], expected(q, *seen, bias))
-            torch.testing.assert_close(  # and the way that is taken otherwise, which rounds once more
-                told[-1].double(),
-                expected(q, *(kind.read(1, slots) for kind in stored), bias),
-                atol=3 * TOLERANCE[dtype],
-                rtol=3 * TOLERANCE[dtype],
-            )
-    assert (told[-1].double() - expected(q, *packed, bias)).abs().max() > 0.05, "the line makes a difference"
+    found = attend_one(q, *(kind.raw(1, slots) for kind in held), bias)
+    exact = [kind.unpack(kind.data[1, :, :, :slots], kind.scale[1, :, :, :slots].double(), dim) for kind in held]
+    close(found, expected(q, *exact, bias))
+    off = 3 * TOLERANCE[dtype]
+    rounded = expected(q, *(kind.read(1, slots) for kind in held), bias)
+    torch.testing.assert_close(found.double(), rounded, atol=off, rtol=off)
+    assert (found.double() - expected(q, *start, bias)).abs().max() > 3e-4, "it was rounded"
 
 
 # -- broken on purpose -------------------------------------------------------------------------------------------------
@@ -236,33 +203,27 @@ BREAKS = [  # text that occurs once in the kernel, what it becomes, what that br
     ("tl.sum(weights * sum_exp, 0)", "tl.sum(sum_exp, 0)", "parts count alike, whatever their scores"),
     ("scores *= tl.load", "scores = scores + 0 * tl.load", "int8: keys without their scale"),
     ("values *= tl.load(v_scale", "values *= tl.load(k_scale", "int8: values with the scale of the keys"),
-    ("replaced > 0", "replaced < 0", "int8: what is written over is still seen"),
-    ("query[None, :], 1) + slot_bias", "query[None, :], 1)", "int8: tokens that are not yet there are seen"),
-    ("split == splits - 1", "split >= 0", "int8: every part adds the line"),
-    ("mask=line < LINE, other=-1)", "mask=line < LINE - 1, other=-1)", "int8: the line's last token is seen twice"),
+    ("tl.where(d < half, 0, 4)", "tl.where(d < half, 4, 0)", "int4: the halves of a vector are exchanged"),
+    ("d // PER_GROUP\n", "d // DIM\n", "int4: all groups have the first one's floor and step"),
+    ("/ 127.5 - 1 +", "/ 127.5 +", "int4: floors are taken for positive"),
+    ("(step / (15 * 127.5))", "(step / (16 * 127.5))", "int4: levels are too near each other"),
 ]
 
 
 def probe(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line half written in each storage, whose slots are shared and not, the first of them unseen."""
-    q, k, v, bias = cached(2, 3, 600, 8, torch.float32)
+    """Each storage, slots shared among programs and not, the first of them unseen."""
+    q, k, v, bias = cached(2, 3, 600, 32, torch.float32)
     bias[..., :300] = NEVER
     bias[..., 599] = 2.0
-    pairs, copies = noise(2, 6, 1, 8, seed=6), [x.repeat_interleave(2, 1) for x in (k, v, bias)]
-    target = torch.tensor([301, 420, 10, 598], device=DEVICE).expand(2, 3, 4)
-    line = [noise(2, 3, 4, 8, seed=n) for n in (7, 8)]
-    scales = [noise(2, 3, 600, 1, seed=n).abs() / 40 for n in (9, 10)]
-    packed = [(x * 40).round().clamp(-127, 127).to(torch.int8) for x in (k, v)]
-    eight = [RawSlots(x, scale, fresh, target) for x, scale, fresh in zip(packed, scales, line, strict=True)]
-    seen = [
-        (x * scale).scatter(2, target[..., None].expand_as(fresh), fresh)
-        for x, scale, fresh in zip(packed, scales, line, strict=True)
-    ]
+    pairs, copies = noise(2, 6, 1, 32, seed=6), [x.repeat_interleave(2, 1) for x in (k, v, bias)]
+    few = [(kind, [kind.pack(x) for x in (k, v)]) for kind in (STORAGE["int8"], STORAGE["int4"])]
     for fill in (1, 256):
         monkeypatch.setattr(module, "FILL", fill)
         close(module.attend_one(q, RawSlots(k), RawSlots(v), bias), expected(q, k, v, bias))
         close(module.attend_one(pairs, RawSlots(k), RawSlots(v), bias), expected(pairs, *copies))
-        close(module.attend_one(q, *eight, bias), expected(q, *seen, bias))
+        for kind, packed in few:
+            found = module.attend_one(q, *(RawSlots(*x) for x in packed), bias)
+            close(found, expected(q, *(kind.unpack(*x, 32) for x in packed), bias))
 
 
 def test_the_probe_passes_what_is_whole(monkeypatch):
@@ -291,7 +252,7 @@ PLANS = [
     CachePlan("fold", 2, 2, 0),
     CachePlan("headkv", 2, 2, 1),  # heads that keep unequal numbers
 ]
-storages = pytest.mark.parametrize("storage", ["full", "int8"])
+storages = pytest.mark.parametrize("storage", STORAGE)
 
 
 @storages
@@ -324,7 +285,7 @@ def test_a_picture_is_the_same(kind, plan, static, storage, monkeypatch):
     plan = replace(plan, storage=storage)
     sample = SamplePlan(seed=5, guidance=2.5, guidance_interval=8)
     monkeypatch.setattr(LineCache, "attend", attend_twice)
-    runs, off = [], 1e-4 if storage == "full" else 1e-2
+    runs, off = [], {"full": 1e-4, "int8": 1e-2, "int4": 0.2}[storage]
     for attention in ("sdpa", "kernel"):
         monkeypatch.setenv(SWITCH, attention)
         run = Recorder(model.to(DEVICE))
@@ -368,7 +329,7 @@ def test_the_benchmark_names_who_attended(monkeypatch, capsys):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("storage", ["full", "int8"])
+@pytest.mark.parametrize("storage", STORAGE)
 def test_the_gpu_benchmark_compares_both(storage):
     """Its numbers mean nothing in the interpreter, but it finds both, and they agree."""
     ask = Ask(DEVICE, True, time.monotonic() + 600)

@@ -217,7 +217,10 @@ def test_fold_is_what_its_words_say(seed, empty):
                 t[at].tolist() for t in (view.keys, view.values, view.bias, view.index, count)
             )
             slots = range(len(index))
-            asked = [q for n in HORIZONS for q in (view.queries[at] * (1 - 0.05 * n)).tolist()]
+            first, *further = HORIZONS  # the first for all queries, the others in turn
+            asked = (view.queries[at] * (1 - 0.05 * first)).tolist()
+            for turn, n in enumerate(further):
+                asked += (view.queries[at][turn :: len(further)] * (1 - 0.05 * n)).tolist()
 
             def dot(a, b):
                 return sum(x * y for x, y in zip(a, b, strict=True)) / DIM**0.5
@@ -317,6 +320,8 @@ def test_the_score_is_the_least_cost_of_a_merge():
     keys[0, 0, 0, :, 0] = torch.tensor([0.0, 0, 10, 11, 20, 22, 30, 34, 40, 48, 50, 66, 70, 102])
     index = torch.arange(14, dtype=torch.int32).view(1, 1, 1, -1)
     even = replace(view, keys=keys, index=index, bias=torch.zeros_like(view.bias), queries=view.queries * 0)
+    few = POLICIES["fold"].score(even)[0, 0, 0, 2:]
+    even = replace(even, protected=12)  # so many may not leave that all are compared
     scores = POLICIES["fold"].score(even)[0, 0, 0, 2:].tolist()
     older = [1, 9, 2, 8, 4, 6, 8, 2, 16, 4, 32]  # of equals the older is stronger, so each could go into an older one
     unit = scores[1]
@@ -324,3 +329,6 @@ def test_the_score_is_the_least_cost_of_a_merge():
     quiet = replace(even, bias=even.bias.index_fill(-1, torch.tensor([13]), -20.0))
     again = POLICIES["fold"].score(quiet)[0, 0, 0, 2:].tolist()
     assert again[-1] < scores[-1] / 4
+    least = 2 * COLS  # of equals the newest are the least important
+    assert few[-least:].tolist() == pytest.approx(scores[-least:])
+    assert (few[:-least] > few[-least:].max()).all() and (few[:-least].diff() < 0).all(), "the others by importance"

@@ -133,8 +133,7 @@ def stand_in(q: Tensor, keys: RawSlots, values: RawSlots, bias: Tensor) -> Tenso
     def unpacked(held: RawSlots) -> Tensor:
         if held.scale is None:
             return held.data
-        slot = held.target[..., None].expand_as(held.fresh)
-        return (held.data.to(held.fresh.dtype) * held.scale).scatter(2, slot, held.fresh)
+        return STORAGE["int8" if held.data.dtype == torch.int8 else "int4"].unpack(*held, q.shape[-1])
 
     assert q.shape[2] == 1
     return attention.attend(q, unpacked(keys), unpacked(values), bias)
@@ -200,7 +199,7 @@ def binary(kernel, args: tuple, constants: dict, capability: int) -> bytes:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.int64: "i64"}
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8"}
     signature, fixed, aligned = {}, {}, {}
     for n, name in enumerate(kernel.arg_names):
         value = constants.get(name) if name in constants else args[n]
@@ -222,12 +221,12 @@ SIZES = [32, 64, 100, 128, 8]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def launches(monkeypatch, held: RawSlots, rows: int, dtype: torch.dtype) -> dict[str, Launches]:
+def launches(monkeypatch, held: RawSlots, rows: int, dim: int, dtype: torch.dtype) -> dict[str, Launches]:
     """What one query over these slots, as keys and as values, starts on the GPU."""
     from linear_core.cache import kernel
 
     told = {name: Launches() for name in ("_attend", "_reduce_splits")}
-    heads, slots, dim = held.data.shape[1:]
+    heads, slots = held.data.shape[1:3]
     with monkeypatch.context() as patch:
         for name, launch in told.items():
             patch.setattr(kernel, name, launch)
@@ -238,7 +237,7 @@ def launches(monkeypatch, held: RawSlots, rows: int, dtype: torch.dtype) -> dict
 
 
 def slots_of(storage: str, rows: int, dim: int, dtype: torch.dtype) -> RawSlots:
-    stored = STORAGE[storage]((1, rows, 2), 600, 24, dim, dtype, "cpu")
+    stored = STORAGE[storage]((1, rows, 2), 600, dim, dtype, "cpu")
     return stored.raw(0, 600)
 
 
@@ -252,7 +251,7 @@ def test_it_compiles_for_gpus(dim, storage, capability, monkeypatch, tmp_path):
     from linear_core.cache import kernel
 
     for dtype, rows in ((DTYPES[0], 1), (DTYPES[0], 128), (DTYPES[1], 1), (DTYPES[2], 1)):
-        told = launches(monkeypatch, slots_of(storage, rows, dim, dtype), rows, dtype)
+        told = launches(monkeypatch, slots_of(storage, rows, dim, dtype), rows, dim, dtype)
         assert [len(launch.given) for launch in told.values()] == [1, 1 if rows == 1 else 0]
         for name, launch in told.items():
             for args, constants in launch.given:
@@ -260,11 +259,12 @@ def test_it_compiles_for_gpus(dim, storage, capability, monkeypatch, tmp_path):
 
 
 @needs_triton
-def test_keys_and_values_are_read_where_they_lie(monkeypatch):
-    """In 8 bits too: the kernel is handed the cache's own memory, and new is only what comes out."""
-    held = slots_of("int8", 1, 64, torch.bfloat16)
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_keys_and_values_are_read_where_they_lie(storage, monkeypatch):
+    """In few bits too: the kernel is handed the cache's own memory, and new is only what comes out."""
+    held = slots_of(storage, 1, 64, torch.bfloat16)
     with Allocations() as made:
-        told = launches(monkeypatch, held, 1, torch.bfloat16)
+        told = launches(monkeypatch, held, 1, 64, torch.bfloat16)
     own = {x.data_ptr() for x in held}
     ((args, _),) = told["_attend"].given
     assert own <= {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -12,16 +14,17 @@ from torch import Tensor
 from linear_core.cache import stage_cache
 from linear_core.cache.view import View
 from linear_core.errors import UserError
+from linear_core.loop import scales
 from linear_core.loop.scales import forced_scales, generate_scales, scale_cache, scale_policy
-from linear_core.plan import ACROSS_LAYERS, UNEVEN, CachePlan, SamplePlan
-from linear_core.policies import POLICIES
+from linear_core.plan import ACROSS_LAYERS, UNEVEN, WHOLE, CachePlan, SamplePlan
+from linear_core.policies import POLICIES, SCALE_POLICIES
 from linear_core.prompts import class_prompt
 from linear_core.pyramid import Pyramid
-from tests.tiny import CODES, var, watched
+from tests.tiny import CODES, var
 
-SIDES = (1, 2, 3, 4, 5)  # 55 tokens, 30 of them ever held
-SHARE = 0.45  # 14 of them: overflows at the fourth scale
-ON_SCALES = [name for name, policy in POLICIES.items() if not policy.lines]
+SIDES = (1, 2, 3, 4, 4, 5)  # 71 tokens, 46 of them ever held
+SHARE = 0.36  # 17 of them: overflows at the fourth scale and the fifth
+ON_SCALES = [name for name, policy in (POLICIES | SCALE_POLICIES).items() if not policy.lines]
 EVICTING = [name for name in ON_SCALES if name != "full"]
 SAMPLE = SamplePlan(seed=3, guidance=2.0)
 
@@ -33,6 +36,32 @@ def model(dtype: torch.dtype = torch.float32):
 
 def draw(plan: CachePlan, sample: SamplePlan = SAMPLE, labels: tuple[int, ...] = (1, 3), dtype=torch.float32, **more):
     return list(generate_scales(*model(dtype), class_prompt(list(labels)), plan, sample, **more))
+
+
+@contextmanager
+def chosen() -> Iterator[tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]]:
+    """Write down what decides: by scale the scores and the index of all slots, and what each head is to keep."""
+    scores: dict[int, tuple[Tensor, Tensor]] = {}
+    keeps: dict[int, Tensor] = {}
+    original = scales.choose
+
+    def choose(given: Tensor, view: View, count: int, keep: Tensor | None = None, **more) -> Tensor:
+        told = given.float().clone(), view.index.clone()
+        before = scores.get(view.row)
+        assert view.layer == (0 if before is None else len(before[0])), "one choice a scale, layer by layer"
+        scores[view.row] = told if before is None else tuple(map(stacked, zip(before, told, strict=True)))
+        if keep is not None:
+            keeps[view.row] = torch.cat([*([keeps[view.row]] if view.row in keeps else []), keep])
+        return original(given, view, count, keep=keep, **more)
+
+    def stacked(layers: tuple[Tensor, Tensor]) -> Tensor:
+        """Layers may have room for unequal numbers: empty slots behind."""
+        slots = max(x.shape[-1] for x in layers)
+        return torch.cat([torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=-1) for x in layers])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scales, "choose", choose)
+        yield scores, keeps
 
 
 class Run:
@@ -49,7 +78,7 @@ class Run:
             self.held.append(torch.stack([cache.held_by_head(row) for row in range(3)]))
             self.peak = cache.peak
 
-        with watched(plan.policy) as (self.scores, self.keep):
+        with chosen() as (self.scores, self.keep):
             self.logits = list(forced_scales(self.decoder, self.quantizer, self.prompt, self.tokens, plan, observe))
 
 
@@ -113,10 +142,11 @@ def test_heads_and_layers_differ() -> None:
         counts = run(name, "strict").held[-1].sum(-1)
         assert counts.unique().numel() > 1, name
         among = (1, 2) if name in ACROSS_LAYERS else (2,)
-        assert (counts.double().mean(among) == CachePlan(name, share=SHARE).keeps(model()[0].pyramid)).all(), name
+        mean, budget = counts.double().mean(among), CachePlan(name, share=SHARE).keeps(model()[0].pyramid)
+        assert (mean <= budget).all() and (name in WHOLE or (mean == budget).all()), name
 
 
-@pytest.mark.parametrize("storage", ["full", "int8"])
+@pytest.mark.parametrize("storage", ["full", "int8", "int4"])
 @pytest.mark.parametrize("name", ["full", "fold", "adakv", "hack"])  # even, uneven within and across layers
 def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All living keys and values, whoever holds them, at every attention: never more than planned, and that much."""
@@ -124,6 +154,7 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
     plan, rows = CachePlan(name, share=SHARE, storage=storage), 4
     planned = decoder.cache_shape().scales_bytes(decoder.pyramid, plan, rows)
     most, size = 0, decoder.config.head_dim
+    kinds = {(torch.float32, size), (torch.int8, size), (torch.uint8, decoder.cache_shape().slot_bytes("int4", 0))}
     before = [x for x in gc.get_objects() if type(x) is Tensor]  # what other tests left, such as RoPE tables
     policy = scale_policy(plan, decoder.pyramid)
     found = scale_cache(decoder, rows, plan, policy)
@@ -134,9 +165,9 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
         own = {x.untyped_storage().data_ptr() for x in (q, *passed, *before)}
         living = {}
         for x in gc.get_objects():
-            if type(x) is Tensor and x.ndim >= 3 and x.shape[-1] in (size, 1) and x.untyped_storage().nbytes() > 512:
-                kind = x.untyped_storage().data_ptr()
-                if x.shape[-1] == size and kind not in own and x.dtype in (torch.float32, torch.int8):
+            if type(x) is Tensor and x.ndim >= 3 and x.untyped_storage().nbytes() > 512:
+                kind, held = x.untyped_storage().data_ptr(), (x.dtype, x.shape[-1])
+                if kind not in own and held in kinds:
                     living[kind] = x.untyped_storage().nbytes()
         scales = sum(layer.scale.nbytes for layer in found.layers if layer.scale is not None)
         most = max(most, sum(living.values()) + scales)
@@ -145,9 +176,9 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
     passed: list[Tensor] = []
     original = found.attend
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         passed[:] = [q, k, v]
-        return original(layer, q, k, v)
+        return original(layer, q, k, v, **more)
 
     monkeypatch.setattr(stage_cache.F, "scaled_dot_product_attention", watch)
     monkeypatch.setattr(found, "attend", attend)
@@ -232,9 +263,9 @@ def test_int8_is_near_the_full_cache() -> None:
 def test_folding_tells_how_many_tokens_stand_behind_a_slot(name: str) -> None:
     """All tokens of the scales are somewhere: counts add up to what a full cache holds."""
     last = draw(CachePlan(name, share=SHARE, release="fold"))[-1]
-    assert last.stands is not None and last.share.shape == last.stands.shape == (2, 55)
-    assert float((last.share * last.stands).sum(1).mean()) == pytest.approx(30)
-    assert not last.share[:, 30:].any(), "the last scale is never held"
+    assert last.stands is not None and last.share.shape == last.stands.shape == (2, 71)
+    assert float((last.share * last.stands).sum(1).mean()) == pytest.approx(46)
+    assert not last.share[:, 46:].any(), "the last scale is never held"
     assert draw(CachePlan("line", share=SHARE, release="strict"))[-1].stands is None
 
 
@@ -244,7 +275,7 @@ def test_folding_tells_how_many_tokens_stand_behind_a_slot(name: str) -> None:
         (CachePlan("snapkv", share=SHARE), "last queries of a line"),
         (CachePlan("streaming", share=SHARE), "equally new"),
         (CachePlan("line", share=SHARE, release="lazy"), "choose strict or fold"),
-        (CachePlan("line", share=0.1), "the first scales hold 5, which are never evicted; choose 0.16 or more"),
+        (CachePlan("line", share=0.06), "the first scales hold 5, which are never evicted; choose 0.1 or more"),
     ],
 )
 def test_what_does_not_suit_scales(plan: CachePlan, words: str) -> None:

@@ -222,7 +222,7 @@ def test_logits_are_those_of_double_precision(dtype: torch.dtype, off: float, st
     model = llamagen(6, 5, dtype=dtype).to(device)
     found = torch.cat(list(forced_lines(model, class_prompt([1]).to(device), codes, plan)), 1).cpu().double()
     error = (found - exact).square().mean().sqrt() / exact.double().std()
-    assert error < off + (0.02 if storage == "int8" else 0)
+    assert error < off + {"full": 0, "int8": 0.02, "int4": 0.3}[storage]
     assert dtype == torch.float32 or error > 1e-4, "it is not half precision"
 
 

@@ -19,7 +19,7 @@ from linear_core.models.var import PYRAMIDS
 from linear_core.pictures.heatmap import LABEL, lifetime_of_scales, over_scales, scale_maps, strip
 from linear_core.pictures.preview import CanvasPreview, Sketch, decode
 from linear_core.plan import CachePlan, SamplePlan
-from linear_core.policies import POLICIES
+from linear_core.policies import OVER_SCALES, POLICIES
 from linear_core.prompts import Prompt, class_prompt
 from linear_core.pyramid import Pyramid
 from linear_core.tokenizers.pyramid import PyramidConfig, PyramidTokenizer
@@ -189,7 +189,7 @@ def test_large_maps_choose_by_attention() -> None:
     small, large = PYRAMIDS[680], PYRAMIDS[2240]
     assert CachePlan("fold", share=0.9).work_slots(large) > ALL_PAIRS >= CachePlan("fold", share=0.9).work_slots(small)
     assert scale_policy(CachePlan("fold", share=0.9), large) is POLICIES["line"]
-    assert scale_policy(CachePlan("fold", share=0.9), small) is POLICIES["fold"]
+    assert scale_policy(CachePlan("fold", share=0.9), small) is OVER_SCALES["fold"]
 
 
 def test_memory_of_a_run(model) -> None:

@@ -291,7 +291,7 @@ def test_a_vq_tokenizer_converted(models: Path) -> None:
     save_file(lumina_reference.vq_weights((16,) * 5), models / "published.safetensors")
     published = library.load_tokenizer(models / "published.safetensors")
     assert published.config == theirs.config and torch.equal(published.decode(codes), theirs.decode(codes))
-    with pytest.raises(UserError, match=r"is a Lumina-mGPT, whose files describe themselves"):
+    with pytest.raises(UserError, match=r"belongs to Lumina-mGPT, whose files describe themselves"):
         convert(models / "Lumina-mGPT-7B-768", models / "lumina.safetensors")
 
 

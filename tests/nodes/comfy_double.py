@@ -37,6 +37,7 @@ class Host:
         self.progress: list[tuple[int, int]] = []  # done, total
         self.sent: list[tuple[Any, Any]] = []  # event, data
         self.loaded: list[tuple[list[Patcher], int]] = []  # models, memory_required
+        self.fetched: list[tuple[Any, ...]] = []  # layers with what was fetched for them, once it was given back
         self.stop_after: int | None = None  # rows, after which Stop is pressed
         self.stop_where = ""  # the name of the only thread that is told; empty: whichever asks first
         self.stops = 0
@@ -190,6 +191,15 @@ class Patcher:
         model.device = offload_device  # the real one does, whatever the model thinks of it
 
 
+class DynamicPatcher(Patcher):
+    """The patcher that ComfyUI uses for its own models where it can fetch weights layer by layer."""
+
+
+def cast_bias_weight(layer: nn.Module, *, dtype: torch.dtype, device: torch.device, **_: Any) -> tuple[Any, Any, str]:
+    """Matrix and bias on the device, as numbers of this kind."""
+    return layer.weight.to(device, dtype, copy=True), layer.bias, "stream"
+
+
 def layers(casting: bool) -> Any:
     """Layers that ask for Stop before they compute, as ComfyUI's do."""
 
@@ -201,7 +211,7 @@ def layers(casting: bool) -> Any:
         return type(layer.__name__, (layer,), {"forward": forward, "comfy_cast_weights": casting})
 
     return SimpleNamespace(
-        **{n: one(getattr(nn, n)) for n in ("Linear", "Embedding", "Conv2d", "GroupNorm", "RMSNorm")}
+        **{n: one(getattr(nn, n)) for n in ("Linear", "Embedding", "Conv1d", "Conv2d", "GroupNorm", "RMSNorm")}
     )
 
 
@@ -253,7 +263,9 @@ def modules() -> dict[str, ModuleType]:
     io = SimpleNamespace(
         Schema=Schema, ComfyNode=ComfyNode, NodeOutput=NodeOutput, Input=Input, comfytype=comfytype, Custom=kind,
         ComfyTypeI=object, WidgetInput=Input, Hidden=SimpleNamespace(unique_id="unique_id"),
-        Image=kind("IMAGE"), String=kind("STRING", {"multiline": False}), Int=kind("INT"), Float=kind("FLOAT"),
+        Image=kind("IMAGE"), Mask=kind("MASK"), Clip=kind("CLIP"), ClipVision=kind("CLIP_VISION"),
+        String=kind("STRING", {"multiline": False}), Int=kind("INT"),
+        Float=kind("FLOAT"),
         Boolean=kind("BOOLEAN"), Combo=kind("COMBO", {"multiselect": False}),
         DynamicCombo=SimpleNamespace(Input=_DynamicInput, Option=Option),
     )  # fmt: skip
@@ -266,9 +278,12 @@ def modules() -> dict[str, ModuleType]:
         throw_exception_if_processing_interrupted=lambda: host.stop_if_asked(),
         InterruptProcessingException=Interrupted,
     )  # fmt: skip
-    ops = module("comfy.ops", disable_weight_init=layers(False), manual_cast=layers(True), __file__=__file__)
+    ops = module(
+        "comfy.ops", disable_weight_init=layers(False), manual_cast=layers(True), __file__=__file__,
+        cast_bias_weight=cast_bias_weight, uncast_bias_weight=lambda *fetched: host.fetched.append(fetched),
+    )  # fmt: skip
     utils = module("comfy.utils", ProgressBar=ProgressBar)
-    patcher = module("comfy.model_patcher", ModelPatcher=Patcher)
+    patcher = module("comfy.model_patcher", ModelPatcher=Patcher, CoreModelPatcher=DynamicPatcher)
     server = SimpleNamespace(
         client_id="page", sockets_metadata={}, last_prompt_id="job",
         send_sync=lambda event, data, sid: host.sent.append((event, data)),

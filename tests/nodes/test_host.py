@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -304,6 +305,40 @@ def test_a_list_of_pictures_and_one_of_them_drawn_anew(server):
     assert after[0] == before[0] and after[2] == before[2]
     assert after[1][:20] == before[1][:20] and after[1] != before[1]
     assert complaints(server.log) == []
+
+
+def test_drafts_change_no_code_and_the_page_tells_of_them(server):
+    """A workflow with and without: equal codes in fewer passes, and the page says how many tokens a pass gave."""
+    prompt = prompt_of(WORKFLOWS / "api" / "first_image.json", 6006)
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == "LineAR_Generate"]
+
+    def events(drafts: int) -> list[dict]:
+        prompt[key]["inputs"]["drafts"] = drafts
+        messages, end = finish(server, prompt)
+        assert end["type"] == "execution_success", end
+        told = [m["data"] for m in messages if isinstance(m, dict) and m["type"] == EVENT]
+        return [event for event in told if event["node"] == key]
+
+    plain, drafted = events(0), events(24)
+    before, after = ([event for event in told if event["kind"] == "row"] for told in (plain, drafted))
+    assert [row["tokens"] for row in after] == [row["tokens"] for row in before]
+    assert not any(row["passes"] for row in before)
+    assert sum(row["passes"] for row in after) < 0.4 * ROWS * ROWS and all(row["accepted"] > 0 for row in after)
+    if node := shutil.which("node"):
+        page = [PAGE_TEXT.search(answer["text"]) for answer in replayed(node, drafted)]
+        assert all(page) and [int(text[1]) for text in page] == list(range(1, ROWS + 1))
+        assert float(page[-1][2]) > 2.5
+    assert complaints(server.log) == []
+
+
+PAGE_TEXT = re.compile(rf"^row (\d+)/{ROWS}, (\d\.\d) tokens a pass · ")
+
+
+def replayed(node: str, events: list[dict]) -> list[dict]:
+    """What web/state.js makes of a run's events, after every row."""
+    script = Path(__file__).parents[1] / "web" / "replay.mjs"
+    out = subprocess.run([node, script], input=json.dumps(events), capture_output=True, text=True, check=True)
+    return json.loads(out.stdout)
 
 
 # -- what strangers send -----------------------------------------------------------------------------------------------

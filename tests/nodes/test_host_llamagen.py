@@ -74,6 +74,31 @@ def test_weights_in_fp8_draw_what_rounded_weights_draw(server: Server) -> None:
     assert max(high for _, high in theirs_minus(theirs, ours)) <= 3
 
 
+@pytest.mark.parametrize("kept", ["int8", "int4"])
+def test_weights_in_few_bits_draw_what_the_core_draws(kept: str, server: Server) -> None:
+    """Quantised while ComfyUI loads them, multiplied by its layers."""
+    prompt = twin("llamagen_class_grid", weight_dtype=kept, temperature=0.0, more_classes="", stop_after=2)
+    (decoded,) = [key for key, node in prompt.items() if node["class_type"] == "LineAR_Decode"]
+    (saved,) = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    prompt[saved]["inputs"]["images"] = [decoded, 0]
+    _, end = finish(server, prompt)
+    assert end["type"] == "execution_success", end
+    ((saved_as,),) = server.pictures(end["data"]["prompt_id"])
+    theirs = Image.open(saved_as)
+    folder = server.base / "models" / "ar_image"
+    model = load_model(ModelFiles(folder / "c2i_L_384.pt", folder / "vq_ds16_c2i.pt"), weight_dtype=kept)
+    run = Run()
+    sample = SamplePlan(guidance=4.0, top_k=2000, temperature=0.0)
+    for line in generate(model.decoder, class_prompt([model.label("golden retriever")]), CachePlan(), sample):
+        run.add(line)
+        if len(run.lines) == 2:
+            break
+    ours = to_image(decode(model.tokenizer, run.tokens)[0], 0)
+    assert theirs.size == ours.size == (384, 32)
+    assert max(high for _, high in theirs_minus(theirs, ours)) <= 3
+    assert not re.search(r"WARNING.*(LineAR|linear_core)|Traceback", server.log)
+
+
 def theirs_minus(a: Image.Image, b: Image.Image) -> tuple:
     from PIL import ImageChops
 

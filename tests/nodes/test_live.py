@@ -187,7 +187,7 @@ def test_a_picture_becomes_tokens_and_goes_on_downward(small, one):  # noqa: F81
 
 
 def live_fit(image):
-    fit = importlib.import_module(f"{PACK}.nodes.encode").fit
+    fit = importlib.import_module(f"{PACK}.nodes.encoding").fit
     return fit(image, ROWS * FACTOR, ROWS * FACTOR).permute(0, 2, 3, 1)
 
 

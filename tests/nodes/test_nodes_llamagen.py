@@ -220,6 +220,43 @@ def test_large_matrices_in_a_byte_a_number(kept: str, comfy: comfy_double.Host) 
     assert not any(getattr(m, "comfy_cast_weights", False) for m in ordinary.modules())
 
 
+@pytest.mark.parametrize("kept", ["int8", "int4"])
+def test_matrices_in_few_bits(kept: str, tokenizer: None, comfy: comfy_double.Host) -> None:
+    """Multiplied as they are stored, and the same where ComfyUI has them fetched for every use. Odd sizes: 8 bits."""
+    (model,) = run("LoadModel", model="small.safetensors", tokenizer="automatic", weight_dtype=kept).result
+    few = [m for m in model.image.decoder.modules() if hasattr(m, "kind")]
+    assert [m.kind.bits for m in few] == ([8] * 5 if kept == "int8" else [4, 4, 8, 8, 8])
+    assert type(model.decoder) is comfy_double.Patcher
+    assert all(m.weight.dtype in (torch.int8, torch.uint8) and not m.comfy_cast_weights for m in few)
+    (prompt,) = run("TextPrompt", text_encoder="flan-t5-xl", text="a castle").result
+
+    def draw() -> Tensor:
+        settings = {"model": model, "cache": CachePlan("full"), "prompt": prompt, "seed": 3, "stop_after": 2}
+        return run("Generate", **settings).result[0].codes
+
+    resident, comfy.fetched = draw(), []
+    for layer in few:
+        layer.comfy_cast_weights = True
+    assert torch.equal(draw(), resident) and {fetched[0] for fetched in comfy.fetched} == set(few)
+    assert all(fetched[1].dtype == fetched[0].weight.dtype for fetched in comfy.fetched), "given back after each use"
+
+
+def test_weights_are_streamed_on_request_only(comfy: comfy_double.Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ComfyUI's own patcher for that; then room is counted without those that need not be on the card."""
+    host = importlib.import_module(f"{PACK}.nodes.host")
+    models = [
+        run("LoadModel", model="small.safetensors", tokenizer="automatic", stream_weights=on).result[0]
+        for on in (False, True)
+    ]
+    assert [type(m.decoder) for m in models] == [comfy_double.Patcher, comfy_double.DynamicPatcher]
+    assert type(models[1].tokenizer) is comfy_double.Patcher, "it is used once"
+    monkeypatch.setattr(host.management, "get_torch_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(host.management, "extra_reserved_memory", lambda: 0, raising=False)
+    monkeypatch.setattr(comfy_double.Patcher, "model_size", lambda self: 9 * 2**30, raising=False)
+    resident, streamed = (host.room(model.decoder) for model in models)
+    assert streamed - resident == pytest.approx(1.1 * 8 * 2**30)
+
+
 # -- downloads ---------------------------------------------------------------------------------------------------------
 
 

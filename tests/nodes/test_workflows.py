@@ -18,7 +18,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 OFFERED = ("first_image", "full_vs_few_lines", "budget_sweep")  # at least
 # ComfyUI's own nodes that our floor, 0.14, has as well; looked up there when one is added.
 CORE = {"ImageScaleBy", "ImageStitch", "ImageGrid", "RebatchImages", "PrimitiveInt", "SaveImage", "PreviewImage"}
-CORE |= {"LoadImage", "ImageCompare", "PreviewAny"}
+CORE |= {"LoadImage", "ImageCompare", "PreviewAny", "SolidMask", "MaskComposite"}
 NOTES = {"MarkdownNote", "Note"}  # the page's own
 CONTROL = ("fixed", "increment", "decrement", "randomize")  # what a widget beside a seed may say
 ON_DISK = ("model", "tokenizer", "text_encoder", "image")  # choices that depend on what somebody has

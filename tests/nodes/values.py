@@ -26,7 +26,7 @@ MISSING = "(missing)"
 GRAPH: dict[str, dict[str, Any]] = {
     "LineAR_LoadModel": {
         "model": "landscapes (bundled)", "tokenizer": "automatic", "grid_rows": 0, "grid_cols": 0,
-        "weight_dtype": "default",
+        "weight_dtype": "default", "stream_weights": False,
     },
     "LineAR_LineCache": {
         "preset": "Custom", "preset.policy": "line", "preset.budget": 4, "preset.anchors": 4, "preset.recent": 2,
@@ -41,6 +41,7 @@ GRAPH: dict[str, dict[str, Any]] = {
         "model": "LineAR_LoadModel", "cache": "LineAR_LineCache", "prompt": "LineAR_ClassPrompt", "seed": 5,
         "guidance": 1.0, "temperature": -1.0, "top_k": -1, "top_p": -1.0, "batch_size": 1, "guidance_interval": -1,
         "keep_rows": 0, "stop_after": 1, "view": "", "drafts": 0, "seeds": "",
+        "candidates": 1,
     },
     "LineAR_Decode": {"model": "LineAR_LoadModel", "tokens": "LineAR_Generate"},
     "LineAR_RetentionHeatmap": {
@@ -52,6 +53,10 @@ GRAPH: dict[str, dict[str, Any]] = {
         "model": "LineAR_LoadModel", "cache": "LineAR_LineCache", "prompt": "LineAR_ClassPrompt", "seed": 5,
         "guidance": 1.0, "temperature": -1.0, "top_k": -1, "top_p": -1.0, "batch_size": 1, "view": "",
         "seeds": "",
+    },
+    "LineAR_PickBest": {
+        "images": "LineAR_Decode", "each": 0, "keep": 1, "by": "prompt match", "model": "LineAR_LoadModel",
+        "prompt": "LineAR_ClassPrompt", "text": "",
     },
     "LineAR_DownloadModel": {"release": "vq_ds16_c2i", "with_needed": False},
     "LineAR_Doctor": {},
@@ -260,6 +265,26 @@ def no_pictures() -> list[Any]:
         one * 4 - 2, one - 1, one.to(torch.complex64), one.numpy(), [one], [one, one], (one,), {"samples": one},
         torch.tensor(0.5),
         "picture.png", 7, True, object(),
+    ]  # fmt: skip
+
+
+def masks(high: int = 12, wide: int = 10) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """MASKs as other nodes make them, and what they are to a node of ours."""
+    one = torch.linspace(0, 1, high * wide).view(1, high, wide)
+    more, three = one * 1.2 - 0.1, one.expand(3, -1, -1)
+    return [
+        (one, one), (one.half(), one.half().float()), (one[0], one), (more, more.clamp(0, 1)),
+        ((one > 0.5), (one > 0.5).float()), (three, three),
+    ]  # fmt: skip
+
+
+def no_masks() -> list[Any]:
+    one = torch.linspace(0, 1, 64).view(1, 8, 8)
+    spoilt = one.clone()
+    spoilt[0, 3, 3] = float("nan")
+    return [
+        one[0, 0], one[None], one[..., None], one[:0], one[:, :0], spoilt, one * 255, one - 1, one * 1j, one.numpy(),
+        [one], {"samples": one}, "mask.png", 7, True, object(), torch.tensor(0.5),
     ]  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from linear_core.cache.view import View
 from linear_core.grid import Grid
-from linear_core.plan import UNEVEN, CachePlan, SamplePlan
-from linear_core.policies import POLICIES, Policy, choose
+from linear_core.plan import ONLY_SCALES, UNEVEN, CachePlan, SamplePlan
+from linear_core.policies import POLICIES, SCALE_POLICIES, Policy, choose
 from linear_core.policies.adakv import adakv
 from linear_core.policies.allocate import allocate, allocate_layers
 from linear_core.policies.attention_distance import attention_distance
@@ -199,7 +199,7 @@ def test_a_view_is_only_looked_at(name):
         assert torch.equal(getattr(view, part), getattr(same, part)), part
 
 
-@pytest.mark.parametrize("name", sorted(UNEVEN))
+@pytest.mark.parametrize("name", sorted(UNEVEN - ONLY_SCALES))
 def test_what_heads_keep_depends_on_what_they_hold_and_nothing_else(name):
     """Not on who else is in the batch, in which slots tokens lie, or how long the prompt is."""
     plan = CachePlan(name, budget=2, anchors=2, recent=1)
@@ -237,7 +237,8 @@ def test_a_layer_is_judged_alike_alone_and_among_all(name):
 
 def test_the_plan_knows_who_needs_room():
     """plan.py, which knows no torch, names the policies whose heads keep unequal numbers."""
-    assert {name for name, policy in POLICIES.items() if policy.keep} == UNEVEN
+    assert {name for name, policy in (POLICIES | SCALE_POLICIES).items() if policy.keep} == UNEVEN
+    assert set(SCALE_POLICIES) == ONLY_SCALES
 
 
 # -- one by one --------------------------------------------------------------------------------------------------------

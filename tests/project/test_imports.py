@@ -29,13 +29,17 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sizes": (set(), set()),
     "grid": ({"errors"}, set()),
     "pyramid": ({"errors", "grid"}, set()),
+    "steps": ({"errors"}, set()),
     "plan": ({"errors", "grid", "pyramid"}, set()),
+    "profile": ({"errors", "pyramid"}, TENSORS),
     "defaults": (set(), set()),
     "events": (set(), set()),  # names the type of a tensor, for readers only
     # the cache
     "cache.__init__": (set(), set()),
     "cache.storage": (set(), TENSORS),
     "cache.look_ahead": (set(), TENSORS),
+    "cache.step_cache": ({"steps"}, TENSORS),
+    "cache.refresh": ({"steps", "cache.step_cache"}, TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
     "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
@@ -56,8 +60,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         TENSORS,
     ),
+    "cache.carried_state": ({"plan", "pyramid"}, TENSORS),
     "policies.__init__": ({"errors", "policies.*"}, TENSORS),
-    "policies.*": ({"plan", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
+    "policies.*": ({"plan", "profile", "pyramid", "cache.look_ahead", "cache.view", "policies.*"}, TENSORS),
     # models
     "prompts.*": (
         {"errors", "grid", "sizes", "prompts", "prompts.*"},
@@ -65,19 +70,25 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "models.__init__": (set(), set()),
     "models.blocks": (set(), TENSORS),
-    "models.packed": (set(), TENSORS),
+    "models.packed": ({"models.blocks", "models.quantised"}, TENSORS),
+    "models.quantised": ({"models.blocks", "models.quantised_kernel"}, TENSORS),
+    "models.quantised_kernel": (set(), TENSORS | {"triton"}),
     "models.*": (
         {
             "errors",
             "grid",
             "plan",
+            "profile",
             "pyramid",
             "prompts",
             "prompts.*",
             "cache.attention",
+            "cache.carried_state",
             "cache.line_cache",
             "cache.look_ahead",
             "cache.stage_cache",
+            "cache.step_cache",
+            "steps",
             "models.*",
         },
         TENSORS,
@@ -85,11 +96,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "tokenizers.*": ({"pyramid", "tokenizers.*"}, TENSORS),
     # the loop
     "loop.__init__": (set(), set()),
-    "loop.memory": ({"grid", "plan", "pyramid"}, set()),
+    "loop.memory": ({"grid", "plan", "pyramid", "steps"}, set()),
     "loop.sampling": (set(), TENSORS),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
-    "loop.drafts": ({"errors", "grid", "plan", "cache.line_cache", "loop.sampling"}, TENSORS),
+    "loop.redraw": ({"errors", "grid", "plan"}, TENSORS),
+    "loop.drafts": ({"errors", "grid", "plan", "cache.line_cache", "loop.redraw", "loop.sampling"}, TENSORS),
     "loop.generate": (
         {
             "errors",
@@ -97,11 +109,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "grid",
             "plan",
             "cache.line_cache",
+            "cache.look_ahead",
             "cache.view",
             "policies",
             "policies.choose",
             "loop.drafts",
             "loop.memory",
+            "loop.redraw",
             "loop.sampling",
         },
         TENSORS,
@@ -112,16 +126,39 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "events",
             "plan",
             "pyramid",
+            "cache.carried_state",
             "cache.stage_cache",
             "cache.view",
             "policies",
             "policies.choose",
+            "profile",
             "loop.memory",
+            "loop.pruning",
             "loop.sampling",
         },
         TENSORS,
     ),
-    "loop.forced": ({"plan", "cache.line_cache", "policies", "loop.generate"}, TENSORS),
+    "loop.pruning": ({"plan", "pyramid"}, TENSORS),
+    "loop.calibrate": ({"plan", "profile", "pyramid", "cache.look_ahead", "loop.scales"}, TENSORS),
+    "loop.masked": (
+        {
+            "errors",
+            "events",
+            "grid",
+            "plan",
+            "steps",
+            "cache.refresh",
+            "cache.step_cache",
+            "models.denoise",
+            "models.mar",
+            "loop.sampling",
+        },
+        TENSORS,
+    ),
+    "loop.forced": (
+        {"plan", "cache.line_cache", "policies", "loop.generate", "loop.memory", "loop.sampling"},
+        TENSORS,
+    ),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
         {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "cache.storage", "policies", "loop.generate"},
@@ -129,9 +166,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     # pictures
     "pictures.__init__": (set(), set()),
-    "pictures.sheet": (set(), TENSORS | {"numpy", "PIL"}),
+    "pictures.sheet": ({"errors"}, TENSORS | {"numpy", "PIL"}),
+    "pictures.inpaint": ({"errors", "tokenizers.latents"}, TENSORS),
     "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),
-    "pictures.preview": ({"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches"}, TENSORS | {"numpy"}),
+    "pictures.preview": (
+        {"errors", "events", "pyramid", "tokenizers.*", "loop.micro_batches", "pictures.inpaint"},
+        TENSORS | {"numpy"},
+    ),
     # files
     "checkpoints.__init__": (set(), set()),
     "checkpoints.untrusted": ({"errors"}, set()),
@@ -139,7 +180,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints.download": ({"errors", "checkpoints.published"}, {"requests"}),
     "checkpoints.weights": ({"errors", "checkpoints.untrusted"}, TENSORS | {"safetensors"}),
     "checkpoints.families.__init__": (
-        {"errors", "grid", "plan", "pyramid", "sizes", "prompts", "prompts.*", "checkpoints.weights"},
+        {"errors", "grid", "plan", "pyramid", "sizes", "steps", "prompts", "prompts.*", "checkpoints.weights"},
         TENSORS,
     ),
     "checkpoints.families.*": (
@@ -149,6 +190,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "plan",
             "pyramid",
             "sizes",
+            "steps",
             "prompts",
             "prompts.*",
             "models.*",
@@ -162,7 +204,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "checkpoints.*": (
-        {"errors", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
+        {"errors", "profile", "prompts", "prompts.*", "models.*", "tokenizers.*", "checkpoints.*"},
         TENSORS,
     ),
     # people
@@ -199,7 +241,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "batch.__init__": (set(), set()),
-    "batch.table": ({"errors"}, {"pyarrow"}),
+    "batch.table": ({"errors", "plan"}, {"pyarrow"}),
     "batch.folder": ({"errors", "batch.table"}, {"pyarrow", "msvcrt", "fcntl"}),
     "batch.draw": (
         {
@@ -228,6 +270,7 @@ NUMBERS = (
     "grid",
     "pyramid",
     "sizes",
+    "steps",
     "plan",
     "defaults",
     "events",
@@ -370,10 +413,12 @@ def test_numbers_run_without_torch():
 
 SHARED = {
     "nodes.host",
+    "nodes.encoding",
     "nodes.files",
     "nodes.inputs",
     "nodes.live",
     "nodes.loops",
+    "nodes.redraw",
     "nodes.size",
     "nodes.sockets",
 }  # what nodes may know of each other's room

@@ -125,6 +125,24 @@ test("the legend stays on the paper, below the grid where there is room", () => 
   assert.equal(words(400, 300)[0].x, layout(400, 300, run).boxes[0].x);
 });
 
+test("what a mask keeps is hatched, and a line goes around the rest", () => {
+  const kept = Array.from({ length: 16 }, (_, cell) => ![5, 6].includes(cell)); // two cells in the middle
+  const strokes = [];
+  class Pen extends Paper {
+    moveTo(x, y) { this.from = [x, y]; }
+    lineTo(x, y) { strokes.push([...this.from, x, y]); }
+  }
+  const paper = new Pen();
+  const at = layout(200, 220, run);
+  draw(paper, { at, theme, mode: "image", held: new Uint8Array(0), done: 4, drawn: 4, running: false, picture: null, kept });
+  const [{ x, y, cell }] = at.boxes;
+  const has = (...line) => strokes.some((each) => each.every((n, i) => Math.abs(n - line[i]) < 1e-9));
+  assert.ok(has(x, y + cell, x + cell, y), "the first cell is hatched");
+  assert.ok(!has(x + cell, y + 2 * cell, x + 2 * cell, y + cell), "the region is not");
+  for (const edge of [[1, 1, 1, 2], [3, 1, 3, 2], [1, 1, 2, 1], [2, 2, 3, 2]]) assert.ok(has(...edge.map((n, i) => (i % 2 ? y : x) + n * cell)), String(edge));
+  assert.ok(!has(x + 2 * cell, y + cell, x + 2 * cell, y + 2 * cell), "nothing within it");
+});
+
 test("hover and the cut are drawn on top", () => {
   const { paper, at } = paint({ hover: 6, cut: 2 });
   const [cell] = paper.asked.filter((a) => a.stroke === "#fff");

@@ -1,6 +1,6 @@
-// Reads a trace on stdin and says what web/state.js makes of it after every line; for tests/test_events.py.
+// Reads a trace on stdin and says what web/state.js makes of it after every line; for tests in Python.
 import { readFileSync } from "node:fs";
-import { EMPTY, cellsOf, evictedAfter, held, inScales, keptText, reduce, remembered, standsFor } from "../../web/state.js";
+import { EMPTY, cellsOf, evictedAfter, held, inScales, keptText, reduce, remembered, standsFor, statusText } from "../../web/state.js";
 
 const events = JSON.parse(readFileSync(0, "utf8"));
 const [run] = events;
@@ -13,6 +13,7 @@ for (const event of events) {
   if (event.kind !== "row") continue;
   const all = [...held(state)];
   answers.push({
+    text: statusText(state),
     all: each(run.shown, (i) => all.slice(i * size, (i + 1) * size)),
     layers: each(run.layers, (layer) => [...held(state, { layer })]),
     heads: run.detail === "heads" ? each(run.layers, (layer) => each(run.heads, (head) => [...held(state, { layer, head })])) : [],

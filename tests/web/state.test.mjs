@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, heldOfScales, hoverText, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, remembered, replay, replayRuns, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, heldOfScales, hoverText, keptCells, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, remembered, replay, replayRuns, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -14,7 +14,7 @@ const b16 = (...numbers) => Buffer.from(Uint16Array.from(numbers).buffer).toStri
 const started = {
   kind: "started", run: "a", rows: 3, cols: 3, stride: 4, images: 2, shown: 2, columns: 2, layers: 2, heads: 1,
   detail: "heads", seed: 7, policy: "line", release: "strict", lines: 1, anchors: 0, recent: 0, cache_bytes: 5.1 * MIB, full_bytes: 24.3 * MIB, codebook: "",
-  list_index: 0, sides: [], state_bytes: 0, seeds: "",
+  list_index: 0, sides: [], seeds: "", state_bytes: 0, beside: "", kept: "",
 };
 const row = (n, more) => ({
   kind: "row", run: "a", row: n, rows: 3, cols: 3, seconds: 0.5, tokens_per_second: 12, held: 3, lines: 1, cache_bytes: 5.1 * MIB,
@@ -168,7 +168,8 @@ test("scales: what is held of each, over the picture, and in words", () => {
   assert.equal(statusText(replay([pyramid, coarse, middle])), "scale 2/3 · 12 tok/s · cache 3 of 5 tokens · 5.1 MiB of 24.3 · ETA 2 s");
   assert.match(statusText(replay([{ ...pyramid, lines: 5, cache_bytes: pyramid.full_bytes }, coarse])), /^scale 1\/3 · 12 tok\/s · full cache · 24\.3 MiB/);
   const without = { ...pyramid, lines: 5, state_bytes: 3 * MIB, cache_bytes: 3 * MIB, full_bytes: 3 * MIB };
-  assert.match(statusText(replay([without, coarse])), /^scale 1\/3 · 12 tok\/s · no cache, a state of 3\.0 MiB/);
+  assert.match(statusText(replay([without, coarse])), /^scale 1\/3 · 12 tok\/s · no cache: a state of 3\.0 MiB/);
+  assert.equal(hoverText(replay([without, coarse]), 0), "scale 1 of 3, 1 × 1 · no cache, so no token is held: a state joins the scales");
 });
 
 test("scales to keep travel as text, 8 bytes a token where they need it", () => {
@@ -231,6 +232,14 @@ test("lines to keep of one of several runs: the others stay as they are, with th
   assert.match(keptTextOfRuns([runs[0]], 0, 1, 2 ** 64, true), /^0@18446744073709551615[|]/);
 });
 
+test("cells that a mask keeps are known, and named", () => {
+  const bits = b64(0b11011111, 0xff, 0b11); // of two pictures of 3 x 3, all but cell 5
+  const state = replay([{ ...started, kept: bits }, first]);
+  assert.deepEqual(keptCells(state).flatMap((kept, cell) => (kept ? [] : [cell])), [5]);
+  assert.match(hoverText(state, 0), /outside the mask/);
+  assert.equal(keptCells(replay([started, first])), null);
+});
+
 test("memory before anything runs", () => {
   const shape = { layers: 6, heads: 6, head_dim: 32, prompt: 1, bytes_per_element: 4 };
   const full = cacheBytes(shape, { rows: 24, stride: 24 }, { policy: "full", budget: 4 }, 2);
@@ -252,6 +261,7 @@ test("memory before anything runs", () => {
   assert.deepEqual(gridOf(square, undefined), square);
   assert.match(memoryText(few, full, 7.1e9, null, 1).text, /−79 % · weights 7.10 GB$/);
   assert.equal(memoryText(full, full, 0, null, 1).text, "KV cache 10.1 MiB, everything kept");
+  assert.deepEqual(memoryText(full, full, 0, 3, 1, [], 512, true), { text: "no cache: a state of 10.1 MiB · room for 3 pictures at once", fits: true, share: 0 });
   assert.match(memoryText(few, full, 0, 9, 1, ["batch_size"]).text, /^KV cache 2.1 MiB of 10.1 MiB a picture, −79 % · batch_size unknown until it runs · room for 9 pictures at once$/);
   assert.equal(memoryText(full, full, 0, null, 1, ["text", "batch_size"]).text, "KV cache 10.1 MiB a picture, everything kept · text and batch_size unknown until it runs");
 });

@@ -16,6 +16,7 @@ from ...prompts import Prompt
 from ...prompts.tokenizer import TextTokenizer
 from ...pyramid import Pyramid
 from ...sizes import PIXELS, Size, nearest
+from ...steps import MaskedPlan
 from ..weights import Target, Weights
 
 
@@ -34,6 +35,7 @@ class ModelInfo:
     context       most tokens of prompt and image together; 0: not limited by the model
     pyramid       the scales of a model that draws in scales; `grid` is then the last of them. None: it draws in lines
     pyramids      those of all its `sizes`
+    masked        published settings of a model that draws masked tokens in steps; None: it does not
     """
 
     name: str
@@ -49,6 +51,7 @@ class ModelInfo:
     context: int = 0
     pyramid: Pyramid | None = None
     pyramids: tuple[Pyramid, ...] = ()
+    masked: MaskedPlan | None = None
 
     @property
     def text(self) -> bool:
@@ -64,6 +67,11 @@ class ModelInfo:
     def features(self) -> tuple[str, ...]:
         """What features of a text encoder mean to it (`Origin.meaning`): of cleaned texts, or of what was written."""
         return ("features",) if self.family.cleaned else ("features", "as written")
+
+    @property
+    def cached(self) -> bool:
+        """Whether it keeps keys and values; otherwise a state joins its scales, and there is nothing to evict."""
+        return not self.cache_shape(torch.float32).state
 
     def with_size(self, size: Size) -> ModelInfo:
         """The model with the grid for pictures of `size`. Raises UserError listing sizes of similar shape."""
@@ -117,6 +125,7 @@ class Family:
     cleaned            whether a text encoder gets texts as LlamaGen's captions were cleaned, not as they are written
     tokenizer_kind     of the VQ tokenizers of all its models (`VQConfig.kind`); "": their names say it
     precise            name of a weight in the decoder -> whether it is float32 whatever the decoder computes in
+    averaged           whether of a training checkpoint the weights averaged over training are taken (ema)
     """
 
     name: str
@@ -133,3 +142,4 @@ class Family:
     cleaned: bool = True
     tokenizer_kind: str = ""
     precise: Callable[[str], bool] = lambda name: False
+    averaged: bool = False

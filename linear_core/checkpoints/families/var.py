@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def recognises(weights: Weights) -> bool:
 
 def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo:
     """Sizes, pyramid and classes of a VAR checkpoint, official or ours, which says its sides in its metadata."""
+    return describe_as(FAMILY, read_config, weights, grid)
+
+
+def describe_as(
+    family: Family, read_config: Callable[..., VARConfig], weights: Weights, grid: tuple[int, int] | None
+) -> ModelInfo:
+    """`describe` for a family with VAR's frame, whose sizes `read_config` reads."""
     metadata = weights.metadata
     try:
         sides = _read_sides(metadata["sides"]) if "sides" in metadata else None
@@ -42,17 +50,17 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
         defaults = read_sampling(metadata["sampling"]) if "sampling" in metadata else DEFAULTS
         tokenizer = inside(Path(), metadata.get("tokenizer", published.VAR_TOKENIZER)).stem
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise weights.problem(f"its header does not describe a VAR ({error}).") from error
+        raise weights.problem(f"its header does not describe {family.name} ({error}).") from error
     except UserError as error:
         raise weights.problem(str(error)) from error
-    _check_name(weights, config)
+    _check_name(weights, family, config)
     last = Grid(*config.pyramid.sides[-1])
     if grid and grid != (last.rows, last.cols):
         raise weights.problem(
             f"was made for {last.rows} x {last.cols} tokens, not {grid[0]} x {grid[1]}; leave the grid to the file."
         )
     return ModelInfo(
-        weights.name, FAMILY, config, last, classes, defaults, weights.nbytes, tokenizer, pyramid=config.pyramid
+        weights.name, family, config, last, classes, defaults, weights.nbytes, tokenizer, pyramid=config.pyramid
     )
 
 
@@ -63,12 +71,19 @@ def _read_sides(text: str) -> Pyramid:
     return Pyramid.square(*map(int, text.split()))
 
 
-def _check_name(weights: Weights, config: VARConfig) -> None:
-    """Refuse a published name with another depth: one of the two is wrong, and nobody can tell which."""
-    found = re.search(r"(?<![a-z0-9])var[-_]?d(\d\d)(?!\d)", weights.name.lower())
-    if found and int(found[1]) != config.layers:
+def _check_name(weights: Weights, family: Family, config: VARConfig) -> None:
+    """Refuse a published name that does not say what is inside: one of the two is wrong, and nobody can tell which."""
+    found = re.search(r"(?:(?<![a-z0-9])(m-?var|var)[-_]?|^)d(\d\d)(?!\d)", weights.name.lower())
+    if not found:
+        return
+    said = ("M-VAR" if found[1].startswith("m") else "VAR") if found[1] else family.name
+    if said != family.name:
         raise weights.problem(
-            f"says depth {found[1]} in its name, but has {config.layers} layers; rename it or download it again."
+            f"says {said} in its name, but its layers are {family.name}'s; rename it or download it again."
+        )
+    if int(found[2]) != config.layers:
+        raise weights.problem(
+            f"says depth {found[2]} in its name, but has {config.layers} layers; rename it or download it again."
         )
 
 

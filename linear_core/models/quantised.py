@@ -1,0 +1,344 @@
+"""Linear layers whose matrices take 8 or 4 bits a weight, and are multiplied as they lie: fewer bytes, less time.
+
+Only weights are rounded. int8 has one scale for each output channel: w = q s. int4 has a scale and a zero for each
+`group` of input channels: w = q s + z. Both are rounded to bfloat16 before the weights are, so every product below uses
+the same numbers.
+
+Which product is used follows from device and shape alone, never from a timing. Each is tried once on a small matrix,
+and one that is missing or computes something else is passed over; the last resort converts the matrix back first.
+
+    CPU   int8  oneDNN's for 8-bit integers, for packed models (see `PackedInt8`), else PyTorch's weight-only product
+          int4  PyTorch's weight-only product, which has a layout of its own
+    CUDA  int8  our Triton kernel, else PyTorch's weight-only product
+          int4  PyTorch's tinygemm, which has a layout of its own
+
+I, O input and output channels, G = I / group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import Ops
+
+FEW = 16  # rows, at most, that the products for single tokens are given; more are worth converting the matrix for
+AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # weights that are converted at once: what a core's cache holds
+ROUNDED = 2**22  # weights that are rounded at once
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How matrices are stored. `group`: input channels that share a scale; 0: all of an output channel do."""
+
+    bits: int
+    group: int = 0
+
+    def fits(self, outputs: int, inputs: int) -> bool:
+        """Whether the products take a matrix of this size. int8 fits all."""
+        return self.bits == 8 or (inputs % self.group == 0 and outputs % 64 == 0)
+
+    def bytes(self, outputs: int, inputs: int) -> int:
+        """Of a matrix with its scales."""
+        return outputs * (inputs + 2) if self.bits == 8 else outputs * (inputs // 2 + 4 * inputs // self.group)
+
+
+INT8, INT4 = Quantisation(8), Quantisation(4, 64)
+QUANTISATIONS = {"int8": INT8, "int4": INT4}
+
+
+def chosen(kind: Quantisation, outputs: int, inputs: int) -> Quantisation:
+    """`kind`, or int8 for a matrix whose sides do not divide into its groups."""
+    return kind if kind.fits(outputs, inputs) else INT8
+
+
+# -- the arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def quantise(rows: Tensor, kind: Quantisation) -> tuple[Tensor, Tensor]:
+    """Rows O I, floating-point -> int8 O I and scales bfloat16 O; or uint8 O I/2 and scales with zeros G O 2.
+
+    A byte of int4 holds two neighbouring weights plus 8, the first in its upper half.
+    """
+    rows = rows.float()
+    if kind.bits == 8:
+        scale = (rows.abs().amax(1) / 127).bfloat16()
+        return (rows / _nonzero(scale)[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    groups = rows.unflatten(1, (-1, kind.group))
+    low, high = groups.aminmax(dim=2)
+    scale = ((high - low) / 15).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    numbers = ((groups - zero.float()[..., None]) / _nonzero(scale)[..., None]).round_().clamp_(-8, 7) + 8
+    halves = numbers.flatten(1).to(torch.uint8).unflatten(1, (-1, 2))
+    return halves[..., 0] << 4 | halves[..., 1], torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1, scale).float()
+
+
+def dequantise(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantise` stored, as numbers: the matrix O I. All products are compared with the one by this matrix."""
+    if stored.dtype == torch.int8:
+        return stored.to(dtype).mul_(scale.to(dtype)[:, None])
+    numbers = torch.stack([stored >> 4, stored & 15], -1).flatten(1)
+    s, z = scale.to(dtype).transpose(0, 1).unbind(-1)
+    groups = numbers.to(dtype).sub_(8).unflatten(1, (s.shape[1], -1))
+    return (groups.mul_(s[..., None]).add_(z[..., None])).flatten(1)
+
+
+# -- the products: x M I, a matrix and its scales -> M O in x's dtype --------------------------------------------------
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _converted(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    """By way of the matrix in x's dtype, some rows of it at a time."""
+    rows = max(AT_ONCE.get(x.device.type, 2**26) // x.shape[1], 1)
+    parts = zip(matrix.split(rows), scale.split(rows, -1 if scale.ndim == 1 else 1), strict=True)
+    out = [F.linear(x, dequantise(part, of_part, x.dtype)) for part, of_part in parts]
+    return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+
+def _weight_only_8(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    return torch._weight_int8pack_mm(x.bfloat16(), matrix, scale).to(x.dtype)
+
+
+def _kernel_8(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    from .quantised_kernel import multiply
+
+    return multiply(x, matrix, scale)
+
+
+def _cpu_4(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    group = x.shape[1] // len(scale)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), matrix, group, scale).to(x.dtype)
+
+
+def _cuda_4(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm(x.bfloat16(), matrix, x.shape[1] // len(scale), scale).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a matrix lies in memory, for a device's product. `unpack`: back to rows, for products of many rows.
+
+    multiple  what the number of input channels must be a multiple of
+    """
+
+    product: Product
+    pack: Callable[[Tensor], Tensor] = lambda stored: stored
+    unpack: Callable[[Tensor], Tensor] = lambda packed: packed
+    multiple: int = 1
+
+
+def _pack_cpu_4(stored: Tensor) -> Tensor:
+    numbers = torch.stack([stored >> 4, stored & 15], -1).flatten(1)
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
+    return packed
+
+
+def _unpack_cpu_4(packed: Tensor) -> Tensor:
+    """For each block of output channels and each input channel, the block's halves are in the halves of its bytes."""
+    block = 64 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 32
+    outputs, half = packed.shape
+    bytes_ = packed.view(outputs // block, 2 * half, block // 2)
+    numbers = torch.cat([bytes_ & 15, bytes_ >> 4], -1).transpose(1, 2).reshape(outputs, half, 2)
+    return numbers[..., 0] << 4 | numbers[..., 1]
+
+
+def _pack_cuda_4(stored: Tensor) -> Tensor:
+    tiles = 8 if stored.shape[1] % 64 == 0 else 4  # of 16 input channels each
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(stored, tiles)
+    return packed
+
+
+def _unpack_cuda_4(packed: Tensor) -> Tensor:
+    """By asking the product itself: scales of one and zeros of eight show the numbers."""
+    inputs = packed.shape[1] * 32 * packed.shape[3]
+    one = torch.ones(inputs // 32, packed.shape[0] * 8, 2, dtype=torch.bfloat16, device=packed.device)
+    one[..., 1] = 8
+    eye = torch.eye(inputs, dtype=torch.bfloat16, device=packed.device)
+    numbers = (
+        torch.cat([_cuda_4(rows, packed, one) for rows in eye.split(1024)]).t().to(torch.uint8).unflatten(1, (-1, 2))
+    )
+    return numbers[..., 0] << 4 | numbers[..., 1]
+
+
+PLAIN = "rows"
+LAYOUTS = {
+    PLAIN: Layout(_converted),
+    "int8, kernel": Layout(_kernel_8),
+    "int8": Layout(_weight_only_8, multiple=64),  # it reads past the end of a row that is no multiple (torch 2.13)
+    "int4 on CPU": Layout(_cpu_4, _pack_cpu_4, _unpack_cpu_4),
+    "int4 on CUDA": Layout(_cuda_4, _pack_cuda_4, _unpack_cuda_4),
+}
+
+
+def layout(bits: int, device: torch.device, inputs: int) -> str:
+    """The first of the layouts for this device and so many input channels whose product works there."""
+    names = {
+        (8, "cpu"): ("int8",),
+        (8, "cuda"): ("int8, kernel", "int8"),
+        (4, "cpu"): ("int4 on CPU",),
+        (4, "cuda"): ("int4 on CUDA",),
+    }.get((bits, device.type), ())
+    fitting = (name for name in names if inputs % LAYOUTS[name].multiple == 0)
+    return next((name for name in fitting if works(name, str(device))), PLAIN)
+
+
+@lru_cache
+@torch.no_grad()
+def works(name: str, device: str) -> bool:
+    """Whether a layout's product can be called on `device`, and computes what it should."""
+    if name == "int8, kernel" and (
+        find_spec("triton") is None or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        return False
+    kind, of = INT4 if name.startswith("int4") else INT8, LAYOUTS[name]
+    numbers = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 256, generator=numbers).to(device) for rows in (64, 3))
+    stored, scale = quantise(weight, kind)
+    expected = _converted(x.bfloat16().float(), stored, scale)
+    try:
+        packed = of.pack(stored)
+        found = of.product(x.bfloat16(), packed, scale).float()
+        same = bool(torch.equal(of.unpack(packed), stored))
+    except Exception:  # of any kind: a missing operation, dtype or architecture; the next product is tried
+        return False
+    return same and bool((found - expected).abs().max() < 0.02 * expected.abs().max())
+
+
+# -- the layers --------------------------------------------------------------------------------------------------------
+
+
+class QuantisedLinear(nn.Module):
+    """A Linear whose matrix is stored in 8 or 4 bits; bias and scales as computed.
+
+    weight  int8 O I or uint8 O I/2, or whatever a device's product wants it to be (see `arrange`)
+    scale   bfloat16 O or G O 2
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, kind: Quantisation):
+        super().__init__()
+        self.in_features, self.out_features, self.kind, self.layout = inputs, outputs, kind, PLAIN
+        eight = kind.bits == 8
+        stored = torch.empty(outputs, inputs if eight else inputs // 2, dtype=torch.int8 if eight else torch.uint8)
+        scale = torch.empty((outputs,) if eight else (inputs // kind.group, outputs, 2), dtype=torch.bfloat16)
+        self.weight, self.scale = (nn.Parameter(x, requires_grad=False) for x in (stored, scale))
+        self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
+
+    def fill(self, rows: slice, numbers: Tensor) -> None:
+        """Quantise and keep these rows of the matrix, floating-point rows I."""
+        for first in range(rows.start, rows.stop, step := max(ROUNDED // self.in_features, 1)):
+            some = slice(first, min(first + step, rows.stop))
+            stored, scale = quantise(numbers[some.start - rows.start : some.stop - rows.start], self.kind)
+            self.weight.data[some] = stored
+            (self.scale.data if self.kind.bits == 8 else self.scale.data.transpose(0, 1))[some] = (
+                scale if self.kind.bits == 8 else scale.transpose(0, 1)
+            )
+
+    def arrange(self, device: torch.device) -> None:
+        """Lay the filled matrix out for the product of `device`. Afterwards it computes only there."""
+        self.layout = layout(self.kind.bits, device, self.in_features)
+        if self.kind.bits == 4:
+            self.weight.data = LAYOUTS[self.layout].pack(self.weight.data.to(device)).to(self.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ... I -> ... O."""
+        return self.multiply(x, self.weight, self.scale, self.bias)
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with weights that a host may have moved."""
+        flat, of = x.reshape(-1, x.shape[-1]), LAYOUTS[self.layout]
+        out = _converted(flat, of.unpack(weight), scale) if len(flat) > FEW else of.product(flat, weight, scale)
+        out = out if bias is None else out + bias.to(out.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.kind.bits}, layout={self.layout!r}"
+
+
+class PackedInt8(nn.Module):
+    """A QuantisedLinear in 8 bits for oneDNN's product of integers, several times faster than PyTorch's own on a CPU.
+
+    That product takes activations in 8 bits, too few for some models. So each row is given in 16, as two rows of 8:
+    x = s (256 high + low), which is as exact as a product with x itself in bfloat16 would be, and still bound by
+    reading the matrix. Rows do not see each other. The packed layer can only compute: neither moved nor saved.
+    """
+
+    STEPS = 32639  # 127 * 256 + 127: the largest number of two such digits
+
+    def __init__(self, linear: QuantisedLinear):
+        super().__init__()
+        self.matrix = torch.ops.onednn.qlinear_prepack(linear.weight.data, None)
+        self.scale = linear.scale.data.float()
+        self.zero = torch.zeros(len(self.scale), dtype=torch.int64)
+        self.bias, self.size = linear.bias, linear.out_features
+        self.middle = torch.full((1,), 128 * 257 + 0.5)
+        self.tiny = torch.full((1,), 1e-30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ... I -> ... O."""
+        x_rows = x.reshape(-1, x.shape[-1])
+        rows, inputs = x_rows.shape
+        step = torch.add(self.tiny, torch.linalg.vector_norm(x_rows, float("inf"), -1, True), alpha=1 / self.STEPS)
+        digits = torch.addcdiv(self.middle, x_rows, step).to(torch.int32).view(torch.uint8)  # little end first
+        pair = digits.as_strided((2, rows, inputs), (1, 4 * inputs, 4)).reshape(2 * rows, inputs)
+        product = torch.ops.onednn.qlinear_pointwise.default
+        low, high = product(
+            pair, 1.0, 128, self.matrix, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        ).chunk(2)  # fmt: skip
+        out = torch.add(low, high, alpha=256).mul_(step)
+        if self.bias is not None:
+            out += self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.size)
+
+
+@lru_cache
+@torch.no_grad()
+def packs() -> bool:
+    """Whether `PackedInt8` can be used on this CPU. Older ones saturate the sums of oneDNN's product."""
+    linear = QuantisedLinear(256, 64, False, INT8)
+    linear.fill(slice(0, 64), torch.ones(64, 256))  # the largest sums that there can be
+    x = torch.tensor([1.0, -1.0, 0.5])[:, None].repeat(1, 256)
+    try:
+        found = PackedInt8(linear)(x)
+    except Exception:  # of any kind: there is no such operation, or not for this CPU
+        return False
+    return bool((found - _converted(x, linear.weight, linear.scale)).abs().max() < 0.1)
+
+
+def quantised(
+    model: nn.Module, kind: Quantisation, wanted: Callable[[str, Tensor], bool], ops: Ops = nn
+) -> dict[str, Any]:
+    """New layers to take the place of those Linears of `model` whose matrix is `wanted`, by the matrix's name.
+
+    wanted  asked with a matrix's name and the matrix
+    ops     whose QuantisedLinear is made, if it has one
+    """
+    make = getattr(ops, "QuantisedLinear", QuantisedLinear)
+    layers = {}
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and wanted(f"{name}.weight", linear.weight):
+            outputs, inputs = linear.weight.shape
+            layers[f"{name}.weight"] = make(inputs, outputs, linear.bias is not None, chosen(kind, outputs, inputs))
+    return layers
+
+
+def quantise_model(model: nn.Module, kind: Quantisation, wanted: Callable[[str, Tensor], bool]) -> nn.Module:
+    """`model` with those Linears quantised whose matrix is `wanted`, in place. Files are quantised as they are read."""
+    for name, layer in quantised(model, kind, wanted).items():
+        linear: Any = model.get_submodule(where := name.removesuffix(".weight"))
+        layer.to(linear.weight.device).fill(slice(0, layer.out_features), linear.weight.data)
+        layer.bias = linear.bias
+        layer.arrange(linear.weight.device)
+        model.set_submodule(where, layer)
+    return model
