@@ -466,7 +466,7 @@ export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)(?:x\d+)?:/
 // -- memory -----------------------------------------------------------------------------------------------------------
 
 /** Policies that share the budget out unevenly have room for twice the budget in every head: plan.py's UNEVEN. */
-const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
+const UNEVEN = ["adakv", "amskv", "cake", "hack", "headkv", "heatkv", "prefixkv", "pyramidkv", "scalekv"];
 /** Of these, those that share it among all layers: plan.py's ACROSS_LAYERS. */
 const ACROSS_LAYERS = ["amskv", "cake", "hack", "heatkv", "prefixkv", "pyramidkv", "scalekv"];
 /** Of these, those under which a layer may keep all: plan.py's WHOLE. */
