@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1, help="all with guidance (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--own", action="store_true",
-                        help="count the seconds that cores spent on this program, all added up: where others run too")  # fmt: skip
+                        help="count the seconds of computing instead of the clock's: for a busy machine")  # fmt: skip
     parser.add_argument("--out", metavar="NAME", help="also write bench/results/scan-NAME.json")
     args = parser.parse_args()
     out = RESULTS / f"scan-{args.out}.json" if args.out else None

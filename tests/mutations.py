@@ -385,7 +385,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/line_cache.py",
-        "self.values.overwrite(view.layer, rows, slot, folded.values[0])",
+        "self.values.write(view.layer, slot, folded.values[0], rows)",
         "pass",
         "folded values are lost",
     ),
@@ -411,8 +411,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/line_cache.py", "self.bias.scatter_(3, slot, 0.0)", "pass", "a new token stays invisible"),
     (
         "cache/line_cache.py",
-        "self.values.write(layer, slot, column, v)",
-        "self.values.write(layer, slot, column, k)",
+        "self.values.write(layer, slot, v)",
+        "self.values.write(layer, slot, k)",
         "values are keys",
     ),
     (
@@ -688,12 +688,29 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/stratified.py", " | (ranks * BANDS < SHARE * budget)", "", "stratified: a band for each of many lines"),
     ("policies/stratified.py", "SHARE = 0.5", "SHARE = 0.25", "stratified: half the quota"),
     ("policies/ssd.py", "> SEMANTIC", "< SEMANTIC", "ssd: kinds swapped"),
-    ("cache/view.py", "layers = found[self.layer :]", "layers = found[0:]", "view: the first layer's kinds for all"),
+    (
+        "policies/ssd.py",
+        "view.own(view.survey) > SEMANTIC",
+        "view.survey[: len(view.index)] > SEMANTIC",
+        "ssd: the first layer's kinds for all",
+    ),
     ("policies/attention_distance.py", "first_of(1 - NEAR)", "first_of(-NEAR)", "reach: three lines are near"),
     ("policies/attention_distance.py", ", image_only=True", "", "reach: the prompt counts"),
     ("policies/hack.py", "STRUCTURAL = 5.0", "STRUCTURAL = 0.2", "hack: budgets swapped"),
     ("policies/hack.py", "h2o(view), line(view)", "line(view), h2o(view)", "hack: scores swapped"),
     ("policies/hack.py", "& (view.index < view.first_of(0))", "", "hack: the order of a line is variance"),
+    (
+        "policies/hack.py",
+        "view.own(contextual(view))",
+        "contextual(view)[: len(view.index)]",
+        "hack: the first layer's kinds for all",
+    ),
+    (
+        "policies/headkv.py",
+        "weights = view.own(view.survey)",
+        "weights = view.survey[: len(view.index)]",
+        "headkv: the first layer's reach for all",
+    ),
     ("policies/headkv.py", "FLOOR = 0.2", "FLOOR = 0.0", "headkv: no floor"),
     ("policies/adakv.py", "FLOOR = 0.2", "FLOOR = 0.0", "adakv: no floor"),
     (
@@ -858,12 +875,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "torch.where(chosen, x, old.view_as(x))",
         "x",
         "drafts: rejected tokens overwrite slots",
-    ),
-    (
-        "cache/storage.py",
-        "self.fresh.copy_(torch.where(chosen, x, self.fresh))",
-        "self.fresh.copy_(x)",
-        "drafts: rejected tokens overwrite the line in full precision",
     ),
     ("events.py", "line.passes * line.accepted", "line.accepted", "drafts: a short line counts as much as a long one"),
     # -- teacher forcing

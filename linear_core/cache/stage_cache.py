@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,7 @@ class StageCache:
         self.surveyor, self.survey = (survey if found is None else None), found
         self.keeps, self.protected, self.stages = plan.keeps(pyramid), plan.protected(pyramid), stages or pyramid.stages
         storage = STORAGE[plan.storage]
-        self.packed = storage if issubclass(storage, Packed) else None
+        self.packed = cast(type[Packed], storage) if issubclass(storage, Packed) else None
         self.fits = max((n for n in range(pyramid.stages) if pyramid.index(n + 1) <= self.keeps), default=-1)
         self._surveys: list[Tensor] = []
         self.stage = -1

@@ -71,7 +71,7 @@ class ModelInfo:
     @property
     def cached(self) -> bool:
         """Whether it keeps keys and values; otherwise a state joins its scales, and there is nothing to evict."""
-        return not self.cache_shape(torch.float32).state
+        return self.masked is not None or not self.cache_shape(torch.float32).state
 
     def with_size(self, size: Size) -> ModelInfo:
         """The model with the grid for pictures of `size`. Raises UserError listing sizes of similar shape."""
