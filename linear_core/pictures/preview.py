@@ -75,6 +75,7 @@ class Sketch:
 
     def __init__(self) -> None:
         self.fit: tuple[Tensor, Tensor] | None = None
+        self.map = torch.empty(0)
         self.seconds = 0.0
 
     @torch.inference_mode()
@@ -103,20 +104,20 @@ class Sketch:
         channels, colours = channels.flatten(0, 2).double(), colours.flatten(0, 2).double()
         new = channels.T @ channels / len(channels), channels.T @ colours / len(channels)
         old = self.fit or new
-        self.fit = old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)
+        self.fit = gram, target = old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        self.map = torch.linalg.solve(gram + ridge, target).float()
         return pictures
 
     @torch.inference_mode()
-    def picture(self, canvas: Tensor, least: int = 128) -> Tensor:
+    def picture(self, canvas: Tensor, least: int = 64) -> Tensor:
         """A sketch of a canvas B Z h w on the CPU, smoothly enlarged to about `least` pixels: B H W 3 in 0..1."""
         assert self.fit is not None, "nothing is learnt yet"
-        gram, target = self.fit
-        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        colours = _with_one(canvas).double() @ torch.linalg.solve(gram + ridge, target)
+        colours = _with_one(canvas) @ self.map
         factor = max(1, least // max(canvas.shape[-2:]))
-        colours = colours.float().permute(0, 3, 1, 2)
+        colours = colours.permute(0, 3, 1, 2)
         if factor > 1:
-            colours = F.interpolate(colours, scale_factor=factor, mode="bicubic")
+            colours = F.interpolate(colours, scale_factor=factor, mode="bilinear")
         return colours.clamp(0, 1).permute(0, 2, 3, 1)
 
 
