@@ -29,13 +29,13 @@ from ..linear_core.prompts import Prompt
 from ..linear_core.steps import LAST, RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 from . import host
 from .encoding import fit
-from .generate import OWN
 from .inputs import checked
 from .live import MIB, graphs_wanted, sheet, side_by_side, tiled
 from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens, wants_masked
 
 log = logging.getLogger(__name__)
 CUSTOM = "Custom"
+OWN = -1.0  # in place of a number: what the model was published with
 ADVICE = "choose Off in step_cache, lower batch_size, or close other programs that use memory"
 MAP = 128  # pixels of a map of ages, along a side
 MAPS = 4  # images of which maps are put out, as there is one for each step
@@ -110,8 +110,8 @@ class MaskedGenerate(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance",
-                    default=float(OWN),
-                    min=float(OWN),
+                    default=OWN,
+                    min=OWN,
                     max=30.0,
                     step=0.1,
                     tooltip="Classifier-free guidance scale: how closely the image follows the class. Typical: 2 to 4. "
@@ -199,8 +199,8 @@ class MaskedGenerate(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "temperature",
-                    default=float(OWN),
-                    min=float(OWN),
+                    default=OWN,
+                    min=OWN,
                     max=4.0,
                     step=0.05,
                     optional=True,
