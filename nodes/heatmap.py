@@ -107,6 +107,7 @@ class RetentionHeatmap(io.ComfyNode):
             return io.NodeOutput(host.to_intermediate(captioned(maps, why)))
         if pyramid is not None:
             share = over_scales(share, pyramid)
+            share = share / share.amax((1, 2), keepdim=True).clamp(min=1e-9)  # few tokens are held of fine scales
         count, rows, cols = share.shape
         if image is None:
             cell = math.ceil(size / max(rows, cols))

@@ -168,12 +168,12 @@ class Live:
     def _job(self) -> list[tuple[Any, ...]]:
         return [tuple(lines) for lines in (self.beside, self.lines) if lines is not None]
 
-    def _render(self, runs: list[tuple[Any, ...]], seconds: float | None = None) -> Image.Image:
-        """The pictures so far. Previews of scales get `seconds`, and the page enlarges them."""
-        pictures = self.loop.pictures(runs, self.trace.started.shown, seconds)
-        if isinstance(self.loop, Scales) and seconds is None:
+    def _render(self, runs: list[tuple[Any, ...]], elapsed: float | None = None) -> Image.Image:
+        """The pictures so far. Previews of scales are told the time, and the page enlarges them."""
+        pictures = self.loop.pictures(runs, self.trace.started.shown, elapsed)
+        if isinstance(self.loop, Scales) and elapsed is None:
             self.decoded = pictures[-1]
-        sheets = [sheet(one, SIZE if seconds is None else 0) for one in pictures]
+        sheets = [sheet(one, SIZE if elapsed is None else 0) for one in pictures]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
     def _show(self, picture: Image.Image, lines: int, trace: Trace | None = None) -> None:

@@ -894,7 +894,7 @@ class Memory {
     const model = read(loader, "model", Object.keys(known.models)[0]);
     const preset = read(this.node, "preset", "");
     const own = (/** @type {string} */ name) => read(this.node, `preset.${name}`, undefined) ?? read(this.node, name, undefined);
-    const chosen = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release") };
+    const chosen = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release"), anchors: Number(own("anchors")), recent: Number(own("recent")) };
     const plan = withBudget(chosen, read(this.node, "budget_in", "lines"), Number(read(this.node, "amount", 0)));
     const pixels = read(prompt, "size.pixels", undefined);
     const weight_dtype = read(loader, "weight_dtype", "default");

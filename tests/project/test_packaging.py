@@ -86,7 +86,7 @@ def test_links_between_pages_lead_somewhere():
 def test_no_large_files():
     sizes = {path: (ROOT / path).stat().st_size for path in ours()}
     models = {path: size for path, size in sizes.items() if re.fullmatch(r"linear_core/assets/.*\.safetensors", path)}
-    assert sum(models.values()) <= 20 * MIB, models
+    assert sum(models.values()) <= 36 * MIB, models
     assert {path: size for path, size in sizes.items() if path not in models and size > 5 * MIB} == {}
 
 
