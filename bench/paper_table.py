@@ -97,7 +97,8 @@ def measured(shape: ModelShape, plan: CachePlan, images: int, args: argparse.Nam
     while at_once > 1 and weights + run_bytes(cache, shape.grid, plan, 2 * at_once, shape.config.codes) > 0.95 * room:
         at_once //= 2
     settings = argparse.Namespace(
-        device=args.device, dtype="bfloat16", plans=[plan], steps=["eager"], attention=["sdpa"], drafts=[0],
+        device=args.device, dtype=["bfloat16"], weights=["default"],
+        plans=[plan], steps=["eager"], attention=["sdpa"], drafts=[0],
         lines=args.lines, repeat=3, against=None, unpacked=False,
     )  # fmt: skip
     with torch.inference_mode():

@@ -363,7 +363,7 @@ def measure(
         for plan in args.plans:
             name = plan.policy if plan.policy == "full" else f"{plan.policy} {plan.budget}/{shape.grid.rows}"
             for kind, attention, window in product(args.steps, args.attention, args.drafts):
-                label = name + " int8" * (plan.storage == "int8")
+                label = name + f" {plan.storage}" * (plan.storage != "full")
                 label += "".join(f" {word}" for word in (kind, attention) if word not in ("eager", "sdpa"))
                 label += f" drafts {window}" * (window > 0)
                 label += f", {dtype}" * (len(args.dtype) > 1) + f", {weights} weights" * (weights != "default")

@@ -605,7 +605,7 @@ def _check_options(args: argparse.Namespace) -> ModelInfo:
 def _plans_to_check(args: argparse.Namespace, info: ModelInfo) -> list[CachePlan]:
     """The plan of the options; without any, those presets that the model can be drawn with."""
     names = ("policy", "budget", "share", "anchors", "recent", "release", "storage")
-    if args.preset != "Balanced" or any(getattr(args, name) is not None for name in names):
+    if args.preset is not None or any(getattr(args, name) is not None for name in names):
         return [_planned(args, info, args.at_once or CHECKED_AT_ONCE)]
     found = []
     for plan in PRESETS.values():

@@ -55,7 +55,7 @@ def test_the_demo_measures_what_it_says(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = library.ModelFiles(small_model, library.find_tokenizer(small_model))
-    monkeypatch.setattr(library, "bundled_files", lambda: files)
+    monkeypatch.setattr(library, "bundled_files", lambda *_: files)
     few = ["--policy", "random", "--budget", "1", "--anchors", "0", "--recent", "0"]
     assert main(["demo", "--class", "desert day", *few, "--size", "96", "--out", str(tmp_path / "d.png")]) == 0
     told = capsys.readouterr().out

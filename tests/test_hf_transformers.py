@@ -57,7 +57,7 @@ LIKE_DYNAMIC = {
 }  # fmt: skip
 OURS = {"is_croppable": (None, False, False), "batch_size": (None, -1, 2), "max_batch_size": (None, -1, 2)}
 REFUSED = {
-    "reorder_cache": "num_beams=1", "crop": "num_beams=1", "batch_repeat_interleave": "num_beams=1",
+    "reorder_cache": "num_beams=1", "crop": "prompt_lookup_num_tokens", "batch_repeat_interleave": "num_beams=1",
     "batch_select_indices": "num_beams=1", "get_conv_state": "another kind", "update_conv_state": "another kind",
     "get_recurrent_state": "another kind", "update_recurrent_state": "another kind", "update_indexer": "another kind",
     "has_previous_state": "another kind", "early_initialization": "made when the prompt is in", "offload": "stay there",

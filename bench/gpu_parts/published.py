@@ -35,7 +35,8 @@ def run(ask: Ask) -> Iterator[Result]:
 def beside(ask: Ask, against: str, shape, images: int, bandwidth: float) -> Result:
     """The peer's times, with ours (4 of 24 lines, eager) taking turns with it."""
     settings = argparse.Namespace(
-        device=ask.device, dtype="bfloat16", plans=[plan_of(ask, "line")], steps=["eager"], attention=["sdpa"],
+        device=ask.device, dtype=["bfloat16"], weights=["default"],
+        plans=[plan_of(ask, "line")], steps=["eager"], attention=["sdpa"],
         drafts=[0], lines=1, repeat=1 if ask.dry else 3, against=against, unpacked=True,
     )  # fmt: skip
     *_, found = measure(shape, images, settings, bandwidth)

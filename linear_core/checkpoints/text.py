@@ -130,14 +130,14 @@ def prompt(
     progress: Callable[[int, int], None] = lambda done, total: None,
     negative: str = "",
     model: ModelInfo | None = None,
-    load: Callable[[TextFiles], tuple[nn.Module, T5Tokenizer]] = load_encoder,
+    load: Callable[[TextFiles], tuple[nn.Module, T5Tokenizer]] | None = None,
 ) -> Prompt:
     """One image per text, guided away from `negative`, or by default from the model's own unconditional features.
 
     model      whose length of texts, spelling and size of pictures count; None: any LlamaGen's
     to_device  moves the encoder to a device and returns it; called only if a text is not cached
     progress   called with the number of new texts encoded so far, and their total
-    load       loads the encoder; whoever has many texts gives a function that keeps it
+    load       in place of `load_encoder`; whoever has many texts gives a function that keeps it
     Raises UserError if `texts` is empty or a file cannot be read.
     """
     if not texts:
@@ -153,7 +153,7 @@ def prompt(
     features = {name: _features[name] for name in cleaned if name in _features}
     missing = [name for name in dict.fromkeys(cleaned) if name not in features]
     if missing:
-        encoder, tokenizer = load(files)
+        encoder, tokenizer = (load or load_encoder)(files)
         device = to_device(encoder)
         for i, name in enumerate(missing):
             features[name] = encode(name[1], tokenizer, encoder, device, length)

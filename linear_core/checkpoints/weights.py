@@ -141,6 +141,7 @@ def read_weights(path: str | Path, *, shapes_only: bool = False) -> Weights:
 # How ComfyUI quantises files: a matrix `x.weight` in 8 bits has `x.weight_scale`, and may have the other two. Its nvfp4
 # has two weights in a byte, so that their shapes alone say that such a file is refused (`match_keys`).
 SCALE = "weight_scale"
+HALF = torch.bfloat16  # what they are converted to
 BESIDE = (SCALE, "input_scale", "comfy_quant")
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -166,7 +167,7 @@ def _without_scales(weights: Weights) -> Weights:
                 f"{quoted(f'{place}.{SCALE}')} is not a scale of rows; choose a file that is not quantised."
             )
         scaled.add(name)
-        tensors[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+        tensors[name] = torch.empty(tensor.shape, dtype=HALF, device="meta")
         for beside in BESIDE:
             tensors.pop(f"{place}.{beside}", None)
     return replace(weights, tensors=tensors, scaled=frozenset(scaled)) if scaled else weights

@@ -416,9 +416,9 @@ def test_comparing_without_room(small, one, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize(
     ("images", "room", "words"),
     [
-        (4, 1, "memory: it ran out with 4 pictures at a time, and again with 2 pictures at a time; keep fewer lines"),
-        (2, 0, "memory: it ran out with 2 pictures at a time, and again with one picture at a time; keep fewer lines"),
-        (1, 0, "memory: it ran out with one picture at a time; keep fewer lines"),
+        (4, 1, "memory: it ran out with 4 pictures at a time, and again with 2 pictures at a time; keep less"),
+        (2, 0, "memory: it ran out with 2 pictures at a time, and again with one picture at a time; keep less"),
+        (1, 0, "memory: it ran out with one picture at a time; keep less"),
     ],
 )
 def test_once_is_enough(small, monkeypatch, images, room, words):  # noqa: F811

@@ -27,7 +27,12 @@ def server():
 def test_what_is_offered(server: Server) -> None:
     """Decoders and VQ tokenizers, folders both, are told apart; sizes are those that a model draws."""
     inputs = server.get("/object_info/LineAR_LoadModel")["LineAR_LoadModel"]["input"]["required"]
-    assert set(inputs["model"][1]["options"]) == {"Emu3-Gen", "Xiaomi-Robotics-U0-4B", "landscapes (bundled)"}
+    assert set(inputs["model"][1]["options"]) == {
+        "Emu3-Gen",
+        "Xiaomi-Robotics-U0-4B",
+        "landscapes (bundled)",
+        "landscapes in scales (bundled)",
+    }
     assert inputs["tokenizer"][1]["options"] == ["automatic", "Emu3-VisionTokenizer", "Emu3.5-VisionTokenizer"]
     known = inputs["model"][1]["linear_ar"]["Emu3-Gen"]
     assert (known["rows"], known["cols"], known["stride"], known["pixels"], known["group"]) == (90, 90, 91, 8, 3)

@@ -33,7 +33,12 @@ def server():
 
 def test_folders_are_listed_with_their_memory(server: Server) -> None:
     kind, options = server.get("/object_info/LineAR_LoadModel")["LineAR_LoadModel"]["input"]["required"]["model"]
-    assert kind == "COMBO" and set(options["options"]) == {"landscapes (bundled)", "Janus-1.3B", "Janus-Pro-1B"}
+    assert kind == "COMBO" and set(options["options"]) == {
+        "landscapes (bundled)",
+        "landscapes in scales (bundled)",
+        "Janus-1.3B",
+        "Janus-Pro-1B",
+    }
     sizes = options["linear_ar"]["Janus-Pro-1B"]
     assert sizes["rows"] == sizes["stride"] == 24 and sizes["guided"] == 1
     assert sizes["weights"]["fp8_e4m3fn"] < sizes["weights"]["default"]

@@ -35,7 +35,7 @@ def test_what_is_offered(server: Server) -> None:
     """Models and their VQ tokenizer are told apart, and of sizes those that a model draws."""
     inputs = server.get("/object_info/LineAR_LoadModel")["LineAR_LoadModel"]["input"]["required"]
     names = {"Lumina-mGPT-7B-768", "Lumina-mGPT-7B-1024", "Lumina-mGPT-2.0"}
-    assert set(inputs["model"][1]["options"]) == names | {"landscapes (bundled)"}
+    assert set(inputs["model"][1]["options"]) == names | {"landscapes (bundled)", "landscapes in scales (bundled)"}
     assert inputs["tokenizer"][1]["options"] == ["automatic", "movqgan_270M.ckpt", "vqgan.ckpt"]
     known = inputs["model"][1]["linear_ar"]["Lumina-mGPT-7B-1024"]
     assert (known["rows"], known["cols"], known["stride"], known["pixels"]) == (64, 64, 65, 16)

@@ -71,7 +71,7 @@ def test_a_broken_model_is_listed_and_hides_no_other(models: Path) -> None:
     schema = json.dumps(NODES["LineAR_LoadModel"].GET_SCHEMA().inputs[0].options)
     assert "noise.pt" in schema
     load = NODES["LineAR_LoadModel"]
-    for name in set(names) - {"mine.safetensors", files.BUNDLED_NAME}:
+    for name in set(names) - {"mine.safetensors", *files.BUNDLED_NAMES}:
         with pytest.raises(UserError, match=r"index\.json|config\.json|noise|no config"):
             load.execute(model=name, tokenizer="automatic")
         load.fingerprint_inputs(name, "automatic", 0, 0)

@@ -49,10 +49,10 @@ def test_folders_are_models(comfy: Host) -> None:
     """Listed once, by the folder's name, and not by their files; with the memory of weights in each format."""
     info = object_info(NODES["LineAR_LoadModel"])["input"]["required"]
     names = info["model"][1]["options"]
-    assert names == ["landscapes (bundled)", "Janus-Pro-1B", "chat/Janus-1.3B"]
+    assert names == ["landscapes (bundled)", "landscapes in scales (bundled)", "Janus-Pro-1B", "chat/Janus-1.3B"]
     assert info["tokenizer"][1]["options"] == ["automatic"]
     told = info["model"][1]["linear_ar"]
-    for name in names[1:]:
+    for name in names[2:]:
         model = load(model=name)
         assert model.image.info.name == name.rpartition("/")[2]
         assert told[name]["weights"]["default"] == sum(p.nbytes for p in model.image.decoder.parameters())
@@ -193,7 +193,7 @@ def test_files_straight_in_the_folder(comfy: Host) -> None:
     official_janus.write(folder)
     official_janus.write(comfy.models / "ar_image", shards=1, suffix=".safetensors")
     names = object_info(NODES["LineAR_LoadModel"])["input"]["required"]["model"][1]["options"]
-    assert sorted(names[1:]) == ["Janus-Pro", "Janus-Pro-1B", "ar_image", "chat/Janus-1.3B"]
+    assert sorted(names[2:]) == ["Janus-Pro", "Janus-Pro-1B", "ar_image", "chat/Janus-1.3B"]
     for name in ("Janus-Pro", "ar_image"):
         assert NODES["LineAR_LoadModel"].validate_inputs(model=name) is True
         model = load(model=name)

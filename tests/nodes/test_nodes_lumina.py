@@ -60,7 +60,12 @@ def text(model: object, chosen: dict[str, str] | None = None, **more: object) ->
 
 def test_folders_and_the_vq_tokenizer_are_told_apart() -> None:
     inputs = object_info(NODES["LineAR_LoadModel"])["input"]["required"]
-    assert inputs["model"][1]["options"] == ["landscapes (bundled)", "Lumina-mGPT-7B-1024", "Lumina-mGPT-7B-768"]
+    assert inputs["model"][1]["options"] == [
+        "landscapes (bundled)",
+        "landscapes in scales (bundled)",
+        "Lumina-mGPT-7B-1024",
+        "Lumina-mGPT-7B-768",
+    ]
     assert inputs["tokenizer"][1]["options"] == ["automatic", "vqgan.ckpt"]
     assert inputs["model"][1]["linear_ar"]["Lumina-mGPT-7B-768"]["stride"] == 49
 
