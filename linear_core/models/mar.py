@@ -126,14 +126,14 @@ class State:
     decoder   inputs of the decoder, without its places, R S+1 W: what the encoder said last, or the mask token. The
               last slot is nobody's: see StepCache
     encoder_places, decoder_places  embeddings of the slots, B S W
-    head_places                     those of the diffusion head, B N W
+    head_places                     those of the diffusion head, B N W. None of either: nothing is added
     """
 
     encoder: Tensor
     decoder: Tensor
     encoder_places: Tensor
-    decoder_places: Tensor
-    head_places: Tensor
+    decoder_places: Tensor | None
+    head_places: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -303,11 +303,16 @@ class MAR(nn.Module):
             q, k, v = block.project(x, self.dtype)
             seen = attend(q, k, v) if cache is None else cache.attend(layer, q, k, v, rows, active.known)
             x = block.finish(x, seen, self.dtype)
-        put(state.decoder, rows, upcast(self.decoder_embed(self.encoder_norm(x).to(self.dtype))))
+        put(state.decoder, rows, self.between(x))
+
+    def between(self, x: Tensor) -> Tensor:
+        """From the encoder's last layer to the decoder's input, float32 R n W."""
+        return upcast(self.decoder_embed(self.encoder_norm(x).to(self.dtype)))
 
     def _decode(self, state: State, active: Active, rows: Rows, cache: StepCache | None) -> Tensor:
         x = take(state.decoder, rows)
-        x = x + repeated(take(state.decoder_places, rows), x)
+        if state.decoder_places is not None:
+            x = x + repeated(take(state.decoder_places, rows), x)
         # Where the wanted slots are among the rows: behind the known ones, or last.
         whole = isinstance(rows, slice) and rows.start == 0
         wanted = slice(active.known, active.known + active.wanted) if whole else slice(-active.wanted, None)
@@ -326,9 +331,11 @@ class MAR(nn.Module):
                 q, x, look = q[:, :, wanted], x[:, wanted], slice(None)
             seen = attend(q, k, v) if cache is None else cache.attend(layer, q, k, v, rows, look=look)
             x, rows = block.finish(x, seen, self.dtype), chosen
+        z = upcast(self.decoder_norm(x))
+        if state.head_places is None:
+            return z
         first = active.known - self.config.copies
-        places = state.head_places[:, first : first + active.wanted]
-        return upcast(self.decoder_norm(x)) + repeated(places, x)
+        return z + repeated(state.head_places[:, first : first + active.wanted], x)
 
 
 def _blocks(modules: nn.ModuleList) -> list[Any]:
