@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import cast, Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import torch
@@ -101,10 +100,10 @@ class TimeEmbed(nn.Module):
         self.time_proj = nn.Sequential(ops.Linear(FREQUENCIES, width), nn.SiLU(), ops.Linear(width, width))
         self.norm = ops.LayerNorm(width, eps=NORM_EPS)
 
-    def forward(self) -> Tensor:
-        """Of the first frame: W."""
-        device = self.norm.weight.device
-        first = torch.cat([torch.zeros(FREQUENCIES // 2, device=device), torch.ones(FREQUENCIES // 2, device=device)])
+    def forward(self, like: Tensor) -> Tensor:
+        """Of the first frame, whose sines are 0 and whose cosines are 1: W, of the device of `like`."""
+        first = like.new_zeros(FREQUENCIES)
+        first[FREQUENCIES // 2 :] = 1
         return self.norm(self.time_proj(first))
 
 
@@ -119,8 +118,9 @@ def places(rows: int, cols: int, width: int, device: torch.device) -> Tensor:
     """Sinusoids of the places of a grid in raster order, columns first: float32 N W."""
     quarter = width // 4
     frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    row, col = torch.arange(rows * cols, device=device)[:, None] // cols, torch.arange(rows * cols, device=device)[:, None] % cols
-    return torch.cat([(col * frequency).sin(), (col * frequency).cos(), (row * frequency).sin(), (row * frequency).cos()], -1)
+    place = torch.arange(rows * cols, device=device)[:, None]
+    col, row = place % cols * frequency, place // cols * frequency
+    return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], -1)
 
 
 class Nova(MAR):
@@ -192,7 +192,7 @@ class Nova(MAR):
             texts = torch.cat([texts, self.texts(prompt.negative) if prompt.negative else without])
         text = self.text_embed.norm(upcast(self.text_embed.proj(texts.to(self.dtype))))
         rows, cols = self.grid.rows // CELL, self.grid.cols // CELL
-        cells = upcast(self.mask_embed.bos_token).to(text) + self.video_pos_embed()
+        cells = upcast(self.mask_embed.bos_token).to(text) + self.video_pos_embed(text)
         cells = cells + places(rows, cols, self.config.width, text.device)
         x = torch.cat([text, cells.expand(len(text), -1, -1)], 1)
         for block in self.video_encoder.blocks:
@@ -342,21 +342,3 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], side: int, heads: int = 0
         caption_dim=shapes["text_embed.proj.weight"][1],
         text_tokens=text_tokens,
     )
-
-
-def load_weights(config: NovaConfig, weights: Mapping[str, Tensor]) -> Nova:
-    """TODO family."""
-    with torch.device("meta"):
-        model = Nova(config)
-    found = {}
-    for key, tensor in weights.items():
-        if key.startswith("video_encoder.patch_embed."):
-            continue
-        if key.endswith("patch_embed.proj.weight"):
-            tensor = tensor.flatten(1)
-        if key.startswith("image_decoder.head."):
-            p = config.patch
-            tensor = tensor.unflatten(0, (p * p, config.channels)).transpose(0, 1).flatten(0, 1)
-        found[key] = tensor
-    model.load_state_dict(found, assign=True)
-    return model

@@ -11,10 +11,12 @@ shapes. `tests/drawn.py` says how weights are drawn and what the digests are for
            16 x 2, DENOISING steps
     vae    widths 32 32 64, one block a level, z 4; scaling factor 0.13025
 
+    phi    width FEATURES, 2 heads of 10 of which 4 are rotated, 2 layers, feed-forward 40, 30 words
+
 A run is upstream's pipeline with the prompts of `prompts()` and the settings of RUNS, and DDPMScheduler with
 squaredcos_cap_v2, fixed_small, epsilon and the run's spacing.
 
-    nova_digest, vae_digest  uint8 32  digests of the weights
+    nova_digest, vae_digest, phi_digest  uint8 32  digests of the weights
     condition    float32 4 9 24        what the first encoder says, of run "guided": conditional rows first
     x_latents    float32 2 4 12 12     what run x draws
     x_conditions float32 n 24          z of the tokens of each step, in the order of drawing: rows, then tokens
@@ -22,6 +24,7 @@ squaredcos_cap_v2, fixed_small, epsilon and the run's spacing.
     published_timesteps, published_tables  int64 25, float32 3 25: of 25 trailing steps, and of each upstream's
                                        factors of x and of the noise, and the deviation that it adds
     known        int64 64              tokens known after each of 64 steps of 1024
+    features     float32 5 20          upstream's text encoder on the words WORDS
     vae_picture  float32 2 3 96 96     `vae_latents()` decoded; vae_mean float32 2 4 12 12: mean for `pictures()`
 """
 
@@ -46,6 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "leading": {"guidance_scale": 1.7, "spacing": "leading", "negative": True},
 }
 VAE_WIDTHS, VAE_BLOCKS, VAE_SCALE = (32, 32, 64, 64), 1, 0.13025
+PHI_HEADS, PHI_LAYERS, PHI_HIDDEN, VOCABULARY, ROTATED, WORDS = 2, 2, 40, 30, 0.4, (3, 17, 9, 28, 3)
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "nova.npz"
 
 
@@ -137,6 +141,31 @@ def nova_weights() -> Weights:
     norm("video_pos_embed.norm", WIDTH)
     linear("video_pos_embed.time_proj.0", WIDTH, 256)
     linear("video_pos_embed.time_proj.2", WIDTH, WIDTH)
+    return weights
+
+
+def phi_weights() -> Weights:
+    """A text encoder, with the head that nobody reads."""
+    rng = np.random.default_rng(28)
+    weights: Weights = {"model.embed_tokens.weight": draw(rng, (VOCABULARY, FEATURES), 1.0)}
+
+    def linear(name: str, outer: int, inner: int) -> None:
+        weights[f"{name}.weight"] = draw(rng, (outer, inner), inner**-0.5)
+        weights[f"{name}.bias"] = draw(rng, (outer,), 0.2)
+
+    def norm(name: str) -> None:
+        weights[f"{name}.weight"] = draw(rng, (FEATURES,), 0.2, mean=1.0)
+        weights[f"{name}.bias"] = draw(rng, (FEATURES,), 0.2)
+
+    for n in range(PHI_LAYERS):
+        layer = f"model.layers.{n}"
+        for part in ("q_proj", "k_proj", "v_proj", "dense"):
+            linear(f"{layer}.self_attn.{part}", FEATURES, FEATURES)
+        linear(f"{layer}.mlp.fc1", PHI_HIDDEN, FEATURES)
+        linear(f"{layer}.mlp.fc2", FEATURES, PHI_HIDDEN)
+        norm(f"{layer}.input_layernorm")
+    norm("model.final_layernorm")
+    linear("lm_head", VOCABULARY, FEATURES)
     return weights
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from linear_core.checkpoints.families import nova as family
+from linear_core.checkpoints.library import ImageModel, ModelFiles, find_tokenizer, load_model
 from linear_core.loop import masked
-from linear_core.models import nova
 from linear_core.models.denoise import schedule
-from linear_core.models.nova import Nova, load_weights, read_config
+from linear_core.models.nova import Nova, NovaConfig
 from linear_core.plan import SamplePlan
 from linear_core.prompts import Prompt
 from linear_core.steps import STEP_CACHES, TIMESTEPS, MaskedPlan, StepCachePlan
+from linear_core.tokenizers import network
 from tests.drawn import digest
 from tests.models import nova_reference as upstream
 from tests.models.test_parity_mar import difference
@@ -29,11 +37,55 @@ def recorded() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Nova:
-    weights = upstream.nova_weights()
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    config = read_config(shapes, upstream.SIDE, upstream.HEADS, upstream.LENGTH)
-    return load_weights(config, weights)
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder as published."""
+    return upstream_folder(tmp_path_factory.mktemp("nova") / "nova-d4w24-sd96")
+
+
+def upstream_folder(folder: Path) -> Path:
+    transformer = {"image_base_size": [upstream.SIDE] * 2, "text_token_len": upstream.LENGTH, "image_stride": 8}
+    scheduler = {
+        "_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing",
+        "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    }  # fmt: skip
+    phi = {"num_attention_heads": upstream.PHI_HEADS, "partial_rotary_factor": upstream.ROTATED}
+    words = {"[UNK]": 0, **{f"word{n}": n for n in range(1, upstream.VOCABULARY)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    for name, config, weights in (
+        ("transformer/diffusion_pytorch_model", transformer, upstream.nova_weights()),
+        ("vae/diffusion_pytorch_model", {"scaling_factor": upstream.VAE_SCALE}, upstream.vae_weights()),
+        ("text_encoder/model", phi, upstream.phi_weights()),
+    ):
+        file = folder / f"{name}.safetensors"
+        file.parent.mkdir(parents=True)
+        save_file(weights, file)
+        file.with_name("config.json").write_text(json.dumps(config))
+    for name, text in (
+        ("scheduler/scheduler_config.json", json.dumps(scheduler)),
+        ("tokenizer/tokenizer.json", tokenizer.to_str()),
+        ("model_index.json", "{}"),
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real files are wide enough that all have 32 groups, and their number of heads follows from the width."""
+    monkeypatch.setattr(network, "groups", lambda channels: 32)
+    monkeypatch.setattr("linear_core.models.nova.HEADS", {upstream.WIDTH: upstream.HEADS})
+
+
+@pytest.fixture
+def loaded(official: Path) -> ImageModel:
+    return load_model(ModelFiles(official, find_tokenizer(official)))
+
+
+@pytest.fixture
+def model(loaded: ImageModel) -> Nova:
+    return loaded.decoder
 
 
 def text_prompt(texts: list[Tensor], negative: Prompt | None = None) -> Prompt:
@@ -78,6 +130,7 @@ def recorded_noise(model: Nova, timesteps: tuple[int, ...]) -> type:
 
 def test_the_weights_are_those_that_were_recorded(recorded: dict[str, np.ndarray]) -> None:
     assert (recorded["nova_digest"] == digest(upstream.nova_weights())).all()
+    assert (recorded["phi_digest"] == digest(upstream.phi_weights())).all()
     assert (recorded["vae_digest"] == digest(upstream.vae_weights())).all()
 
 
@@ -133,18 +186,46 @@ def test_the_published_schedule(recorded: dict[str, np.ndarray]) -> None:
     torch.testing.assert_close((ours.least[:-1] / 2).exp(), deviation[:-1], rtol=1e-4, atol=0)
 
 
-def test_cached_equals_plain(model: Nova) -> None:
-    """When every slot is computed again, nothing is used that was kept; and a known picture's other half is drawn."""
+@torch.inference_mode()
+def test_the_tokenizer(loaded: ImageModel, recorded: dict[str, np.ndarray]) -> None:
+    """Both ways, with the scale of the config."""
+    picture = loaded.tokenizer.decode(upstream.vae_latents())
+    assert difference(picture, recorded["vae_picture"]) < TOLERANCE
+    mean = recorded["vae_mean"] * np.float32(upstream.VAE_SCALE)
+    assert difference(loaded.tokenizer.encode(upstream.pictures()), mean) < TOLERANCE
+
+
+def test_a_text_is_read_as_published(
+    loaded: ImageModel, recorded: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family, "DTYPE", torch.float32)
+    text = " ".join(f"word{n}" for n in upstream.WORDS)
+    prompt = loaded.prompt([text, "word1 " * 9], "word2")
+    loaded.check(prompt)
+    assert prompt.pad.tolist() == [2, 0] and prompt.negative.pad.tolist() == [6, 6]
+    assert difference(prompt.tokens[0, 2:], recorded["features"]) < TOLERANCE
+    assert torch.equal(loaded.decoder.texts(prompt)[0, 5:], loaded.decoder.text_embed.weight[5 : upstream.LENGTH])
+
+
+@pytest.mark.parametrize("rule", ["oldest", "attention"])
+def test_cached_equals_plain(rule: str, model: Nova) -> None:
+    """When every slot is computed again, nothing that was kept is used; when none is, conditions differ."""
     prompt, sample = text_prompt(upstream.prompts()), SamplePlan(guidance=3.0, seed=5)
     latents = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(1))
-    runs = [
-        list(masked.forced_masked(model, prompt, latents, sample, plan("guided"), cache))
-        for cache in (STEP_CACHES["Off"], StepCachePlan(30, "oldest", 0, 1, 0), StepCachePlan(0, full_every=0))
-    ]
-    gaps = [max(difference(a, b.numpy()) for a, b in zip(runs[0], run, strict=True)) for run in runs[1:]]
-    assert gaps[0] > 1e-3 or gaps[1] > 1e-3
+    slots = model.config.copies + model.config.tokens
+    plans = [STEP_CACHES["Off"], *(StepCachePlan(n, rule, 0, 1, 0) for n in (slots - 14, 0))]
+    plain, all_again, none = (
+        torch.cat(list(masked.forced_masked(model, prompt, latents, sample, plan("guided"), cache))) for cache in plans
+    )
+    assert difference(none, plain.numpy()) > 1e-2
+    assert difference(all_again, plain.numpy()) < difference(none, plain.numpy())
 
 
 def test_published_sizes_follow_from_the_shapes() -> None:
-    for width, millions in ((768, 0), (1024, 0), (1536, 0)):
-        pass
+    for width, layers, millions in ((768, 16, 355.0), (1024, 16, 645.0), (1536, 16, 1400.0)):
+        config = NovaConfig(
+            layers, layers, width, width // 64 if width < 1536 else 16, 4 * width, 0, 4096, 1024, 16, width, 6, 2
+        )
+        with torch.device("meta"):
+            weights = Nova(config).state_dict()
+        print(width, sum(tensor.numel() for tensor in weights.values()) / 1e6)
