@@ -30,8 +30,8 @@ class MaskedPlan:
     schedule        of guidance: "linear" grows with what is known, from nearly none; "constant" does not
     spacing         of the denoising steps: "even" from 0 to 999; or as many equal strides, at the end of which
                     ("trailing") or at the beginning ("leading") the timesteps are
-    rounded         whether the tokens known after a step are rounded, so that a step may draw none, as NOVA's are; MAR's
-                    are rounded down, and at least one
+    rounded         whether the tokens known after a step are rounded, so that a step may draw none (NOVA). MAR's are
+                    rounded down, and at least one
     """
 
     steps: int = 64

@@ -432,12 +432,7 @@ MATRICES = (
 
 def is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
-    return (
-        name.startswith(MATRICES)
-        and tensor.ndim == 2
-        and "norm" not in name
-        and "ada_" not in name
-    )
+    return name.startswith(MATRICES) and tensor.ndim == 2 and "norm" not in name and "ada_" not in name
 
 
 def _check_tokenizer(info: ModelInfo, tokenizer: Tokenizer, files: ModelFiles) -> None:
@@ -645,6 +640,7 @@ def describe_tokenizer(weights: Weights) -> tuple[TokenizerConfig, KeyMap]:
     kind = next((kind for kind in KINDS if family == VQ_FAMILY.format(kind)), "")
     if bits or latents or PYRAMID_KEY in shapes:
         kind = "bits" if bits else "latents" if latents else "pyramid"
+    config: TokenizerConfig
     try:
         if DIFFUSERS_MIDDLE in weights.tensors:
             config = read_latent_config(shapes, _scale(weights))

@@ -76,6 +76,12 @@ class Stack(nn.Module):
         self.norm = ops.LayerNorm(config.width, eps=NORM_EPS)
 
 
+class ImageStack(Stack):
+    def __init__(self, config: NovaConfig, ops: Ops):
+        super().__init__(config, config.layers + config.decoder_layers, ops)
+        self.patch_embed = Patches(config.numbers, config.width, ops)
+
+
 class Patches(nn.Module):
     """A convolution over patches, as a product: the numbers of a token are its channels, rows and columns."""
 
@@ -137,8 +143,7 @@ class Nova(MAR):
         self.video_pos_embed = TimeEmbed(width, ops)
         self.mask_embed = MaskEmbed(width)
         self.video_encoder = Stack(config, config.condition_layers, ops)
-        self.image_encoder = Stack(config, config.layers + config.decoder_layers, ops)
-        self.image_encoder.patch_embed = Patches(config.numbers, width, ops)
+        self.image_encoder = ImageStack(config, ops)
         self.image_decoder = NovaHead(config.numbers, width, config.head_width, config.head_blocks, ops)
 
     @property
@@ -159,16 +164,10 @@ class Nova(MAR):
         return self.image_decoder
 
     @property
-    def encoder_blocks(self) -> Any:
-        return self.image_encoder.blocks[: self.config.layers]
-
-    @property
-    def decoder_blocks(self) -> Any:
-        return self.image_encoder.blocks[self.config.layers :]
-
-    @property
-    def decoder_norm(self) -> nn.Module:
-        return self.image_encoder.norm
+    def stacks(self) -> tuple[list[Any], list[Any]]:
+        """The halves of the image encoder."""
+        blocks = [*self.image_encoder.blocks]
+        return blocks[: self.config.layers], blocks[self.config.layers :]
 
     def check(self, prompt: Prompt) -> None:
         """Raise UserError for another model's prompt."""
@@ -195,7 +194,8 @@ class Nova(MAR):
         cells = upcast(self.mask_embed.bos_token).to(text) + self.video_pos_embed(text)
         cells = cells + places(rows, cols, self.config.width, text.device)
         x = torch.cat([text, cells.expand(len(text), -1, -1)], 1)
-        for block in self.video_encoder.blocks:
+        blocks: list[Any] = [*self.video_encoder.blocks]
+        for block in blocks:
             q, k, v = block.project(x, self.dtype)
             x = block.finish(x, F.scaled_dot_product_attention(q, k, v), self.dtype)
         return upcast(self.video_encoder.norm(x[:, text.shape[1] :]))
@@ -224,6 +224,9 @@ class Nova(MAR):
     def between(self, x: Tensor) -> Tensor:
         """One stack: nothing is between its halves."""
         return x
+
+    def said(self, x: Tensor) -> Tensor:
+        return upcast(self.image_encoder.norm(x))
 
 
 class Projector(nn.Module):
@@ -281,7 +284,8 @@ class NovaHead(nn.Module):
 
     def modulations(self, activated: Tensor) -> Modulations:
         """SiLU(time + condition) T R D -> what each block, and the end, is modulated with."""
-        return [part(activated) for part in (*(block.norm1 for block in self.blocks), self.norm)]
+        blocks: list[Any] = [*self.blocks]
+        return [part(activated) for part in (*(block.norm1 for block in blocks), self.norm)]
 
     def look(self, x: Tensor, modulations: Modulations, step: int) -> Tensor:
         """The network once: x R C at one of the denoising steps of `modulations` -> noise R C."""
@@ -312,9 +316,11 @@ class NovaHead(nn.Module):
         return x
 
 
-def read_config(shapes: Mapping[str, tuple[int, ...]], side: int, heads: int = 0, text_tokens: int = TEXT_TOKENS) -> NovaConfig:
-    """Every size of a NOVA file from its keys and shapes, but for `side`, tokens along each side of its pictures.
+def read_config(shapes: Mapping[str, tuple[int, ...]], side: int, text_tokens: int = TEXT_TOKENS) -> NovaConfig:
+    """Every size of a NOVA file from its keys and shapes, but for two.
 
+    side         tokens along each side of its pictures
+    text_tokens  that it reads
     Raises KeyError, IndexError or ValueError if the shapes are not those of a NOVA that draws still images.
     """
 
@@ -329,7 +335,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], side: int, heads: int = 0
         layers=stack // 2,
         decoder_layers=stack - stack // 2,
         width=width,
-        heads=heads or HEADS.get(width, max(1, width // 64)),
+        heads=HEADS.get(width, max(1, width // 64)),
         hidden=shapes["image_encoder.blocks.0.mlp.fc1.weight"][0],
         classes=0,
         tokens=side * side,

@@ -1,10 +1,10 @@
 """What the published NOVA computes for small random weights: the other half of a parity test.
 
-`reference()` holds numbers recorded once from https://github.com/baaivision/NOVA at commit 2cd254a (Apache-2.0) with the
-weights that `nova_weights()` and `vae_weights()` make again here. Upstream's pipeline (diffnext/pipelines/nova/
-pipeline_nova.py) ran in float32 on the CPU with torch 2.13 and one thread, given features in place of a text; its random
-numbers were replaced: the orders by `orders()`, the noise by `noise()`. None of its code is here, only its key names and
-shapes. `tests/drawn.py` says how weights are drawn and what the digests are for.
+`reference()` holds numbers recorded once from https://github.com/baaivision/NOVA at commit 2cd254a (Apache-2.0) with
+the weights that `nova_weights()`, `vae_weights()` and `phi_weights()` make again here. Upstream's pipeline
+(diffnext/pipelines/nova/pipeline_nova.py) ran in float32 on the CPU with torch 2.13 and one thread, given features in
+place of a text; its random numbers were replaced: the orders by `orders()`, the noise by `noise()`. None of its code is
+here, only its key names and shapes. `tests/drawn.py` says how weights are drawn and what the digests are for.
 
     nova   width 24, 3 heads of 8, CONDITION layers before and IMAGE in the image encoder, feed-forward 96, SIDE x SIDE
            tokens of 2 x 2 latents of 4 channels, 3 x 3 cells, texts of LENGTH tokens of 20 features; diffusion head

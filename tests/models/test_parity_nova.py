@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from linear_core.cache.step_cache import StepCache
 from linear_core.checkpoints.families import nova as family
 from linear_core.checkpoints.library import ImageModel, ModelFiles, find_tokenizer, load_model
 from linear_core.loop import masked
 from linear_core.models.denoise import schedule
+from linear_core.models.mar import Active
 from linear_core.models.nova import Nova, NovaConfig
 from linear_core.plan import SamplePlan
 from linear_core.prompts import Prompt
-from linear_core.steps import STEP_CACHES, TIMESTEPS, MaskedPlan, StepCachePlan
-from linear_core.tokenizers import network
+from linear_core.steps import TIMESTEPS, MaskedPlan
 from tests.drawn import digest
 from tests.models import nova_reference as upstream
+from tests.models.nova_official import published_sizes, write
 from tests.models.test_parity_mar import difference
 
 TOLERANCE = 1e-5
@@ -39,43 +36,12 @@ def recorded() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small folder as published."""
-    return upstream_folder(tmp_path_factory.mktemp("nova") / "nova-d4w24-sd96")
-
-
-def upstream_folder(folder: Path) -> Path:
-    transformer = {"image_base_size": [upstream.SIDE] * 2, "text_token_len": upstream.LENGTH, "image_stride": 8}
-    scheduler = {
-        "_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing",
-        "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon",
-    }  # fmt: skip
-    phi = {"num_attention_heads": upstream.PHI_HEADS, "partial_rotary_factor": upstream.ROTATED}
-    words = {"[UNK]": 0, **{f"word{n}": n for n in range(1, upstream.VOCABULARY)}}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    for name, config, weights in (
-        ("transformer/diffusion_pytorch_model", transformer, upstream.nova_weights()),
-        ("vae/diffusion_pytorch_model", {"scaling_factor": upstream.VAE_SCALE}, upstream.vae_weights()),
-        ("text_encoder/model", phi, upstream.phi_weights()),
-    ):
-        file = folder / f"{name}.safetensors"
-        file.parent.mkdir(parents=True)
-        save_file(weights, file)
-        file.with_name("config.json").write_text(json.dumps(config))
-    for name, text in (
-        ("scheduler/scheduler_config.json", json.dumps(scheduler)),
-        ("tokenizer/tokenizer.json", tokenizer.to_str()),
-        ("model_index.json", "{}"),
-    ):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
+    return write(tmp_path_factory.mktemp("nova") / "nova-d4w24-sd96")
 
 
 @pytest.fixture(autouse=True)
-def published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real files are wide enough that all have 32 groups, and their number of heads follows from the width."""
-    monkeypatch.setattr(network, "groups", lambda channels: 32)
-    monkeypatch.setattr("linear_core.models.nova.HEADS", {upstream.WIDTH: upstream.HEADS})
+def sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    published_sizes(monkeypatch)
 
 
 @pytest.fixture
@@ -207,25 +173,33 @@ def test_a_text_is_read_as_published(
     assert torch.equal(loaded.decoder.texts(prompt)[0, 5:], loaded.decoder.text_embed.weight[5 : upstream.LENGTH])
 
 
-@pytest.mark.parametrize("rule", ["oldest", "attention"])
-def test_cached_equals_plain(rule: str, model: Nova) -> None:
-    """When every slot is computed again, nothing that was kept is used; when none is, conditions differ."""
-    prompt, sample = text_prompt(upstream.prompts()), SamplePlan(guidance=3.0, seed=5)
+@torch.inference_mode()
+def test_cached_equals_plain(model: Nova) -> None:
+    """When all else is computed again, nothing that was kept is used; when nothing is, conditions differ."""
+    prompt = text_prompt(upstream.prompts())
     latents = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(1))
-    slots = model.config.copies + model.config.tokens
-    plans = [STEP_CACHES["Off"], *(StepCachePlan(n, rule, 0, 1, 0) for n in (slots - 14, 0))]
-    plain, all_again, none = (
-        torch.cat(list(masked.forced_masked(model, prompt, latents, sample, plan("guided"), cache))) for cache in plans
-    )
-    assert difference(none, plain.numpy()) > 1e-2
-    assert difference(all_again, plain.numpy()) < difference(none, plain.numpy())
+    slots, known = model.config.copies + model.config.tokens, (0, *plan("guided").known(upstream.TOKENS))
+    tokens, gaps = model.to_tokens(latents), []
+    for everything in (True, False):
+        cache = StepCache(model.config.step_cache_shape(4), 2, 4, dtype=torch.float32, device=model.device, looks=False)
+        state = model.begin(prompt, torch.arange(upstream.TOKENS).expand(2, -1), True)
+        model.conditions(state, Active(9, known[1]), cache)
+        for before, now, after in zip(known, known[1:], known[2:], strict=False):
+            model.feed(state, tokens[:, before:now], before)
+            rest = [slot for slot in range(slots) if not 9 + before <= slot < 9 + after]
+            extra = torch.tensor(rest if everything else rest[:3]).expand(2, -1)
+            found = model.conditions(state, Active(9 + now, after - now, 9 + before, extra), cache)
+            plain = model.conditions(state, Active(9 + now, after - now))
+            gaps.append(difference(found, plain.numpy()))
+    half = len(gaps) // 2
+    assert max(gaps[:half]) < TOLERANCE and min(gaps[half:]) > 1e-3
 
 
-def test_published_sizes_follow_from_the_shapes() -> None:
-    for width, layers, millions in ((768, 16, 355.0), (1024, 16, 645.0), (1536, 16, 1400.0)):
-        config = NovaConfig(
-            layers, layers, width, width // 64 if width < 1536 else 16, 4 * width, 0, 4096, 1024, 16, width, 6, 2
-        )
+def test_published_sizes() -> None:
+    """Parameters as the authors count them: 0.3, 0.6 and 1.4 billion, without the part that reads earlier frames."""
+    for width, heads, millions in ((768, 12, 365.2), (1024, 16, 646.9), (1536, 16, 1451.0)):
+        config = NovaConfig(16, 16, width, heads, 4 * width, 0, 4096, 1024, 16, width, 6, 2)
         with torch.device("meta"):
             weights = Nova(config).state_dict()
-        print(width, sum(tensor.numel() for tensor in weights.values()) / 1e6)
+        assert round(sum(tensor.numel() for tensor in weights.values()) / 1e6, 1) == millions
+        assert config.head_dim == width // heads and config.grid.rows == 64 and config.channels == 4

@@ -31,9 +31,9 @@ MARK = {"image_encoder.patch_embed.proj.weight", "image_decoder.time_cond_embed.
 STILL = "video_pos_embed.time_proj.0.weight"
 # What a scheduler has to say for tokens to be denoised as in models/denoise.py, and what it means if it says nothing.
 SCHEDULER = {
-    "_class_name": ("DDPMScheduler", ""), "num_train_timesteps": (1000, 1000), "prediction_type": ("epsilon", "epsilon"),
-    "beta_schedule": ("squaredcos_cap_v2", "linear"), "variance_type": ("fixed_small", "fixed_small"),
-    "trained_betas": (None, None), "steps_offset": (0, 0), "rescale_betas_zero_snr": (False, False),
+    "_class_name": ("DDPMScheduler", ""), "num_train_timesteps": (1000, 1000), "trained_betas": (None, None),
+    "prediction_type": ("epsilon", "epsilon"), "beta_schedule": ("squaredcos_cap_v2", "linear"), "steps_offset": (0, 0),
+    "variance_type": ("fixed_small", "fixed_small"), "rescale_betas_zero_snr": (False, False),
 }  # fmt: skip
 
 
@@ -66,9 +66,10 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
         raise weights.problem(
             f"was made for {rows} x {cols} tokens, not {grid[0]} x {grid[1]}; leave the grid to the file."
         )
+    masked = MaskedPlan(STEPS, DENOISING, schedule="constant", spacing=_spacing(weights), rounded=True)
     return ModelInfo(
         weights.name, FAMILY, config, config.grid, (), SamplePlan(guidance=GUIDANCE), weights.nbytes, "vae",
-        pixels=pixels, masked=MaskedPlan(STEPS, DENOISING, schedule="constant", spacing=_spacing(weights), rounded=True),
+        pixels=pixels, masked=masked,
     )  # fmt: skip
 
 
