@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .t5 import _comfyui_package
+from .t5 import comfyui_package
 from .tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import PhiModel
 
 DTYPE = torch.float16
-PhiText = TextTokenizer
 
 
 def build(weights: Mapping[str, Tensor], heads: int, rotated: float) -> PhiModel:
@@ -38,7 +37,7 @@ def build(weights: Mapping[str, Tensor], heads: int, rotated: float) -> PhiModel
     layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
     if layers > len(weights) or width % heads:
         raise ValueError(f"has {layers} layers and {heads} heads of a width of {width}")
-    with _comfyui_package():
+    with comfyui_package():
         from transformers import PhiConfig, PhiModel
         from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
     config = PhiConfig(

@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...models.nova import Nova, NovaConfig, read_config
 from ...plan import SamplePlan
 from ...prompts import Prompt
-from ...prompts.phi import DTYPE, PhiText, build, text_features
+from ...prompts.phi import DTYPE, build, text_features
 from ...prompts.t5 import text_prompt
 from ...prompts.tokenizer import TextTokenizer
 from ...steps import SPACINGS, MaskedPlan
@@ -153,6 +153,6 @@ def _share(config: Mapping[str, Any]) -> float:
 
 
 FAMILY = Family(
-    "NOVA", recognises, describe, build_model, target, prompt=prompt, open_tokenizer=PhiText,
-    tokenizer_files=("tokenizer/tokenizer.json",), cleaned=False, tokenizer_kind="latents", precise=precise,
+    "NOVA", recognises, describe, build_model, target, prompt=prompt, cleaned=False,
+    tokenizer_files=("tokenizer/tokenizer.json",), tokenizer_kind="latents", precise=precise,
 )  # fmt: skip
