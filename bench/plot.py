@@ -22,6 +22,7 @@ STYLE = {
     "line fold": ("#56B4E9", "v"),
     "random fold": ("#882255", "<"),
     "fold int8": ("#332288", "P"),
+    "fold int4": ("#117733", "h"),
 }
 RIVALS = (("#009E73", "D"), ("#CC79A7", "^"))
 GREY, INK = "#b4b8bd", "#202226"

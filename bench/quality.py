@@ -121,6 +121,8 @@ def contenders(policies: list[str]) -> list[Contender]:
         Contender("line", "lazy"),
         Contender("fold", storage="int8"),
         Contender("full", storage="int8"),
+        Contender("fold", storage="int4"),
+        Contender("full", storage="int4"),
     ]
     names = {c.policy for c in special}
     others = [Contender(name) for name in POLICIES if name not in names and name != "full"]

@@ -1634,7 +1634,7 @@ def _parser() -> argparse.ArgumentParser:
     add("models", run_models, [], "list models").add_argument(
         "folder", nargs="*", help="folders to search besides the bundled model"
     )
-    calibration = add("calibrate", run_calibrate, [model, sample], "what its heads attend to, for some policies")
+    calibration = add("calibrate", run_calibrate, [where, model, sample], "what its heads attend to, for some policies")
     calibration.add_argument(
         "--samples", type=int, default=10, metavar="N", help="pictures that are drawn (default: 10)"
     )

@@ -14,6 +14,7 @@ from .encode import EncodeImage
 from .generate import Generate
 from .heatmap import RetentionHeatmap
 from .load import LoadModel
+from .masked import MaskedGenerate
 from .plan import LineCache
 from .prompt import ClassPrompt
 from .text import TextPrompt
@@ -30,6 +31,7 @@ class LineARExtension(ComfyExtension):
             ClassPrompt,
             TextPrompt,
             Generate,
+            MaskedGenerate,
             Decode,
             RetentionHeatmap,
             EncodeImage,

@@ -140,8 +140,9 @@ def _by_model(
         raise UserError(f"{missing}: '{by}' needs the model and the prompt of the images; connect them.")
     model.image.check(prompt)
     groups, count = len(images) // each, len(images)
-    if model.image.info.pyramid is not None:
-        raise UserError(f"model: {model.image.info.name} draws in scales, and cannot judge yet; choose {CLIP}.")
+    if model.image.info.pyramid is not None or model.image.info.masked is not None:
+        how = "in scales" if model.image.info.pyramid is not None else "tokens in any order"
+        raise UserError(f"model: {model.image.info.name} draws {how}, and cannot judge yet; choose {CLIP}.")
     if prompt.rows not in (1, groups):
         raise UserError(f"prompt: it has {prompt.rows} rows for {groups} groups of images; give one for each, or one.")
     model = model.with_grid(prompt.grid)

@@ -15,7 +15,7 @@ from . import host
 from .inputs import checked
 from .live import COMPARE, MIB, SIZE, draw, report, resolve
 from .loops import loop_of
-from .sockets import CACHE, MODEL, PROMPT, Model
+from .sockets import CACHE, MODEL, PROMPT, Model, wants_generate
 
 OWN = -1  # in place of a number: what the model was published with
 
@@ -99,6 +99,9 @@ class Compare(io.ComfyNode):
         seeds: str = "",
         beside: Model | None = None,
     ) -> io.NodeOutput:
+        wants_generate(model)
+        if beside is not None:
+            wants_generate(beside, "beside")
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -19,8 +19,8 @@ class Decode(io.ComfyNode):
             description="Decodes tokens into images.",
             search_aliases=["vq decode", "tokens to image", "detokenize", "linear"],
             inputs=[
-                MODEL.Input("model", tooltip="The model that generated the tokens. Its VQ tokenizer decodes them."),
-                TOKENS.Input("tokens", tooltip="Image tokens, from Generate or Encode Image."),
+                MODEL.Input("model", tooltip="The model that generated the tokens. Its tokenizer decodes them."),
+                TOKENS.Input("tokens", tooltip="Image tokens, from Generate, Masked Generate or Encode Image."),
             ],
             outputs=[
                 io.Image.Output(
@@ -37,4 +37,4 @@ class Decode(io.ComfyNode):
         tokens.check(model.image)
         if tokens.decoded is not None and tokens.meaning == model.image.codebook:
             return io.NodeOutput(host.to_intermediate(tokens.decoded))
-        return io.NodeOutput(model.pictures(tokens.codes, tokens.sides))
+        return io.NodeOutput(model.pictures(tokens.codes if tokens.latents is None else tokens.latents, tokens.sides))

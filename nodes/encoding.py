@@ -22,6 +22,10 @@ from .sockets import Model, Tokens
 def encode(model: Model, image: Tensor, prompt: Prompt | None = None) -> Tokens:
     """IMAGE B H W 3 as the model's tokens, at the size that the prompt asks for, or the model's nearest."""
     info, tokenizer = model.image.info, model.image.tokenizer
+    if info.masked is not None:
+        raise UserError(
+            f"model: {info.name} draws tokens in any order; connect the image and a mask to Masked Generate."
+        )
     if not tokenizer.config.encoder_widths:
         raise UserError(
             f"model: {model.image.files.tokenizer.name} has no encoder; choose a tokenizer file that has one."

@@ -119,13 +119,13 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
         info = read_info(path)
     except UserError:  # choosing it says what is wrong
         return None
-    if info.masked is not None:  # it has no cache of this kind, and nothing to plan
-        return None
     weights = {name: decoder_bytes(info, dtype, kept) for name, kept in host.WEIGHT_DTYPES.items()}
     grid = {"rows": info.grid.rows, "cols": info.grid.cols, "stride": info.grid.stride, "pixels": info.pixels}
     guided = int(info.defaults.guided)
-    run = {"codes": info.config.codes, "device": host.device_type()}
     sampling = {name: getattr(info.defaults, name) for name in SAMPLING}
+    if info.masked is not None:  # it has no cache of this kind, and nothing to plan
+        return {**grid, "masked": True, "guided": guided, "weights": weights, "sampling": sampling}
+    run = {"codes": info.config.codes, "device": host.device_type()}
     return {
         **asdict(info.cache_shape(dtype)), **grid, **run, **_scales(info), "guided": guided, "weights": weights,
         "sampling": sampling,

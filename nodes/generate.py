@@ -17,7 +17,7 @@ from .inputs import checked
 from .live import VIEW, draw, resolve
 from .loops import Lines, Scales, loop_of
 from .redraw import best_fills, check_fills, copies, kept_codes
-from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens
+from .sockets import CACHE, MODEL, PROMPT, TOKENS, Model, Tokens, wants_generate
 
 OWN = -1  # in place of a number: what the model was published with
 
@@ -213,6 +213,7 @@ class Generate(io.ComfyNode):
         mask: Tensor | None = None,
         candidates: int = 1,
     ) -> io.NodeOutput:
+        wants_generate(model)
         model = model.with_grid(prompt.grid)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}

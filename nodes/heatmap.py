@@ -89,6 +89,11 @@ class RetentionHeatmap(io.ComfyNode):
         show: dict[str, Any],
         image: Tensor | None = None,
     ) -> io.NodeOutput:
+        if tokens.latents is not None:
+            raise UserError(
+                "tokens: they were drawn in any order, and no token was evicted; look at the output ages of Masked "
+                "Generate."
+            )
         if tokens.cached and not tokens.shares.any():
             raise UserError("tokens: they record nothing of a cache, as those of Encode Image; connect Generate's.")
         pyramid, shares = tokens.pyramid, tokens.shares
@@ -102,6 +107,7 @@ class RetentionHeatmap(io.ComfyNode):
             return io.NodeOutput(host.to_intermediate(captioned(maps, why)))
         if pyramid is not None:
             share = over_scales(share, pyramid)
+            share = share / share.amax((1, 2), keepdim=True).clamp(min=1e-9)  # few tokens are held of fine scales
         count, rows, cols = share.shape
         if image is None:
             cell = math.ceil(size / max(rows, cols))

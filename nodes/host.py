@@ -100,6 +100,7 @@ class Layers:
     Conv1d = comfy.ops.disable_weight_init.Conv1d
     Conv2d = comfy.ops.disable_weight_init.Conv2d
     GroupNorm = comfy.ops.disable_weight_init.GroupNorm
+    LayerNorm = comfy.ops.disable_weight_init.LayerNorm
     RMSNorm = comfy.ops.disable_weight_init.RMSNorm
 
     class QuantisedLinear(quantised.QuantisedLinear):

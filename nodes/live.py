@@ -168,12 +168,12 @@ class Live:
     def _job(self) -> list[tuple[Any, ...]]:
         return [tuple(lines) for lines in (self.beside, self.lines) if lines is not None]
 
-    def _render(self, runs: list[tuple[Any, ...]], seconds: float | None = None) -> Image.Image:
-        """The pictures so far. Previews of scales get `seconds`, and the page enlarges them."""
-        pictures = self.loop.pictures(runs, self.trace.started.shown, seconds)
-        if isinstance(self.loop, Scales) and seconds is None:
+    def _render(self, runs: list[tuple[Any, ...]], elapsed: float | None = None) -> Image.Image:
+        """The pictures so far. Previews of scales are told the time, and the page enlarges them."""
+        pictures = self.loop.pictures(runs, self.trace.started.shown, elapsed)
+        if isinstance(self.loop, Scales) and elapsed is None:
             self.decoded = pictures[-1]
-        sheets = [sheet(one, SIZE if seconds is None else 0) for one in pictures]
+        sheets = [sheet(one, SIZE if elapsed is None else 0) for one in pictures]
         return sheets[0] if len(sheets) == 1 else side_by_side(*sheets)
 
     def _show(self, picture: Image.Image, lines: int, trace: Trace | None = None) -> None:
@@ -286,13 +286,17 @@ def draw(
 
 
 def _graphs(decoders: list[Any], sequences: int) -> list[Graphs]:
-    """CUDA graphs for each decoder's run, if the environment asks for them or `linear_core/defaults.py` says that they
-    win."""
+    """CUDA graphs for each decoder's run, if they are wanted."""
+    use = graphs_wanted(decoders[0].device, sequences)
+    return [Graphs(decoder.step, evict, check) for decoder in decoders] if use else []
+
+
+def graphs_wanted(device: torch.device, sequences: int) -> bool:
+    """Whether the environment asks for CUDA graphs, or `linear_core/defaults.py` says that they win."""
     asked = os.environ.get(STEP, "auto")
     if asked not in ("auto", "eager", "graph"):
         raise UserError(f"{STEP}: '{asked}' is unknown; set it to eager or graph, and restart ComfyUI.")
-    use = use_graphs(asked, decoders[0].device, sequences)
-    return [Graphs(decoder.step, evict, check) for decoder in decoders] if use else []
+    return use_graphs(asked, device, sequences)
 
 
 def _marked(begun: Started, kept: Tensor | None) -> Started:
@@ -327,13 +331,18 @@ def _columns(images: int) -> int:
     return math.ceil(math.sqrt(images))
 
 
-def sheet(pictures: Tensor, size: int = SIZE) -> Image.Image:
-    """Pictures B H W 3 as one image, as square as possible, enlarged by a whole factor."""
+def tiled(pictures: Tensor) -> Tensor:
+    """Pictures B H W 3 as one, as square as possible: H W 3."""
     columns = _columns(len(pictures))
     rows = math.ceil(len(pictures) / columns)
     blank = pictures.new_zeros(rows * columns - len(pictures), *pictures.shape[1:])
     cells = torch.cat([pictures, blank]).unflatten(0, (rows, columns))
-    return to_image(cells.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1), size)
+    return cells.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+
+
+def sheet(pictures: Tensor, size: int = SIZE) -> Image.Image:
+    """Pictures B H W 3 as one image, enlarged by a whole factor."""
+    return to_image(tiled(pictures), size)
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:

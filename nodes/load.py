@@ -23,7 +23,8 @@ class LoadModel(io.ComfyNode):
             category="LineAR",
             description="Loads an autoregressive image model: the decoder, which generates tokens, and the tokenizer, "
             "which turns them into pixels. The bundled model needs no download and no GPU.",
-            search_aliases=["autoregressive", "llamagen", "janus", "lumina", "emu3", "var", "infinity", "load linear",
+            search_aliases=["autoregressive", "llamagen", "janus", "lumina", "emu3", "var", "infinity", "mar",
+                            "load linear",
                             "load checkpoint"],
             inputs=[
                 io.Combo.Input(
@@ -31,9 +32,10 @@ class LoadModel(io.ComfyNode):
                     options=files.model_names(),
                     extra_dict={"linear_ar": files.model_facts()},
                     tooltip="The decoder. Bundled ones come with the pack; others go into models/ar_image: "
-                    "LlamaGen, VAR, M-VAR and Infinity files (.safetensors, .pt or .pth) and folders of Infinity 8B, "
-                    "Janus (also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or Xiaomi-Robotics-U0. "
-                    "Licences: LlamaGen, VAR and Infinity MIT; M-VAR Apache-2.0 (its code: none stated); Janus "
+                    "LlamaGen, VAR, M-VAR, Infinity and MAR files (.safetensors, .pt or .pth) and folders of "
+                    "Infinity 8B, Janus (also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or "
+                    "Xiaomi-Robotics-U0. "
+                    "Licences: LlamaGen, VAR, Infinity and MAR MIT; M-VAR Apache-2.0 (its code: none stated); Janus "
                     "DeepSeek Model License; Lumina-mGPT 2.0 Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT "
                     "7B and Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
                 ),
@@ -44,7 +46,8 @@ class LoadModel(io.ComfyNode):
                     "one in the model's folder or named in its file, vq_ds16_c2i or vq_ds16_t2i for LlamaGen, vqgan "
                     "for Lumina-mGPT and Anole, movqgan_270M for Lumina-mGPT 2.0, Emu3-VisionTokenizer and "
                     "Emu3.5-VisionTokenizer for their families (U0: Emu3.5's), vae_ch160v4096z32 for VAR and "
-                    "M-VAR, infinity_vae_d16, _d32reg and _d56_f8_14_patchify for Infinity 125M, 2B and 8B.",
+                    "M-VAR, infinity_vae_d16, _d32reg and _d56_f8_14_patchify for Infinity 125M, 2B and 8B, kl16 for "
+                    "MAR.",
                 ),
                 io.Int.Input(
                     "grid_rows",
@@ -90,8 +93,8 @@ class LoadModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                MODEL.Output(display_name="model", tooltip="For Class Prompt, Text Prompt, Generate and Decode. "
-                             "ComfyUI loads it when it is used and offloads it when memory is needed."),
+                MODEL.Output(display_name="model", tooltip="For Class Prompt, Text Prompt, Generate, Masked Generate "
+                             "and Decode. ComfyUI loads it when it is used and offloads it when memory is needed."),
             ],
         )  # fmt: skip
 
@@ -122,11 +125,6 @@ class LoadModel(io.ComfyNode):
             ops=layers,
             compute_device=host.compute_device(),
         )
-        if image.info.masked is not None:
-            raise UserError(
-                f"{found.decoder.name}: draws masked tokens, which the nodes cannot show yet; use it on the command "
-                "line: python -m linear_core generate."
-            )
         return io.NodeOutput(Model(image, host.managed(image.decoder, stream_weights), host.managed(image.tokenizer)))
 
     @classmethod

@@ -104,7 +104,7 @@ class Lines:
     def prepare(self) -> None:
         """Whatever previews need, once the tokenizer is on its device."""
 
-    def pictures(self, runs: Sequence[Sequence[Line]], images: int, seconds: float | None = None) -> list[Tensor]:
+    def pictures(self, runs: Sequence[Sequence[Line]], images: int, elapsed: float | None = None) -> list[Tensor]:
         """The first `images` pictures of each run, undrawn rows in grey: B H W 3."""
         return [self._picture(lines, images) for lines in runs]
 
@@ -202,15 +202,16 @@ class Scales:
 
     def prepare(self) -> None:
         self.model.sketch.prepare(self.model.image.tokenizer, self.pyramid)
+        self.preview = CanvasPreview(self.model.image.tokenizer, self.pyramid, self.model.sketch)
 
-    def pictures(self, runs: Sequence[Sequence[Stage]], images: int, seconds: float | None = None) -> list[Tensor]:
-        """The first `images` pictures of each run after its newest scale, B H W 3: as well as `seconds` allow."""
+    def pictures(self, runs: Sequence[Sequence[Stage]], images: int, elapsed: float | None = None) -> list[Tensor]:
+        """The first `images` pictures of each run after its newest scale, B H W 3; the final ones where no time is
+        told."""
         image, sketch = self.model.image, self.model.sketch
         canvases = [lines[-1].canvas[:images] for lines in runs]
-        if seconds is None:
+        if elapsed is None:
             return [sketch.decode(image.tokenizer, canvas) for canvas in canvases]
-        preview = CanvasPreview(image.tokenizer, self.pyramid, sketch)
-        both = preview.pictures(runs[0][-1].stage, torch.cat(canvases), seconds)
+        both = self.preview.pictures(runs[0][-1].stage, torch.cat(canvases), elapsed)
         return list(both.chunk(len(runs)))
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..linear_core.errors import UserError
 from ..linear_core.plan import PRESETS, RELEASES, STORAGES, CachePlan
-from ..linear_core.policies import POLICIES
+from ..linear_core.policies import POLICIES, SCALE_POLICIES
 from .inputs import checked
 from .live import MEMORY
 from .sockets import CACHE
@@ -23,11 +23,11 @@ def _custom() -> list[io.Input]:
     return [
         io.Combo.Input(
             "policy",
-            options=list(POLICIES),
+            options=[*POLICIES, *SCALE_POLICIES],
             default=plan.policy,
             tooltip="Decides which tokens are evicted. 'fold': those that another token can best stand in for. 'line': "
             "those that the line just finished attended to least (LineAR, as published). 'full': none. The others are "
-            "published methods to compare with; see the help page.",
+            "published methods to compare with; see the help page. The last three are for VAR and Infinity alone.",
         ),
         io.Int.Input(
             "budget",

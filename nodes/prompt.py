@@ -28,7 +28,7 @@ class ClassPrompt(io.ComfyNode):
                     options=[BELOW, *files.class_names()],
                     default=files.bundled_info().classes[0],
                     tooltip="The class to generate; type to search. The bundled model's classes come first, then the "
-                    f"1000 ImageNet classes of LlamaGen, VAR and M-VAR. '{BELOW}': for models with other classes.",
+                    f"1000 ImageNet classes of LlamaGen, VAR, M-VAR and MAR. '{BELOW}': for models with other classes.",
                 ),
                 io.String.Input(
                     "more_classes",
@@ -41,7 +41,9 @@ class ClassPrompt(io.ComfyNode):
                 ),
             ],
             outputs=[
-                PROMPT.Output(display_name="prompt", tooltip="For Generate and Compare: one row per class, in order.")
+                PROMPT.Output(
+                    display_name="prompt", tooltip="For Generate, Masked Generate and Compare: one row per class."
+                )
             ],
         )
 

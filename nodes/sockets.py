@@ -41,9 +41,9 @@ class Model:
         return 12 * rows * cols * config.factor**2 * config.decoder_widths[-1] * 4
 
     def pictures(self, codes: Tensor, sides: tuple[tuple[int, int], ...] = ()) -> Tensor:
-        """Codes B rows cols, or B N of scales with these `sides` (or of the first of them), as an IMAGE, float32 B H W
-        3: as many at a time as fit into half of the free memory."""
-        rows, cols = sides[-1] if sides else codes.shape[1:]
+        """Codes B rows cols, or B N of scales with these `sides` (or of the first of them), or latents B Z h w, as an
+        IMAGE, float32 B H W 3: as many at a time as fit into half of the free memory."""
+        rows, cols = sides[-1] if sides else codes.shape[-2:]
         each = self.picture_bytes(rows, cols)
         host.load(self.tokenizer, memory=each)
         at_once = max(1, min(len(codes), 16, host.free_memory() // 2 // each))
@@ -57,6 +57,19 @@ class Model:
         scales = codes.to(self.image.tokenizer.device).split(sizes, 1)
         maps = [one.unflatten(1, sides) for one, sides in zip(scales, pyramid.sides, strict=False)]
         return self.image.tokenizer.quantize.canvas(pyramid, maps)
+
+
+def wants_generate(model: Model, where: str = "model") -> None:
+    """Raise UserError, which names the input `where`, if the model draws masked tokens."""
+    if model.image.info.masked is not None:
+        raise UserError(f"{where}: {model.image.info.name} draws tokens in any order; connect it to Masked Generate.")
+
+
+def wants_masked(model: Model) -> None:
+    """Raise UserError if the model does not draw masked tokens."""
+    if (info := model.image.info).masked is None:
+        how = "line by line" if info.pyramid is None else "scale by scale"
+        raise UserError(f"model: {info.name} draws {how}; connect it to Generate.")
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ class Tokens:
     cached    whether the model keeps a cache, so that shares say something
     decoded   float32 B H W 3: the finished picture, where it was decoded already; by the tokenizer with this meaning
     pixels    height and width of the image that was encoded, before it was scaled and cropped; None: none was
+    latents   float32 B Z h w: the numbers of continuous tokens, drawn in any order; there are no codes and shares then
     """
 
     codes: Tensor
@@ -88,8 +102,13 @@ class Tokens:
     sides: tuple[tuple[int, int], ...] = ()
     cached: bool = True
     decoded: Tensor | None = field(default=None, repr=False, compare=False)
-
     pixels: tuple[int, int] | None = None
+    latents: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def way(self) -> str:
+        """How they were drawn, in words."""
+        return "in any order" if self.latents is not None else "in scales" if self.sides else "in lines"
 
     @property
     def pyramid(self) -> Pyramid | None:
@@ -99,17 +118,20 @@ class Tokens:
     def select(self, rows: list[int]) -> Tokens:
         """The pictures with these numbers."""
         names = tuple(self.names[row] for row in rows)
-        return replace(self, codes=self.codes[rows], shares=self.shares[rows], names=names, decoded=None)
+        latents = None if self.latents is None else self.latents[rows]
+        codes, shares = self.codes[rows], self.shares[rows]
+        return replace(self, codes=codes, shares=shares, names=names, decoded=None, latents=latents)
 
     def check(self, image: ImageModel) -> None:
         """Raise UserError if these are codes of another codebook than the model's, or drawn another way."""
-        if bool(self.sides) != (image.info.pyramid is not None):
-            ways = ("in lines", "in scales")
+        info = image.info
+        way = "in any order" if info.masked is not None else "in scales" if info.pyramid is not None else "in lines"
+        if self.way != way:
             raise UserError(
-                f"tokens: they come from {self.model}, which draws {ways[bool(self.sides)]}, but "
-                f"{image.info.name} draws {ways[not self.sides]}; connect its model."
+                f"tokens: they come from {self.model}, which draws {self.way}, but {info.name} draws {way}; connect "
+                "its model."
             )
-        if self.codebook != image.tokenizer.config.codes:
+        if self.latents is None and self.codebook != image.tokenizer.config.codes:
             raise UserError(
                 f"tokens: they come from {self.model}, whose codebook has {self.codebook} codes, but {image.info.name} "
                 f"has {image.tokenizer.config.codes}; connect its model, or encode the image with {image.info.name}."

@@ -385,7 +385,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/line_cache.py",
-        "self.values.overwrite(view.layer, rows, slot, folded.values[0])",
+        "self.values.write(view.layer, slot, folded.values[0], rows)",
         "pass",
         "folded values are lost",
     ),
@@ -411,8 +411,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/line_cache.py", "self.bias.scatter_(3, slot, 0.0)", "pass", "a new token stays invisible"),
     (
         "cache/line_cache.py",
-        "self.values.write(layer, slot, column, v)",
-        "self.values.write(layer, slot, column, k)",
+        "self.values.write(layer, slot, v)",
+        "self.values.write(layer, slot, k)",
         "values are keys",
     ),
     (
@@ -875,12 +875,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "torch.where(chosen, x, old.view_as(x))",
         "x",
         "drafts: rejected tokens overwrite slots",
-    ),
-    (
-        "cache/storage.py",
-        "self.fresh.copy_(torch.where(chosen, x, self.fresh))",
-        "self.fresh.copy_(x)",
-        "drafts: rejected tokens overwrite the line in full precision",
     ),
     ("events.py", "line.passes * line.accepted", "line.accepted", "drafts: a short line counts as much as a long one"),
     # -- teacher forcing

@@ -524,4 +524,4 @@ def test_the_memory_line_is_the_formula():
     )
     command = ["node", "--input-type=module", "-e", script]
     out = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True)
-    assert json.loads(out.stdout) == [case[-1] for case in cases]
+    assert [[*case, ours] for case, ours in zip(cases, json.loads(out.stdout), strict=True) if case[-1] != ours] == []

@@ -894,13 +894,14 @@ class Memory {
     const model = read(loader, "model", Object.keys(known.models)[0]);
     const preset = read(this.node, "preset", "");
     const own = (/** @type {string} */ name) => read(this.node, `preset.${name}`, undefined) ?? read(this.node, name, undefined);
-    const chosen = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release") };
+    const chosen = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release"), anchors: Number(own("anchors")), recent: Number(own("recent")) };
     const plan = withBudget(chosen, read(this.node, "budget_in", "lines"), Number(read(this.node, "amount", 0)));
     const pixels = read(prompt, "size.pixels", undefined);
     const weight_dtype = read(loader, "weight_dtype", "default");
     const streamed = read(loader, "stream_weights", false) === true;
     const shape = known.models[model];
     if (missed.length) return { lacking: missed };
+    if (shape?.masked) return { masked: true };
     if (!shape || !plan.policy || !plan.budget) return null;
     if (isLinked(user, "prompt") && !PROMPTS.includes(prompt?.type)) missed.push("prompt");
     const more = String(read(prompt, "more_classes", "")).split("\n").filter((line) => line.trim()).length;
@@ -921,6 +922,8 @@ class Memory {
     let memory = { text, fits: true, share: 0 };
     if (sizes?.lacking) {
       memory.text = `KV cache: unknown until it runs, as ${sizes.lacking.join(" and ")} ${sizes.lacking.length > 1 ? "come" : "comes"} through a link`;
+    } else if (sizes?.masked) {
+      memory.text = "no KV cache: this model draws tokens in any order; use Masked Generate";
     } else if (sizes) {
       const { shape, grid, weights = 0, streamed, images, each, unknown } = sizes;
       const plan = resolved(shape, grid, sizes.plan, images * each);

@@ -466,7 +466,7 @@ export const keptRows = (text) => Number(/^(?:\d+@[\d,]+\|)?\d+x(\d+)(?:x\d+)?:/
 // -- memory -----------------------------------------------------------------------------------------------------------
 
 /** Policies that share the budget out unevenly have room for twice the budget in every head: plan.py's UNEVEN. */
-const UNEVEN = ["adakv", "cake", "hack", "headkv", "prefixkv", "pyramidkv"];
+const UNEVEN = ["adakv", "amskv", "cake", "hack", "headkv", "heatkv", "prefixkv", "pyramidkv", "scalekv"];
 /** Of these, those that share it among all layers: plan.py's ACROSS_LAYERS. */
 const ACROSS_LAYERS = ["amskv", "cake", "hack", "heatkv", "prefixkv", "pyramidkv", "scalekv"];
 /** Of these, those under which a layer may keep all: plan.py's WHOLE. */
@@ -525,7 +525,7 @@ function scalesRunBytes(model, scales, plan, sequences) {
 }
 
 /** Pairs of slots that folding compares at once. @param {{ device: string }} model */
-const pairsAtOnce = (model) => (model.device === "cpu" ? 2 ** 19 : 2 ** 25);
+const pairsAtOnce = (model) => (model.device === "cpu" ? 2 ** 21 : 2 ** 25);
 
 /** @param {{ policy: string, release?: string }} plan */
 const folds = (plan) => plan.release === "fold" || (plan.release === "auto" && plan.policy === "fold");
@@ -600,7 +600,7 @@ export function budgetText(plan, grid) {
  * Bytes of a run beside the weights, as linear_core.loop.memory.run_bytes has it; a test holds the two equal.
  * @param {{ layers: number, heads: number, head_dim: number, prompt: number, bytes_per_element: number, group?: number, codes: number, logits?: number, hidden?: number, device: string }} model
  * @param {Grid} grid
- * @param {{ policy: string, budget: number, release?: string }} plan
+ * @param {{ policy: string, budget: number, release?: string, anchors: number, recent: number }} plan
  * @param {number} sequences
  */
 export function runBytes(model, grid, plan, sequences) {
@@ -613,7 +613,8 @@ export function runBytes(model, grid, plan, sequences) {
   let attention = sequences * heads * group * grid.stride * each * 8;
   if (folds(plan) && plan.policy !== "full" && plan.budget + 1 < grid.rows) {
     const together = Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / (heads * each ** 2))));
-    attention = together * heads * each * (7 * each + 8 * group * grid.stride) * 4;
+    const near = Math.min(Math.max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, Math.floor(each / 2)), each);
+    attention = together * heads * each * (3 * dim + 2 * near + 4 * group * grid.stride) * 4;
   }
   return held + beside + attention + sequences * model.codes * 32;
 }

@@ -62,7 +62,7 @@ class MVARConfig(VARConfig):
 
 
 def scan(state: Tensor, x: Tensor, decay: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    """state = exp(decay) state + x ⊗ write; y = state read — for T tokens in turn, as products of matrices.
+    """state = exp(decay) state + x write; y = state read — for T tokens in turn, as products of matrices.
 
     All float32 or better. A token reads what those before it wrote as far as it has not decayed, so there is a weight
     for every pair: the dual form of the paper on Mamba-2 (arXiv:2405.21060).

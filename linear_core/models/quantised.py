@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from .blocks import Ops
 
+HALF = torch.bfloat16  # what PyTorch's products of few bits take and give
+
 FEW = 16  # rows, at most, that the products for single tokens are given; more are worth converting the matrix for
 AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # weights that are converted at once: what a core's cache holds
 ROUNDED = 2**22  # weights that are rounded at once
@@ -69,12 +71,12 @@ def quantise(rows: Tensor, kind: Quantisation) -> tuple[Tensor, Tensor]:
     """
     rows = rows.float()
     if kind.bits == 8:
-        scale = (rows.abs().amax(1) / 127).bfloat16()
+        scale = (rows.abs().amax(1) / 127).to(HALF)
         return (rows / _nonzero(scale)[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
     groups = rows.unflatten(1, (-1, kind.group))
     low, high = groups.aminmax(dim=2)
-    scale = ((high - low) / 15).bfloat16()
-    zero = (low + 8 * scale.float()).bfloat16()
+    scale = ((high - low) / 15).to(HALF)
+    zero = (low + 8 * scale.float()).to(HALF)
     numbers = ((groups - zero.float()[..., None]) / _nonzero(scale)[..., None]).round_().clamp_(-8, 7) + 8
     halves = numbers.flatten(1).to(torch.uint8).unflatten(1, (-1, 2))
     return halves[..., 0] << 4 | halves[..., 1], torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
@@ -108,7 +110,7 @@ def _converted(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
 
 
 def _weight_only_8(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
-    return torch._weight_int8pack_mm(x.bfloat16(), matrix, scale).to(x.dtype)
+    return torch._weight_int8pack_mm(x.to(HALF), matrix, scale).to(x.dtype)
 
 
 def _kernel_8(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
@@ -119,11 +121,11 @@ def _kernel_8(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
 
 def _cpu_4(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
     group = x.shape[1] // len(scale)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), matrix, group, scale).to(x.dtype)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(HALF), matrix, group, scale).to(x.dtype)
 
 
 def _cuda_4(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm(x.bfloat16(), matrix, x.shape[1] // len(scale), scale).to(x.dtype)
+    return torch.ops.aten._weight_int4pack_mm(x.to(HALF), matrix, x.shape[1] // len(scale), scale).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,9 @@ def _pack_cuda_4(stored: Tensor) -> Tensor:
 def _unpack_cuda_4(packed: Tensor) -> Tensor:
     """By asking the product itself: scales of one and zeros of eight show the numbers."""
     inputs = packed.shape[1] * 32 * packed.shape[3]
-    one = torch.ones(inputs // 32, packed.shape[0] * 8, 2, dtype=torch.bfloat16, device=packed.device)
+    one = torch.ones(inputs // 32, packed.shape[0] * 8, 2, dtype=HALF, device=packed.device)
     one[..., 1] = 8
-    eye = torch.eye(inputs, dtype=torch.bfloat16, device=packed.device)
+    eye = torch.eye(inputs, dtype=HALF, device=packed.device)
     numbers = (
         torch.cat([_cuda_4(rows, packed, one) for rows in eye.split(1024)]).t().to(torch.uint8).unflatten(1, (-1, 2))
     )
@@ -206,10 +208,10 @@ def works(name: str, device: str) -> bool:
     numbers = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 256, generator=numbers).to(device) for rows in (64, 3))
     stored, scale = quantise(weight, kind)
-    expected = _converted(x.bfloat16().float(), stored, scale)
+    expected = _converted(x.to(HALF).float(), stored, scale)
     try:
         packed = of.pack(stored)
-        found = of.product(x.bfloat16(), packed, scale).float()
+        found = of.product(x.to(HALF), packed, scale).float()
         same = bool(torch.equal(of.unpack(packed), stored))
     except Exception:  # of any kind: a missing operation, dtype or architecture; the next product is tried
         return False
@@ -231,7 +233,7 @@ class QuantisedLinear(nn.Module):
         self.in_features, self.out_features, self.kind, self.layout = inputs, outputs, kind, PLAIN
         eight = kind.bits == 8
         stored = torch.empty(outputs, inputs if eight else inputs // 2, dtype=torch.int8 if eight else torch.uint8)
-        scale = torch.empty((outputs,) if eight else (inputs // kind.group, outputs, 2), dtype=torch.bfloat16)
+        scale = torch.empty((outputs,) if eight else (inputs // kind.group, outputs, 2), dtype=HALF)
         self.weight, self.scale = (nn.Parameter(x, requires_grad=False) for x in (stored, scale))
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
 

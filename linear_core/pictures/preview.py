@@ -75,6 +75,7 @@ class Sketch:
 
     def __init__(self) -> None:
         self.fit: tuple[Tensor, Tensor] | None = None
+        self.map = torch.empty(0)
         self.seconds = 0.0
 
     @torch.inference_mode()
@@ -103,20 +104,20 @@ class Sketch:
         channels, colours = channels.flatten(0, 2).double(), colours.flatten(0, 2).double()
         new = channels.T @ channels / len(channels), channels.T @ colours / len(channels)
         old = self.fit or new
-        self.fit = old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)
+        self.fit = gram, target = old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        self.map = torch.linalg.solve(gram + ridge, target).float()
         return pictures
 
     @torch.inference_mode()
-    def picture(self, canvas: Tensor, least: int = 128) -> Tensor:
+    def picture(self, canvas: Tensor, least: int = 64) -> Tensor:
         """A sketch of a canvas B Z h w on the CPU, smoothly enlarged to about `least` pixels: B H W 3 in 0..1."""
         assert self.fit is not None, "nothing is learnt yet"
-        gram, target = self.fit
-        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        colours = _with_one(canvas).double() @ torch.linalg.solve(gram + ridge, target)
+        colours = _with_one(canvas) @ self.map
         factor = max(1, least // max(canvas.shape[-2:]))
-        colours = colours.float().permute(0, 3, 1, 2)
+        colours = colours.permute(0, 3, 1, 2)
         if factor > 1:
-            colours = F.interpolate(colours, scale_factor=factor, mode="bicubic")
+            colours = F.interpolate(colours, scale_factor=factor, mode="bilinear")
         return colours.clamp(0, 1).permute(0, 2, 3, 1)
 
 
@@ -126,16 +127,20 @@ def _with_one(canvas: Tensor) -> Tensor:
 
 
 class CanvasPreview:
-    """Pictures of a canvas after each scale: a sketch, or decoded at a reduced side where the run affords that.
+    """Pictures of one run's canvas after each scale: a sketch, or decoded at a reduced side where the run affords that.
 
     A canvas holds hardly any detail beyond the side of its newest scale, so it is decoded at no more than twice that.
-    The decoder was not trained at such a size, so the picture is a preview.
+    The decoder was not trained at such a size, so the picture is a preview. The last scale takes nearly half of a run
+    and the first ones next to nothing; so decoding is not spread over the scales, but gets a share of the time that has
+    passed.
     """
 
     sides = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # rows of the canvas that are decoded; beyond, the canvas as it is
+    share = 0.01
 
     def __init__(self, tokenizer: PyramidTokenizer | BitTokenizer, pyramid: Pyramid, sketch: Sketch):
         self.tokenizer, self.pyramid, self.sketch = tokenizer, pyramid, sketch
+        self.spent = 0.0  # seconds of decoding
 
     def side(self, stage: int, canvas: Tensor, seconds: float) -> int:
         """Rows of a canvas B Z h w to decode within so many seconds; 0: none that would show more than a sketch."""
@@ -151,15 +156,20 @@ class CanvasPreview:
         return max((side for side in affordable if side * pixels >= 2 * rows), default=0)
 
     @torch.inference_mode()
-    def pictures(self, stage: int, canvas: Tensor, seconds: float = math.inf) -> Tensor:
-        """Canvases B Z h w after scale `stage`, as large as `seconds` allow: float32 B H W 3 in 0..1, on the CPU."""
-        side = self.side(stage, canvas, seconds)
+    def pictures(self, stage: int, canvas: Tensor, elapsed: float = math.inf) -> Tensor:
+        """Canvases B Z h w after scale `stage`: float32 B H W 3 in 0..1, on the CPU.
+
+        elapsed  seconds since the run began
+        """
+        side = self.side(stage, canvas, self.share * elapsed - self.spent)
         if not side:
             return self.sketch.picture(canvas)
         rows, cols = canvas.shape[-2:]
         if side < rows:
             canvas = F.interpolate(canvas, size=(side, max(1, round(side * cols / rows))), mode="area")
-        return self.sketch.decode(self.tokenizer, canvas)
+        pictures = self.sketch.decode(self.tokenizer, canvas)
+        self.spent += self.sketch.seconds * len(canvas) * canvas.shape[-2:].numel()
+        return pictures
 
 
 class LatentPreview:
@@ -315,16 +325,12 @@ class PreviewWorker:
 
 
 class CanvasWorker(PreviewWorker):
-    """The same for models that draw in scales, which take a sketch after every scale.
+    """The same for models that draw in scales: a picture after every scale, as sketches cost next to nothing.
 
-    The last scale takes nearly half of a run and the first ones next to nothing, so the time for pictures is not spread
-    over the scales: they get a share of the time that has passed.
-
-    render  makes a picture of a job within so many seconds; None: the final one
+    render  makes a picture of a job, so many seconds after the run began; None: the final one
     """
 
     pause = 0.03
-    share = 0.015
 
     def __init__(
         self,
@@ -334,16 +340,7 @@ class CanvasWorker(PreviewWorker):
         stop: type[BaseException] | tuple[()] = (),
     ):
         self.draw = render
-        super().__init__(lambda job: render(job, self.left), display, scales, stop)
-
-    @property
-    def left(self) -> float:
-        """Seconds that pictures may take now."""
-        return self.share * (time.perf_counter() - self.started) - self.spent
-
-    def submit(self, job: Any, lines: int) -> bool:
-        """Offer a job; returns whether it was taken."""
-        return self.left > 0 and super().submit(job, lines)
+        super().__init__(lambda job: render(job, time.perf_counter() - self.started), display, scales, stop)
 
     def final(self, job: Any) -> Image.Image | None:
         """The final picture, of the whole canvas; None if it cannot be made."""
@@ -351,5 +348,4 @@ class CanvasWorker(PreviewWorker):
         return super().final(job)
 
     def _wait(self, took: float, elapsed: float, lines: int) -> float:
-        self.spent += took
         return self.pause

@@ -133,7 +133,11 @@ def test_previews_grow_with_the_scales_and_what_they_may_cost() -> None:
     assert torch.equal(preview.pictures(4, canvas), decode(tokenizer, canvas, batch=3))
     sketch.seconds = 0.1  # a place
     assert [preview.side(3, canvas, 30 * seconds) for seconds in (1, 0.65, 0.63, 0.17, 0.1, 0)] == [8, 8, 6, 4, 3, 0]
-    assert preview.pictures(3, canvas, 0.0).shape == (3, 128, 128, 3)
+    assert preview.pictures(3, canvas, elapsed=0.0).shape == (3, 64, 64, 3)
+    preview.spent, sketch.seconds = 0.0, 1e-6
+    for elapsed in (1.0, 2.0, 3.0):  # what is spent is not there a second time
+        preview.pictures(4, canvas, elapsed)
+        assert preview.spent <= preview.share * elapsed + 3 * 64 * sketch.seconds
 
 
 def test_a_sketch_learns_colours_from_decoded_pictures() -> None:
@@ -151,7 +155,7 @@ def test_a_sketch_learns_colours_from_decoded_pictures() -> None:
         truth = linear(canvas) / 2 + 0.5
         errors = []
         for _ in range(2):
-            drawn = F.interpolate(sketch.picture(canvas).permute(0, 3, 1, 2), (8, 8), mode="area")
+            drawn = sketch.picture(canvas, least=8).permute(0, 3, 1, 2)
             errors.append(float((drawn - F.interpolate(truth, (8, 8), mode="area")).abs().mean()))
             sketch.decode(tokenizer, canvas)
     assert errors[1] < errors[0] < 0.1 * float((truth - truth.mean()).abs().mean()) + 0.02

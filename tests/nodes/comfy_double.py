@@ -211,7 +211,10 @@ def layers(casting: bool) -> Any:
         return type(layer.__name__, (layer,), {"forward": forward, "comfy_cast_weights": casting})
 
     return SimpleNamespace(
-        **{n: one(getattr(nn, n)) for n in ("Linear", "Embedding", "Conv1d", "Conv2d", "GroupNorm", "RMSNorm")}
+        **{
+            n: one(getattr(nn, n))
+            for n in ("Linear", "Embedding", "Conv1d", "Conv2d", "GroupNorm", "LayerNorm", "RMSNorm")
+        }
     )
 
 

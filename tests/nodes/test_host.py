@@ -32,7 +32,9 @@ def runs_anywhere(path: Path) -> bool:
     """Whether a workflow needs no model that has to be fetched, and no picture of the user's."""
     nodes = json.loads(path.read_text(encoding="utf-8")).values()
     models = {node["inputs"]["model"] for node in nodes if node["class_type"] == "LineAR_LoadModel"}
-    return models <= {"landscapes (bundled)"} and not any(node["class_type"] == "LoadImage" for node in nodes)
+    return models <= {"landscapes (bundled)", "landscapes in scales (bundled)"} and not any(
+        node["class_type"] == "LoadImage" for node in nodes
+    )
 
 
 GOLDEN_PROMPTS = sorted((GOLDEN.parent / "golden").glob("*/workflows/api/*.json"))
@@ -89,16 +91,17 @@ def test_a_workflow_runs(server, path):
     pictures = server.pictures(end["data"]["prompt_id"])
     assert pictures and all(picture.stat().st_size > 1000 for saved in pictures for picture in saved)
 
+    stages = 9 if path.stem.startswith("scales_") else ROWS
     drawing = [key for key, node in prompt.items() if node["class_type"] in ("LineAR_Generate", "LineAR_Compare")]
     told = [message for message in messages if isinstance(message, dict)]
     for node in drawing:
-        kept = prompt[node]["inputs"].get("keep_rows", 0), prompt[node]["inputs"].get("stop_after", 0) or ROWS
+        kept = prompt[node]["inputs"].get("keep_rows", 0), prompt[node]["inputs"].get("stop_after", 0) or stages
         bar = [m["data"]["value"] for m in told if m["type"] == "progress" and m["data"]["node"] == node]
         assert bar and max(bar) == kept[1], "the progress bar counts rows"
         events = [m["data"] for m in told if m["type"] == EVENT and m["data"]["node"] == node]
         assert [event["row"] for event in events if event["kind"] == "row"] == list(range(kept[1]))
     shown = [m for m in messages if isinstance(m, bytes) and int.from_bytes(m[:4], "big") == PREVIEW]
-    assert len(shown) >= 2 * len(drawing), "rows are shown while they come"
+    assert len(shown) >= 2 * len(drawing), "rows, or scales, are shown while they come"
     assert complaints(server.log) == []
 
 

@@ -150,7 +150,12 @@ def test_decoders_and_tokenizers_are_listed_apart(comfy):
     (folder / "broken.pt").write_bytes(b"no checkpoint")
     (folder / "README.md").write_text("not a model")
     info = object_info(NODES["LineAR_LoadModel"])["input"]["required"]
-    assert info["model"][1]["options"] == [BUNDLED, "below/mine.safetensors", "broken.pt"]
+    assert info["model"][1]["options"] == [
+        BUNDLED,
+        "landscapes in scales (bundled)",
+        "below/mine.safetensors",
+        "broken.pt",
+    ]
     assert info["tokenizer"][1]["options"] == ["automatic", "vq.safetensors"]
 
 

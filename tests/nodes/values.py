@@ -43,6 +43,13 @@ GRAPH: dict[str, dict[str, Any]] = {
         "keep_rows": 0, "stop_after": 1, "view": "", "drafts": 0, "seeds": "",
         "candidates": 1,
     },
+    "LineAR_MaskedGenerate": {
+        "model": "LineAR_LoadModel", "prompt": "LineAR_ClassPrompt", "seed": 5, "guidance": 1.0, "steps": 8,
+        "batch_size": 1, "step_cache": "Custom", "step_cache.refresh": 2, "step_cache.rule": "oldest",
+        "step_cache.full_every": 4, "step_cache.full_first": 2, "step_cache.full_last": 1, "image": "LineAR_Decode",
+        "denoising": 4, "denoising_last": 2, "start": 952, "guidance_schedule": "linear", "temperature": 1.0,
+        "seeds": "",
+    },
     "LineAR_Decode": {"model": "LineAR_LoadModel", "tokens": "LineAR_Generate"},
     "LineAR_RetentionHeatmap": {
         "tokens": "LineAR_Generate", "image": "LineAR_Decode", "strength": 0.7, "size": 96, "show": "after a row",

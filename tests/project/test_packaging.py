@@ -86,7 +86,7 @@ def test_links_between_pages_lead_somewhere():
 def test_no_large_files():
     sizes = {path: (ROOT / path).stat().st_size for path in ours()}
     models = {path: size for path, size in sizes.items() if re.fullmatch(r"linear_core/assets/.*\.safetensors", path)}
-    assert sum(models.values()) <= 20 * MIB, models
+    assert sum(models.values()) <= 36 * MIB, models
     assert {path: size for path, size in sizes.items() if path not in models and size > 5 * MIB} == {}
 
 
@@ -244,6 +244,6 @@ print("found", json.dumps({name: list(map(str, check(pathlib.Path()))) for _band
 
 
 def test_comfy_test_sees_no_hazards(pack):
-    found = json.loads(archive.tool(pack, "-c", HAZARDS).rpartition("found")[2])
+    found = json.loads("{" + archive.tool(pack, "-c", HAZARDS).rpartition("found {")[2])
     assert len(found) > 3
     assert {name: hits for name, hits in found.items() if hits} == {}
