@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.models import nova_reference as upstream
+from tests.models.nova_official import write
 from tests.nodes import comfy_double
 from tests.nodes.comfy_double import PACK, host
 from tests.nodes.test_nodes import (  # the fixtures too
@@ -23,8 +25,6 @@ from tests.nodes.test_nodes import (  # the fixtures too
     run,
     small,  # noqa: F401
 )
-from tests.models import nova_reference as upstream
-from tests.models.nova_official import write
 from tests.tiny import CLASSES, latent_tokenizer, mar
 
 LINEAR = {name: importlib.import_module(f"{PACK}.linear_core.{name}") for name in ("loop.masked", "steps", "plan")}
@@ -208,9 +208,10 @@ def test_nova_draws_from_a_text(monkeypatch, tmp_path):
     """Load AR Model takes the folder, Text Prompt reads the text, and steps are spaced as the folder says."""
     host.reset(tmp_path)
     asyncio.run(EXTENSION().on_load())
-    monkeypatch.setattr(importlib.import_module(f"{PACK}.linear_core.tokenizers.network"), "groups", lambda channels: 32)
-    heads = {upstream.WIDTH: upstream.HEADS}
-    monkeypatch.setattr(importlib.import_module(f"{PACK}.linear_core.models.nova"), "HEADS", heads)
+    parts = ("tokenizers.network", "models.nova")
+    network, nova = (importlib.import_module(f"{PACK}.linear_core.{name}") for name in parts)
+    monkeypatch.setattr(network, "groups", lambda channels: 32)
+    monkeypatch.setattr(nova, "HEADS", {upstream.WIDTH: upstream.HEADS})
     write(host.models / "ar_image" / "nova")
     assert "nova" in importlib.import_module(f"{PACK}.nodes.files").model_names()
     with torch.inference_mode():
