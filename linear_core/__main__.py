@@ -1568,7 +1568,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     masked = argparse.ArgumentParser(add_help=False)
     group = masked.add_argument_group(
-        "masked models (MAR)", "default: as published; everything is computed in each step"
+        "masked models (MAR, NOVA)", "default: as published; everything is computed in each step"
     )
     group.add_argument("--steps", type=int, metavar="N", help="steps that a picture is drawn in (default: 64)")
     group.add_argument("--denoising", type=int, metavar="N", help="denoising steps of a token (default: 100)")

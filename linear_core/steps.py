@@ -11,6 +11,7 @@ TIMESTEPS = 1000
 LAST = TIMESTEPS - 1  # where published denoising starts
 SAFE_START = 950  # from here on, an error of the network's is no longer multiplied by hundreds
 SCHEDULES = ("linear", "constant")
+SPACINGS = ("even", "trailing", "leading")  # of denoising steps, in diffusers' words; "even" is MAR's
 # Which slots are computed again, besides the new and the wanted ones. See cache/refresh.py.
 VALUE_LAYERS = 3  # of the decoder that compute all slots under the rule "values"
 RULES = ("oldest", "attention", "attention x age", "values", "nearest", "random")
@@ -27,6 +28,10 @@ class MaskedPlan:
     start           where denoising starts, up to 999. Whatever the number of steps, an error of the network's at 999 is
                     multiplied by hundreds; from 950 on it is not
     schedule        of guidance: "linear" grows with what is known, from nearly none; "constant" does not
+    spacing         of the denoising steps: "even" from 0 to 999; or as many equal strides, at the end of which
+                    ("trailing") or at the beginning ("leading") the timesteps are
+    rounded         whether the tokens known after a step are rounded, so that a step may draw none (NOVA). MAR's are
+                    rounded down, and at least one
     """
 
     steps: int = 64
@@ -34,6 +39,8 @@ class MaskedPlan:
     denoising_last: int = 0
     start: int = LAST
     schedule: str = "linear"
+    spacing: str = SPACINGS[0]
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -48,6 +55,8 @@ class MaskedPlan:
             raise UserError(f"start: {self.start} is out of range; choose 1 to {LAST}.")
         if self.schedule not in SCHEDULES:
             raise UserError(f"guidance schedule: '{self.schedule}' is unknown; choose {' or '.join(SCHEDULES)}.")
+        if self.spacing not in SPACINGS:
+            raise UserError(f"spacing: '{self.spacing}' is unknown; choose one of {', '.join(SPACINGS)}.")
 
     def check(self, tokens: int) -> None:
         """Raise UserError if some steps would draw nothing."""
@@ -56,6 +65,8 @@ class MaskedPlan:
 
     def known(self, tokens: int) -> tuple[int, ...]:
         """How many of `tokens` are known after each step, as published; the last step draws all that are left."""
+        if self.rounded:
+            return tuple(tokens - round(tokens * cos(pi / 2 * (step + 1) / self.steps)) for step in range(self.steps))
         left, known = tokens, []
         for step in range(self.steps):
             left = max(1, min(left - 1, floor(tokens * cos(pi / 2 * (step + 1) / self.steps))))
@@ -78,6 +89,11 @@ class MaskedPlan:
         As published, evenly spaced; those above `start` become one, as in DiSA's code.
         """
         count = self.denoising_steps(step)
+        if self.spacing != "even":
+            ends = [round(TIMESTEPS * (count - n) / count) - 1 for n in range(count)]
+            strides = [TIMESTEPS // count * (count - n - 1) for n in range(count)]
+            found = ends if self.spacing == "trailing" else strides
+            return tuple(dict.fromkeys(min(timestep, self.start) for timestep in found))
         stride, at, found = LAST / (count - 1), 0.0, []
         for _ in range(count):  # added up, not multiplied, so that rounding is the published one
             found.append(min(round(at), self.start))

@@ -58,7 +58,8 @@ def _checkpoints() -> dict[str, Path]:
         path = Path(host.full_path(name) or name)
         if not path.is_file():
             continue
-        folder, parent = model_path(path), Path(name).parent
+        folder, above = model_path(path), Path(name).parents
+        parent = above[min(len(path.relative_to(folder).parts), len(above)) - 1]
         if folder != path:
             (found if parent.name else straight).setdefault(parent.as_posix() if parent.name else folder.name, folder)
         elif path.suffix != ".bin":  # by themselves these are seldom ours

@@ -98,7 +98,7 @@ class MaskedGenerate(io.ComfyNode):
             search_aliases=["mar", "masked autoregressive", "inpaint", "outpaint", "linear", "step cache", "sampler"],
             inputs=[
                 MODEL.Input("model", tooltip="A MAR model, from Load AR Model."),
-                PROMPT.Input("prompt", tooltip="What to generate, from Class Prompt."),
+                PROMPT.Input("prompt", tooltip="What to generate, from Class Prompt, or from Text Prompt for NOVA."),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -258,7 +258,10 @@ class MaskedGenerate(io.ComfyNode):
         asked = {"guidance": guidance, "temperature": temperature}
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
         sample = replace(info.defaults, seed=seed, seeds=parse_seeds(seeds), **asked)
-        plan = MaskedPlan(steps, denoising, denoising_last, start, guidance_schedule)
+        plan = replace(  # the rest is the model's own
+            info.masked, steps=steps, denoising=denoising, denoising_last=denoising_last, start=start,
+            schedule=guidance_schedule,
+        )  # fmt: skip
         plan.check(info.config.tokens)
         settings = dict(step_cache)
         name = settings.pop("step_cache")

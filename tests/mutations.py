@@ -1419,7 +1419,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("steps.py", "step - self.full_first + 1", "step - self.full_first", "masked: full steps are one late"),
     ("models/denoise.py", "eps[count:], eps[:count]", "eps[:count], eps[count:]", "masked: guidance the other way"),
     ("models/denoise.py", "variances[-1] = variances[-2]", "pass", "masked: the last variance is 0"),
-    ("models/denoise.py", "ahead, step - first", "ahead, 0", "masked: modulation of the first step for all"),
+    ("models/denoise.py", "ahead, at).split", "ahead, 0).split", "masked: modulation of the first step for all"),
     ("models/mar.py", "repeated(places[:, :copies], label)", "0", "masked: copies of the class without their places"),
     (
         "models/mar.py",
@@ -1432,11 +1432,18 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/refresh.py", "cache.mass * (cache.age + 1)", "cache.mass", "masked: attention x age is attention"),
     ("loop/masked.py", "and group.passed >= 0", "", "masked: the first pass uses what was never computed"),
     ("loop/masked.py", "self.normal.select(group.images)", "self.normal", "masked: noise of other images"),
-    ("loop/masked.py", "if known > fewest", "if known >= 0", "masked: steps that draw nothing take place"),
+    ("loop/masked.py", "self.schedule[step] > group.known", "True", "masked: steps that draw nothing take place"),
     ("loop/graph.py", "kept.copy_(new)", "pass", "masked: a recorded head draws the same tokens again"),
     ("pictures/inpaint.py", "mask > 0.5", "mask > 0.3", "masked: hardly covered is covered"),
     ("checkpoints/families/mar.py", "averaged=True", "averaged=False", "masked: the weights that draw worse"),
-    ("tokenizers/latents.py", "chunk(2, 1)[0] * SCALE", "chunk(2, 1)[0]", "masked: latents without their scale"),
+    ("models/nova.py", "if prompt.negative else without", "if False else without", "nova: no negative text"),
+    ("models/nova.py", "return x + self.norm2(upcast(self.mlp(x.to(dtype))))", "return x + self.mlp(x)", "nova: norm"),
+    ("models/nova.py", "features[pad:]", "features", "nova: padding is read as text"),
+    ("steps.py", "if self.rounded:", "if False:", "nova: a first step that draws a token more"),
+    ("checkpoints/families/nova.py", ".transpose(0, 1).flatten", ".flatten", "nova: patches laid out otherwise"),
+    ("checkpoints/families/nova.py", "!= needed:", "!= found:", "nova: any scheduler"),
+    ("checkpoints/library.py", "shapes, _scale(weights)", "shapes", "nova: latents with another VAE's scale"),
+    ("tokenizers/latents.py", "[0] * self.config.scale", "[0]", "masked: latents without their scale"),
 ]
 
 

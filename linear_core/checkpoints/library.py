@@ -30,7 +30,7 @@ from ..tokenizers.pyramid import read_config as read_pyramid_config
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from ..tokenizers.tokenizer import read_config as read_vq_config
 from . import published
-from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, mar, mvar, var
+from .families import Family, ModelInfo, emu, infinity, janus, llamagen, lumina, mar, mvar, nova, var
 from .weights import (
     NESTED,
     SUFFIXES,
@@ -45,6 +45,7 @@ from .weights import (
 
 FAMILIES = (
     llamagen.FAMILY, janus.FAMILY, lumina.FAMILY, *emu.FAMILIES, var.FAMILY, mvar.FAMILY, infinity.FAMILY, mar.FAMILY,
+    nova.FAMILY,
 )  # fmt: skip
 UNNORMALIZED = "chameleon-vq"  # family in a converted file's metadata: our layout with Chameleon's codebook
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -74,6 +75,7 @@ VQ_NOT_WEIGHTS = (
 )
 VQ_COUNTER = ".num_batches_tracked"  # of batch norms
 VQ_FAMILY = "{}-vq"  # family in a converted file's metadata, for each of KINDS
+DIFFUSERS_MIDDLE = "decoder.mid_block.resnets.0.conv1.weight"  # of a KL autoencoder in diffusers' layout
 PYRAMID_KEY = "quantize.quant_resi.qresi_ls.0.weight"  # only multi-scale VQ tokenizers have it
 
 WeightDtype = torch.dtype | str | None
@@ -423,14 +425,14 @@ def _storage_dtype(
     return storage_dtype
 
 
+MATRICES = (
+    "layers.", "blocks.", "encoder_blocks.", "decoder_blocks.", "image_encoder.blocks.", "video_encoder.blocks.",
+)  # fmt: skip
+
+
 def is_large(name: str, tensor: torch.Tensor) -> bool:
     """Whether a weight is one of the matrices that make up nearly all of a decoder."""
-    return (
-        name.startswith(("layers.", "blocks.", "encoder_blocks.", "decoder_blocks."))
-        and tensor.ndim == 2
-        and "norm" not in name
-        and "ada_" not in name
-    )
+    return name.startswith(MATRICES) and tensor.ndim == 2 and "norm" not in name and "ada_" not in name
 
 
 def _check_tokenizer(info: ModelInfo, tokenizer: Tokenizer, files: ModelFiles) -> None:
@@ -609,9 +611,9 @@ def _decodes_bits(keys: Collection[str]) -> bool:
 
 
 def _decodes_latents(keys: Collection[str]) -> bool:
-    """Whether a file is a KL autoencoder in the layout of latent diffusion, or ours: a VQ-GAN without a table."""
+    """Whether a file is a KL autoencoder in the layout of latent diffusion, diffusers or ours: without a table."""
     parts = {"decoder.conv_in.weight", "post_quant_conv.weight"}
-    middle = {"decoder.mid.block_1.conv1.weight", "decoder.mid.0.conv1.weight"}
+    middle = {"decoder.mid.block_1.conv1.weight", "decoder.mid.0.conv1.weight", DIFFUSERS_MIDDLE}
     return parts <= set(keys) and bool(middle & set(keys)) and "quantize.embedding.weight" not in keys
 
 
@@ -638,8 +640,11 @@ def describe_tokenizer(weights: Weights) -> tuple[TokenizerConfig, KeyMap]:
     kind = next((kind for kind in KINDS if family == VQ_FAMILY.format(kind)), "")
     if bits or latents or PYRAMID_KEY in shapes:
         kind = "bits" if bits else "latents" if latents else "pyramid"
+    config: TokenizerConfig
     try:
-        if kind in OTHERS:
+        if DIFFUSERS_MIDDLE in weights.tensors:
+            config = read_latent_config(shapes, _scale(weights))
+        elif kind in OTHERS:
             config = OTHERS[kind][0](shapes)
         else:
             config = read_vq_config(shapes, normalized=top is None and family != UNNORMALIZED, kind=kind)
@@ -652,6 +657,14 @@ def describe_tokenizer(weights: Weights) -> tuple[TokenizerConfig, KeyMap]:
         return None if target is None or target.name.startswith(unread) else target
 
     return config, key_map
+
+
+def _scale(weights: Weights) -> float:
+    """The scale of a KL autoencoder in diffusers' layout, which only its config.json tells."""
+    found = weights.config.get("scaling_factor")
+    if type(found) is not float or not 0 < found < 100 or weights.config.get("shift_factor"):
+        raise weights.problem("its config.json, which has to tell the scale of a VAE, does not; download both again.")
+    return found
 
 
 def find_checkpoints(folders: list[Path]) -> list[Path]:

@@ -20,8 +20,11 @@ from .untrusted import NotWeightsAlone, check_archive, check_header, inside, rea
 
 CHUNK_BYTES = 2**28
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # list the shards of a folder
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder without an index
+INDEX_FILES = (  # list the shards of a folder
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors.index.json",
+)  # fmt: skip
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")  # without an index
+PIPELINE, TRANSFORMER = "model_index.json", "transformer"  # in a folder of diffusers: one folder for each part
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")  # what savers call one file of several, without its suffix
 SAFE_CHECKPOINT = "a checkpoint that can be read safely"
 NESTED, MAX_NESTED = "/", 8  # between the keys of dictionaries within dictionaries, and so many at most
@@ -191,6 +194,8 @@ def model_path(path: Path) -> Path:
         whole = (folder / "config.json").is_file()
     else:
         whole = path.name in (*INDEX_FILES, "config.json") or _is_shard(path)
+    if whole and folder.name == TRANSFORMER and (folder.parent / PIPELINE).is_file():
+        return folder.parent
     return folder if whole else path
 
 
@@ -211,6 +216,8 @@ def shards(folder: Path) -> tuple[Path, ...]:
 
     Raises UserError if there are none, or if a numbered one is missing.
     """
+    if (folder / PIPELINE).is_file() and (folder / TRANSFORMER).is_dir():
+        folder = folder / TRANSFORMER
     listed = [shards_in_index(folder / name) for name in INDEX_FILES if (folder / name).is_file()]
     if listed:
         return next((files for files in listed if all(file.is_file() for file in files)), listed[0])

@@ -78,7 +78,7 @@ def generate_masked(
     run = Masked(decoder, prompt, sample, plan, cache, given)
     denoise = denoise or decoder.head
     started = time.perf_counter()
-    for step in range(run.first, plan.steps):
+    for step in filter(run.draws, range(plan.steps)):
         z = run.conditions(step)
         transformer = run.clock()
         timesteps = plan.timesteps(step)
@@ -116,7 +116,7 @@ def forced_masked(
     """
     run = Masked(decoder, prompt, sample, plan, cache, None)
     tokens = decoder.to_tokens(latents.to(run.tokens))
-    for step in range(plan.steps):
+    for step in filter(run.draws, range(plan.steps)):
         z = run.conditions(step)
         yield z
         run.feed(torch.cat([tokens[image, places] for image, places in run.wanted()]))
@@ -195,8 +195,6 @@ class Masked:
             if count:
                 decoder.feed(state, self._ordered(group, 0, count), 0)
             self.groups.append(group)
-        fewest = min(group.given for group in self.groups)
-        self.first = next(step for step, known in enumerate(self.schedule) if known > fewest)
 
     def _given(self, given: Tensor | None) -> Tensor:
         """Tokens in raster order, B N C, NaN where nothing is known. Raises UserError if `given` does not fit."""
@@ -218,6 +216,10 @@ class Masked:
         if known.all((1, 2)).any():
             raise UserError("latents: every place of a picture is given, so nothing is left to draw; mask some.")
         return torch.where(known, tokens, float("nan"))
+
+    def draws(self, step: int) -> bool:
+        """Whether a step draws any tokens: some may be too few to round up to one, or given."""
+        return any(self.schedule[step] > group.known for group in self.groups)
 
     def conditions(self, step: int) -> Tensor:
         """The conditions of the tokens that a step draws, of all images one after the other: float32 R*m W."""

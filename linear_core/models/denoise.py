@@ -11,6 +11,7 @@ of the weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -165,19 +166,32 @@ class Denoiser(nn.Module):
         condition = self.cond_embed(upcast(z))
         time = self.time_embed(schedule.timesteps.to(condition))
         noise = noise.to(condition)
-        at_once = max(1, AHEAD_BYTES // (4 * rows * self.width * (3 * len(self.res_blocks) + 2)))
+        vectors = 3 * len(self.res_blocks) + 2
         x = noise[0]
-        for first in range(0, schedule.steps, at_once):
-            part = time[first : first + at_once]
-            ahead = self.modulations(F.silu(part[:, None] + condition))
-            for step in range(first, first + len(part)):
-                eps, variance = self.look(x, ahead, step - first).split(self.numbers, -1)
-                if rows > count:  # the variance is the conditional rows' own
-                    eps, variance = torch.lerp(eps[count:], eps[:count], guidance), variance[:count]
-                mean = schedule.keep[step] * x - schedule.take[step] * eps
-                if step + 1 == schedule.steps:
-                    return mean
+        for step, ahead, at in modulated_steps(self.modulations, time, condition, vectors):
+            eps, variance = self.look(x, ahead, at).split(self.numbers, -1)
+            if rows > count:  # the variance is the conditional rows' own
+                eps, variance = torch.lerp(eps[count:], eps[:count], guidance), variance[:count]
+            x = schedule.keep[step] * x - schedule.take[step] * eps
+            if step + 1 < schedule.steps:
                 share = (variance + 1) / 2
                 half_log = (share * schedule.most[step] + (1 - share) * schedule.least[step]) / 2
-                x = torch.addcmul(mean, half_log.exp(), noise[step + 1], value=temperature)
-        raise AssertionError("a schedule has steps")
+                x = torch.addcmul(x, half_log.exp(), noise[step + 1], value=temperature)
+        return x
+
+
+def modulated_steps(
+    modulations: Callable[[Tensor], Modulations], time: Tensor, condition: Tensor, vectors: int
+) -> Iterator[tuple[int, Modulations, int]]:
+    """Number of each denoising step, the modulations of some that are computed at once, and its place among them.
+
+    time     T D
+    condition  R D
+    vectors  of each step and row, to keep to AHEAD_BYTES
+    """
+    at_once = max(1, AHEAD_BYTES // (4 * condition.numel() * vectors))
+    for first in range(0, len(time), at_once):
+        part = time[first : first + at_once]
+        ahead = modulations(F.silu(part[:, None] + condition))
+        for at in range(len(part)):
+            yield first + at, ahead, at

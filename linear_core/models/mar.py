@@ -126,14 +126,14 @@ class State:
     decoder   inputs of the decoder, without its places, R S+1 W: what the encoder said last, or the mask token. The
               last slot is nobody's: see StepCache
     encoder_places, decoder_places  embeddings of the slots, B S W
-    head_places                     those of the diffusion head, B N W
+    head_places                     those of the diffusion head, B N W. None of either: nothing is added
     """
 
     encoder: Tensor
     decoder: Tensor
     encoder_places: Tensor
-    decoder_places: Tensor
-    head_places: Tensor
+    decoder_places: Tensor | None
+    head_places: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,14 @@ class MAR(nn.Module):
         return self.config.grid
 
     @property
-    def head(self) -> Denoiser:
-        """The diffusion head."""
-        head = self.diffloss["net"]
-        assert isinstance(head, Denoiser)
-        return head
+    def head(self) -> Any:
+        """The diffusion head, a `denoise.Denoiser`."""
+        return self.diffloss["net"]
+
+    @property
+    def stacks(self) -> tuple[list[Any], list[Any]]:
+        """The blocks of the encoder and of the decoder."""
+        return [*self.encoder_blocks], [*self.decoder_blocks]
 
     # -- prompt and tokens ---------------------------------------------------------------------------------------------
 
@@ -299,22 +302,32 @@ class MAR(nn.Module):
         """What the encoder says about slots, as the decoder reads it."""
         within = rows if isinstance(rows, slice) else rows.clamp(max=state.encoder.shape[1] - 1)
         x = take(state.encoder, within)
-        for layer, block in enumerate(_blocks(self.encoder_blocks)):
+        for layer, block in enumerate(self.stacks[0]):
             q, k, v = block.project(x, self.dtype)
             seen = attend(q, k, v) if cache is None else cache.attend(layer, q, k, v, rows, active.known)
             x = block.finish(x, seen, self.dtype)
-        put(state.decoder, rows, upcast(self.decoder_embed(self.encoder_norm(x).to(self.dtype))))
+        put(state.decoder, rows, self.between(x))
+
+    def between(self, x: Tensor) -> Tensor:
+        """From the encoder's last layer to the decoder's input, float32 R n W."""
+        return upcast(self.decoder_embed(self.encoder_norm(x).to(self.dtype)))
+
+    def said(self, x: Tensor) -> Tensor:
+        """From the decoder's last layer to conditions, float32 R n W."""
+        return upcast(self.decoder_norm(x))
 
     def _decode(self, state: State, active: Active, rows: Rows, cache: StepCache | None) -> Tensor:
         x = take(state.decoder, rows)
-        x = x + repeated(take(state.decoder_places, rows), x)
+        if state.decoder_places is not None:
+            x = x + repeated(take(state.decoder_places, rows), x)
         # Where the wanted slots are among the rows: behind the known ones, or last.
         whole = isinstance(rows, slice) and rows.start == 0
         wanted = slice(active.known, active.known + active.wanted) if whole else slice(-active.wanted, None)
-        for number, block in enumerate(_blocks(self.decoder_blocks)):
+        blocks = self.stacks[1]
+        for number, block in enumerate(blocks):
             layer = self.config.layers + number
             q, k, v = block.project(x, self.dtype)
-            if active.choose is not None and number == min(VALUE_LAYERS, len(self.decoder_blocks) - 1):
+            if active.choose is not None and number == min(VALUE_LAYERS, len(blocks) - 1):
                 assert cache is not None
                 extra = active.choose(layer, v)
                 _, chosen = self.rows(replace(active, extra=extra, choose=None), len(extra))
@@ -322,17 +335,15 @@ class MAR(nn.Module):
             else:
                 chosen = rows
             look = wanted
-            if number + 1 == len(self.decoder_blocks):  # nobody reads the last layer's other rows
+            if number + 1 == len(blocks):  # nobody reads the last layer's other rows
                 q, x, look = q[:, :, wanted], x[:, wanted], slice(None)
             seen = attend(q, k, v) if cache is None else cache.attend(layer, q, k, v, rows, look=look)
             x, rows = block.finish(x, seen, self.dtype), chosen
+        z = self.said(x)
+        if state.head_places is None:
+            return z
         first = active.known - self.config.copies
-        places = state.head_places[:, first : first + active.wanted]
-        return upcast(self.decoder_norm(x)) + repeated(places, x)
-
-
-def _blocks(modules: nn.ModuleList) -> list[Any]:
-    return list(modules)
+        return z + repeated(state.head_places[:, first : first + active.wanted], x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

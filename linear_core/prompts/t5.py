@@ -37,14 +37,14 @@ class T5Tokenizer:
 
     def __init__(self, source: Path | bytes):
         if isinstance(source, Path) and source.suffix == ".json":
-            with _comfyui_package():
+            with comfyui_package():
                 from tokenizers import Tokenizer
             tokenizer = Tokenizer.from_str(source.read_text(encoding="utf-8-sig"))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self._ids: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         else:
-            with _comfyui_package():
+            with comfyui_package():
                 from sentencepiece import SentencePieceProcessor
             model = source.read_bytes() if isinstance(source, Path) else source
             self._ids = SentencePieceProcessor(model_proto=model).encode
@@ -88,7 +88,7 @@ def build(weights: Mapping[str, Tensor]) -> T5EncoderModel:
     layers = 1 + max(int(k.split(".")[2]) for k in ours if k.startswith("encoder.block."))
     if table.ndim != 2 or not all((*table.shape, buckets, heads, hidden, inner)) or inner % heads or layers > len(ours):
         raise ValueError("has weights of the wrong shape for a T5")
-    with _comfyui_package():
+    with comfyui_package():
         from transformers import T5Config, T5EncoderModel
     config = T5Config(
         vocab_size=table.shape[0],
@@ -144,7 +144,7 @@ def text_prompt(features: Sequence[Tensor], names: tuple[str, ...] = (), length:
 
 
 @contextmanager
-def _comfyui_package() -> Iterator[None]:
+def comfyui_package() -> Iterator[None]:
     try:
         yield
     except ImportError as error:

@@ -1,7 +1,8 @@
 """LatentTokenizer: from pictures to continuous latents and back, for models that draw masked tokens.
 
 KL-16 of latent diffusion (github.com/CompVis/latent-diffusion, MIT), as github.com/LTH14/mar uses it: the network of a
-VQ-GAN without a codebook. Its latents are no ComfyUI LATENT: other VAEs have other channels, sizes and scales.
+VQ-GAN without a codebook. Stable Diffusion's and SDXL's, in diffusers' layout, for NOVA: their scale is in the
+config.json beside them. KL-16's latents are no ComfyUI LATENT: other VAEs have other channels, sizes and scales.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .network import Decoder, Encoder, Ops
 from .tokenizer import levels
 
-SCALE = 0.2325  # models see latents times this. It is not in the file
+SCALE = 0.2325  # models see latents of KL-16 times this. It is not in the file
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LatentConfig:
     """Sizes; can be read from a state dict (`read_config`).
 
     channels  of the latents
+    scale     models see latents times this
     """
 
     channels: int
@@ -33,6 +35,7 @@ class LatentConfig:
     encoder_blocks: int = 0
     encoder_attention: bool = True
     kind: str = "latents"
+    scale: float = SCALE
 
     @property
     def factor(self) -> int:
@@ -66,15 +69,15 @@ class LatentTokenizer(nn.Module):
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures B 3 H W in -1..1 -> latents as models see them, B Z h w: the mean of what the encoder says."""
-        return self.quant_conv(self.encoder(pictures)).chunk(2, 1)[0] * SCALE
+        return self.quant_conv(self.encoder(pictures)).chunk(2, 1)[0] * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents B Z h w -> pictures B 3 H W, about -1..1. Any h and w."""
-        return self.decoder(self.post_quant_conv(latents / SCALE))
+        return self.decoder(self.post_quant_conv(latents / self.config.scale))
 
 
-def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LatentConfig:
-    """Every size of a KL autoencoder from its shapes, under our names.
+def read_config(shapes: Mapping[str, tuple[int, ...]], scale: float = SCALE) -> LatentConfig:
+    """Every size of a KL autoencoder from its shapes, under our names; the shapes do not tell its scale.
 
     Raises KeyError, ValueError or IndexError if they are not one's.
     """
@@ -92,4 +95,5 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LatentConfig:
         encoder_widths=encoder,
         encoder_blocks=encoder_blocks,
         encoder_attention=f"encoder.conv_blocks.{lowest}.attn.0.q.weight" in shapes,
+        scale=scale,
     )

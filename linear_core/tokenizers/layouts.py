@@ -3,7 +3,7 @@
 transformers (Janus, Emu3) and taming-transformers (Chameleon's, MoVQ, IBQ, Emu3) name the levels and the middle
 differently. taming-transformers also counts the decoder's levels from the full resolution, where the others count from
 the lowest (github.com/CompVis/taming-transformers, taming/modules/diffusionmodules/model.py); so does transformers'
-Emu3, which also keeps attention's convolutions of one pixel as matrices.
+Emu3, which also keeps attention's convolutions of one pixel as matrices, as diffusers' KL autoencoders do.
 """
 
 from __future__ import annotations
@@ -25,6 +25,19 @@ EMU3 = (
     (r"\b([qkv])_proj\.", r"\1."),
     (r"\bout_proj\.", "proj_out."),
 )
+# diffusers' names of a KL autoencoder's layers, as taming-transformers or `VQTokenizer` have them
+DIFFUSERS = (
+    (r"\bmid_block\.resnets\.0\.", "mid.block_1."),
+    (r"\bmid_block\.resnets\.1\.", "mid.block_2."),
+    (r"\bmid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"\battn_1\.group_norm\.", "attn_1.norm."),
+    (r"\battn_1\.to_([qkv])\.", r"attn_1.\1."),
+    (r"\battn_1\.to_out\.0\.", "attn_1.proj_out."),
+    (r"\.(?:up|down)_blocks\.(\d+)\.resnets\.", r".conv_blocks.\1.res."),
+    (r"\.(?:up|down)_blocks\.(\d+)\.(up|down)samplers\.0\.", r".conv_blocks.\1.\2sample."),
+    (r"\bconv_norm_out\.", "norm_out."),
+    (r"\bconv_shortcut\.", "nin_shortcut."),
+)
 IN_TIME = re.compile(r"((?:^|post_)quant_conv|time_conv\.\d+|time_res_stack\.\d+\.conv[12])(?:\.conv)+\.")
 MATRIX = re.compile(r"\.attn\w*\.(?:\d+\.)?(?:[qkv]|proj_out)\.weight")
 MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
@@ -41,8 +54,11 @@ def rename_key(key: str, top: int | None = None) -> str:
 
 
 def taming_key(key: str) -> str:
-    """taming-transformers' name of a key of Emu3's tokenizer in transformers' layout; other keys are unchanged."""
-    for pattern, name in EMU3:
+    """taming-transformers' name of a key in the layouts of transformers (Emu3's) and diffusers; others are unchanged.
+
+    Levels of diffusers' are counted as ours, and so get our names.
+    """
+    for pattern, name in (*EMU3, *DIFFUSERS):
         key = re.sub(pattern, name, key)
     return key
 

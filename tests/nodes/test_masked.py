@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.models import nova_reference as upstream
+from tests.models.nova_official import write
 from tests.nodes import comfy_double
 from tests.nodes.comfy_double import PACK, host
 from tests.nodes.test_nodes import (  # the fixtures too
@@ -200,3 +202,28 @@ PICTURE, COVERED = torch.rand(1, 12, 12, 3), torch.ones(1, 12, 12)
 def test_what_is_refused(settings, more, words):
     with pytest.raises(UserError, match=words):
         run("MaskedGenerate", **settings | more)
+
+
+def test_nova_draws_from_a_text(monkeypatch, tmp_path):
+    """Load AR Model takes the folder, Text Prompt reads the text, and steps are spaced as the folder says."""
+    host.reset(tmp_path)
+    asyncio.run(EXTENSION().on_load())
+    parts = ("tokenizers.network", "models.nova")
+    network, nova = (importlib.import_module(f"{PACK}.linear_core.{name}") for name in parts)
+    monkeypatch.setattr(network, "groups", lambda channels: 32)
+    monkeypatch.setattr(nova, "HEADS", {upstream.WIDTH: upstream.HEADS})
+    write(host.models / "ar_image" / "nova")
+    assert "nova" in importlib.import_module(f"{PACK}.nodes.files").model_names()
+    with torch.inference_mode():
+        (model,) = run("LoadModel", model="nova", tokenizer="automatic")
+    (prompt,) = run("TextPrompt", text_encoder="none", text="word3 word4\n---\nword5", model=model)
+    settings = {"steps": 5, "denoising": 4, "start": 950, "guidance_schedule": "constant"}
+    tokens, *_ = run("MaskedGenerate", model=model, prompt=prompt, seed=5, step_cache=KEPT, **settings)
+    plan = replace(model.image.info.masked, steps=5, denoising=4, start=950)
+    assert plan.spacing == "trailing" and plan.rounded
+    cache = LINEAR["steps"].StepCachePlan(2, "oldest", 4, 2, 1)
+    sample = replace(model.image.info.defaults, seed=5)
+    *_, last = LINEAR["loop.masked"].generate_masked(model.image.decoder, prompt, sample, plan, cache)
+    assert torch.equal(tokens.latents, last.latents)
+    (image,) = run("Decode", model=model, tokens=tokens)
+    assert image.shape == (2, 96, 96, 3)
