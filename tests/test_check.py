@@ -73,7 +73,8 @@ def test_the_command_writes_a_table_a_sheet_and_numbers(
     assert told[0].startswith("small: 3 pictures, 2 at a time, guidance 3, seed 0, float32 on ")
     plans = [plan.in_lines(Grid(8, 8)) for plan in PRESETS.values() if plan.policy != "full"]
     names = [line.split("  ")[0] for line in told[2 : 3 + len(plans)]]
-    assert names == ["full cache", *(f"{p.budget} of 8 lines, {p.policy}{', 8 bits' * (p.storage == 'int8')}" for p in plans)]
+    bits = {"full": "", "int8": ", 8 bits"}
+    assert names == ["full cache", *(f"{p.budget} of 8 lines, {p.policy}{bits[p.storage]}" for p in plans)]
     assert "100%" in told[2] and str(out) in told and str(out.with_suffix(".json")) in told
     assert Image.open(out).width > 3 * 32
     rows = json.loads(out.with_suffix(".json").read_text())["plans"]
