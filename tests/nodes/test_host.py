@@ -49,9 +49,11 @@ def server():
 
 
 def complaints(log: str) -> list[str]:
-    """Lines of the log that are about this pack, other than how long its import took, and every traceback."""
+    """Lines of the log that are about this pack, other than how long its import took and what it tells at level INFO,
+    and every traceback.
+    """
     lines = [line for line in log.splitlines() if re.search(rf"{PACK}|LineAR|linear_core|Traceback", line)]
-    return [line for line in lines if not re.search(r"\d\.\d seconds: ", line)]
+    return [line for line in lines if not re.search(r"\d\.\d seconds: |\[INFO\]", line)]
 
 
 def prompt_of(path: Path, seed: int) -> dict:
