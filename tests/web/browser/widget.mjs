@@ -343,37 +343,6 @@ await check("a reload draws the same picture from what the node left behind", as
   await until(colours, (after) => Math.abs(after.mean - before.mean) < 8 && after.seen > 60, `the picture is back, ${JSON.stringify(before)}`);
 });
 
-await check("inside a subgraph the events find their widget, and the memory line what comes into it and out of it", async () => {
-  await build("LineAR_Generate");
-  const one = size(await until(read, (text) => /cache [\d.]{3} MiB/.test(text), "of one picture"));
-  const four = (text) => Math.abs(size(text) / one - 4) < 0.2;
-  await link("test/Holds");
-  const inside = await page.evaluate(() => {
-    const { app, node } = window;
-    if (!app.graph.convertToSubgraph) return false;
-    window.outer = app.graph.convertToSubgraph(new Set([node])).node;
-    return true;
-  });
-  if (!inside) return;
-  await until(read, four, "into a subgraph");
-  await page.evaluate(() => { window.from.widgets[0].value = 1; });
-  await until(read, (text) => size(text) === one, "into a subgraph, changed");
-  await page.evaluate(() => {
-    const { app, from } = window;
-    from.widgets[0].value = 4;
-    window.deeper = app.graph.convertToSubgraph(new Set([from])).node;
-  });
-  await until(read, four, "out of a subgraph");
-  await page.evaluate(() => window.app.graph.remove(window.deeper));
-  await painted(); // nobody opens it before it is on the screen
-  await page.evaluate(() => window.app.canvas.setGraph(window.outer.subgraph));
-  await placed();
-  await queue();
-  assert.equal(await end(), "execution_success");
-  await says("^row 24/24");
-  await shot("subgraph");
-});
-
 await check("scales: mid-run the picture and a map of each, stopped after six, and all can be read at every width", async () => {
   await build("LineAR_Generate");
   await page.evaluate(() => {
@@ -428,6 +397,37 @@ await check("scales: three looks, the fate of a token, back in time, and draw ag
   const inputs = Object.values((await (await fetch(url + "/test/prompts")).json()).at(-1)).find((n) => n.class_type === "LineAR_Generate").inputs;
   assert.equal(inputs.keep_rows, 5);
   assert.match(inputs.view, /^1x55:[\w+/=]+:[0-9a-f]{16}$/);
+});
+
+await check("inside a subgraph the events find their widget, and the memory line what comes into it and out of it", async () => {
+  await build("LineAR_Generate");
+  const one = size(await until(read, (text) => /cache [\d.]{3} MiB/.test(text), "of one picture"));
+  const four = (text) => Math.abs(size(text) / one - 4) < 0.2;
+  await link("test/Holds");
+  const inside = await page.evaluate(() => {
+    const { app, node } = window;
+    if (!app.graph.convertToSubgraph) return false;
+    window.outer = app.graph.convertToSubgraph(new Set([node])).node;
+    return true;
+  });
+  if (!inside) return;
+  await until(read, four, "into a subgraph");
+  await page.evaluate(() => { window.from.widgets[0].value = 1; });
+  await until(read, (text) => size(text) === one, "into a subgraph, changed");
+  await page.evaluate(() => {
+    const { app, from } = window;
+    from.widgets[0].value = 4;
+    window.deeper = app.graph.convertToSubgraph(new Set([from])).node;
+  });
+  await until(read, four, "out of a subgraph");
+  await page.evaluate(() => window.app.graph.remove(window.deeper));
+  await painted(); // nobody opens it before it is on the screen
+  await page.evaluate(() => window.app.canvas.setGraph(window.outer.subgraph));
+  await placed();
+  await queue();
+  assert.equal(await end(), "execution_success");
+  await says("^row 24/24");
+  await shot("subgraph");
 });
 
 await check("no error or warning that names this pack", async () => assert.deepEqual(problems, []));
