@@ -343,62 +343,6 @@ await check("a reload draws the same picture from what the node left behind", as
   await until(colours, (after) => Math.abs(after.mean - before.mean) < 8 && after.seen > 60, `the picture is back, ${JSON.stringify(before)}`);
 });
 
-await check("scales: mid-run the picture and a map of each, stopped after six, and all can be read at every width", async () => {
-  await build("LineAR_Generate");
-  await page.evaluate(() => {
-    const loader = (window.app.graph.nodes ?? window.app.graph._nodes).find((n) => n.type === "LineAR_LoadModel");
-    loader.widgets.find((w) => w.name === "model").value = "landscapes in scales (bundled)";
-  });
-  await until(read, (now) => /^42 of 255 tokens \(1\/6\) · KV cache 1\.7 MiB of 7\.5 MiB, −77 % /.test(now), "the memory line knows scales");
-  await post("/test/hold", { row: 6 });
-  await queue();
-  await says("^scale 6/9 · ");
-  assert.match(await status.innerText(), /^scale 6\/9 · \d+ tok\/s · cache 42 of 255 tokens · 1\.7 MiB of 7\.5 · ETA /);
-  await until(colours, ({ seen }) => seen > 60, "a picture is shown");
-  await fits("fits-scales-mid", ["node"], WIDTHS);
-  await post("/interrupt", {});
-  assert.equal(await end(), "execution_interrupted");
-  await page.getByRole("button", { name: "Continue" }).waitFor();
-  assert.equal(await page.getByRole("button", { name: "Keep 6 scales" }).isVisible(), true);
-  await shot("scales-stopped");
-});
-
-await check("scales: three looks, the fate of a token, back in time, and draw again from a scale", async () => {
-  await queue();
-  assert.equal(await end(), "execution_success");
-  await says("^scale 9/9 · ");
-  await fits("fits-scales-after", ["node"], [WIDTHS[0], 440]);
-  const seen = [];
-  for (const name of ["Image", "Kept", "Both"]) {
-    await page.getByRole("radio", { name, exact: true }).click();
-    await painted();
-    seen.push((await colours()).mean.toFixed(2));
-    await shot(`scales-${name.toLowerCase()}`);
-  }
-  assert.equal(new Set(seen).size, 3, String(seen));
-  const view = () => page.evaluate(() => window.node.widgets.find((w) => w.linearView).linearView.place.maps[4]);
-  const [box, map] = [await canvas.boundingBox(), await view()];
-  await page.mouse.move(box.x + map.x + map.width / 2, box.y + map.y + map.height / 2);
-  assert.match(await text(".tip"), /^scale 5 of 9: \d+ of 25 tokens · row 3, column 3 · (kept by|evicted after scale \d)/);
-  const slider = page.locator("input[type=range][aria-label*='after scale']");
-  const now = await colours();
-  await slider.focus();
-  for (let i = 0; i < 4; i++) await slider.press("ArrowLeft");
-  await painted();
-  assert.equal(await page.locator(".row > span.quiet").first().innerText(), "after scale 5");
-  assert.notEqual((await colours()).mean.toFixed(2), now.mean.toFixed(2));
-  await slider.press("End");
-  await page.mouse.click(box.x + map.x + map.width / 2, box.y + map.y + map.height / 2);
-  await canvas.press("ArrowRight");
-  await shot("scales-cut");
-  await listen();
-  await page.getByRole("button", { name: "Draw again from scale 6" }).click();
-  assert.equal(await end(), "execution_success");
-  const inputs = Object.values((await (await fetch(url + "/test/prompts")).json()).at(-1)).find((n) => n.class_type === "LineAR_Generate").inputs;
-  assert.equal(inputs.keep_rows, 5);
-  assert.match(inputs.view, /^1x55:[\w+/=]+:[0-9a-f]{16}$/);
-});
-
 await check("inside a subgraph the events find their widget, and the memory line what comes into it and out of it", async () => {
   await build("LineAR_Generate");
   const one = size(await until(read, (text) => /cache [\d.]{3} MiB/.test(text), "of one picture"));
