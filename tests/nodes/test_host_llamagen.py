@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from linear_core.checkpoints.library import ModelFiles, load_model
+from linear_core.checkpoints.library import ImageModel, ModelFiles, load_model
 from linear_core.loop.generate import Run, generate
 from linear_core.pictures.preview import decode
 from linear_core.pictures.sheet import to_image
@@ -47,6 +47,19 @@ def test_a_workflow_runs(name: str, rows: int, sizes: list, server: Server) -> N
     assert not re.search(r"WARNING.*(LineAR|linear_core)|Traceback", server.log)
 
 
+def same_lines(theirs: Image.Image, model: ImageModel) -> None:
+    """The host's picture of two lines is what the core draws of them with this model."""
+    run = Run()
+    sample = SamplePlan(guidance=4.0, top_k=2000, temperature=0.0)
+    for line in generate(model.decoder, class_prompt([model.label("golden retriever")]), CachePlan(), sample):
+        run.add(line)
+        if len(run.lines) == 2:
+            break
+    ours = to_image(decode(model.tokenizer, run.tokens)[0], 0)
+    assert theirs.size == ours.size == (384, 32)
+    assert max(high for _, high in theirs_minus(theirs, ours)) <= 3
+
+
 def test_weights_in_fp8_draw_what_rounded_weights_draw(server: Server) -> None:
     """ComfyUI casts them back a layer at a time; here they are rounded and kept in float32."""
     prompt = twin("llamagen_class_grid", weight_dtype="fp8_e4m3fn", temperature=0.0, more_classes="", stop_after=2)
@@ -63,15 +76,7 @@ def test_weights_in_fp8_draw_what_rounded_weights_draw(server: Server) -> None:
     for name, parameter in model.decoder.named_parameters():
         if name.startswith("layers.") and parameter.ndim == 2:
             parameter.copy_(parameter.to(torch.float8_e4m3fn).float())
-    run = Run()
-    sample = SamplePlan(guidance=4.0, top_k=2000, temperature=0.0)
-    for line in generate(model.decoder, class_prompt([model.label("golden retriever")]), CachePlan(), sample):
-        run.add(line)
-        if len(run.lines) == 2:
-            break
-    ours = to_image(decode(model.tokenizer, run.tokens)[0], 0)
-    assert theirs.size == ours.size == (384, 32)
-    assert max(high for _, high in theirs_minus(theirs, ours)) <= 3
+    same_lines(theirs, model)
 
 
 @pytest.mark.parametrize("kept", ["int8", "int4"])
@@ -87,15 +92,7 @@ def test_weights_in_few_bits_draw_what_the_core_draws(kept: str, server: Server)
     theirs = Image.open(saved_as)
     folder = server.base / "models" / "ar_image"
     model = load_model(ModelFiles(folder / "c2i_L_384.pt", folder / "vq_ds16_c2i.pt"), weight_dtype=kept)
-    run = Run()
-    sample = SamplePlan(guidance=4.0, top_k=2000, temperature=0.0)
-    for line in generate(model.decoder, class_prompt([model.label("golden retriever")]), CachePlan(), sample):
-        run.add(line)
-        if len(run.lines) == 2:
-            break
-    ours = to_image(decode(model.tokenizer, run.tokens)[0], 0)
-    assert theirs.size == ours.size == (384, 32)
-    assert max(high for _, high in theirs_minus(theirs, ours)) <= 3
+    same_lines(theirs, model)
     assert not re.search(r"WARNING.*(LineAR|linear_core)|Traceback", server.log)
 
 
