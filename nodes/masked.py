@@ -93,11 +93,11 @@ class MaskedGenerate(io.ComfyNode):
             node_id="LineAR_MaskedGenerate",
             display_name="Masked Generate",
             category="LineAR",
-            description="Generates images with MAR, which draws a few tokens at a time, in any order. With an image "
-            "and a mask, it redraws what the mask covers and keeps the rest.",
+            description="Generates images with MAR or NOVA, which draw a few tokens at a time, in any order. With an "
+            "image and a mask, it redraws what the mask covers and keeps the rest.",
             search_aliases=["mar", "masked autoregressive", "inpaint", "outpaint", "linear", "step cache", "sampler"],
             inputs=[
-                MODEL.Input("model", tooltip="A MAR model, from Load AR Model."),
+                MODEL.Input("model", tooltip="A MAR or NOVA model, from Load AR Model."),
                 PROMPT.Input("prompt", tooltip="What to generate, from Class Prompt, or from Text Prompt for NOVA."),
                 io.Int.Input(
                     "seed",
