@@ -681,6 +681,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("policies/dropkv.py", " - 2 * by_both", "", "dropkv: the angle between value and output is without effect"),
     ("policies/dropkv.py", ".mean(3)", "[:, :, :, 0]", "dropkv: the first query head for its group"),
+    ("policies/dropkv.py", "return view.by_index(scores, pool)", "return pool(scores)", "dropkv: neighbours by slot"),
     ("policies/vase.py", " + spared * 1e3", "", "vase: long values are not spared"),
     ("policies/vase.py", "LARGEST = 0.01", "LARGEST = 0.005", "vase: half as many spared"),
     ("policies/vase.py", " - torch.log(-torch.log(uniform)).float()", "", "vase: without chance"),

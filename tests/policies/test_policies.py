@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linear_core.cache.view import View
@@ -495,7 +496,10 @@ def test_criticalkv_weighs_the_second_half_by_values():
 
 
 def test_dropkv_is_how_far_outputs_move_without_a_token():
-    """By another road: each token in turn is taken out of the softmax. Two query heads share each key head."""
+    """By another road: each token in turn is taken out of the softmax. Two query heads share each key head.
+
+    Then the mean over seven neighbours in the sequence, of which those that are no image tokens count as 0.
+    """
     view = random_view()
     view = replace(view, queries=torch.cat([view.queries, view.queries.flip(3) / 2], 2))
     queries = view.queries.double().unflatten(2, (3, 2))
@@ -509,7 +513,10 @@ def test_dropkv_is_how_far_outputs_move_without_a_token():
         without[..., slot] = -INF
         moved = without.softmax(-1) @ values - outputs
         expected[..., slot] = moved.square().sum((-2, -1)).mean(-1)
-    torch.testing.assert_close(scores_of("dropkv", view), expected, rtol=1e-3, atol=1e-6)
+    order = view.index.argsort(dim=-1, stable=True)
+    alone = F.pad((expected * view.candidates()).gather(-1, order), (3, 3))
+    pooled = torch.stack([alone[..., n : n + 30].float() for n in range(7)]).mean(0)
+    torch.testing.assert_close(scores_of("dropkv", view).gather(-1, order), pooled, rtol=1e-3, atol=1e-6)
 
 
 def test_vase_spares_the_longest_values():
