@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import merging, quality
+from bench import folding_picture, merging, quality
 from bench.forced import forced_logits
 from bench.merging import CONTROLS, D2O, MergePlan, cam, matching, merging_press, second_set, tome
 from linear_core.plan import CachePlan
@@ -122,3 +122,13 @@ def test_a_method_has_two_rows():
     names = [c.name for c in quality.contenders(["D2O", "tova"])]
     assert names == ["tova", "D2O", "fold merged as D2O"]
     assert {c.merge for c in quality.contenders([*POLICIES, *merging.METHODS])} == {"", *CONTROLS}
+
+
+def test_the_picture_of_folding_is_true():
+    """Shares are shares. Evicted, all others take something; folded, one takes all that there is to take."""
+    before, evicted, folded, gone = folding_picture.scene()
+    for discs in (before, evicted, folded):
+        assert sum(disc.own + disc.taken for disc in discs) == pytest.approx(1)
+    assert len(evicted) == len(folded) == len(before) - 1 and min(disc.taken for disc in evicted) > 0.01
+    assert sorted(disc.taken for disc in folded)[-1] == pytest.approx(before[gone].own, rel=0.02)
+    assert sum(disc.taken > 0 for disc in folded) == 1
