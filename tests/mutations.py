@@ -351,7 +351,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/view.py", "self.rotate(queries, n) for", "queries for", "queries are not turned ahead"),
     ("cache/view.py", "return mass + FLOOR * mean * weight", "return mass", "nothing is spared"),
     ("cache/view.py", "FLOOR * mean * weight", "FLOOR * mean", "spare by slot, not by token"),
-    ("plan.py", "max(1, FULLER - self.budget)", "1", "fold: room is made once a line, however little there is"),
+    ("plan.py", "PARTS.get(self.budget, 1)", "1", "fold: room is made once a line, however little there is"),
     (
         "cache/fold.py",
         "distance > least * (1 + TIE)",

@@ -174,7 +174,7 @@ def test_protected_tokens_must_fit_the_budget():
     ("plan", "row", "ends"),
     [
         (CachePlan("fold", 1), 2, [6, 12, 18, 25]),
-        (CachePlan("fold", 2), 3, [8, 16, 25]),
+        (CachePlan("fold", 2), 3, [6, 12, 18, 25]),
         (CachePlan("fold", 3), 9, [12, 25]),
         (CachePlan("fold", 4), 9, [25]),
         (CachePlan("fold", 2), 2, [25]),  # lines are left until then

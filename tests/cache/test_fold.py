@@ -164,7 +164,7 @@ def test_counts_are_the_tokens_seen(name, model):
         decode(decoder, prompt, CachePlan(name, 2, 2, 1, "fold"), SamplePlan(seed=7, guidance=2.5))
     grid, plan = decoder.grid, CachePlan(name, 2, 2, 1, "fold")
     tokens = [row * grid.stride + end for row in range(2, 7) for end in plan.ends(grid, row)][:-1]
-    assert len(tokens) == (4 if name != "fold" else 12), "the ends of lines 2 to 5; folded, in three parts each"
+    assert len(tokens) == (4 if name != "fold" else 12), "of lines 2 to 5; folded, in parts of 2, 2 and 1"
     assert len(seen) == 2 * len(tokens), "two layers"
     for number, counts in enumerate(seen):
         assert (counts == tokens[number // 2]).all()

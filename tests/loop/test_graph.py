@@ -11,7 +11,7 @@ import gc
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 from weakref import ref
 
@@ -334,7 +334,9 @@ def test_recorded_below_rows_that_are_given(name, rows):
     step, end, *tapes = captured(model)
     parts = parts_of(plan, model)
     same(drawn(model, PROMPT, plan, SAMPLE, step, end, above=above), drawn(model, PROMPT, plan, SAMPLE, above=above))
-    assert [(t.recorded, t.replayed) for t in tapes] == [(1, (8 - rows) * 4 - 2), (parts, 4 * parts)]
+    given = [end - start for row in range(rows) for start, end in pairwise([0, *plan.ends(model.grid, row)])]
+    steps = (8 - rows) * 4 - 1 + given.count(1)  # a single token is fed as a step
+    assert [(t.recorded, t.replayed) for t in tapes] == [(1, steps - 1), (parts, 4 * parts)]
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -347,15 +349,21 @@ def test_recorded_passes_draw_the_same(name, release, kind, storage):
     """
     make, prompt = MODELS[kind]
     model, plan = make(7, 4), CachePlan(name, 2, 2, 1, release, storage)
-    parts = parts_of(plan, model)
-    for interval, recorded in ((-1, 1), (13, 2)) if parts == 1 else ((-1, 1 + parts), (13, 2 + parts)):
-        sample, tape = SamplePlan(3, guidance=2.0, guidance_interval=interval, drafts=5), Tape()
+    for interval in (-1, 13):
+        sample, tape, places = SamplePlan(3, guidance=2.0, guidance_interval=interval, drafts=5), Tape(), set()
         passes = CapturedCheck(check, capture=tape, device="cpu")
-        lines = list(generate(model, prompt, plan, sample, check_drafts=passes, static=True))
+
+        def noted(drafts, stop, passes=passes, places=places):
+            places.add((drafts.cache.rows, drafts.cache.part))
+            passes(drafts, stop)
+
+        lines = list(generate(model, prompt, plan, sample, check_drafts=noted, static=True))
         ours = torch.stack([line.tokens for line in lines], 1)
         eager = list(generate(model, prompt, plan, sample, static=True))
         assert torch.equal(ours, torch.stack([line.tokens for line in eager], 1)) and passes.why == ""
         assert [line.passes for line in lines] == [line.passes for line in eager]
+        recorded = len(places)
+        assert name == "fold" or recorded == (1 if interval < 0 else 2)
         assert (tape.recorded, tape.replayed) == (recorded, sum(line.passes for line in lines) - recorded)
 
 
