@@ -196,6 +196,7 @@ PEAK = """
     done.set(); thread.join()
     held = sum(p.nbytes for network in (model.decoder, model.tokenizer) for p in network.parameters())
     largest = max(p.nbytes for p in model.decoder.parameters())
+    assert "sympy" not in sys.modules, "torch's compiler was imported, which takes seconds"
     print(max(peak, resident()) - before, held, largest)
 """
 
