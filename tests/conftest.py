@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ("tests.versions", "tests.quick")  # --record, --quick
-TRACED = 4  # cases of a test that coverage follows
+TRACED = 4, 8  # coverage follows so many cases of a test, and of one with very many one in so many
 
 try:
     import torch
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def trace_few_cases(items: list[pytest.Item]) -> None:
-    """Let coverage follow a few cases of each test only: those that it follows take 1.6 times as long (Python 3.11).
+    """Let coverage follow a few cases of each test: those that it follows take 1.6 times as long (Python 3.11).
 
     So the share that it tells may be too small, never too large.
     """
@@ -64,7 +64,8 @@ def trace_few_cases(items: list[pytest.Item]) -> None:
     for item in items:
         cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     for several in cases.values():
-        traced = {id(item) for item in spread(several, TRACED)}
+        few, one_in = TRACED
+        traced = {id(item) for item in spread(several, max(few, len(several) // one_in))}
         for item in several:
             if id(item) not in traced:
                 item.add_marker("no_cover")
