@@ -240,6 +240,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "tensor.float() if key in scales",
         "files: scales of quantised matrices are left out",
     ),
+    (
+        "checkpoints/weights.py",
+        "if func in (Tensor.normal_, nn.init.normal_):",
+        "if func is None:",
+        "loading: torch's compiler is imported",
+    ),
     ("loop/memory.py", "* passes / BUS_BYTES / images", "* passes / BUS_BYTES", "streaming: a batch does not share it"),
     ("cache/view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
     # -- storage

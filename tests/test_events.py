@@ -242,7 +242,8 @@ def test_json_and_size():
     assert json.loads(json.dumps(told.events)) == told.events
     plan, model = CachePlan("line", 4, 4, 2), llamagen(24, 24, layers=12)
     trace_ = Trace(started(model, plan, 1, "heads"))
-    for line in generate(model, class_prompt([1]), plan, SamplePlan(guidance=1)):
+    above = torch.arange(23 * 24).view(1, 23, 24) % model.codes  # given lines are fed at once
+    for line in generate(model, class_prompt([1]), plan, SamplePlan(guidance=1), above=above):
         trace_.add(line)
     size = len(json.dumps(trace_.events))
     assert 12 * 3 * 20 * 24 * 2 < size < 200_000
