@@ -2,7 +2,8 @@
 
 Plain eviction removes a token's share of every later softmax, and image regions that lose all their tokens are
 forgotten. Our own addition, not in the paper. Merging that ignores attention is known to hurt (HACK's comparison with
-LOOK-M and MEDA, arXiv 2504.09261).
+LOOK-M and MEDA, arXiv 2504.09261). Language models merge on eviction without such a weight (CaM, ICML 2024; D2O, arXiv
+2406.13035); ToMe (arXiv 2210.09461) weighs by the number of tokens. `bench/merging.py` compares them.
 """
 
 from __future__ import annotations

@@ -146,7 +146,11 @@ class View:
         return self.newest + 1 - first
 
     def attention(
-        self, reduce: Callable[[Tensor], Tensor], last: int | None = None, image_only: bool = False
+        self,
+        reduce: Callable[[Tensor], Tensor],
+        last: int | None = None,
+        image_only: bool = False,
+        apart: bool = False,
     ) -> Tensor:
         """Causal softmax of the finished line's queries, or of its `last` few, over all slots, reduced to L B H S.
 
@@ -154,14 +158,16 @@ class View:
 
         reduce      maps one layer's float32 B H C S to B H S; layers are computed one at a time to bound memory
         image_only  leaves the prompt out of the softmax
+        apart       shows `reduce` each of the G query heads that share a key head, B H G C S, instead of their mean
         """
         assert self.queries is not None, 'the policy does not declare that it reads "queries"'
         count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
         bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
-        layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
+        keys, first = self.keys, self.newest + 1 - count
         if isinstance(self.grid, Pyramid):  # a scale's queries see all of it; products of unit keys need float32
-            return torch.stack([reduce(attention_weights(q, upcast(k), b, i, self.newest)) for q, k, b, i in layers])
-        return torch.stack([reduce(attention_weights(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
+            keys, first = upcast(keys), self.newest
+        layers = zip(self.queries[:, :, :, -count:], keys, bias, self.index, strict=True)
+        return torch.stack([reduce(attention_weights(q, k, b, i, first, apart)) for q, k, b, i in layers])
 
     def look_ahead(self, lines: tuple[int, ...] = ()) -> LookAhead:
         """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike.
