@@ -903,7 +903,7 @@ class Memory {
     const drawers = [{ shape, grid: shape && gridOf(shape, pixels), ...weightsOf(loader, shape) }];
     const drafter = isLinked(user, "drafter") ? origin(user, "drafter")?.node : null; // draws the first scales, and then waits
     const drafts = drafter?.type === LOADER && !OFF.includes(drafter.mode) ? known.models[read(drafter, "model", "")] : null;
-    if (drafts && shape) {
+    if (drafts?.scale_tokens && shape?.scale_tokens) { // else the run refuses it
       const grid = draftedGrid(drawers[0].grid, drafts.scale_tokens, Number(valueOf(user, "drafter_scales") ?? 0));
       drawers.push({ shape: drafts, grid, ...weightsOf(drafter) });
       if (drafter === loader) drawers[1].weights = 0; // the same weights

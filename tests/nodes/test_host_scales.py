@@ -1,4 +1,4 @@
-"""Workflows in scales in a real ComfyUI: VAR and Infinity as small random checkpoints laid out as the published ones.
+"""The workflows of VAR and Infinity in a real ComfyUI, with small random checkpoints laid out as the published ones.
 
 Runs as test_host.py does: COMFYUI_DIR=path/to/ComfyUI python3 dev.py test -m host
 """
@@ -53,7 +53,6 @@ def server():
     ("name", "settings", "scales", "sizes", "kept"),
     [
         ("var_class_grid", {}, 10, [(516, 516)], (71, 424)),
-        ("scales_two_models", {}, 9, [(384, 384)], (42, 255)),
         (
             "infinity_text_to_image",
             {"size": "of Infinity 0.06M", "size.pixels": "256 x 256"},
