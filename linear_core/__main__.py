@@ -734,8 +734,11 @@ def _resolved(
     if model.info.masked is not None:
         return plan
     rows = min(prompt.rows, args.at_once or prompt.rows) * (2 if sample.guided else 1)
-    shape = model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)
-    return plan.resolve(shape, model.info.pyramid or model.info.grid, rows)
+    shapes = [model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)]
+    if args.drafter:
+        shapes.append(model.decoder.drafter[0].cache_shape())
+    stages = model.info.pyramid or model.info.grid
+    return min((plan.resolve(shape, stages, rows) for shape in shapes), key=lambda each: each.ratio(stages))
 
 
 def _draw(

@@ -65,7 +65,7 @@ then, and the commit on which that was tried.
 {rows}
 """
 
-# file under linear_core, text that occurs exactly once, what it becomes, what that breaks
+# file under linear_core, or nodes/…, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- what a token stands for
     (
@@ -1486,11 +1486,52 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("checkpoints/families/nova.py", "!= needed:", "!= found:", "nova: any scheduler"),
     ("checkpoints/library.py", "shapes, _scale(weights)", "shapes", "nova: latents with another VAE's scale"),
     ("tokenizers/latents.py", "[0] * self.config.scale", "[0]", "masked: latents without their scale"),
+    # -- scales on the page
+    (
+        "pictures/preview.py",
+        "old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)",
+        "old",
+        "sketch: learns from no finished picture",
+    ),
+    ("pictures/preview.py", "(0, 1), value=1.0)", "(0, 1), value=0.0)", "sketch: an empty canvas is black"),
+    ("pictures/preview.py", "detail = 2 * self", "detail = self", "preview of scales: with half its rows"),
+    ("pictures/preview.py", "len(canvas) * side * round", "side * round", "preview of scales: the time of one for all"),
+    (
+        "pictures/preview.py",
+        "self.share * elapsed - self.spent",
+        "self.share * elapsed",
+        "preview of scales: time is spent twice",
+    ),
+    ("pictures/heatmap.py", "[:, None] >= scale", "[:, None] > scale", "lifetime of scales: counted from the next one"),
+    ("nodes/loops.py", "sides[:rows] != pyramid.sides[:rows]", "sides != pyramid.sides", "keep scales: all or none"),
+    ("nodes/loops.py", "rows >= pyramid.stages", "rows > pyramid.stages", "keep scales: all of them"),
+    ("nodes/loops.py", "return codes[:, :first]", "return codes", "keep scales: too many"),
+    ("loop/scales.py", "if sample.smooth and paired:", "if False:", "drafter: hands on what is no mixture"),
+    (
+        "loop/memory.py",
+        "pyramid.size((stages or pyramid.stages) - 1)",
+        "pyramid.size(-1)",
+        "drafter: planned as if it drew the last scale",
+    ),
+    (
+        "nodes/loops.py",
+        "for each, scales in self.model.in_turn]",
+        "for each, scales in [(self.model, 0)]]",
+        "drafter: the page is told of the refiner's cache alone",
+    ),
+    ("nodes/sockets.py", "max(1, stages - 2)", "max(1, stages - 1)", "drafter: all scales but one by default"),
+    ("nodes/live.py", "plan = min(plans,", "plan = max(plans,", "drafter: keeps to no budget in MiB"),
+    ("nodes/decode.py", "(tokens.latents, tokens.canvas)", "(tokens.latents,)", "smooth: decoded from codes"),
 ]
 
 
+def place(file: str, root: Path) -> Path:
+    """Where a file of MUTATIONS is."""
+    return root / (file if file.startswith("nodes/") else f"linear_core/{file}")
+
+
 def occurrences(file: str, old: str, root: Path = ROOT) -> int:
-    return (root / "linear_core" / file).read_text(encoding="utf-8").count(old)
+    return place(file, root).read_text(encoding="utf-8").count(old)
 
 
 # One run of pytest, in a process of its own --------------------------------------------------------------------------
@@ -1552,20 +1593,21 @@ def run_tests(told: Connection, tree: Path, run: Run) -> None:
     if run.trace:
         import coverage  # here, as whoever imports MUTATIONS needs none
 
-        cover = coverage.Coverage(None, source=[str(tree / "linear_core")], config_file=False)
+        source = [str(tree / name) for name in ("linear_core", "nodes") if (tree / name).is_dir()]
+        cover = coverage.Coverage(None, source=source, config_file=False)
     options = ["-p", "no:cacheprovider", "--tb=no", "-m", "not host and not browser", *["-x"] * run.stop]
     with cover.collect() if cover else contextlib.nullcontext():
         status = pytest.main([*options, *run.files], [Teller(told, run, cover)])
     if cover:
-        told.send(("lines", lines_of_tests(cover.get_data(), tree / "linear_core")))
+        told.send(("lines", lines_of_tests(cover.get_data(), tree)))
     told.send(("end", int(status)))
 
 
-def lines_of_tests(data: Any, core: Path) -> dict[str, dict[str, list[int]]]:
-    """The lines that each test reaches, by file of the core."""
+def lines_of_tests(data: Any, tree: Path) -> dict[str, dict[str, list[int]]]:
+    """The lines that each test reaches, by file as MUTATIONS names it."""
     found: dict[str, dict[str, list[int]]] = {}
     for path in data.measured_files():
-        file = Path(path).relative_to(core).as_posix()
+        file = Path(path).relative_to(tree).as_posix().removeprefix("linear_core/")
         for line, tests in data.contexts_by_lineno(path).items():
             for test in filter(None, tests):
                 found.setdefault(test, {}).setdefault(file, []).append(line)
@@ -1618,7 +1660,7 @@ def failures(told: list[tuple[str, Any]]) -> list[str]:
 @contextlib.contextmanager
 def broken(file: str, old: str, new: str) -> Iterator[None]:
     """The copy's file changed, and as it was afterwards, to its time."""
-    path = TREE / "linear_core" / file
+    path = place(file, TREE)
     aside = TREE.parent / "unbroken"
     text = path.read_text(encoding="utf-8")
     path.rename(aside)
@@ -1691,7 +1733,7 @@ def shared(lines: dict[str, dict[str, list[int]]], tests: Iterable[str]) -> dict
 
 def changed_lines(file: str, old: str) -> set[int]:
     """Lines of the innermost statement that the change lies in; of the whole file where it lies in none."""
-    text = (ROOT / "linear_core" / file).read_text(encoding="utf-8")
+    text = place(file, ROOT).read_text(encoding="utf-8")
     first = text[: text.index(old) + len(old) - len(old.lstrip())].count("\n") + 1
     last = first + old.strip().count("\n")
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]

@@ -470,20 +470,24 @@ def test_the_memory_line_is_the_formula():
     few += [CachePlan("fold", mib=mib) for mib in (1, 9, 400)]
     for pyramid in (Pyramid.square(1, 2, 3, 4, 5, 6, 8, 10, 12), PYRAMIDS[2240], Pyramid.square(3)):
         for plan in [*PRESETS.values(), *few]:
-            for rows, device, shape in product(
+            for rows, device, stages, shape in product(
                 (1, 2, 16),
                 ("cpu", "cuda"),
+                {0, pyramid.stages - 1 or 1},
                 (CacheShape(6, 8, 32, 0, 4), CacheShape(36, 36, 64, 0, 2), CacheShape(16, 16, 64, 0, 2, state=137600)),
             ):
                 model = {**asdict(shape), "logits": 512, "hidden": 1024, "codes": 512, "device": device}
-                sizes = {"scales": [pyramid.size(0), pyramid.kept, pyramid.size(-1)]}
+                if stages and plan.mib:  # resolved for all scales
+                    continue
+                sizes = {"scales": [pyramid.size(0), pyramid.kept, pyramid.size(stages - 1)]}
                 try:
                     part = plan.resolve(shape, pyramid, rows)
                 except UserError:
                     cases.append([model, sizes, asdict(plan), rows, 0])
                     continue
-                needed = scales_run_bytes(shape, pyramid, part, rows, 512, 1024, device)
-                cases.append([model, sizes, asdict(plan), rows, [shape.scales_bytes(pyramid, part, rows), needed]])
+                needed = scales_run_bytes(shape, pyramid, part, rows, 512, 1024, device, stages)
+                held = shape.scales_bytes(pyramid, part, rows, stages)
+                cases.append([model, sizes, asdict(plan), rows, [held, needed]])
     for shape in (
         CacheShape(8, 8, 32, 1, 4),
         CacheShape(36, 20, 64, 1, 2),
