@@ -312,8 +312,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/fold.py",
-        "look_ahead.attention_mass(keys)",
-        "look_ahead.attention_mass(upcast(gather_vectors(view.keys, slot)))",
+        "look_ahead.attention_to(keys)",
+        "look_ahead.attention_to(upcast(gather_vectors(view.keys, slot)))",
         "the weight is for the old key",
     ),
     (
@@ -355,8 +355,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "every third query looks up",
     ),
     ("cache/view.py", "self.rotate(queries, n) for", "queries for", "queries are not turned ahead"),
-    ("cache/view.py", "return mass + FLOOR * mean * weight", "return mass", "nothing is spared"),
-    ("cache/view.py", "FLOOR * mean * weight", "FLOOR * mean", "spare by slot, not by token"),
     ("plan.py", "PARTS.get(self.budget, 1)", "1", "fold: room is made once a line, however little there is"),
     (
         "cache/fold.py",
@@ -374,6 +372,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "stop = part = end",
         "drafts: no room is made within a line",
     ),
+    ("cache/view.py", "return mass + (SCALES_FLOOR if", "return mass + 0 * (SCALES_FLOOR if", "nothing is spared"),
+    ("cache/view.py", "FLOOR) * mean * weight", "FLOOR) * mean", "spare by slot, not by token"),
     (
         "policies/fold.py",
         ".argsort(dim=-1)",
