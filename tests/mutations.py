@@ -776,7 +776,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("models/understanding.py", "x = x + self.pos_embed.to(x)", "pass", "vqa: patches have no places"),
     ("models/understanding.py", "return yes - no", "return no - yes", "vqa: no is yes"),
     ("checkpoints/families/janus.py", '"qkv".index(part[2])', '"kqv".index(part[2])', "vqa: keys are queries"),
-    ("prompts/janus.py", "(tokenizer.id(END), *yes", "(*yes", "vqa: the picture has no end"),
+    ("prompts/janus.py", "tokenizer.id(END), *yes", "tokenizer.id(IMAGE), *yes", "vqa: the picture has no end"),
     (
         "pictures/fit.py",
         "mask = fit(mask[..., None], *size)[:, 0]",

@@ -155,7 +155,7 @@ def test_a_region_is_drawn_anew(
     )  # the model draws 32 x 32: scaled to half, and 8 cropped left, right
     save(to_image(pixels), tmp_path / "image.png", {})
     mask = torch.zeros(32, 48, 3)  # half as large
-    mask[12:20, 16:32] = 1  # rows 3 and 4, columns 2 to 5 of 8 x 8
+    mask[12:20, 8:16] = 1  # rows 3 and 4, columns 0 and 1 of the 8 x 8 that are left
     save(to_image(mask), tmp_path / "mask.png", {})
     given = []
 
@@ -170,7 +170,7 @@ def test_a_region_is_drawn_anew(
     assert "Image and mask of 96 x 64 were scaled and cropped to 32 x 32." in told
     (kept,) = given
     inside = torch.zeros(1, 8, 8, dtype=torch.bool)
-    inside[:, 3:5, 2:6] = True
+    inside[:, 3:5, :2] = True
     assert torch.equal(kept == DRAW, inside)
     tokenizer = library.load_tokenizer(small_model.parent / "landscapes_vq.safetensors")
     codes = tokenizer.encode(fit(read_image(tmp_path / "image.png", "image")[None], 32, 32) * 2 - 1)
