@@ -809,6 +809,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "redraw: kept codes are guessed",
     ),
     ("loop/forced.py", "if sample.guides(number + n)", "if sample.guided", "likelihood: guidance never ends"),
+    ("loop/vqa.py", "(0, 0, pad[-1], 0)", "(0, 0, 0, pad[-1])", "vqa: a short question is padded behind"),
+    ("models/understanding.py", "x = x + self.pos_embed.to(x)", "pass", "vqa: patches have no places"),
+    ("models/understanding.py", "return yes - no", "return no - yes", "vqa: no is yes"),
+    ("checkpoints/families/janus.py", '"qkv".index(part[2])', '"kqv".index(part[2])', "vqa: keys are queries"),
+    ("prompts/janus.py", "tokenizer.id(END), *yes", "tokenizer.id(IMAGE), *yes", "vqa: the picture has no end"),
+    (
+        "pictures/fit.py",
+        "mask = fit(mask[..., None], *size)[:, 0]",
+        "mask = stretch(mask, size)",
+        "fit: uncropped mask",
+    ),
     ("plan.py", "return keeping(fitting)", "return keeping(max(fitting - 1, 1))", "memory: holds less than fits"),
     (
         "plan.py",
@@ -1320,7 +1331,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "loading: ids beyond the words",
     ),
     # -- the decoder
-    ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
+    ("prompts/__init__.py", ">= pad[:, None, None]", ">= 0 * pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
         "mean, count[row, None].float())",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from linear_core.__main__ import main
 from linear_core.cache.line_cache import LineCache
@@ -252,6 +253,12 @@ def test_the_command_line_draws_texts(
         [(tmp_path / f"{n}_0{i}.png").read_bytes() for i in (1, 2)] for n in ("whole", "parts", "away")
     )
     assert whole == parts != away
+    best = tmp_path / "best.png"
+    assert main([*asked, "--best", "1", "--by", "vqa", "--out", str(best)]) == 0
+    assert best.read_bytes() != (tmp_path / "best_sheet.png").read_bytes()
+    notes = json.loads(Image.open(best).text["linear"])
+    same = [Image.open(tmp_path / f"whole_0{n}.png").tobytes() for n in (1, 2)]
+    assert notes["by"] == "vqa" and Image.open(best).tobytes() == same[notes["seed"]]
     capsys.readouterr()
     assert main(["plan", str(folder), "--images", "16"]) == 0
     said = capsys.readouterr().out

@@ -183,6 +183,36 @@ def test_a_picture_becomes_codes_and_is_continued(comfy: Host) -> None:
     assert image.shape == (1, 16 * SIDE, 16 * SIDE, 3)
 
 
+def test_the_best_by_asking_the_model(comfy: Host) -> None:
+    """Its own eyes, loaded for that and unloaded; the text is the prompt's, or another."""
+    model = load()
+    vqa = importlib.import_module(f"{PACK}.linear_core.loop.vqa")
+    looking = importlib.import_module(f"{PACK}.linear_core.checkpoints.understanding")
+    eyes = looking.load_understanding(model.image, dtype=model.image.decoder.dtype)
+    (prompt,) = run("TextPrompt", text_encoder="none", text=TEXTS, model=model).result
+    images = torch.rand(4, 20, 30, 3, generator=torch.Generator().manual_seed(1))
+    asked = {"images": images, "each": 2, "keep": 1, "by": "VQA score", "model": model}
+    for more, texts in (
+        ({"prompt": prompt}, ["a red fox"] * 2 + ["an old lighthouse"] * 2),
+        ({"prompt": prompt, "text": "snow"}, ["snow"] * 4),
+    ):
+        best, sheet, told, _ = run("PickBest", **asked, **more).result
+        scores = vqa.vqa_scores(model.image.decoder, eyes, looking.questions(model.image, texts), images)
+        found = [float(line.split()[1].rstrip(",")) for line in told.splitlines()]
+        torch.testing.assert_close(torch.tensor(found), scores, atol=1e-4, rtol=1e-4)
+        chosen = [2 * g + int(scores[2 * g : 2 * g + 2].argmax()) for g in (0, 1)]
+        assert torch.equal(best, images[chosen]) and sheet.shape[2] > 2 * 180
+    (bundled,) = run("LoadModel", model="landscapes (bundled)", tokenizer="automatic").result
+    for more, word in (
+        ({"model": None}, "model: 'VQA score' asks a Janus"),
+        ({}, "text: 'VQA score' needs what the images should show"),
+        ({"model": bundled, "text": "snow"}, "landscapes cannot look at pictures"),
+        ({"text": "a\n---\nb\n---\nc"}, "text: there are 3 texts for 2 groups"),
+    ):
+        with pytest.raises(UserError, match=word):
+            run("PickBest", **asked | more)
+
+
 def test_room_beside_the_models(monkeypatch: pytest.MonkeyPatch, comfy: Host) -> None:
     """What is free or could be freed, less these models and what ComfyUI keeps back; on a CPU what is free."""
     from types import SimpleNamespace
