@@ -1388,6 +1388,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/scales.py", "given=tokens, stop_after=stop_after", "given=given, stop_after=stop_after", "pairs: no drafts"),
     ("loop/calibrate.py", "attention.var(1, correction=0)", "attention.var(1)", "profile: variance of a sample"),
     ("cache/fold.py", "folds = folds & ~none", "pass", "scales: what only fills a list is folded"),
+    ("cache/fold.py", "1 / same_slot.sum(-1))", "torch.ones_like(weight))", "scales: a slot is fitted for each victim"),
+    ("cache/fold.py", "diagonal += RIDGE *", "diagonal += 0 *", "scales: the fit holds to nothing"),
+    ("cache/fold.py", "wanted - own @ values", "wanted", "scales: the fit forgets what is read already"),
+    ("cache/view.py", "values * unit.sqrt()[..., None]", "values * 0", "scales: near is near by key alone"),
+    ("plan.py", "stages.within(self.anchors) if", "stages.whole(self.anchors) if", "scales: folding keeps two scales"),
     (
         "loop/scales.py",
         "state = decoder.select_rows(state, images)",
