@@ -1350,8 +1350,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("plan.py", "self.ratio(pyramid) * pyramid.kept", "self.ratio(pyramid) * pyramid.tokens", "scales: a share of all"),
     (
         "cache/view.py",
-        "upcast(k), b, i, self.newest)) for",
-        "upcast(k), b, i, self.newest + 1 - count)) for",
+        "keys, first = upcast(keys), self.newest",
+        "keys = upcast(keys)",
         "scales: a query sees its scale up to itself",
     ),
     ("cache/view.py", "return self.newest + 1 - first", "return self.newest + 1 - self.index", "scales: ages by token"),
