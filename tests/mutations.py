@@ -65,7 +65,7 @@ then, and the commit on which that was tried.
 {rows}
 """
 
-# file under linear_core, text that occurs exactly once, what it becomes, what that breaks
+# file under linear_core, or nodes/…, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- what a token stands for
     (
@@ -177,7 +177,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "loop/graph.py",
-        "self.why = self._graph.why\n        return work",
+        "self.why = self._graphs[part].why\n        return work",
         "return work",
         "a failed recording is replayed",
     ),
@@ -239,6 +239,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "tensor.float() * scales[key] if key in scales",
         "tensor.float() if key in scales",
         "files: scales of quantised matrices are left out",
+    ),
+    (
+        "checkpoints/weights.py",
+        "if func in (Tensor.normal_, nn.init.normal_):",
+        "if func is None:",
+        "loading: torch's compiler is imported",
     ),
     ("loop/memory.py", "* passes / BUS_BYTES / images", "* passes / BUS_BYTES", "streaming: a batch does not share it"),
     ("cache/view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
@@ -328,7 +334,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "(1 + pair(count)[0])",
         "a slot counts one more, whatever it is given",
     ),
-    ("cache/fold.py", "(1 << room) - 1 - view.index", "view.index", "the oldest of equals takes a victim in"),
+    (
+        "cache/fold.py",
+        "masked_fill(distance > least * (1 + TIE), -1).argmax(-1)",
+        "masked_fill(distance > least * (1 + TIE), 2**30).argmin(-1)",
+        "the oldest of equals takes a victim in",
+    ),
     ("cache/look_ahead.py", "queries.shape[-1] ** -0.5", "1.0", "foreseen scores are not scaled"),
     ("cache/look_ahead.py", "- self.logsumexp[..., None, :]", "", "pull is no share of attention"),
     (
@@ -344,6 +355,23 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "every third query looks up",
     ),
     ("cache/view.py", "self.rotate(queries, n) for", "queries for", "queries are not turned ahead"),
+    ("plan.py", "PARTS.get(self.budget, 1)", "1", "fold: room is made once a line, however little there is"),
+    (
+        "cache/fold.py",
+        "distance > least * (1 + TIE)",
+        "distance > least",
+        "fold: the last digit decides between equals",
+    ),
+    ("cache/view.py", "- 1 - self.missing", "- 1", "within a line: tokens that have not come count as there"),
+    ("policies/choose.py", "- recent - bool(view.missing)", "- recent", "within a line: the newest whole line may go"),
+    ("policies/fold.py", "(slots - view.prompt_slots) // 2", "slots // 2", "fold: padding decides who may go"),
+    ("loop/redraw.py", "column in (0, *ends)", "column == 0", "given codes are fed past the point where room is made"),
+    (
+        "loop/drafts.py",
+        "stop = part = min(row * grid.stride + column, end)",
+        "stop = part = end",
+        "drafts: no room is made within a line",
+    ),
     ("cache/view.py", "return mass + (SCALES_FLOOR if", "return mass + 0 * (SCALES_FLOOR if", "nothing is spared"),
     ("cache/view.py", "FLOOR) * mean * weight", "FLOOR) * mean", "spare by slot, not by token"),
     (
@@ -361,7 +389,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/fold.py", 'squares.masked_fill(~image, float("inf"))', "squares", "fold: the prompt may stand in"),
     (
         "policies/fold.py",
-        "max(CANDIDATES * view.released + view.protected, slots // 2)",
+        "max(CANDIDATES * view.released + view.protected, (slots - view.prompt_slots) // 2)",
         "view.released + view.protected",
         "fold: importance alone chooses",
     ),
@@ -423,20 +451,20 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/line_cache.py",
-        "self.target[one] = victims",
-        "self.target[one] = victims[:, :, :1].expand_as(victims)",
+        "self.target[one][..., slice(*self.part)] = victims",
+        "self.target[one][..., slice(*self.part)] = victims[:, :, :1].expand_as(victims)",
         "all heads use head 0's victims",
     ),
     (
         "cache/line_cache.py",
-        "self.target[one] = victims",
-        "self.target[one] = victims[:, :1].expand_as(victims)",
+        "self.target[one][..., slice(*self.part)] = victims",
+        "self.target[one][..., slice(*self.part)] = victims[:, :1].expand_as(victims)",
         "all rows use row 0's victims",
     ),
     (
         "cache/line_cache.py",
-        "self.target[one] = victims",
-        "self.target[one] = victims.flip(-1)",
+        "self.target[one][..., slice(*self.part)] = victims",
+        "self.target[one][..., slice(*self.part)] = victims.flip(-1)",
         "lazy victims leave in reverse",
     ),
     (
@@ -449,7 +477,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/line_cache.py", 'if self.plan.release == "lazy" else', "if True else", "strict release behaves as lazy"),
     (
         "cache/line_cache.py",
-        "_mark(victims[..., :-stride], end)",
+        "_mark(victims[..., :-count], end)",
         "torch.zeros_like(released)",
         "uneven: lazy victims that nobody overwrites stay for good",
     ),
@@ -530,8 +558,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     # -- who goes
     ("policies/choose.py", "(token < anchors) | ", "", "anchors unprotected"),
-    ("policies/choose.py", "first_of(1 - recent)", "first_of(2 - recent)", "one recent line too few"),
-    ("policies/choose.py", "first_of(1 - recent)", "first_of(-recent)", "one recent line too many"),
+    ("policies/choose.py", "first_of(1 - recent - ", "first_of(2 - recent - ", "one recent line too few"),
+    ("policies/choose.py", "first_of(1 - recent - ", "first_of(-recent - ", "one recent line too many"),
     (
         "policies/choose.py",
         "protect(scores[..., prompt_slots:],",
@@ -673,6 +701,15 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "candidates.sum(-1, keepdim=True)",
         "criticalkv: half of more",
     ),
+    (
+        "policies/dropkv.py",
+        "(attention / (1 - attention + EPSILON)).square()",
+        "attention.square()",
+        "dropkv: what is left does not share out what is gone",
+    ),
+    ("policies/dropkv.py", " - 2 * by_both", "", "dropkv: the angle between value and output is without effect"),
+    ("policies/dropkv.py", ".mean(3)", "[:, :, :, 0]", "dropkv: the first query head for its group"),
+    ("policies/dropkv.py", "return view.by_index(scores, pool)", "return pool(scores)", "dropkv: neighbours by slot"),
     ("policies/vase.py", " + spared * 1e3", "", "vase: long values are not spared"),
     ("policies/vase.py", "LARGEST = 0.01", "LARGEST = 0.005", "vase: half as many spared"),
     ("policies/vase.py", " - torch.log(-torch.log(uniform)).float()", "", "vase: without chance"),
@@ -772,6 +809,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "redraw: kept codes are guessed",
     ),
     ("loop/forced.py", "if sample.guides(number + n)", "if sample.guided", "likelihood: guidance never ends"),
+    ("loop/vqa.py", "(0, 0, pad[-1], 0)", "(0, 0, 0, pad[-1])", "vqa: a short question is padded behind"),
+    ("models/understanding.py", "x = x + self.pos_embed.to(x)", "pass", "vqa: patches have no places"),
+    ("models/understanding.py", "return yes - no", "return no - yes", "vqa: no is yes"),
+    ("checkpoints/families/janus.py", '"qkv".index(part[2])', '"kqv".index(part[2])', "vqa: keys are queries"),
+    ("prompts/janus.py", "tokenizer.id(END), *yes", "tokenizer.id(IMAGE), *yes", "vqa: the picture has no end"),
+    (
+        "pictures/fit.py",
+        "mask = fit(mask[..., None], *size)[:, 0]",
+        "mask = stretch(mask, size)",
+        "fit: uncropped mask",
+    ),
     ("plan.py", "return keeping(fitting)", "return keeping(max(fitting - 1, 1))", "memory: holds less than fits"),
     (
         "plan.py",
@@ -847,7 +895,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/drafts.py", "exponential(token + 1)", "exponential(token)", "drafts: the noise of the token in front"),
     (
         "loop/drafts.py",
-        "stop = min(end, sample.guidance_interval + 1)",
+        "stop = min(part, sample.guidance_interval + 1)",
         "pass",
         "drafts: guidance ends with the line",
     ),
@@ -880,13 +928,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- teacher forcing
     ("loop/forced.py", "torch.minimum(full, few)", "torch.maximum(full, few)", "shared: what either has"),
     ("loop/forced.py", "row * stride + column", "column", "shared: guidance ends at another token"),
-    ("loop/forced.py", "first = logits[:, -1:]", "pass", "forced: a line begins as the picture does"),
+    ("loop/forced.py", "first = found[-1][:, -1:]", "pass", "forced: a line begins as the picture does"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
     (
         "hf.py",
-        "end_line(self._held, self.policy, row - 1, self._rotate)",
-        "end_line(self._held, self.policy, row, self._rotate)",
+        "self._rotate, row - 1, self.grid.stride)",
+        "self._rotate, row, self.grid.stride)",
         "transformers: a line ahead",
     ),
     (
@@ -915,7 +963,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("hf.py", "!= NAME:\n            raise", "== 0:\n            raise", "transformers: a changed attention unnoticed"),
     ("hf.py", "if layer != self._announced:", "if False:", "transformers: a broken forward goes on"),
     ("hf.py", "if count > max(left, 1):", "if False:", "transformers: more tokens than the grid has"),
-    ("hf.py", "if left > 0 and column + count > stride:", "if False:", "transformers: tokens across a line's end"),
+    (
+        "hf.py",
+        "if left > 0 and column + count > (end := next(n for n in self._ends() if n > column)):",
+        "if False:",
+        "transformers: tokens across a line's end",
+    ),
     ("hf.py", "if isinstance(given, LineCache)]", "if False]", "transformers: a cache under another name is ignored"),
     ("hf.py", "not _rotates(decoder)", "False", "transformers: a rotation that is not known"),
     ("hf.py", "[False] * self._layers", "[]", "transformers: generate feeds all tokens again"),
@@ -1055,7 +1108,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "feed: slots open before the layers",
     ),
     ("loop/generate.py", "else known[:, row], every", "else known[:, 0], every", "the first given line for all"),
-    ("loop/redraw.py", "column == 0 or not fixed[column]", "True", "given lines are fed one by one"),
+    ("loop/redraw.py", "column in (0, *ends) or not fixed[column]", "True", "given lines are fed one by one"),
     (
         "loop/generate.py",
         "codes.repeat(cache.rows",
@@ -1278,7 +1331,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "loading: ids beyond the words",
     ),
     # -- the decoder
-    ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
+    ("prompts/__init__.py", ">= pad[:, None, None]", ">= 0 * pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
         "mean, count[row, None].float())",
@@ -1449,11 +1502,52 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("checkpoints/families/nova.py", "!= needed:", "!= found:", "nova: any scheduler"),
     ("checkpoints/library.py", "shapes, _scale(weights)", "shapes", "nova: latents with another VAE's scale"),
     ("tokenizers/latents.py", "[0] * self.config.scale", "[0]", "masked: latents without their scale"),
+    # -- scales on the page
+    (
+        "pictures/preview.py",
+        "old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)",
+        "old",
+        "sketch: learns from no finished picture",
+    ),
+    ("pictures/preview.py", "(0, 1), value=1.0)", "(0, 1), value=0.0)", "sketch: an empty canvas is black"),
+    ("pictures/preview.py", "detail = 2 * self", "detail = self", "preview of scales: with half its rows"),
+    ("pictures/preview.py", "len(canvas) * side * round", "side * round", "preview of scales: the time of one for all"),
+    (
+        "pictures/preview.py",
+        "self.share * elapsed - self.spent",
+        "self.share * elapsed",
+        "preview of scales: time is spent twice",
+    ),
+    ("pictures/heatmap.py", "[:, None] >= scale", "[:, None] > scale", "lifetime of scales: counted from the next one"),
+    ("nodes/loops.py", "sides[:rows] != pyramid.sides[:rows]", "sides != pyramid.sides", "keep scales: all or none"),
+    ("nodes/loops.py", "rows >= pyramid.stages", "rows > pyramid.stages", "keep scales: all of them"),
+    ("nodes/loops.py", "return codes[:, :first]", "return codes", "keep scales: too many"),
+    ("loop/scales.py", "if sample.smooth and paired:", "if False:", "drafter: hands on what is no mixture"),
+    (
+        "loop/memory.py",
+        "pyramid.size((stages or pyramid.stages) - 1)",
+        "pyramid.size(-1)",
+        "drafter: planned as if it drew the last scale",
+    ),
+    (
+        "nodes/loops.py",
+        "for each, scales in self.model.in_turn]",
+        "for each, scales in [(self.model, 0)]]",
+        "drafter: the page is told of the refiner's cache alone",
+    ),
+    ("nodes/sockets.py", "max(1, stages - 2)", "max(1, stages - 1)", "drafter: all scales but one by default"),
+    ("nodes/live.py", "plan = min(plans,", "plan = max(plans,", "drafter: keeps to no budget in MiB"),
+    ("nodes/decode.py", "(tokens.latents, tokens.canvas)", "(tokens.latents,)", "smooth: decoded from codes"),
 ]
 
 
+def place(file: str, root: Path) -> Path:
+    """Where a file of MUTATIONS is."""
+    return root / (file if file.startswith("nodes/") else f"linear_core/{file}")
+
+
 def occurrences(file: str, old: str, root: Path = ROOT) -> int:
-    return (root / "linear_core" / file).read_text(encoding="utf-8").count(old)
+    return place(file, root).read_text(encoding="utf-8").count(old)
 
 
 # One run of pytest, in a process of its own --------------------------------------------------------------------------
@@ -1515,20 +1609,21 @@ def run_tests(told: Connection, tree: Path, run: Run) -> None:
     if run.trace:
         import coverage  # here, as whoever imports MUTATIONS needs none
 
-        cover = coverage.Coverage(None, source=[str(tree / "linear_core")], config_file=False)
+        source = [str(tree / name) for name in ("linear_core", "nodes") if (tree / name).is_dir()]
+        cover = coverage.Coverage(None, source=source, config_file=False)
     options = ["-p", "no:cacheprovider", "--tb=no", "-m", "not host and not browser", *["-x"] * run.stop]
     with cover.collect() if cover else contextlib.nullcontext():
         status = pytest.main([*options, *run.files], [Teller(told, run, cover)])
     if cover:
-        told.send(("lines", lines_of_tests(cover.get_data(), tree / "linear_core")))
+        told.send(("lines", lines_of_tests(cover.get_data(), tree)))
     told.send(("end", int(status)))
 
 
-def lines_of_tests(data: Any, core: Path) -> dict[str, dict[str, list[int]]]:
-    """The lines that each test reaches, by file of the core."""
+def lines_of_tests(data: Any, tree: Path) -> dict[str, dict[str, list[int]]]:
+    """The lines that each test reaches, by file as MUTATIONS names it."""
     found: dict[str, dict[str, list[int]]] = {}
     for path in data.measured_files():
-        file = Path(path).relative_to(core).as_posix()
+        file = Path(path).relative_to(tree).as_posix().removeprefix("linear_core/")
         for line, tests in data.contexts_by_lineno(path).items():
             for test in filter(None, tests):
                 found.setdefault(test, {}).setdefault(file, []).append(line)
@@ -1581,7 +1676,7 @@ def failures(told: list[tuple[str, Any]]) -> list[str]:
 @contextlib.contextmanager
 def broken(file: str, old: str, new: str) -> Iterator[None]:
     """The copy's file changed, and as it was afterwards, to its time."""
-    path = TREE / "linear_core" / file
+    path = place(file, TREE)
     aside = TREE.parent / "unbroken"
     text = path.read_text(encoding="utf-8")
     path.rename(aside)
@@ -1654,7 +1749,7 @@ def shared(lines: dict[str, dict[str, list[int]]], tests: Iterable[str]) -> dict
 
 def changed_lines(file: str, old: str) -> set[int]:
     """Lines of the innermost statement that the change lies in; of the whole file where it lies in none."""
-    text = (ROOT / "linear_core" / file).read_text(encoding="utf-8")
+    text = place(file, ROOT).read_text(encoding="utf-8")
     first = text[: text.index(old) + len(old) - len(old.lstrip())].count("\n") + 1
     last = first + old.strip().count("\n")
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]

@@ -2,7 +2,8 @@
 
 Plain eviction removes a token's share of every later softmax, and image regions that lose all their tokens are
 forgotten. Our own addition, not in the paper. Merging that ignores attention is known to hurt (HACK's comparison with
-LOOK-M and MEDA, arXiv 2504.09261).
+LOOK-M and MEDA, arXiv 2504.09261). Language models merge on eviction without such a weight (CaM, ICML 2024; D2O, arXiv
+2406.13035); ToMe (arXiv 2210.09461) weighs by the number of tokens. `bench/merging.py` compares them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .look_ahead import gather_vectors, least_squares, upcast
 from .view import View
 
 SLACK = 1.0  # in ln: how far a folded slot's weight may be from its number of tokens
+TIE = 1e-3  # of a squared distance
 RIDGE = 0.3  # of the mean square of attention: how much a fitted value holds to the mean
 
 
@@ -116,14 +118,12 @@ def _fit(attention: Tensor, values: Tensor, wanted: Tensor, part: Tensor) -> Ten
 def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
     """The slot among `kept` (bool L B H S) nearest to each victim, the newest in a tie.
 
-    Distances equal to three digits tie. Keys of the same code at the same offset left and right are equally far, and
-    the last digit, which changes with the batch size, must not decide between them.
+    Distances within a thousandth of the least tie. Keys of the same code at the same offset left and right are equally
+    far, and the last digit, which changes with the batch size, must not decide between them.
     """
     points, squares = view.points
     usable = squares.masked_fill(~kept, float("inf"))[..., None, :]
     distance = least_squares(gather_vectors(points, victims), points, usable)
-    distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0).float()
-    # Positive floats sort like their bits. The last of them make room for the token's age.
-    room = max(12, (view.grid.prompt + view.grid.tokens).bit_length())
-    age = (1 << room) - 1 - view.index[..., None, :]
-    return distance.view(torch.int32).add_(1 << room - 1).bitwise_and_(-1 << room).add_(age).argmin(-1)
+    distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0)
+    least = distance.amin(-1, keepdim=True)
+    return view.index[..., None, :].masked_fill(distance > least * (1 + TIE), -1).argmax(-1)

@@ -41,6 +41,10 @@ class View:
                   all, in order
     first_head    number of the first head in the view
     protected     first image tokens that no head will lose, whatever their score; 0: not told
+    prompt_slots  slots at the front that belong to the prompt; 0: not told
+    coming        tokens that room is made for; 0: those of a line
+    missing       tokens of the line that have not come yet, where room is made within it (`CachePlan.ends`). At their
+                  columns, queries are those of the line above
 
     A picture drawn in scales (`Pyramid`) is shown at the end of a layer's pass over a scale: "line" above is then
     "scale", C is some of its queries, evenly spread, and every query sees the whole scale.
@@ -63,6 +67,9 @@ class View:
     heads: Tensor | None = None
     first_head: int = 0
     protected: int = 0
+    prompt_slots: int = 0
+    coming: int = 0
+    missing: int = 0
     _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
@@ -110,7 +117,7 @@ class View:
     @property
     def newest(self) -> int | Tensor:
         """Index of the newest token in the cache."""
-        return self.first_of(1) - 1
+        return self.first_of(1) - 1 - self.missing
 
     def first_of(self, stages: int) -> int | Tensor:
         """Index of the first token of the line or scale so many further on: 0 is the finished one."""
@@ -121,12 +128,14 @@ class View:
     def staying(self) -> Tensor:
         """Image tokens that each head will keep, on average: L B H 1."""
         held = self.candidates().sum(-1, keepdim=True)
-        return held.clamp(max=self.keeps) if isinstance(self.grid, Pyramid) else held - self.grid.stride
+        return held.clamp(max=self.keeps) if isinstance(self.grid, Pyramid) else held - self.released
 
     @property
     def released(self) -> int:
         """Tokens that each head releases, on average."""
-        return self.index.shape[-1] - self.keeps if isinstance(self.grid, Pyramid) else self.grid.stride
+        if isinstance(self.grid, Pyramid):
+            return self.index.shape[-1] - self.keeps
+        return self.coming or self.grid.stride
 
     def age(self) -> Tensor:
         """How many queries have seen each slot's token: L B H S, at least 1."""
@@ -138,7 +147,11 @@ class View:
         return self.newest + 1 - first
 
     def attention(
-        self, reduce: Callable[[Tensor], Tensor], last: int | None = None, image_only: bool = False
+        self,
+        reduce: Callable[[Tensor], Tensor],
+        last: int | None = None,
+        image_only: bool = False,
+        apart: bool = False,
     ) -> Tensor:
         """Causal softmax of the finished line's queries, or of its `last` few, over all slots, reduced to L B H S.
 
@@ -146,14 +159,16 @@ class View:
 
         reduce      maps one layer's float32 B H C S to B H S; layers are computed one at a time to bound memory
         image_only  leaves the prompt out of the softmax
+        apart       shows `reduce` each of the G query heads that share a key head, B H G C S, instead of their mean
         """
         assert self.queries is not None, 'the policy does not declare that it reads "queries"'
         count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
         bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
-        layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
+        keys, first = self.keys, self.newest + 1 - count
         if isinstance(self.grid, Pyramid):  # a scale's queries see all of it; products of unit keys need float32
-            return torch.stack([reduce(attention_weights(q, upcast(k), b, i, self.newest)) for q, k, b, i in layers])
-        return torch.stack([reduce(attention_weights(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
+            keys, first = upcast(keys), self.newest
+        layers = zip(self.queries[:, :, :, -count:], keys, bias, self.index, strict=True)
+        return torch.stack([reduce(attention_weights(q, k, b, i, first, apart)) for q, k, b, i in layers])
 
     def look_ahead(self, lines: tuple[int, ...] = ()) -> LookAhead:
         """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike.

@@ -14,6 +14,7 @@ from .attention_distance import attention_distance
 from .cake import cake
 from .choose import choose
 from .criticalkv import criticalkv
+from .dropkv import dropkv
 from .expected import expected
 from .fold import fold
 from .full import full
@@ -57,6 +58,7 @@ POLICIES: dict[str, Policy] = {
     "next": Policy(next_line, AHEAD),
     "expected": Policy(expected, AHEAD),
     "criticalkv": criticalkv(_LINE),
+    "dropkv": Policy(dropkv, QUERIES),
     "vase": vase(_LINE),
     "stratified": stratified(_LINE),
     "ssd": Policy(ssd, QUERIES | MASS, survey=attention_distance),

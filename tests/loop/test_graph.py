@@ -8,11 +8,12 @@ the numbers of the recording, as a graph does.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import product
-from typing import NamedTuple
+from itertools import pairwise, product
+from typing import Any, NamedTuple
 from weakref import ref
 
 import pytest
@@ -26,7 +27,7 @@ from linear_core.cache.line_cache import LineCache
 from linear_core.cache.view import View
 from linear_core.loop import generate as loop
 from linear_core.loop.drafts import Drafts, check
-from linear_core.loop.generate import draw, end_line, evict, generate
+from linear_core.loop.generate import draw, evict, generate, room_after
 from linear_core.loop.graph import CapturedCheck, CapturedEnd, CapturedStep
 from linear_core.loop.sampling import Noise
 from linear_core.plan import ONLY_SCALES, RELEASES, STORAGES, UNEVEN, CachePlan, SamplePlan
@@ -45,6 +46,21 @@ ASKING = {  # operations that hand the host a number, or a shape that hangs on o
     getattr(torch.ops.aten, name).default for name in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal")
 }
 EVICTING = [name for name in POLICIES if name != "full"]
+# Every policy; releases take turns, and three policies meet each of them.
+WAYS = dict.fromkeys(
+    [
+        *((name, RELEASES[n % len(RELEASES)]) for n, name in enumerate(EVICTING)),
+        *product(("line", "h2o", "fold"), RELEASES),
+    ]
+)
+
+
+def in_turns(name: str, values: Sequence[Any]):
+    """Every model in every storage; `values` take turns, so that each meets every model and every storage."""
+    pairs = product(enumerate(MODELS), enumerate(STORAGES))
+    return pytest.mark.parametrize(
+        (name, "kind", "storage"), [(values[(k + s) % len(values)], kind, storage) for (k, kind), (s, storage) in pairs]
+    )
 
 
 # -- nobody waits within a line ----------------------------------------------------------------------------------------
@@ -128,9 +144,7 @@ def test_nobody_waits_within_a_line(kind, storage):
         model.feed(token[:, None].expand(-1, 2), index[2:], pad, columns[2:], cache)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("kind", MODELS)
+@in_turns("release", RELEASES)
 def test_nobody_waits_within_a_pass(kind, storage, release):
     """Drafts are checked, accepted and guessed anew without a number from the device."""
     model, cache, _, images = without_numbers(kind, CachePlan("fold", 2, 2, 1, release, storage))
@@ -145,7 +159,8 @@ def test_nobody_waits_within_a_pass(kind, storage, release):
 
 @pytest.mark.parametrize(
     ("name", "release", "kind", "storage"),
-    [(name, release, "llamagen", "full") for name in POLICIES if name not in UNEVEN for release in RELEASES]
+    [("full", "strict", "llamagen", "full")]
+    + [(name, release, "llamagen", "full") for name, release in WAYS if name not in UNEVEN]
     + [
         (name, "fold", "llamagen", "full") for name in sorted(UNEVEN - ONLY_SCALES)
     ]  # slow, and how they let go asks nothing more
@@ -156,8 +171,9 @@ def test_nobody_waits_at_a_lines_end(name, release, kind, storage):
     plan, policy = CachePlan(name, 1, 1, 0, release, storage), get_policy(name)
     _, cache, rotate, _ = without_numbers(kind, plan)
     with unseen():
-        end_line(cache, policy, 0, rotate)
-        end_line(cache, policy, 1, rotate)
+        room_after(cache, policy, rotate, 0, cache.grid.stride)
+        for column in plan.ends(cache.grid, 1):
+            room_after(cache, policy, rotate, 1, column)
         if plan.evicts(cache.grid):
             evict(cache, policy, torch.full((), 2, device=cache.bias.device), rotate)
 
@@ -172,12 +188,12 @@ def test_a_line_asks_for_numbers_at_its_end_alone(monkeypatch):
                 asked.append(func)
             return func(*args, **(kwargs or {}))
 
-    def ended(*args):
+    def ended(*args, **kwargs):
         told.append(len(asked))
-        end_line(*args)
+        room_after(*args, **kwargs)
         told.append(len(asked))
 
-    monkeypatch.setattr(loop, "end_line", ended)
+    monkeypatch.setattr(loop, "room_after", ended)
     model = llamagen(6, 5)
     sample = SamplePlan(3, guidance=2.0, guidance_interval=12, top_k=5, top_p=0.9)
     lines = generate(model, PROMPT, CachePlan("line", 2, 1, 1), sample)
@@ -270,15 +286,20 @@ def captured(model) -> tuple[CapturedStep, CapturedEnd, Tape, Tape]:
     return step, CapturedEnd(evict, capture=second, device="cpu"), first, second
 
 
-@pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("name", EVICTING)
+def parts_of(plan: CachePlan, model) -> int:
+    """How often room is made in a line once the cache is full: each time has a graph of its own."""
+    return len(plan.ends(model.grid, plan.budget + 1))
+
+
+@pytest.mark.parametrize(("name", "release"), WAYS)
 def test_a_recorded_line_end_draws_the_same(name, release):
     """Every policy, over more lines than the budget: recorded at the first eviction, replayed at all that follow."""
-    model, plan = llamagen(11, 4), CachePlan(name, 2, 2, 1, release)
+    model, plan = llamagen(7, 4), CachePlan(name, 2, 2, 1, release)
     _, end, _, tape = captured(model)
     same(drawn(model, PROMPT, plan, SAMPLE, line_end=end), drawn(model, PROMPT, plan, SAMPLE))
-    # Lines 2 to 9 evict: the first of them is done as it is.
-    assert (tape.recorded, tape.replayed, end.why) == (1, 7, "")
+    # Lines 2 to 5 evict: the first of them is done as it is. Two folded lines make room several times a line.
+    parts = parts_of(plan, model)
+    assert (tape.recorded, tape.replayed, end.why) == (parts, 3 * parts, "")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -289,9 +310,7 @@ def test_both_recorded_draw_the_same_in_half_precision(dtype):
     assert (step.why, end.why) == ("", "")
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", ["fold", "headkv"])
+@in_turns("name", ["fold", "headkv"])
 def test_both_recorded_draw_the_same(name, kind, storage):
     """Step and line's end, of every model, in every storage; a second picture with the same two is recorded anew."""
     make, prompt = MODELS[kind]
@@ -303,7 +322,8 @@ def test_both_recorded_draw_the_same(name, kind, storage):
     assert (step.why, end.why) == ("", "")
     # Lumina's last code of a line is fed with the line's end, not as a step; nothing is drawn after the last code.
     fed = 7 * 4 - 1 if kind != "lumina" else 7 * 3
-    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 2 * (fed - 1)), (2, 2 * 3)]
+    parts = parts_of(plan, model)
+    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 2 * (fed - 1)), (2 * parts, 2 * 3 * parts)]
 
 
 @pytest.mark.parametrize("name", ["line", "fold", "h2o", "cake", "ssd"])
@@ -313,7 +333,8 @@ def test_recorded_anew_when_rows_are_dropped(name):
     step, end, *tapes = captured(model)
     same(drawn(model, PROMPT, plan, sample, step, end), drawn(model, PROMPT, plan, sample))
     # Of 35 steps, and of 6 evictions at lines 2 to 7, the first and the first without guidance's rows are not replayed.
-    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 33), (2, 4)]
+    parts = parts_of(plan, model)
+    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 33), (2 * parts, 4 * parts)]
 
 
 @pytest.mark.parametrize("name", ["line", "fold", "h2o", "cake", "prefixkv"])
@@ -323,25 +344,36 @@ def test_recorded_below_rows_that_are_given(name, rows):
     model, plan = llamagen(8, 4), CachePlan(name, 2, 2, 1)
     above = torch.arange(2 * rows * 4).view(2, rows, 4) % model.codes
     step, end, *tapes = captured(model)
+    parts = parts_of(plan, model)
     same(drawn(model, PROMPT, plan, SAMPLE, step, end, above=above), drawn(model, PROMPT, plan, SAMPLE, above=above))
-    assert [(t.recorded, t.replayed) for t in tapes] == [(1, (8 - rows) * 4 - 2), (1, 4)]
+    given = [end - start for row in range(rows) for start, end in pairwise([0, *plan.ends(model.grid, row)])]
+    steps = (8 - rows) * 4 - 1 + given.count(1)  # a single token is fed as a step
+    assert [(t.recorded, t.replayed) for t in tapes] == [(1, steps - 1), (parts, 4 * parts)]
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(("name", "release"), [("fold", "fold"), ("h2o", "lazy")])
-def test_recorded_passes_draw_the_same(name, release, kind, storage):
-    """A pass over drafts has one shape for the whole image: recorded once, and once more when rows are dropped."""
-    make, prompt = MODELS[kind]
+@in_turns("how", [("fold", "fold"), ("h2o", "lazy")])
+def test_recorded_passes_draw_the_same(how, kind, storage):
+    """A pass over drafts has one shape for the whole image: recorded once, and once more when rows are dropped.
+
+    Where room is made in parts of a line, each part has its own, as it has its own slots.
+    """
+    (make, prompt), (name, release) = MODELS[kind], how
     model, plan = make(7, 4), CachePlan(name, 2, 2, 1, release, storage)
-    for interval, recorded in ((-1, 1), (13, 2)):
-        sample, tape = SamplePlan(3, guidance=2.0, guidance_interval=interval, drafts=5), Tape()
+    for interval in (-1, 13):
+        sample, tape, places = SamplePlan(3, guidance=2.0, guidance_interval=interval, drafts=5), Tape(), set()
         passes = CapturedCheck(check, capture=tape, device="cpu")
-        lines = list(generate(model, prompt, plan, sample, check_drafts=passes, static=True))
+
+        def noted(drafts, stop, passes=passes, places=places):
+            places.add((drafts.cache.rows, drafts.cache.part))
+            passes(drafts, stop)
+
+        lines = list(generate(model, prompt, plan, sample, check_drafts=noted, static=True))
         ours = torch.stack([line.tokens for line in lines], 1)
         eager = list(generate(model, prompt, plan, sample, static=True))
         assert torch.equal(ours, torch.stack([line.tokens for line in eager], 1)) and passes.why == ""
         assert [line.passes for line in lines] == [line.passes for line in eager]
+        recorded = len(places)
+        assert name == "fold" or recorded == (1 if interval < 0 else 2)
         assert (tape.recorded, tape.replayed) == (recorded, sum(line.passes for line in lines) - recorded)
 
 
