@@ -2,9 +2,10 @@
 
     python training/train_gpt.py --tokenizer training/runs/vq/checkpoint.pt --out training/runs/gpt --steps 2600
     python training/train_gpt.py --rope 1d --tokenizer linear_core/assets/landscapes_vq.safetensors \
-        --out out/landscapes-1d --steps 1200
+        --shards 3 --batch 8 --steps 800 --out out/landscapes-1d
 
-The second makes a smaller model with 1-D RoPE, which is not shipped: what holds for the bundled model has to hold for it, too.
+The second makes a smaller model with 1-D RoPE. It is not shipped: bench/quality.py measures on it, too, what was chosen
+on the bundled one.
 
 Three stages, each resumable by rerunning the same command: paint scenes, encode them and their mirror images, train.
 Muon for the matrices inside the blocks, AdamW for the rest, bf16 autocast, moving average of the weights.
