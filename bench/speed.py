@@ -62,7 +62,7 @@ from linear_core.cache.line_cache import LineCache
 from linear_core.checkpoints.library import is_large
 from linear_core.grid import Grid
 from linear_core.loop.drafts import Drafts, check
-from linear_core.loop.generate import Run, draw, end_line, evict, generate
+from linear_core.loop.generate import Run, draw, evict, generate, room_after
 from linear_core.loop.graph import Captured, CapturedCheck, CapturedEnd, CapturedStep
 from linear_core.loop.memory import run_bytes
 from linear_core.loop.sampling import Noise
@@ -149,7 +149,7 @@ class Ours:
     def prepare(self, row: int) -> None:
         """Bring the cache to its state when line `row` begins: full, or with all the tokens before it."""
         cache, stride, prompt = self.cache, self.grid.stride, self.cache.shape.prompt
-        cache.extent = min(prompt + (row + 1) * stride, cache.slots)
+        cache.extent, cache.part = min(prompt + (row + 1) * stride, cache.slots), (0, stride)
         held = cache.extent - prompt - stride
         cache.bias[..., prompt:].fill_(float("-inf"))
         cache.index[..., prompt:].fill_(-1)
@@ -176,7 +176,9 @@ class Ours:
             self.logits = self.step(fed, index, self.rows.pad, columns, self.cache)
 
     def end(self) -> None:
-        end_line(self.cache, self.policy, self.row, partial(self.model.rotate_ahead, self.grid), self.line_end)
+        rotate = partial(self.model.rotate_ahead, self.grid)
+        for column in self.plan.ends(self.grid, self.row):
+            room_after(self.cache, self.policy, rotate, self.row, column, self.line_end)
 
     def warm(self) -> None:
         """Run a token and a line's end, so that compilation and capture happen before anything is timed."""

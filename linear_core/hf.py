@@ -34,7 +34,7 @@ from .cache.line_cache import LineCache as Slots
 from .cache.storage import STORAGE
 from .errors import UserError
 from .grid import Grid
-from .loop.generate import end_line
+from .loop.generate import room_after
 from .plan import CachePlan, CacheShape
 from .policies import get_policy
 
@@ -439,10 +439,10 @@ class LineCache(Cache):
                 f"in the cache when {count} more come; call reset() before another image, or give the model's grid."
             )
         column = self._fed % stride
-        if left > 0 and column + count > stride:
+        if left > 0 and column + count > (end := next(n for n in self._ends() if n > column)):
             raise UserError(
-                f"cache: {count} tokens come at column {column} of a line of {stride}; feed tokens of one line at a "
-                "time, and call reset() before another prompt."
+                f"cache: {count} tokens come at column {column} of a line of {stride}, and after column {end} room has "
+                f"to be made for more; feed {end - column} or fewer, and call reset() before another prompt."
             )
         self._stage = "line" if left > 0 else "closing"
         self._column = torch.arange(column, column + count, device=k.device)
@@ -470,7 +470,9 @@ class LineCache(Cache):
         elif self._stage == "line":
             row, column = divmod(self._fed, self.grid.stride)
             if column == 0 and row > 0:
-                end_line(self._held, self.policy, row - 1, self._rotate)
+                room_after(self._held, self.policy, self._rotate, row - 1, self.grid.stride)
+            elif column in self._ends()[:-1]:
+                room_after(self._held, self.policy, self._rotate, row, column)
             self._index = self._column + self._held.grid.index(row)
             if count == 1:
                 self._held.advance(self._index, self._column)
@@ -481,6 +483,10 @@ class LineCache(Cache):
                 "image.",
                 stacklevel=2,
             )
+
+    def _ends(self) -> list[int]:
+        """Where room is made in the line that the next token belongs to."""
+        return self._held.plan.ends(self.grid, self._fed // self.grid.stride)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the layer that lie in no slot yet, with the new ones; kept unless the slots take them."""

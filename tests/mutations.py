@@ -177,7 +177,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "loop/graph.py",
-        "self.why = self._graph.why\n        return work",
+        "self.why = self._graphs[part].why\n        return work",
         "return work",
         "a failed recording is replayed",
     ),
@@ -328,7 +328,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "(1 + pair(count)[0])",
         "a slot counts one more, whatever it is given",
     ),
-    ("cache/fold.py", "(1 << room) - 1 - view.index", "view.index", "the oldest of equals takes a victim in"),
+    (
+        "cache/fold.py",
+        "masked_fill(distance > least * (1 + TIE), -1).argmax(-1)",
+        "masked_fill(distance > least * (1 + TIE), 2**30).argmin(-1)",
+        "the oldest of equals takes a victim in",
+    ),
     ("cache/look_ahead.py", "queries.shape[-1] ** -0.5", "1.0", "foreseen scores are not scaled"),
     ("cache/look_ahead.py", "- self.logsumexp[..., None, :]", "", "pull is no share of attention"),
     (
@@ -346,6 +351,23 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/view.py", "self.rotate(queries, n) for", "queries for", "queries are not turned ahead"),
     ("cache/view.py", "return mass + FLOOR * mean * weight", "return mass", "nothing is spared"),
     ("cache/view.py", "FLOOR * mean * weight", "FLOOR * mean", "spare by slot, not by token"),
+    ("plan.py", "PARTS.get(self.budget, 1)", "1", "fold: room is made once a line, however little there is"),
+    (
+        "cache/fold.py",
+        "distance > least * (1 + TIE)",
+        "distance > least",
+        "fold: the last digit decides between equals",
+    ),
+    ("cache/view.py", "- 1 - self.missing", "- 1", "within a line: tokens that have not come count as there"),
+    ("policies/choose.py", "- recent - bool(view.missing)", "- recent", "within a line: the newest whole line may go"),
+    ("policies/fold.py", "(slots - view.prompt_slots) // 2", "slots // 2", "fold: padding decides who may go"),
+    ("loop/redraw.py", "column in (0, *ends)", "column == 0", "given codes are fed past the point where room is made"),
+    (
+        "loop/drafts.py",
+        "stop = part = min(row * grid.stride + column, end)",
+        "stop = part = end",
+        "drafts: no room is made within a line",
+    ),
     (
         "policies/fold.py",
         ".argsort(dim=-1)",
@@ -361,7 +383,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("policies/fold.py", 'squares.masked_fill(~image, float("inf"))', "squares", "fold: the prompt may stand in"),
     (
         "policies/fold.py",
-        "max(CANDIDATES * view.released + view.protected, slots // 2)",
+        "max(CANDIDATES * view.released + view.protected, (slots - view.prompt_slots) // 2)",
         "view.released + view.protected",
         "fold: importance alone chooses",
     ),
@@ -423,20 +445,20 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/line_cache.py",
-        "self.target[one] = victims",
-        "self.target[one] = victims[:, :, :1].expand_as(victims)",
+        "self.target[one][..., slice(*self.part)] = victims",
+        "self.target[one][..., slice(*self.part)] = victims[:, :, :1].expand_as(victims)",
         "all heads use head 0's victims",
     ),
     (
         "cache/line_cache.py",
-        "self.target[one] = victims",
-        "self.target[one] = victims[:, :1].expand_as(victims)",
+        "self.target[one][..., slice(*self.part)] = victims",
+        "self.target[one][..., slice(*self.part)] = victims[:, :1].expand_as(victims)",
         "all rows use row 0's victims",
     ),
     (
         "cache/line_cache.py",
-        "self.target[one] = victims",
-        "self.target[one] = victims.flip(-1)",
+        "self.target[one][..., slice(*self.part)] = victims",
+        "self.target[one][..., slice(*self.part)] = victims.flip(-1)",
         "lazy victims leave in reverse",
     ),
     (
@@ -449,7 +471,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/line_cache.py", 'if self.plan.release == "lazy" else', "if True else", "strict release behaves as lazy"),
     (
         "cache/line_cache.py",
-        "_mark(victims[..., :-stride], end)",
+        "_mark(victims[..., :-count], end)",
         "torch.zeros_like(released)",
         "uneven: lazy victims that nobody overwrites stay for good",
     ),
@@ -530,8 +552,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     # -- who goes
     ("policies/choose.py", "(token < anchors) | ", "", "anchors unprotected"),
-    ("policies/choose.py", "first_of(1 - recent)", "first_of(2 - recent)", "one recent line too few"),
-    ("policies/choose.py", "first_of(1 - recent)", "first_of(-recent)", "one recent line too many"),
+    ("policies/choose.py", "first_of(1 - recent - ", "first_of(2 - recent - ", "one recent line too few"),
+    ("policies/choose.py", "first_of(1 - recent - ", "first_of(-recent - ", "one recent line too many"),
     (
         "policies/choose.py",
         "protect(scores[..., prompt_slots:],",
@@ -847,7 +869,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/drafts.py", "exponential(token + 1)", "exponential(token)", "drafts: the noise of the token in front"),
     (
         "loop/drafts.py",
-        "stop = min(end, sample.guidance_interval + 1)",
+        "stop = min(part, sample.guidance_interval + 1)",
         "pass",
         "drafts: guidance ends with the line",
     ),
@@ -880,13 +902,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- teacher forcing
     ("loop/forced.py", "torch.minimum(full, few)", "torch.maximum(full, few)", "shared: what either has"),
     ("loop/forced.py", "row * stride + column", "column", "shared: guidance ends at another token"),
-    ("loop/forced.py", "first = logits[:, -1:]", "pass", "forced: a line begins as the picture does"),
+    ("loop/forced.py", "first = found[-1][:, -1:]", "pass", "forced: a line begins as the picture does"),
     # -- with transformers
     ("hf.py", "if column == 0 and row > 0:", "if False:", "transformers: no line ever ends"),
     (
         "hf.py",
-        "end_line(self._held, self.policy, row - 1, self._rotate)",
-        "end_line(self._held, self.policy, row, self._rotate)",
+        "self._rotate, row - 1, self.grid.stride)",
+        "self._rotate, row, self.grid.stride)",
         "transformers: a line ahead",
     ),
     (
@@ -915,7 +937,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("hf.py", "!= NAME:\n            raise", "== 0:\n            raise", "transformers: a changed attention unnoticed"),
     ("hf.py", "if layer != self._announced:", "if False:", "transformers: a broken forward goes on"),
     ("hf.py", "if count > max(left, 1):", "if False:", "transformers: more tokens than the grid has"),
-    ("hf.py", "if left > 0 and column + count > stride:", "if False:", "transformers: tokens across a line's end"),
+    (
+        "hf.py",
+        "if left > 0 and column + count > (end := next(n for n in self._ends() if n > column)):",
+        "if False:",
+        "transformers: tokens across a line's end",
+    ),
     ("hf.py", "if isinstance(given, LineCache)]", "if False]", "transformers: a cache under another name is ignored"),
     ("hf.py", "not _rotates(decoder)", "False", "transformers: a rotation that is not known"),
     ("hf.py", "[False] * self._layers", "[]", "transformers: generate feeds all tokens again"),
@@ -1055,7 +1082,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "feed: slots open before the layers",
     ),
     ("loop/generate.py", "else known[:, row], every", "else known[:, 0], every", "the first given line for all"),
-    ("loop/redraw.py", "column == 0 or not fixed[column]", "True", "given lines are fed one by one"),
+    ("loop/redraw.py", "column in (0, *ends) or not fixed[column]", "True", "given lines are fed one by one"),
     (
         "loop/generate.py",
         "codes.repeat(cache.rows",

@@ -170,6 +170,23 @@ def test_protected_tokens_must_fit_the_budget():
         CachePlan(budget=1, anchors=1, recent=1).check(Grid(6, 5, eol=1))
 
 
+@pytest.mark.parametrize(
+    ("plan", "row", "ends"),
+    [
+        (CachePlan("fold", 1), 2, [6, 12, 18, 25]),
+        (CachePlan("fold", 2), 3, [6, 12, 18, 25]),
+        (CachePlan("fold", 3), 9, [12, 25]),
+        (CachePlan("fold", 4), 9, [25]),
+        (CachePlan("fold", 2), 2, [25]),  # lines are left until then
+        (CachePlan("fold", 1, release="strict"), 9, [25]),
+        (CachePlan("line", 1, release="fold"), 9, [25]),  # reads a whole line's queries
+    ],
+)
+def test_room_is_made_in_parts_of_a_line_where_there_is_little(plan, row, ends):
+    """Of 24 codes and the line's end, which stays with the last code."""
+    assert plan.ends(Grid(24, 24, eol=7), row) == ends
+
+
 def test_what_evicts_nothing_protects_nothing():
     """Where the whole picture fits, the protected regions cannot be too large."""
     CachePlan(budget=5, anchors=999, recent=99).check(Grid(6, 5))

@@ -302,13 +302,16 @@ class Recorder:
 
     decoder: Decoder
     edit: Callable[[int, Tensor], Tensor] = lambda number, logits: logits
+    given: int = 0  # image tokens of lines that are given
     logits: list[Tensor] = field(default_factory=list)  # B V of each image token; nan where nobody asked for them
     fed: list[Tensor] = field(default_factory=list)  # B, each token fed
     index: list[Tensor] = field(default_factory=list)  # L B H S after each token fed
     bias: list[Tensor] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
-    scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # row -> scores and index, L B H S
-    keep: dict[int, Tensor] = field(default_factory=dict)  # row -> tokens that each head is to keep, L B H
+    scores: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # number of image tokens -> scores and index, L B H S
+    keep: dict[int, Tensor] = field(default_factory=dict)  # the same -> tokens that each head is to keep, L B H
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
@@ -320,6 +323,8 @@ class Recorder:
 
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
         logits = self.decoder.step(token, index, pad, column, cache)
+        if int(index) - cache.grid.prompt < self.given:
+            return logits
         self.fed.append(token.clone())
         self.index.append(cache.index.clone())
         self.bias.append(cache.bias.clone())
@@ -327,10 +332,10 @@ class Recorder:
         return self.logits[-1]
 
     def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:
-        """A line's last code and its end are written down as two steps; given lines, from column 0 on, are not."""
+        """A line's last code and its end are written down as two steps; given lines are not."""
         before = cache.index.clone(), cache.bias.clone()
         logits = self.decoder.feed(tokens, index, pad, columns, cache)
-        if int(columns[0]) == 0:
+        if int(columns[0]) == 0 or int(index[0]) - cache.grid.prompt < self.given:
             return logits
         for n in range(len(columns)):
             slot = cache.target[..., columns[: n + 1]]
@@ -368,20 +373,24 @@ def policy(name: str, value: Policy) -> Iterator[None]:
 
 @contextmanager
 def watched(name: str) -> Iterator[tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]]:
-    """Write down what a policy says: by line its scores and the index of the slots, and what each head is to keep."""
+    """Write down what a policy says, by the number of image tokens so far: its scores and the index of the slots, and
+    what each head is to keep.
+    """
     original, scores, keeps = POLICIES[name], {}, {}
 
     def score(view: View) -> Tensor:
         given = original.score(view)
         told = given.float().clone(), view.index.clone()
-        before = scores.get(view.row)
-        assert view.layer == (0 if before is None else len(before[0])), "a policy is asked once a line, layer by layer"
-        scores[view.row] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
+        number = int(view.newest) + 1 - view.grid.prompt
+        before = scores.get(number)
+        assert view.layer == (0 if before is None else len(before[0])), "a policy is asked once, layer by layer"
+        scores[number] = told if before is None else tuple(map(torch.cat, zip(before, told, strict=True)))
         return given
 
     def keep(view: View, scores: Tensor, plan: CachePlan) -> Tensor:
         told = original.keep(view, scores, plan)
-        keeps[view.row] = torch.cat([*([keeps[view.row]] if view.row in keeps else []), told])
+        number = int(view.newest) + 1 - view.grid.prompt
+        keeps[number] = torch.cat([*([keeps[number]] if number in keeps else []), told])
         return told
 
     with policy(name, replace(original, score=score, keep=original.keep and keep)):

@@ -16,6 +16,7 @@ from .look_ahead import gather_vectors, least_squares, upcast
 from .view import View
 
 SLACK = 1.0  # in ln: how far a folded slot's weight may be from its number of tokens
+TIE = 1e-3  # of a squared distance
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,12 @@ def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None)
 def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
     """The slot among `kept` (bool L B H S) with the key nearest to that of each victim, the newest in a tie.
 
-    Distances equal to three digits tie. Keys of the same code at the same offset left and right are equally far, and
-    the last digit, which changes with the batch size, must not decide between them.
+    Distances within a thousandth of the least tie. Keys of the same code at the same offset left and right are equally
+    far, and the last digit, which changes with the batch size, must not decide between them.
     """
     keys, squares = view.centred
     usable = squares.masked_fill(~kept, float("inf"))[..., None, :]
     distance = least_squares(gather_vectors(keys, victims), keys, usable)
-    distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0).float()
-    # Positive floats sort like their bits. The last of them make room for the token's age.
-    room = max(12, (view.grid.prompt + view.grid.tokens).bit_length())
-    age = (1 << room) - 1 - view.index[..., None, :]
-    return distance.view(torch.int32).add_(1 << room - 1).bitwise_and_(-1 << room).add_(age).argmin(-1)
+    distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0)
+    least = distance.amin(-1, keepdim=True)
+    return view.index[..., None, :].masked_fill(distance > least * (1 + TIE), -1).argmax(-1)

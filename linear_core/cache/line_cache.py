@@ -70,6 +70,7 @@ class LineCache:
         # The slot that the line's token at a column is written to, for every layer, row and head.
         self.target = torch.zeros(layers, rows, heads, stride, dtype=torch.int64, device=device)
         self.extent = shape.prompt  # slots from here on were never used; a number on the host, constant within a line
+        self.part = (0, stride)  # columns of the line that `target` has slots for; numbers on the host
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"kernel": None}  # which belongs to this machine
@@ -170,14 +171,15 @@ class LineCache:
         """Write the first `count` B tokens of a window that `peek` was asked about, as if they had been fed.
 
         window         queries, keys and values L B H T D
-        index, column  int64 B, of the window's first token. All tokens that are written belong to this line
+        index, column  int64 B, of the window's first token. All tokens that are written belong to this part of the line
         """
-        columns = torch.arange(self.grid.stride, device=column.device)
+        part = slice(*self.part)
+        columns, target = torch.arange(*self.part, device=column.device), self.target[..., part]
         token = columns - column[:, None]  # B C: the token of the window that belongs at each column
         accepted = (token >= 0) & (token < count[:, None])
 
         def by_column(x: Tensor) -> Tensor:
-            """Tokens L B H T D of the window at the columns where they belong: L B H C D."""
+            """Tokens L B H T D of the window at the part's columns, where they belong: L B H C D."""
             size = x.shape[3]
             first = torch.arange(0, x[..., 0].numel(), size, device=x.device).view(*x.shape[:3], 1)
             row = (first + token.clamp(0, size - 1)[:, None]).view(-1)
@@ -185,15 +187,16 @@ class LineCache:
 
         q, k, v = map(by_column, window)
         chosen = accepted[:, None, :, None]
-        self.keys.write_some(self.target, k, chosen)
-        self.values.write_some(self.target, v, chosen)
+        self.keys.write_some(target, k, chosen)
+        self.values.write_some(target, v, chosen)
         if self.queries is not None:
-            self.queries.copy_(torch.where(chosen, q, self.queries))
-        shown = accepted[:, None].expand_as(self.target)
-        bias, old = self.bias.gather(3, self.target), self.index.gather(3, self.target)
+            queries = self.queries[..., part, :]
+            queries.copy_(torch.where(chosen, q, queries))
+        shown = accepted[:, None].expand_as(target)
+        bias, old = self.bias.gather(3, target), self.index.gather(3, target)
         new = ((index - column)[:, None] + columns).to(old.dtype)[:, None]
-        self.bias.scatter_(3, self.target, bias.masked_fill(shown, 0.0))
-        self.index.scatter_(3, self.target, torch.where(shown, new, old))
+        self.bias.scatter_(3, target, bias.masked_fill(shown, 0.0))
+        self.index.scatter_(3, target, torch.where(shown, new, old))
 
     # -- a line ------------------------------------------------------------------------------------------------------
 
@@ -203,11 +206,20 @@ class LineCache:
         self.target.copy_(torch.arange(self.extent, self.extent + stride, device=self.target.device))
         self.extent += stride
 
-    def view(self, row: int | Tensor, layer: int, rotate: Callable[[Tensor, int], Tensor] | None = None) -> View:
+    def view(
+        self,
+        row: int | Tensor,
+        layer: int,
+        rotate: Callable[[Tensor, int], Tensor] | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> View:
         """The contents of one layer once line `row` is complete: a view with L = 1. `rotate` is passed on to it.
+
+        part  columns that room is made for, of the next line if they begin at 0, else of this one. None: all
 
         Also adds the line's attention to `mass`, so call it once per line.
         """
+        first, last = part or (0, self.grid.stride)
         end, one = self.extent, slice(layer, layer + 1)
         keys, values = self.keys.read(layer, end)[None], self.values.read(layer, end)[None]
         bias, index = self.bias[one, ..., :end], self.index[one, ..., :end]
@@ -216,19 +228,20 @@ class LineCache:
         if self.mass is not None and queries is not None:
             mass = self.mass[one, ..., :end]
             mass += attention_weights(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
-        protected = self.plan.anchors + self.plan.recent * self.grid.stride
+        protected = self.plan.anchors + self.plan.recent * self.grid.stride + (first if self.plan.recent else 0)
         return View(
-            keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey, protected=protected
-        )
+            keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey, protected=protected,
+            prompt_slots=self.shape.prompt, coming=last - first, missing=self.grid.stride - first if first else 0,
+        )  # fmt: skip
 
     def release(self, view: View, victims: Tensor) -> None:
         """Release `victims` (slots, int64 1 B H V, least useful first; -1: none) in the layer and rows of `view`.
 
-        The last of them are the slots of the next line. "strict": all are invisible from now on. "lazy": those of the
-        next line stay visible until they are overwritten. "fold": each is merged into the kept slot with the nearest
-        key.
+        The last of them are the slots of the columns of `part`, which come next. "strict": all are invisible from now
+        on. "lazy": those of the next line stay visible until they are overwritten. "fold": each is merged into the kept
+        slot with the nearest key.
         """
-        end, stride, rows = self.extent, self.grid.stride, slice(view.first, view.first + view.index.shape[1])
+        end, count, rows = self.extent, view.released, slice(view.first, view.first + view.index.shape[1])
         one = slice(view.layer, view.layer + 1), rows
         released = _mark(victims, end)
         if self.count is not None:
@@ -239,10 +252,10 @@ class LineCache:
             self.bias[view.layer, rows].scatter_(2, slot, folded.bias[0].to(self.bias.dtype))
             self.count[view.layer, rows].scatter_(2, slot, folded.count[0].to(self.count.dtype))
             self.count[one][..., :end].masked_fill_(released, 1.0)  # for the token that is written there next
-        self.target[one] = victims[..., -stride:]
+        self.target[one][..., slice(*self.part)] = victims[..., -count:]
         if self.mass is not None:
             self.mass[one][..., :end].masked_fill_(released, 0.0)
-        hidden = _mark(victims[..., :-stride], end) if self.plan.release == "lazy" else released
+        hidden = _mark(victims[..., :-count], end) if self.plan.release == "lazy" else released
         self.bias[one][..., :end].masked_fill_(hidden, float("-inf"))
         self.index[one][..., :end].masked_fill_(hidden, -1)
 

@@ -40,6 +40,10 @@ class View:
                   all, in order
     first_head    number of the first head in the view
     protected     first image tokens that no head will lose, whatever their score; 0: not told
+    prompt_slots  slots at the front that belong to the prompt; 0: not told
+    coming        tokens that room is made for; 0: those of a line
+    missing       tokens of the line that have not come yet, where room is made within it (`CachePlan.ends`). At their
+                  columns, queries are those of the line above
 
     A picture drawn in scales (`Pyramid`) is shown at the end of a layer's pass over a scale: "line" above is then
     "scale", C is some of its queries, evenly spread, and every query sees the whole scale.
@@ -62,6 +66,9 @@ class View:
     heads: Tensor | None = None
     first_head: int = 0
     protected: int = 0
+    prompt_slots: int = 0
+    coming: int = 0
+    missing: int = 0
     _look_aheads: dict[tuple[int, ...], LookAhead] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, pairs: int) -> Iterator[View]:
@@ -109,7 +116,7 @@ class View:
     @property
     def newest(self) -> int | Tensor:
         """Index of the newest token in the cache."""
-        return self.first_of(1) - 1
+        return self.first_of(1) - 1 - self.missing
 
     def first_of(self, stages: int) -> int | Tensor:
         """Index of the first token of the line or scale so many further on: 0 is the finished one."""
@@ -120,12 +127,14 @@ class View:
     def staying(self) -> Tensor:
         """Image tokens that each head will keep, on average: L B H 1."""
         held = self.candidates().sum(-1, keepdim=True)
-        return held.clamp(max=self.keeps) if isinstance(self.grid, Pyramid) else held - self.grid.stride
+        return held.clamp(max=self.keeps) if isinstance(self.grid, Pyramid) else held - self.released
 
     @property
     def released(self) -> int:
         """Tokens that each head releases, on average."""
-        return self.index.shape[-1] - self.keeps if isinstance(self.grid, Pyramid) else self.grid.stride
+        if isinstance(self.grid, Pyramid):
+            return self.index.shape[-1] - self.keeps
+        return self.coming or self.grid.stride
 
     def age(self) -> Tensor:
         """How many queries have seen each slot's token: L B H S, at least 1."""

@@ -131,24 +131,30 @@ class Drafts:
             found = found.masked_fill(token % grid.stride == grid.cols, grid.eol)
         self.codes.copy_(found if self.kept is None else merged(self.kept, found))
 
-    def draw_line(self, row: int, check: Check) -> Passes:
-        """Draw line `row`, whose first code is known, and feed it. The host waits for the device once a pass."""
+    def draw_line(self, row: int, check: Check, ends: list[int], make_room: Callable[[int, int], None]) -> Passes:
+        """Draw line `row`, whose first code is known, and feed it. The host waits for the device once a pass.
+
+        `make_room` is called with row and column at each of `ends` but the last.
+        """
         grid, cache, sample = self.cache.grid, self.cache, self.sample
         number = row * grid.stride
         end = number + (grid.stride if row + 1 < grid.rows else grid.cols - 1)  # the last code is not fed
         passes = Passes()
         numbers = [number] * self.images
         while number < end:
-            stop = end
+            column = next(n for n in ends if number < row * grid.stride + n)
+            stop = part = min(row * grid.stride + column, end)
             if cache.rows > self.images and not sample.guides(number + 1):
                 cache.keep_rows(self.images)
             elif cache.rows > self.images and sample.guidance_interval >= 0:
-                stop = min(end, sample.guidance_interval + 1)  # from here on the unconditional rows are dropped
+                stop = min(part, sample.guidance_interval + 1)  # from here on the unconditional rows are dropped
             while number < stop:
                 check(self, stop)
                 before, numbers = numbers, self.number.tolist()
                 number = min(numbers)
                 passes.add(before, numbers, [min(self.size, stop - first) for first in before])
+            if number == row * grid.stride + column and column in ends[:-1]:
+                make_room(row, column)
         return passes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..cache.line_cache import LineCache
 from ..plan import CachePlan, SamplePlan
 from ..policies import get_policy
-from .generate import Decoder, end_line, scores
+from .generate import Decoder, room_after, scores
 from .memory import split_batch
 from .sampling import apply_guidance
 
@@ -45,20 +46,25 @@ def forced_lines(
     policy = get_policy(plan.policy)
     reads = reads | policy.reads | ({"ahead"} if plan.release == "fold" else set())
     cache = LineCache(shape, prompt.rows, grid, plan, dtype=decoder.dtype, device=decoder.device, reads=reads)
-    rotate = partial(decoder.rotate_ahead, grid)
-    columns = torch.arange(grid.stride, device=decoder.device)
+    make_room = partial(room_after, cache, policy, partial(decoder.rotate_ahead, grid))
     lines = codes.to(decoder.device)
     if grid.eol is not None:
         lines = F.pad(lines, (0, 1), value=grid.eol)
     first = decoder.prefill(prompt, cache)[:, None]  # the logits after token n - 1 are those of token n
     cache.extend()
     for row in range(grid.rows):
-        logits = decoder.feed(lines[:, row], grid.index(row) + columns, prompt.pad, columns, cache, all_logits=True)
-        yield torch.cat([first, logits], 1)[:, : grid.cols]
-        first = logits[:, -1:]
+        found = [first]
+        for start, end in pairwise([0, *plan.ends(grid, row)]):
+            if start:
+                make_room(row, start)
+            columns = torch.arange(start, end, device=decoder.device)
+            tokens, index = lines[:, row, start:end], grid.index(row) + columns
+            found.append(decoder.feed(tokens, index, prompt.pad, columns, cache, all_logits=True))
+        yield torch.cat(found, 1)[:, : grid.cols]
+        first = found[-1][:, -1:]
         observe(row, cache)
         if row + 1 < grid.rows:
-            end_line(cache, policy, row, rotate)
+            make_room(row, grid.stride)
 
 
 @torch.inference_mode()

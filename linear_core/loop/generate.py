@@ -112,6 +112,7 @@ def generate(
     columns = torch.arange(grid.stride, device=device)
     pad = rows.pad
     drafts = Drafts(decoder, cache, sample, noise, pad, images, window, known) if window else None
+    make_room = partial(room_after, cache, policy, rotate, evict=line_end or evict)
     non_finite = torch.zeros((), device=device)  # NaN once a logit is not finite; read at a line's end only
 
     started = time.perf_counter()
@@ -120,15 +121,16 @@ def generate(
     for row in range(grid.rows):
         tokens, passes = torch.empty(images, grid.cols, dtype=torch.int64, device=device), Passes()
         line, spans = None if known is None else known[:, row], every
+        ends = plan.ends(grid, row)
         if line is not None:
             tokens.copy_(line)
-            spans = pieces(line != DRAW)
+            spans = pieces(line != DRAW, ends)
         if drafts and row >= first:
             if row == first:  # later lines begin with a code that is known
                 non_finite += logits.sum() * 0
                 code = draw(logits, row * grid.stride, images, sample, noise)
                 drafts.begin(row * grid.stride, code if line is None else merged(tokens[:, 0], code))
-            passes, spans = drafts.draw_line(row, check_drafts or check), []
+            passes, spans = drafts.draw_line(row, check_drafts or check, ends, make_room), []
             non_finite += drafts.non_finite
             tokens.copy_(drafts.codes[:, row * grid.stride :][:, : grid.cols])
         for column, end in spans:
@@ -150,8 +152,10 @@ def generate(
                 codes = tokens[:, column:end]
                 codes = F.pad(codes, (0, column + fed - end), value=0 if grid.eol is None else grid.eol)
                 logits = decoder.feed(codes.repeat(cache.rows // images, 1), fed_index, pad, fed_columns, cache)
+            if end in ends[:-1]:
+                make_room(row, end)
         if row + 1 < grid.rows:
-            end_line(cache, policy, row, rotate, line_end or evict)
+            make_room(row, grid.stride)
         share, by_head, stands = cache.share_held(images), cache.held_by_head(0), cache.stands_for(images)
         held = round(float(share.sum()) / images, 3)
         tokens_now = tokens.cpu()  # the only point in a line where the host waits for the device
@@ -198,13 +202,13 @@ def _check_above(above: Tensor | None, images: int, grid: Grid, codes: int) -> T
 
 
 def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -> None:
-    """Evict from a full cache down to its budget; the next line overwrites the victims.
+    """Evict from a full cache as many tokens as its next part has; they overwrite the victims.
 
     The work is the same for every line, so it can be captured in a CUDA graph (`graph.py`); `row` is then a tensor of
     one element on the device. The first eviction of a cache also runs the policy's survey and cannot be captured.
     """
-    plan, grid, rotate = cache.plan, cache.grid, by_matrices(rotate)
-    views: Iterable[View] = (cache.view(row, layer, rotate) for layer in range(cache.shape.layers))
+    plan, rotate = cache.plan, by_matrices(rotate)
+    views: Iterable[View] = (cache.view(row, layer, rotate, cache.part) for layer in range(cache.shape.layers))
     if policy.survey is not None and cache.survey is None:
         views = list(views)
         cache.survey = torch.cat([policy.survey(view) for view in views])
@@ -216,19 +220,24 @@ def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -
         scores = policy.score(view)
         keep = None if policy.keep is None else policy.keep(view, scores, plan)
         victims = choose(
-            scores, view, grid.stride, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt,
+            scores, view, view.released, anchors=plan.anchors, recent=plan.recent, prompt_slots=cache.shape.prompt,
             keep=keep,
         )  # fmt: skip
         cache.release(view, victims)
 
 
-def end_line(cache: LineCache, policy: Policy, row: int, rotate: Rotate, evict: Evict = evict) -> None:
-    """Decide where the next line is written: to unused slots, or over the victims of `evict`."""
-    plan = cache.plan
-    if plan.evicts(cache.grid) and row >= plan.budget:
-        cache.extent = (
-            cache.slots
-        )  # larger than now if heads keep unequal numbers: some use the extra room from here on
+def room_after(cache: LineCache, policy: Policy, rotate: Rotate, row: int, column: int, evict: Evict = evict) -> None:
+    """Decide where the tokens are written that follow the first `column` tokens of line `row`.
+
+    A part of a line (`CachePlan.ends`) or a line has ended there. The next is written to unused slots, or over the
+    victims of `evict`.
+    """
+    plan, grid = cache.plan, cache.grid
+    if plan.evicts(grid) and row >= plan.budget:
+        down, first = divmod(column, grid.stride)
+        cache.part = (first, next(end for end in plan.ends(grid, row + down) if end > first))
+        # Larger than now if heads keep unequal numbers: some use the extra room from here on.
+        cache.extent = cache.slots
         evict(cache, policy, row, rotate)
         return
     if cache.mass is not None:

@@ -38,7 +38,7 @@ def cuda_graph(run: Run) -> Run:
 
 @dataclass
 class CapturedGraph:
-    """A graph captured for one cache with so many rows. Does not keep the cache alive."""
+    """A graph captured for one cache with so many rows, and a part of its line. Does not keep the cache alive."""
 
     cache: ref[Any]
     rows: int
@@ -65,12 +65,15 @@ class Captured:
 
     The first call for a cache, and the first after rows were dropped, runs eagerly. That is also the warm-up that
     PyTorch requires, in which libraries choose kernels and tables are built. Capturing afterwards computes nothing.
-    Work that cannot be captured keeps running eagerly.
+    Work that cannot be captured keeps running eagerly. Where room is made several times a line, work on one part of it
+    (`by_part`) has a graph for each.
     """
+
+    by_part = False
 
     def __init__(self, work: Callable[..., Any], *, capture: Capture = cuda_graph, device: str = "cuda"):
         self.work, self.capture, self.device, self.why = work, capture, device, ""
-        self._graph: CapturedGraph | None = None
+        self._graphs: dict[tuple[int, int] | None, CapturedGraph] = {}
 
     def _run(self, work: Callable[..., Any], inputs: tuple[Tensor | int, ...], cache: Any, why: str = "") -> Any:
         """`work(*inputs)`, replayed if there is a graph. `why`: a reason not to capture it."""
@@ -78,14 +81,16 @@ class Captured:
         self.why = why if found == self.device else f"graphs need {self.device} and this runs on {found}"
         if self.why:
             return work(*inputs)
-        if self._graph is None or not self._graph.fits(cache):
-            self._graph = None  # frees the old graph's memory before the new one takes some
+        if not all(graph.fits(cache) for graph in self._graphs.values()):
+            self._graphs = {}  # frees the old graphs' memory before a new one takes some
+        part = cache.part if self.by_part else None
+        if part not in self._graphs:
             result = work(*inputs)
-            self._graph = self._capture(work, inputs, cache)
-            self.why = self._graph.why
+            self._graphs[part] = self._capture(work, inputs, cache)
+            self.why = self._graphs[part].why
             return result
-        self.why = self._graph.why
-        return work(*inputs) if self.why else self._graph.run(inputs)
+        self.why = self._graphs[part].why
+        return work(*inputs) if self.why else self._graphs[part].run(inputs)
 
     def _capture(self, work: Callable[..., Any], inputs: tuple[Tensor | int, ...], cache: Any) -> CapturedGraph:
         device, replay, why = cache.bias.device, None, ""
@@ -110,6 +115,8 @@ class CapturedStep(Captured):
 class CapturedEnd(Captured):
     """`generate.evict` as a CUDA graph: `line_end` of `generate`. Its only input that changes is the row."""
 
+    by_part = True
+
     def __call__(self, cache: Any, policy: Any, row: int, rotate: Any) -> None:
         self._run(lambda row: self.work(cache, policy, row, rotate), (row,), cache)
 
@@ -124,6 +131,8 @@ class CapturedCheck(Captured):
 
     Its only input that changes is where to stop: codes and places are tensors that each pass updates.
     """
+
+    by_part = True
 
     def __call__(self, drafts: Any, stop: int) -> None:
         why = "" if drafts.cache.static else "the cache grows while it fills, so a pass has no fixed shape"

@@ -73,12 +73,12 @@ def check_kept(kept: Tensor | None, above: Tensor, images: int, grid: Grid, code
     return known
 
 
-def pieces(known: Tensor) -> list[tuple[int, int]]:
+def pieces(known: Tensor, ends: list[int]) -> list[tuple[int, int]]:
     """A line in pieces that are fed at once, as first and last column + 1: a code, and those behind it that are known
-    of every image. `known`, bool B cols, on the host.
+    of every image. `known`, bool B cols, on the host. No piece goes beyond one of `ends`.
     """
     fixed = known.all(0).tolist()
-    starts = [column for column in range(len(fixed)) if column == 0 or not fixed[column]]
+    starts = [column for column in range(len(fixed)) if column in (0, *ends) or not fixed[column]]
     return list(zip(starts, [*starts[1:], len(fixed)], strict=True))
 
 

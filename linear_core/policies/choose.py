@@ -12,7 +12,8 @@ from .rank import sortable
 def protect(scores: Tensor, index: Tensor, view: View, anchors: int, recent: int) -> Tensor:
     """`scores` with inf for anchors and recent lines and -inf for empty slots. `index` has the shape of `scores`."""
     token = index - view.grid.prompt
-    protected = (token < anchors) | (token >= view.first_of(1 - recent) - view.grid.prompt)
+    newest = view.first_of(1 - recent - bool(view.missing)) if recent else view.newest + 1
+    protected = (token < anchors) | (token >= newest - view.grid.prompt)
     return scores.float().masked_fill(protected, float("inf")).masked_fill(index < 0, float("-inf"))
 
 

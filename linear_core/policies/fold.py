@@ -27,7 +27,7 @@ def fold(view: View) -> Tensor:
     """
     image, importance = view.candidates(), view.importance()
     slots, most = importance.shape[-1], torch.finfo(torch.float32).max
-    count = min(max(CANDIDATES * view.released + view.protected, slots // 2), slots)
+    count = min(max(CANDIDATES * view.released + view.protected, (slots - view.prompt_slots) // 2), slots)
     # Sorted from the least important token on, so that a token may only fold into those behind it. Slots that hold no
     # image token come last, and nothing folds into them.
     order = sortable(importance.masked_fill(~image, float("inf")), -view.index).argsort(dim=-1)

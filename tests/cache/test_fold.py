@@ -162,10 +162,12 @@ def test_counts_are_the_tokens_seen(name, model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LineCache, "release", count)
         decode(decoder, prompt, CachePlan(name, 2, 2, 1, "fold"), SamplePlan(seed=7, guidance=2.5))
-    stride = decoder.grid.stride
-    assert len(seen) == 2 * 4, "two layers, the ends of lines 2 to 5"
+    grid, plan = decoder.grid, CachePlan(name, 2, 2, 1, "fold")
+    tokens = [row * grid.stride + end for row in range(2, 7) for end in plan.ends(grid, row)][:-1]
+    assert len(tokens) == (4 if name != "fold" else 12), "of lines 2 to 5; folded, in parts of 2, 2 and 1"
+    assert len(seen) == 2 * len(tokens), "two layers"
     for number, counts in enumerate(seen):
-        assert (counts == (3 + number // 2) * stride).all()
+        assert (counts == tokens[number // 2]).all()
 
 
 def test_the_weight_is_never_far_from_the_count():
@@ -287,14 +289,14 @@ def test_a_run_folds_what_was_chosen():
         assert torch.equal(cache.keys.data[layer][~expected.changed[0]], old[0][~expected.changed[0]])
         assert torch.equal(cache.bias[layer] == -math.inf, cache.index[layer] < 0)
         assert (cache.index[layer].gather(-1, victims[0]) == -1).all()
-        assert torch.equal(cache.target[layer], victims[0])
+        assert torch.equal(cache.target[layer][..., slice(*cache.part)], victims[0])
         assert (cache.count[layer].gather(-1, victims[0]) == 1).all()
         runs.append(int(expected.changed.sum()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LineCache, "release", watch)
         decode(llamagen(7, 5), class_prompt([1, 3]), CachePlan("fold", 2, 2, 1), SamplePlan(seed=7, guidance=2.5))
-    assert len(runs) == 8 and min(runs) > 0
+    assert len(runs) == 2 * 12 and min(runs) > 0
 
 
 # -- what is foreseen --------------------------------------------------------------------------------------------------

@@ -171,16 +171,18 @@ def predict(recorder: Recorder, plan: CachePlan, layer: int, row: int, head: int
     history = []
     for number in range(len(recorder.fed)):
         line, column = divmod(number, grid.stride)
-        if column == 0 and evicts and line > plan.budget:  # the line before this one has ended
-            scores, index = (t[layer, row, head].tolist() for t in recorder.scores[line - 1])
+        parts = [0, *plan.ends(grid, line)]
+        if column in parts and evicts and line > plan.budget:  # the line before this one, or a part of it, has ended
+            coming = parts[parts.index(column) + 1] - column
+            scores, index = (t[layer, row, head].tolist() for t in recorder.scores[number])
             score = {i: s for i, s in zip(index, scores, strict=True) if i >= 0}
             assert set(score) == held, "the policy is shown what is held"
             anchors = range(length, length + plan.anchors)
-            newest = range(length + (line - plan.recent) * grid.stride, length + line * grid.stride)
+            newest = range(length + (line - plan.recent) * grid.stride, length + number) if plan.recent else ()
             free = [i for i in held if i >= length and i not in anchors and i not in newest]
-            keep = plan.budget * grid.stride
-            if line - 1 in recorder.keep:
-                keep = int(recorder.keep[line - 1][layer, row, head])
+            keep = (plan.budget + 1) * grid.stride - coming
+            if number in recorder.keep:
+                keep = int(recorder.keep[number][layer, row, head])
             images = sum(i >= length for i in held)
             assert keep <= images, "no head is to keep more than it has"
             victims = sorted(free, key=lambda i: (score[i], i))[: images - keep]
@@ -215,15 +217,21 @@ def test_the_cache_holds_what_was_chosen(which):
 
 @every_run
 def test_policy_is_asked_when_the_cache_is_full(which):
-    """Scores are asked for at the end of every line that has no room behind it, and at no other time."""
+    """Scores are asked for at the end of every line, or part of one, that has no room behind it, and never else."""
     name, _, case = which
-    evicts = name != "full" and case.budget + 1 < case.rows
-    assert list(run(*which).scores) == (list(range(case.budget, case.rows - 1)) if evicts else [])
+    recorder, expected = run(*which), []
+    grid, plan = recorder.cache.grid, recorder.cache.plan
+    if name != "full" and case.budget + 1 < case.rows:
+        ends = [row * grid.stride + end for row in range(case.budget, case.rows) for end in plan.ends(grid, row)]
+        expected = ends[:-1]  # behind the last there is nothing
+    assert list(recorder.scores) == expected
 
 
 @every_run
 def test_never_more_than_prompt_budget_and_one_line(which):
-    """The number of slots in use never exceeds prompt + budget + one line, and strict is back at its budget after."""
+    """The number of slots in use never exceeds prompt + budget + one line; strict is back at its budget after a line,
+    and full again after each part of one.
+    """
     name, release, case = which
     recorder = run(*which)
     stride = recorder.cache.grid.stride
@@ -238,7 +246,8 @@ def test_never_more_than_prompt_budget_and_one_line(which):
         if name not in ("full", "flat", "coarse") and line > case.budget:
             if release != "lazy":
                 heads = held if name not in UNEVEN else held.double().mean((0, 2))
-                assert (heads == case.budget * stride + column + 1).all()
+                end = next(end for end in recorder.cache.plan.ends(recorder.cache.grid, line) if end > column)
+                assert (heads == (case.budget + 1) * stride - (end - column - 1)).all()
             elif name not in UNEVEN:
                 assert (held == (case.budget + 1) * stride).all()
 
@@ -249,14 +258,14 @@ def test_heads_keep_what_was_shared_out(which):
     recorder = run(*which)
     plan, stride = recorder.cache.plan, recorder.cache.grid.stride
     assert bool(recorder.keep) == (plan.policy in UNEVEN and plan.evicts(recorder.cache.grid))
-    for row, keep in recorder.keep.items():
+    for number, keep in recorder.keep.items():
         assert keep.dtype == torch.int64
         assert int(keep.min()) >= plan.anchors + plan.recent * stride
         assert int(keep.max()) <= 2 * plan.budget * stride
         among = (2,) if plan.policy in ("adakv", "headkv") else (0, 2)  # a layer's heads, or all layers'
         assert (keep.double().mean(among) == plan.budget * stride).all()
         if plan.release != "lazy":
-            held = (recorder.index[(row + 1) * stride][..., recorder.prompt_slots :] >= 0).sum(-1)
+            held = (recorder.index[number][..., recorder.prompt_slots :] >= 0).sum(-1)
             rows = held.shape[1]  # guidance may have ended
             assert torch.equal(held - 1, keep[:, :rows])
 

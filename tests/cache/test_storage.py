@@ -169,7 +169,7 @@ def test_given_lines_leave_what_drawing_them_leaves(policy, release, storage):
     model, prompt = llamagen(7, 5, dtype=torch.float64), class_prompt([1, 3])
     plan = CachePlan(policy, 2, 2, 1, release, storage)
     whole = decode(model, prompt, plan, BOTH)
-    again = Recorder(model)
+    again = Recorder(model, given=4 * model.grid.stride)
     again.lines.extend(generate(again, prompt, plan, BOTH, above=whole.tokens[:, :4]))
     torch.testing.assert_close(torch.stack(again.logits[1:]), torch.stack(whole.logits[21:]))
     assert torch.equal(again.tokens, whole.tokens)

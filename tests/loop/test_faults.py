@@ -187,7 +187,7 @@ STAGES = [
     ("linear_core.loop.sampling:Noise.exponential", 33),
     ("linear_core.loop.generate:filter_logits", 20),
     ("linear_core.loop.generate:sample_codes", 63),
-    ("linear_core.loop.generate:end_line", 5),
+    ("linear_core.loop.generate:room_after", 5),
     ("linear_core.loop.generate:evict", 1),
     ("linear_core.cache.line_cache:LineCache.extend", 3),
     ("linear_core.cache.line_cache:LineCache.view", 1),

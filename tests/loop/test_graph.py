@@ -11,7 +11,7 @@ import gc
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 from weakref import ref
 
@@ -26,7 +26,7 @@ from linear_core.cache.line_cache import LineCache
 from linear_core.cache.view import View
 from linear_core.loop import generate as loop
 from linear_core.loop.drafts import Drafts, check
-from linear_core.loop.generate import draw, end_line, evict, generate
+from linear_core.loop.generate import draw, evict, generate, room_after
 from linear_core.loop.graph import CapturedCheck, CapturedEnd, CapturedStep
 from linear_core.loop.sampling import Noise
 from linear_core.plan import ONLY_SCALES, RELEASES, STORAGES, UNEVEN, CachePlan, SamplePlan
@@ -156,8 +156,9 @@ def test_nobody_waits_at_a_lines_end(name, release, kind, storage):
     plan, policy = CachePlan(name, 1, 1, 0, release, storage), get_policy(name)
     _, cache, rotate, _ = without_numbers(kind, plan)
     with unseen():
-        end_line(cache, policy, 0, rotate)
-        end_line(cache, policy, 1, rotate)
+        room_after(cache, policy, rotate, 0, cache.grid.stride)
+        for column in plan.ends(cache.grid, 1):
+            room_after(cache, policy, rotate, 1, column)
         if plan.evicts(cache.grid):
             evict(cache, policy, torch.full((), 2, device=cache.bias.device), rotate)
 
@@ -172,12 +173,12 @@ def test_a_line_asks_for_numbers_at_its_end_alone(monkeypatch):
                 asked.append(func)
             return func(*args, **(kwargs or {}))
 
-    def ended(*args):
+    def ended(*args, **kwargs):
         told.append(len(asked))
-        end_line(*args)
+        room_after(*args, **kwargs)
         told.append(len(asked))
 
-    monkeypatch.setattr(loop, "end_line", ended)
+    monkeypatch.setattr(loop, "room_after", ended)
     model = llamagen(6, 5)
     sample = SamplePlan(3, guidance=2.0, guidance_interval=12, top_k=5, top_p=0.9)
     lines = generate(model, PROMPT, CachePlan("line", 2, 1, 1), sample)
@@ -270,6 +271,11 @@ def captured(model) -> tuple[CapturedStep, CapturedEnd, Tape, Tape]:
     return step, CapturedEnd(evict, capture=second, device="cpu"), first, second
 
 
+def parts_of(plan: CachePlan, model) -> int:
+    """How often room is made in a line once the cache is full: each time has a graph of its own."""
+    return len(plan.ends(model.grid, plan.budget + 1))
+
+
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("name", EVICTING)
 def test_a_recorded_line_end_draws_the_same(name, release):
@@ -277,8 +283,9 @@ def test_a_recorded_line_end_draws_the_same(name, release):
     model, plan = llamagen(11, 4), CachePlan(name, 2, 2, 1, release)
     _, end, _, tape = captured(model)
     same(drawn(model, PROMPT, plan, SAMPLE, line_end=end), drawn(model, PROMPT, plan, SAMPLE))
-    # Lines 2 to 9 evict: the first of them is done as it is.
-    assert (tape.recorded, tape.replayed, end.why) == (1, 7, "")
+    # Lines 2 to 9 evict: the first of them is done as it is. Two folded lines make room several times a line.
+    parts = parts_of(plan, model)
+    assert (tape.recorded, tape.replayed, end.why) == (parts, 7 * parts, "")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -303,7 +310,8 @@ def test_both_recorded_draw_the_same(name, kind, storage):
     assert (step.why, end.why) == ("", "")
     # Lumina's last code of a line is fed with the line's end, not as a step; nothing is drawn after the last code.
     fed = 7 * 4 - 1 if kind != "lumina" else 7 * 3
-    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 2 * (fed - 1)), (2, 2 * 3)]
+    parts = parts_of(plan, model)
+    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 2 * (fed - 1)), (2 * parts, 2 * 3 * parts)]
 
 
 @pytest.mark.parametrize("name", ["line", "fold", "h2o", "cake", "ssd"])
@@ -313,7 +321,8 @@ def test_recorded_anew_when_rows_are_dropped(name):
     step, end, *tapes = captured(model)
     same(drawn(model, PROMPT, plan, sample, step, end), drawn(model, PROMPT, plan, sample))
     # Of 35 steps, and of 6 evictions at lines 2 to 7, the first and the first without guidance's rows are not replayed.
-    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 33), (2, 4)]
+    parts = parts_of(plan, model)
+    assert [(t.recorded, t.replayed) for t in tapes] == [(2, 33), (2 * parts, 4 * parts)]
 
 
 @pytest.mark.parametrize("name", ["line", "fold", "h2o", "cake", "prefixkv"])
@@ -323,25 +332,38 @@ def test_recorded_below_rows_that_are_given(name, rows):
     model, plan = llamagen(8, 4), CachePlan(name, 2, 2, 1)
     above = torch.arange(2 * rows * 4).view(2, rows, 4) % model.codes
     step, end, *tapes = captured(model)
+    parts = parts_of(plan, model)
     same(drawn(model, PROMPT, plan, SAMPLE, step, end, above=above), drawn(model, PROMPT, plan, SAMPLE, above=above))
-    assert [(t.recorded, t.replayed) for t in tapes] == [(1, (8 - rows) * 4 - 2), (1, 4)]
+    given = [end - start for row in range(rows) for start, end in pairwise([0, *plan.ends(model.grid, row)])]
+    steps = (8 - rows) * 4 - 1 + given.count(1)  # a single token is fed as a step
+    assert [(t.recorded, t.replayed) for t in tapes] == [(1, steps - 1), (parts, 4 * parts)]
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("name", "release"), [("fold", "fold"), ("h2o", "lazy")])
 def test_recorded_passes_draw_the_same(name, release, kind, storage):
-    """A pass over drafts has one shape for the whole image: recorded once, and once more when rows are dropped."""
+    """A pass over drafts has one shape for the whole image: recorded once, and once more when rows are dropped.
+
+    Where room is made in parts of a line, each part has its own, as it has its own slots.
+    """
     make, prompt = MODELS[kind]
     model, plan = make(7, 4), CachePlan(name, 2, 2, 1, release, storage)
-    for interval, recorded in ((-1, 1), (13, 2)):
-        sample, tape = SamplePlan(3, guidance=2.0, guidance_interval=interval, drafts=5), Tape()
+    for interval in (-1, 13):
+        sample, tape, places = SamplePlan(3, guidance=2.0, guidance_interval=interval, drafts=5), Tape(), set()
         passes = CapturedCheck(check, capture=tape, device="cpu")
-        lines = list(generate(model, prompt, plan, sample, check_drafts=passes, static=True))
+
+        def noted(drafts, stop, passes=passes, places=places):
+            places.add((drafts.cache.rows, drafts.cache.part))
+            passes(drafts, stop)
+
+        lines = list(generate(model, prompt, plan, sample, check_drafts=noted, static=True))
         ours = torch.stack([line.tokens for line in lines], 1)
         eager = list(generate(model, prompt, plan, sample, static=True))
         assert torch.equal(ours, torch.stack([line.tokens for line in eager], 1)) and passes.why == ""
         assert [line.passes for line in lines] == [line.passes for line in eager]
+        recorded = len(places)
+        assert name == "fold" or recorded == (1 if interval < 0 else 2)
         assert (tape.recorded, tape.replayed) == (recorded, sum(line.passes for line in lines) - recorded)
 
 

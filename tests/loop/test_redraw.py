@@ -146,8 +146,10 @@ def test_masks_and_pictures_are_paired():
 
 def test_pieces_are_a_code_and_the_known_ones_behind_it():
     known = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
-    assert pieces(known) == [(0, 2), (2, 5), (5, 6)]
-    assert pieces(known[:, :1]) == [(0, 1)] and pieces(torch.zeros(2, 3, dtype=torch.bool)) == [(0, 1), (1, 2), (2, 3)]
+    assert pieces(known, [6]) == [(0, 2), (2, 5), (5, 6)]
+    assert pieces(known, [2, 4, 6]) == [(0, 2), (2, 4), (4, 5), (5, 6)], "room is made after 4 tokens"
+    assert pieces(known[:, :1], [1]) == [(0, 1)]
+    assert pieces(torch.zeros(2, 3, dtype=torch.bool), [3]) == [(0, 1), (1, 2), (2, 3)]
 
 
 # -- several fills -----------------------------------------------------------------------------------------------------

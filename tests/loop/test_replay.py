@@ -62,9 +62,9 @@ def test_nothing_below_can_tell(case):
     decoder, prompt = setting(case[0])
     rows, stride = whole.cache.grid.rows, whole.cache.grid.stride
     first = FIRST[given] % rows
-    again = Recorder(decoder)
-    again.lines.extend(generate(again, prompt, whole.cache.plan, SAMPLE, above=whole.tokens[:, :first]))
     start = first * stride
+    again = Recorder(decoder, given=start)
+    again.lines.extend(generate(again, prompt, whole.cache.plan, SAMPLE, above=whole.tokens[:, :first]))
     assert len(again.fed) == len(whole.fed) - start, "only the rest is drawn"
     torch.testing.assert_close(torch.stack(again.logits[1:]), torch.stack(whole.logits[start + 1 :]), equal_nan=True)
     for ours, theirs, our_bias, their_bias in zip(

@@ -255,9 +255,8 @@ def test_graphs_where_the_environment_asks_for_them(small, one, comfy, monkeypat
     (recorded,) = run("Generate", **settings)
     assert torch.equal(recorded.codes, eager.codes) and not caplog.text
     found = [(tape.recorded, tape.replayed > 0) for tape in tapes]
-    used, idle = (1, True), (0, False)
-    # Step, line's end and drafts, for each part.
-    assert found == [used, used, idle] * (1 if batch < 3 else 2)
+    # Step, line's end in its parts, and drafts, for each part of the batch.
+    assert found == [(1, True), (4, True), (0, False)] * (1 if batch < 3 else 2)
 
 
 def test_a_kind_of_step_that_there_is_not(one, comfy, monkeypatch):  # noqa: F811
