@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import machine, scales, weights
 from bench.forced import Reference, drift, reference
+from bench.merging import CONTROLS, METHODS, MergePlan, merging
 from bench.report import write_report
 from bench.rows import Results, Row
 from bench.uncertainty import frechet, frechet_excess, half_width, share_interval
@@ -89,15 +90,22 @@ SEEDS = (REPORT.seed, 40_011, 60_011)
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy with a release and a storage. `published`: with the recent lines that it was published with."""
+    """A policy with a release and a storage.
+
+    published  with the recent lines that it was published with
+    merge      one of CONTROLS, a way in which others merge victims; "": as the release says
+    """
 
     policy: str
     release: str = "auto"
     storage: str = "full"
     published: bool = False
+    merge: str = ""
 
     @property
     def name(self) -> str:
+        if self.merge:
+            return self.merge
         own = CachePlan(self.policy)
         parts = [
             self.policy,
@@ -126,7 +134,9 @@ def contenders(policies: list[str]) -> list[Contender]:
     ]
     names = {c.policy for c in special}
     others = [Contender(name) for name in POLICIES if name not in names and name != "full"]
-    return [c for c in special[:6] + others + special[6:] if c.policy in policies]
+    controls = [Contender(control.policy, "fold", merge=name) for name, control in CONTROLS.items()]
+    found = special[:6] + others + special[6:] + controls
+    return [c for c in found if (c.merge.split()[-1] if c.merge else c.policy) in policies]
 
 
 class Lab:
@@ -210,7 +220,8 @@ class Lab:
             batch = range(start, min(start + BATCH, split.images))
             prompts, batch_codes = prompt.select(batch), codes[batch.start : batch.stop]
             full = self.reference(split, start, prompts, batch_codes)
-            parts.append(drift(self.model.decoder, prompts, batch_codes, plan, full))
+            with merging(plan):
+                parts.append(drift(self.model.decoder, prompts, batch_codes, plan, full))
         return {
             "kl": torch.cat([p.kl for p in parts]).numpy(),
             "dnll": torch.cat([p.dnll for p in parts]).numpy(),
@@ -220,8 +231,9 @@ class Lab:
 
     def row(self, name: str, plan: CachePlan, split: Split) -> dict[str, Any]:
         """The row of a plan on a split: from the results if it is still valid, else computed and stored."""
-        key = {"split": split.name, "seed": split.seed, "images": split.images, **asdict(plan), "model": self.weights}
-        defaults = asdict(CachePlan())  # for settings that are newer than a row
+        key = {"split": split.name, "seed": split.seed, "images": split.images, "merge": "", **asdict(plan),
+               "model": self.weights}  # fmt: skip
+        defaults = asdict(MergePlan())  # for settings that are newer than a row
         for row in self.data["rows"]:
             if all(row.get(k, defaults.get(k)) == v for k, v in key.items()):
                 if self.core in (row["core"], row.get("confirmed")) or self.confirm(row, plan, split):
@@ -280,6 +292,8 @@ class Lab:
     def plans(self, contender: Contender, budget: int) -> list[CachePlan]:
         """The plans to choose from: every number of recent lines that fits; as published, the most up to 2."""
         plain = CachePlan(contender.policy, budget, ANCHORS, 0, contender.release, contender.storage)
+        if contender.merge:
+            plain = MergePlan(**asdict(plain), merge=contender.merge)
         if contender.policy == "full":
             return [replace(plain, budget=self.grid.rows)]
         fitting = [p for p in (replace(plain, recent=recent) for recent in RECENT) if self.fits(p)]
@@ -305,10 +319,10 @@ class Lab:
         drawn = []
         for start in range(0, len(labels), DRAWN_BATCH):
             run, part = Run(), labels[start : start + DRAWN_BATCH]
-            for line in generate(
-                self.model.decoder, self.prompt(part), plan, replace(self.model.info.defaults, seed=seed + start)
-            ):
-                run.add(line)
+            sample = replace(self.model.info.defaults, seed=seed + start)
+            with merging(plan):
+                for line in generate(self.model.decoder, self.prompt(part), plan, sample):
+                    run.add(line)
             drawn.append(run.tokens)
         return torch.cat(drawn)
 
@@ -325,7 +339,8 @@ class Lab:
 
     def drawn(self, row: dict[str, Any]) -> Tensor:
         """The codes of a row of `samples`."""
-        plan = CachePlan(**{f.name: row[f.name] for f in fields(CachePlan) if f.name in row})
+        kind = MergePlan if row.get("merge") else CachePlan
+        plan = kind(**{f.name: row[f.name] for f in fields(kind) if f.name in row})
         return self.sample(plan, row["images"], row["seed"], row["core"])
 
     def pictures(self, row: Row, kinds: list[int]) -> Tensor:
@@ -350,7 +365,8 @@ def contents(path: Path) -> list[Path]:
 
 def hash_of_core() -> str:
     """Of the files that rows depend on."""
-    return hash_of([f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in UNRELATED])
+    files = [f for f in sorted((ROOT / "linear_core").rglob("*.py")) if f.stem not in UNRELATED]
+    return hash_of([*files, ROOT / "bench" / "merging.py"])
 
 
 def hash_of_model(files: ModelFiles) -> str:
@@ -392,7 +408,8 @@ def best_others(rows: list[dict[str, Any]], budget: int, count: int, seed: int =
 def key_contenders(lab: Lab, budget: int, policies: list[str], seed: int) -> list[Contender]:
     """Ours, the published rule, the control and the two best others at `budget`."""
     names = [*(n for n in DRAWN if n in policies), *best_others(lab.data["rows"], budget, 2, seed)]
-    return [Contender(name, published=name == "line") for name in names]
+    known = {c.name: c for c in contenders([*POLICIES, *METHODS])}
+    return [Contender("line", published=True) if name == "line" else known[name] for name in names]
 
 
 def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policies: list[str], count: int) -> None:
@@ -465,7 +482,7 @@ def main() -> None:
         help="checkpoint, file or folder, with classes or its own tokenizer (default: the bundled model)",
     )
     parser.add_argument("--grid", type=int, nargs=2, help="rows and columns, if the file does not say")
-    every = [*POLICIES, *SCALE_POLICIES]
+    every = [*POLICIES, *SCALE_POLICIES, *METHODS]
     parser.add_argument("--policies", nargs="+", default=every, choices=every, metavar="POLICY")
     parser.add_argument("--shares", type=int, nargs="+", help="budgets: N keeps 1/N of the lines, or of a full cache")
     parser.add_argument(
@@ -497,11 +514,12 @@ def main() -> None:
         if note := limit_threads():
             print(f"note: {note}.", file=sys.stderr)
         if read_info(files.decoder).pyramid is not None:
+            args.policies = [name for name in args.policies if name not in METHODS]
             scales.run(files, args, hash_of_model(files), hash_of_core())
             return
         args.shares, args.images = args.shares or SHARES, args.images or REPORT.images
         args.samples = 96 if args.samples is None else args.samples
-        args.policies = [name for name in args.policies if name in POLICIES]
+        args.policies = [name for name in args.policies if name not in SCALE_POLICIES]
         lab = Lab(files, args.out, tuple(args.grid) if args.grid else None)
         run(lab, args)
     except UserError as error:

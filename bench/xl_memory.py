@@ -3,6 +3,8 @@
     python bench/xl_memory.py                       XL at 384 pixels, full cache and 4 of 24 lines, two lines each
     python bench/xl_memory.py --lines 24            whole pictures
     python bench/xl_memory.py --save models/ar_image   also keeps the checkpoints, in the official layout
+    python bench/xl_memory.py --loading default int8 int4   instead: the most memory that loading takes, in processes of
+                                                            their own, beside that of the weights once they are loaded
 
 The values of weights affect neither memory nor time. Bytes are counted in the allocated tensors; the formula is
 CacheShape.bytes. Exit status 1 if they differ.
@@ -11,8 +13,10 @@ CacheShape.bytes. Exit status 1 if they differ.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -21,12 +25,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.machine import resident
 from bench.shapes import CODES
 from bench.shapes import LLAMAGEN as SIZES
 from linear_core.checkpoints.library import ModelFiles, load_model
 from linear_core.grid import Grid
 from linear_core.loop.generate import Run, generate
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.models.quantised import QUANTISATIONS
 from linear_core.plan import PRESETS, CachePlan
 from linear_core.prompts import class_prompt
 from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
@@ -68,11 +74,23 @@ def main() -> int:
     parser.add_argument("--presets", nargs="*", default=["Full", "Balanced"], choices=PRESETS)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--save", type=Path, help="folder for the checkpoints (default: they are deleted)")
+    parser.add_argument(
+        "--loading", nargs="+", choices=("default", *QUANTISATIONS), help="only load, with such weights"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.save or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
+        if args.loading:
+            files = checkpoints(folder, args.size, args.pixels)
+            print(f"c2i_{args.size}_{args.pixels}, {args.dtype}; MiB besides the file itself, which is mapped")
+            print(f"{'weights':10}{'loaded':>10}{'most while loading':>20}")
+            for kind in args.loading:
+                with multiprocessing.get_context("spawn").Pool(1) as process:
+                    held, most = process.apply(loading, (files, args.dtype, kind))
+                print(f"{kind:10}{held / MIB:>10.0f}{most / MIB:>20.0f}")
+            return 0
         started = time.perf_counter()
         model = load_model(checkpoints(folder, args.size, args.pixels), dtype=DTYPES[args.dtype])
         parameters = sum(p.numel() for p in model.decoder.parameters())
@@ -96,6 +114,24 @@ def main() -> int:
             f"peak memory of the process: {peak_gib():.2f} GiB; formula and allocation {'differ' if wrong else 'agree'}"
         )
     return int(bool(wrong))
+
+
+def loading(files: ModelFiles, dtype: str, kind: str) -> tuple[int, float]:
+    """Bytes of the weights once they are loaded, and the most anonymous memory that loading them took."""
+    before, seen, done = resident("RssAnon"), [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.003):
+            seen.append(resident("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_model(files, dtype=DTYPES[dtype], weight_dtype=None if kind == "default" else kind)
+    done.set()
+    watcher.join()
+    modules = (model.decoder, model.tokenizer)
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return sum(t.nbytes for t in tensors), max(seen) - before
 
 
 def peak_gib() -> float:

@@ -37,11 +37,12 @@ from .checkpoints import library, text
 from .checkpoints.convert import convert
 from .checkpoints.families import ModelInfo
 from .checkpoints.library import ImageModel, ModelFiles
+from .checkpoints.understanding import check_looks, load_understanding, questions
 from .checkpoints.weights import model_path
 from .errors import UserError, quoted
 from .loop.calibrate import calibrate
 from .loop.drafts import check
-from .loop.forced import log_likelihood, prompt_match, shared_probability
+from .loop.forced import following_likelihood, log_likelihood, prompt_match, shared_probability
 from .loop.generate import Run, evict, generate
 from .loop.graph import CapturedHead, Graphs, use_graphs
 from .loop.masked import generate_masked
@@ -59,15 +60,17 @@ from .loop.memory import (
     streamed_seconds,
 )
 from .loop.micro_batches import MicroBatch, MicroBatches, is_out_of_memory
-from .loop.redraw import best_of
+from .loop.redraw import best_of, candidates, following, keep_outside, masked_cells
 from .loop.scales import check_stop, generate_scales, scale_policy, surveys, with_drafter
 from .loop.threads import limit_threads
+from .loop.vqa import vqa_scores
 from .models.packed import pack
 from .models.quantised import QUANTISATIONS
+from .pictures.fit import aligned
 from .pictures.heatmap import heatmap, lifetime, over_scales
 from .pictures.inpaint import check_mask, known_latents
 from .pictures.preview import UNDRAWN, LatentPreview, Preview, decode
-from .pictures.sheet import contact_sheet, read_image, save, to_image
+from .pictures.sheet import contact_sheet, read_image, save, score_sheet, to_image
 from .plan import (
     AUTO,
     MAX_SEED,
@@ -143,15 +146,18 @@ def run_generate(args: argparse.Namespace) -> None:
     plan, sample, out = _cache_plan(args), _sample_plan(args, info), _out(args.out, info.name + ".png")
     model = _load(args)
     prompt = _prompt(args, model)
+    kept = _kept_codes(args, model)
+    if args.candidates > 1:
+        prompt, sample = prompt.repeat(args.candidates), candidates(sample, prompt.rows, args.candidates)
     plan = _resolved(args, plan, model, prompt, sample)
-    if args.best:
-        _generate_best(args, model, plan, sample, prompt, out)
+    if args.best or args.candidates > 1:
+        _generate_best(args, model, plan, sample, prompt, out, kept)
         return
     paths = [out.with_name(f"{out.stem}_{i + 1:02d}{out.suffix}") for i in range(prompt.rows)]
     writer = Writer(paths if prompt.rows > 1 else [out])
     masked = _masked_plans(args, info)
-    micro_batches = _micro_batches(args, prompt, sample, caches=1, above=_given(args, model))
-    settings = asdict(plan) if info.cached else {}
+    micro_batches = _micro_batches(args, prompt, sample, caches=1, above=_given(args, model), kept=kept)
+    settings = (asdict(plan) if info.cached else {}) | _edited(args)
     if masked is not None:
         settings = {name: value for each in masked for name, value in asdict(each).items()}
 
@@ -208,13 +214,22 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def _generate_best(
-    args: argparse.Namespace, model: ImageModel, plan: CachePlan, sample: SamplePlan, prompt: Prompt, out: Path
+    args: argparse.Namespace,
+    model: ImageModel,
+    plan: CachePlan,
+    sample: SamplePlan,
+    prompt: Prompt,
+    out: Path,
+    kept: Tensor | None,
 ) -> None:
-    """Draw all images, write the best of each class or text, and a sheet of all with their scores."""
-    chosen_names = [f"{out.stem}_{i + 1:02d}{out.suffix}" for i in range(prompt.rows // args.images * args.best)]
+    """Draw all images, write the best of each class or text, or of the fills of each image, and a sheet of all with
+    their scores.
+    """
+    each, keep = (args.candidates, 1) if args.candidates > 1 else (args.images, args.best)
+    chosen_names = [f"{out.stem}_{i + 1:02d}{out.suffix}" for i in range(prompt.rows // each * keep)]
     sheet = out.with_name(f"{out.stem}_sheet{out.suffix}")
     writer = Writer([*(map(out.with_name, chosen_names) if len(chosen_names) > 1 else [out]), sheet])
-    micro_batches = _micro_batches(args, prompt, sample, caches=1)
+    micro_batches = _micro_batches(args, prompt, sample, caches=1, kept=kept)
     try:
         (run,) = _draw(model, micro_batches, [plan], args)
     except BaseException:  # keep what was drawn so far, on the sheet; the rest of it is grey
@@ -227,26 +242,43 @@ def _generate_best(
             writer.tell()
         raise
     with STOP.waiting():
-        at_once = args.at_once or prompt.rows
-        if args.by == "likelihood":
-            found = log_likelihood(model.decoder, prompt, run.tokens, plan, sample, at_once)
-        else:
-            found = prompt_match(model.decoder, prompt, run.tokens, plan, at_once)
-        scores = found.flatten(1).sum(1)
-        pictures, chosen = _pictures(model, run), best_of(scores, args.images, args.best)
+        pictures, by = _pictures(model, run), "what follows" if args.candidates > 1 else args.by
+        scores = _scores(args, model, plan, sample, prompt, run.tokens, pictures, kept)
+        chosen = best_of(scores, each, keep)
         for n in chosen:
-            notes = {"model": model.info.name, "text" if model.info.text else "class": prompt.names[n], "by": args.by,
-                     "score": float(scores[n]), **asdict(plan), **asdict(sample.select([n]))}  # fmt: skip
+            notes = {"model": model.info.name, "text" if model.info.text else "class": prompt.names[n], "by": by,
+                     "score": float(scores[n]), **asdict(plan), **asdict(sample.select([n])),
+                     **_edited(args)}  # fmt: skip
             del notes["seeds"]
             writer.write(pictures[n], args.size, notes)
-        rows = []
-        for first in range(0, prompt.rows, args.images):
-            each = range(first, first + args.images)
-            told = ", ".join(f"{n - first + 1}: {scores[n]:.4g}{' *' if n in chosen else ''}" for n in each)
-            rows.append((prompt.names[first] if prompt.names else "", told, pictures[first : first + args.images]))
-        writer.write_sheet(rows, [str(n + 1) for n in range(args.images)], args.size, {"by": args.by})
+        titles = [prompt.names[n] if prompt.names else "" for n in range(0, prompt.rows, each)]
+        writer.write_scores(pictures, scores.tolist(), chosen, titles, f"by {by}, ln", args.size, {"by": by})
     writer.tell()
     _say(_summary(run, model.info))
+
+
+def _scores(
+    args: argparse.Namespace,
+    model: ImageModel,
+    plan: CachePlan,
+    sample: SamplePlan,
+    prompt: Prompt,
+    codes: Tensor,
+    pictures: Tensor,
+    kept: Tensor | None,
+) -> Tensor:
+    """What drawn pictures, or with --candidates the fills of a region, are chosen by: float32 B, higher is better."""
+    decoder, at_once = model.decoder, args.at_once or prompt.rows
+    if args.candidates > 1 and kept is not None:
+        return following_likelihood(decoder, prompt, codes, kept, plan, sample, at_once)
+    if args.by == "vqa":
+        looking = load_understanding(model, dtype=decoder.dtype, device=decoder.device)
+        return vqa_scores(decoder, looking, questions(model, prompt.names), pictures, at_once)
+    if args.by == "likelihood":
+        found = log_likelihood(decoder, prompt, codes, plan, sample, at_once)
+    else:
+        found = prompt_match(decoder, prompt, codes, plan, at_once)
+    return found.flatten(1).sum(1)
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -593,7 +625,7 @@ def run_check(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace) -> ModelInfo:
     """The model's sizes, with pictures to check it on if none were asked for."""
     if not (args.classes or args.texts):
-        decoder = library.bundled_files().decoder if args.model == library.BUNDLED else Path(args.model)
+        decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
         info = library.read_info(decoder, _grid(args))
         if info.text:
             args.texts = list(TEXTS)
@@ -698,9 +730,14 @@ def _note(note: str) -> None:
 
 
 def _micro_batches(
-    args: argparse.Namespace, prompt: Prompt, sample: SamplePlan, caches: int, above: Tensor | None = None
+    args: argparse.Namespace,
+    prompt: Prompt,
+    sample: SamplePlan,
+    caches: int,
+    above: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> MicroBatches:
-    return MicroBatches(prompt, sample, args.at_once or prompt.rows, above, caches=caches, advice=ADVICE)
+    return MicroBatches(prompt, sample, args.at_once or prompt.rows, above, caches=caches, kept=kept, advice=ADVICE)
 
 
 def _pictures(model: ImageModel, run: Run, rows: slice = slice(None)) -> Tensor:
@@ -734,8 +771,11 @@ def _resolved(
     if model.info.masked is not None:
         return plan
     rows = min(prompt.rows, args.at_once or prompt.rows) * (2 if sample.guided else 1)
-    shape = model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)
-    return plan.resolve(shape, model.info.pyramid or model.info.grid, rows)
+    shapes = [model.decoder.cache_shape(prompt.max_length if sample.guided else prompt.length)]
+    if args.drafter:
+        shapes.append(model.decoder.drafter[0].cache_shape())
+    stages = model.info.pyramid or model.info.grid
+    return min((plan.resolve(shape, stages, rows) for shape in shapes), key=lambda each: each.ratio(stages))
 
 
 def _draw(
@@ -811,7 +851,7 @@ def _draw_micro_batch(
         graphs = [Graphs(model.decoder.step, evict, check) for _ in plans] if use else []
         kwargs: list[dict[str, Any]] = [each.kwargs for each in graphs] or [{} for _ in plans]
         drawing = [
-            generate(model.decoder, prompt, plan, sample, above=above, name=name, **more)
+            generate(model.decoder, prompt, plan, sample, above=above, kept=micro_batch.kept, name=name, **more)
             for plan, above, more in zip(plans, micro_batch.above, kwargs, strict=True)
         ]
     tokens = model.info.grid.rows * model.info.grid.cols if pyramid is None else pyramid.tokens
@@ -1036,11 +1076,14 @@ def _checked(args: argparse.Namespace, drawing: bool = True) -> ModelInfo:
     decoder = library.bundled_files(args.model).decoder if args.model in BUNDLED else Path(args.model)
     info = _with_size(args, library.read_info(decoder, _grid(args)))
     _check_flags(args, info, drawing)
+    _check_region(args, info)
     if best := getattr(args, "best", 0):
         if not 0 < best <= args.images:
             raise UserError(f"best: {best} of {args.images} images cannot be kept; raise --images, or lower --best.")
         if info.pyramid is not None:
             raise UserError(f"best: {info.name} draws in scales, and cannot judge pictures yet; leave it out.")
+        if args.by == "vqa":
+            check_looks(info, _files(args))
     sample, otherwise = _sample_plan(args, info), _demo_classes(info) if drawing else ["one"]
     sample.image_seeds(args.images * len(args.classes or args.texts or otherwise))
     if masked := _masked_plans(args, info):
@@ -1129,6 +1172,84 @@ def _check_flags(args: argparse.Namespace, info: ModelInfo, drawing: bool) -> No
         )
 
 
+# -- a region drawn anew ---------------------------------------------------------------------------------------------
+
+
+def _check_region(args: argparse.Namespace, info: ModelInfo) -> None:
+    """Refuse an image and a mask that the model cannot use, before it is loaded."""
+    if bool(getattr(args, "image", None)) != bool(getattr(args, "mask", None)):
+        raise UserError("mask: --image says what is kept and --mask what is drawn anew; give both.")
+    fills = getattr(args, "candidates", 1)
+    if not 1 <= fills <= MAX_IMAGES:
+        raise UserError(f"candidates: {fills} is out of range; choose 1 to {MAX_IMAGES}.")
+    if not getattr(args, "image", None):
+        if fills > 1:
+            raise UserError("candidates: they are fills of a region; add --image and --mask, or leave it out.")
+        return
+    if info.pyramid is not None:
+        raise UserError(f"mask: {info.name} draws in scales and takes no mask; leave it out.")
+    if info.masked is not None and fills > 1:
+        raise UserError(
+            f"candidates: {info.name} sees all around a region while it fills it, so there is nothing to choose by; "
+            "leave it out."
+        )
+    picture, mask, _ = _region(args, info)
+    if info.masked is not None:
+        check_mask(picture, mask, (picture.shape[1], picture.shape[2]))
+        return
+    nothing = torch.zeros(1, info.grid.rows, info.grid.cols, dtype=torch.int64)
+    kept = keep_outside(nothing, masked_cells(mask, info.grid.rows, info.grid.cols))
+    if fills > 1 and args.best:
+        raise UserError("best: --candidates chooses among the fills of a region; leave one of the two out.")
+    if fills > 1 and not following(kept).any():
+        raise UserError(
+            "candidates: nothing is kept behind the masked region, so there is nothing to judge fills by; leave it out."
+        )
+
+
+def _region(args: argparse.Namespace, info: ModelInfo) -> tuple[Tensor, Tensor, list[str]]:
+    """--image and --mask at the size that the model draws, 1 H W 3 and 1 H W, and what was done to them."""
+    picture, mask = read_image(args.image, "image")[None], read_image(args.mask, "mask")[None, ..., 0]
+    pixels = info.pixels
+    if info.masked is None:
+        tokenizer = library.read_checkpoint(_files(args).tokenizer)
+        pixels = library.describe_tokenizer(tokenizer)[0].factor
+    return aligned(picture, mask, (info.grid.rows * pixels, info.grid.cols * pixels))
+
+
+def _given(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
+    """What --image and --mask leave of a picture, for a masked model: latents with gaps."""
+    if model.info.masked is None or not args.image:
+        return None
+    picture, mask, notes = _region(args, model.info)
+    for note in notes:
+        _say(f"note: {note}", sys.stderr)
+    size = picture.shape[1], picture.shape[2]
+    return known_latents(model.tokenizer, picture, mask, size, model.info.config.patch)
+
+
+def _kept_codes(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
+    """The same for a model that draws in lines: codes 1 rows cols with DRAW in the region."""
+    if model.info.masked is not None or not args.image:
+        return None
+    if not model.tokenizer.config.encoder_widths:
+        raise UserError(f"image: {model.files.tokenizer.name} has no encoder, so no picture can be kept; choose one.")
+    picture, mask, notes = _region(args, model.info)
+    for note in notes:
+        _say(f"note: {note}", sys.stderr)
+    pictures = picture.permute(0, 3, 1, 2).to(model.tokenizer.device) * 2 - 1
+    with torch.inference_mode():
+        codes = model.tokenizer.encode(pictures).cpu()
+    return keep_outside(codes, masked_cells(mask, model.info.grid.rows, model.info.grid.cols))
+
+
+def _edited(args: argparse.Namespace) -> dict[str, Any]:
+    """What a picture's notes say of a region drawn anew."""
+    if not args.image:
+        return {}
+    return {"image": args.image.name, "mask": args.mask.name, "candidates": args.candidates}
+
+
 # -- masked models ---------------------------------------------------------------------------------------------------
 
 OF_MASKED = {
@@ -1157,7 +1278,7 @@ def _masked_plans(args: argparse.Namespace, info: ModelInfo) -> tuple[MaskedPlan
 
 def _check_kind(args: argparse.Namespace, info: ModelInfo) -> None:
     """Refuse options of masked models for others, and the reverse."""
-    for_masked = [*OF_MASKED, *OF_STEP_CACHE, "image", "mask"]
+    for_masked = [*OF_MASKED, *OF_STEP_CACHE]
     refused = [name for name in (for_masked if info.masked is None else OF_OTHERS) if getattr(args, name, None)]
     if info.masked is None and getattr(args, "step_cache", "Off") != "Off":
         refused.append("step_cache")
@@ -1166,28 +1287,6 @@ def _check_kind(args: argparse.Namespace, info: ModelInfo) -> None:
     if refused:
         how = "draws masked tokens step by step" if info.masked else "does not draw masked tokens"
         raise UserError(f"{refused[0].replace('_', '-')}: it does nothing here, as {info.name} {how}; leave it out.")
-    if bool(getattr(args, "image", None)) != bool(getattr(args, "mask", None)):
-        raise UserError("mask: --image says what is kept and --mask what is drawn anew; give both.")
-    if getattr(args, "image", None):
-        picture, mask = _picture_and_mask(args)
-        check_mask(picture, mask, _picture_size(info))
-
-
-def _given(args: argparse.Namespace, model: ImageModel) -> Tensor | None:
-    """What --image and --mask leave of a picture: latents with gaps."""
-    if not getattr(args, "image", None):
-        return None
-    return known_latents(model.tokenizer, *_picture_and_mask(args), _picture_size(model.info), model.info.config.patch)
-
-
-def _picture_and_mask(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """1 H W 3 and 1 H W."""
-    return read_image(args.image, "image")[None], read_image(args.mask, "mask")[None, ..., 0]
-
-
-def _picture_size(info: ModelInfo) -> tuple[int, int]:
-    """Height and width of what a model draws."""
-    return info.grid.rows * info.pixels, info.grid.cols * info.pixels
 
 
 def _plan_masked(args: argparse.Namespace, info: ModelInfo, images: int, rows: int, dtype: torch.dtype) -> None:
@@ -1326,6 +1425,23 @@ class Writer:
             image = contact_sheet(rows, names, size)
         except MemoryError:
             image = contact_sheet(rows, names, 0)
+        self._save(lambda path: save(image, path, notes))
+
+    def write_scores(
+        self,
+        pictures: Tensor,
+        scores: list[float],
+        chosen: list[int],
+        titles: list[str],
+        remark: str,
+        size: int,
+        notes: dict[str, Any],
+    ) -> None:
+        """The next picture, a sheet of pictures with their scores."""
+        try:
+            image = score_sheet(pictures, scores, chosen, titles, remark, size)
+        except MemoryError:
+            image = score_sheet(pictures, scores, chosen, titles, remark, 0)
         self._save(lambda path: save(image, path, notes))
 
     def write_beside(self, path: Path, notes: dict[str, Any]) -> None:
@@ -1613,15 +1729,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     drawing.add_argument(
         "--by",
-        choices=("match", "likelihood"),
+        choices=("match", "likelihood", "vqa"),
         default="match",
-        help="what --best goes by: how much likelier the prompt makes an image (match, the default), or how likely it "
-        "is to the model",
+        help="what --best goes by: how much likelier the prompt makes an image (match, the default), how likely it is "
+        "to the model, or how surely Janus answers yes when asked whether it shows the text (vqa)",
     )
     drawing.add_argument(
-        "--image", type=Path, metavar="FILE", help="for masked models: a picture of which places are kept"
+        "--image", type=Path, metavar="FILE", help="a picture of which a region is drawn anew, and the rest kept"
     )
-    drawing.add_argument("--mask", type=Path, metavar="FILE", help="of the same size, white where it is drawn anew")
+    drawing.add_argument("--mask", type=Path, metavar="FILE", help="the region: a picture that is white there")
+    drawing.add_argument(
+        "--candidates",
+        type=int,
+        default=1,
+        metavar="N",
+        help="fill the region N times, and write the fill that fits best to what is kept behind it, and a sheet of all "
+        "fills; for models that draw in lines (default: 1)",
+    )
     add("compare", run_compare, parents, "full cache against a few lines, same seeds").set_defaults(judge=False)
     drawing = add("batch", run_batch, [model, cache, sample], "draw a picture for every row of a file of prompts")
     _batch_options(drawing)

@@ -170,7 +170,8 @@ class Started:
     stride      tokens per line, end-of-line token included
     images      images of the batch; shares are sent for `shown` of them
     columns     images next to each other in the preview picture
-    detail      "heads": evictions are sent for each layer and head of the first image; "layers": a share per layer
+    detail      "heads": evictions are sent for each layer and head of the first image; "layers": a share per layer;
+                "": neither, as two models with layers of their own draw one after the other
     lines       lines that are kept when a line has ended (all of them with the full cache)
     cache_bytes keys and values as allocated; `full_bytes`: of a cache for all lines
     codebook    what the codes stand for (ImageModel.codebook); "": not stated

@@ -46,7 +46,7 @@ class CachePlan:
     policy   name of a policy in `linear_core.policies`
     budget   lines of image tokens that are kept when a line has ended. A picture drawn in scales has no lines: there
              it counts as that many of 24
-    anchors  number of first image tokens that are never evicted
+    anchors  number of first image tokens that are never evicted; of a pyramid, whole scales (`protected`)
     recent   number of newest whole lines that are never evicted; without effect on a picture drawn in scales
     release  "strict": victims become invisible at once, as published. "lazy": a victim stays visible until the next
              line overwrites it, least useful first. "fold": a victim is merged into the kept slot with the nearest key,
@@ -162,8 +162,14 @@ class CachePlan:
         return min(self.share or self.budget / rows, 1.0)
 
     def protected(self, stages: Stages) -> int:
-        """First image tokens that are never evicted: the anchors; of a pyramid, the scales that hold them."""
-        return stages.whole(self.anchors) if isinstance(stages, Pyramid) else self.anchors
+        """First image tokens that are never evicted: the anchors; of a pyramid, the scales that hold them.
+
+        Where victims of a pyramid are folded, only the scales within the anchors: nothing is lost of what is folded,
+        and whatever stays takes room from it.
+        """
+        if not isinstance(stages, Pyramid):
+            return self.anchors
+        return stages.within(self.anchors) if self.release == "fold" else stages.whole(self.anchors)
 
     def keeps(self, pyramid: Pyramid) -> int:
         """Tokens that each head keeps, on average: a share of all scales but the last, which nobody reads."""

@@ -75,6 +75,10 @@ class Pyramid:
         """Tokens of the fewest first scales that hold at least `tokens`."""
         return next(end for end in (self.index(n) - self.prompt for n in range(self.stages + 1)) if end >= tokens)
 
+    def within(self, tokens: int) -> int:
+        """Tokens of the first scales that at most `tokens` tokens hold."""
+        return max(end for end in (self.index(n) - self.prompt for n in range(self.stages + 1)) if end <= tokens)
+
 
 Stages = Grid | Pyramid
 """What is drawn in stages: a grid line by line, a pyramid scale by scale."""

@@ -37,4 +37,5 @@ class Decode(io.ComfyNode):
         tokens.check(model.image)
         if tokens.decoded is not None and tokens.meaning == model.image.codebook:
             return io.NodeOutput(host.to_intermediate(tokens.decoded))
-        return io.NodeOutput(model.pictures(tokens.codes if tokens.latents is None else tokens.latents, tokens.sides))
+        drawn = next((each for each in (tokens.latents, tokens.canvas) if each is not None), None)
+        return io.NodeOutput(model.pictures(tokens.codes, tokens.sides) if drawn is None else model.pictures(drawn))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..linear_core.checkpoints.families import ModelInfo
 from ..linear_core.errors import UserError
+from ..linear_core.pictures.fit import fit
 from ..linear_core.plan import CachePlan
 from ..linear_core.prompts import Prompt
 from ..linear_core.pyramid import Pyramid
@@ -62,22 +61,3 @@ def _tokens(tokenizer: Any, pictures: Tensor, pyramid: Pyramid | None) -> Tensor
     if pyramid is None:
         return tokenizer.encode(pictures)
     return torch.cat([scale.flatten(1) for scale in tokenizer.encode(pictures, pyramid)], 1)
-
-
-def fit(image: Tensor, height: int, width: int) -> Tensor:
-    """IMAGE B H W 3 -> B 3 height width: the middle of it, scaled without changing its proportions."""
-    scale = max(height / image.shape[1], width / image.shape[2])
-    image = _middle(_middle(image, 1, height / scale), 2, width / scale)
-    pictures = image.permute(0, 3, 1, 2)
-    tall, wide = pictures.shape[2:]
-    size = max(height, round(tall * scale)), max(width, round(wide * scale))
-    pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pictures[:, :, top : top + height, left : left + width]
-
-
-def _middle(image: Tensor, side: int, needed: float) -> Tensor:
-    """Of a side far longer than needed, the middle: a strip of 1 x 20000 pixels would be scaled to gigabytes."""
-    length = image.shape[side]
-    rest = max(0, (length - math.ceil(8 * needed)) // 2)
-    return image.narrow(side, rest, length - 2 * rest)

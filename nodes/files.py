@@ -135,7 +135,7 @@ def _sizes(path: str, dtype: torch.dtype, size: int, changed: int) -> dict[str, 
 
 def _scales(info: ModelInfo) -> dict[str, Any]:
     """Of a model that draws in scales, what decides the memory of a picture, by its size in tokens: tokens of the first
-    scale, of all but the last, and of the last."""
+    scale, of all but the last, and of the last. And at the model's own size, tokens of each."""
     if info.pyramid is None:
         return {}
     sizes = {
@@ -143,7 +143,8 @@ def _scales(info: ModelInfo) -> dict[str, Any]:
         for pyramid in (info.pyramid, *info.pyramids)
         for rows, cols in (pyramid.sides[-1],)
     }
-    return {"scales": sizes, "logits": info.config.logits, "hidden": info.config.hidden}
+    each = [info.pyramid.size(stage) for stage in range(info.pyramid.stages)]
+    return {"scales": sizes, "scale_tokens": each, "logits": info.config.logits, "hidden": info.config.hidden}
 
 
 def model_facts() -> dict[str, dict[str, Any]]:

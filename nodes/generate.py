@@ -180,6 +180,31 @@ class Generate(io.ComfyNode):
                     "behind it stays: the one under which the model finds those tokens the most likely. Takes as much "
                     "time and memory as so many images.",
                 ),
+                MODEL.Input(
+                    "drafter",
+                    optional=True,
+                    tooltip="For models that draw in scales: a larger model that draws the first scales. 'model' draws "
+                    "the last ones, which take most of the time (CoDe). Both need the same tokenizer and image size, "
+                    "such as VAR d30 here and VAR d16 as model. Takes the memory of both.",
+                ),
+                io.Int.Input(
+                    "drafter_scales",
+                    default=0,
+                    min=0,
+                    max=255,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Number of scales, from the coarsest, that the drafter draws. 0: all but the last two, so "
+                    "8 of 10 for VAR. No effect without a drafter.",
+                ),
+                io.Boolean.Input(
+                    "smooth",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For VAR and M-VAR: at each place a mixture of the likely codes instead of one of them, "
+                    "for images that look smoother. VAR calls it more_smooth.",
+                ),
             ],
             outputs=[
                 TOKENS.Output(
@@ -212,16 +237,29 @@ class Generate(io.ComfyNode):
         seeds: str = "",
         mask: Tensor | None = None,
         candidates: int = 1,
+        drafter: Model | None = None,
+        drafter_scales: int = 0,
+        smooth: bool = False,
     ) -> io.NodeOutput:
         wants_generate(model)
         model = model.with_grid(prompt.grid)
+        if drafter is not None:
+            model = model.with_drafter(drafter.with_grid(prompt.grid), drafter_scales)
         image, info, loop = model.image, model.image.info, loop_of(model)
         asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         asked = {name: value for name, value in asked.items() if not value < 0}  # below 0: the model's own
         above, own = _above(tokens, keep_rows, view, model, loop)
         own = own or {"seed": seed, "seeds": parse_seeds(seeds)}
-        sample = replace(info.defaults, guidance_interval=guidance_interval, drafts=drafts, **own, **asked)
-        image.check(prompt)
+        sample = replace(
+            info.defaults,
+            guidance_interval=guidance_interval,
+            drafts=drafts,
+            **own,
+            **asked,
+            smooth=smooth or info.defaults.smooth,
+        )
+        for each, _ in model.in_turn:
+            each.image.check(prompt)
         prompt = prompt.repeat(batch_size)
         node, kept = cls.hidden.unique_id, None
         if mask is not None:
@@ -250,12 +288,13 @@ class Generate(io.ComfyNode):
                 model=info.name,
                 codebook=info.config.codes,
                 plan=cache,
-                cache_bytes=run.lines[-1].cache_bytes,
+                cache_bytes=max(line.cache_bytes for line in run.lines),
                 seconds=run.seconds,
                 meaning=image.codebook,
                 sides=loop.sides,
-                cached=info.cached,
+                cached=any(each.image.info.cached for each, _ in model.in_turn),
                 decoded=decoded,
+                canvas=run.canvas if sample.smooth else None,
             ),
             ui=shown,
         )

@@ -60,7 +60,8 @@ def _sequences(sample: SamplePlan, prompt: Prompt) -> tuple[int, int]:
 def resolve(model: Model, plan: CachePlan, sample: SamplePlan, prompt: Prompt, stop_after: int = 0) -> CachePlan:
     """The plan with its budget in lines, or as a share of scales, now that model and batch are known; checked."""
     loop, (rows, places) = loop_of(model), _sequences(sample, prompt)
-    plan = plan.resolve(model.image.decoder.cache_shape(places), loop.of, rows)
+    plans = [plan.resolve(each.image.decoder.cache_shape(places), loop.of, rows) for each, _ in model.in_turn]
+    plan = min(plans, key=lambda each: each.ratio(loop.of))  # of so many MiB, what fits into them whichever draws
     loop.check(plan, sample, stop_after)
     return plan
 
@@ -217,7 +218,8 @@ def draw(
     loop = loop_of(model)
     models = [beside or model, *[model] * (len(plans) - 1)]
     name = beside.image.info.name if beside else ""
-    networks = [model.decoder, model.tokenizer, *([beside.decoder] if beside else [])]
+    drawers = [*(each for each, _ in model.in_turn), *([beside] if beside else [])]
+    networks = list(dict.fromkeys([*(each.decoder for each in drawers), model.tokenizer]))  # one may draw twice
 
     def needed(images: int) -> int:
         return sum(memory(each, plan, sample, prompt, images) for each, plan in zip(models, plans, strict=True))

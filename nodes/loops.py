@@ -13,7 +13,7 @@ from ..linear_core.events import Line, Stage, detail, images_shown
 from ..linear_core.loop.drafts import window_size
 from ..linear_core.loop.generate import generate
 from ..linear_core.loop.memory import run_bytes, scales_run_bytes
-from ..linear_core.loop.scales import check_stop, generate_scales, scale_policy
+from ..linear_core.loop.scales import check_sample, check_stop, generate_scales, scale_policy, with_drafter
 from ..linear_core.pictures.preview import CanvasPreview, CanvasWorker, Preview, PreviewWorker
 from ..linear_core.plan import CachePlan, CacheShape, SamplePlan
 from ..linear_core.prompts import Prompt
@@ -43,6 +43,9 @@ class Lines:
 
     def check(self, plan: CachePlan, sample: SamplePlan, stop_after: int = 0) -> None:
         """Raise UserError where something does not suit the model."""
+        if sample.smooth:
+            name = self.model.image.info.name
+            raise UserError(f"smooth: {name} draws line by line, and only VAR and M-VAR mix codes; switch it off.")
         plan.check(self.grid)
 
     def evicts(self, plan: CachePlan) -> bool:
@@ -132,11 +135,10 @@ class Scales:
         return self.pyramid.stages
 
     def check(self, plan: CachePlan, sample: SamplePlan, stop_after: int = 0) -> None:
+        image = self.model.image
         scale_policy(plan, self.pyramid)
         check_stop(stop_after, self.pyramid)
-        if sample.drafts > 0:
-            name = self.model.image.info.name
-            raise UserError(f"drafts: {name} draws a whole scale in one pass, and guesses nothing; set drafts to 0.")
+        check_sample(image.decoder, sample, image.info.name, paired=self.model.drafter is not None)
 
     def evicts(self, plan: CachePlan) -> bool:
         return plan.keeps(self.pyramid) < self.pyramid.kept
@@ -147,33 +149,47 @@ class Scales:
     def told(self, plan: CachePlan, shape: CacheShape, sequences: int, images: int) -> dict[str, Any]:
         pyramid = self.pyramid
         cols = pyramid.sides[-1][1]
+        shapes = [(each.image.decoder.cache_shape(), scales) for each, scales in self.model.in_turn]
+
+        def most(plan: CachePlan) -> int:
+            """Of models that draw in turn, the cache of the one that takes most."""
+            return max(shape.scales_bytes(pyramid, plan, sequences, scales) for shape, scales in shapes)
+
         return {
             "rows": pyramid.stages,
             "cols": cols,
             "stride": cols,
             "shown": images_shown(images, 1, pyramid.tokens),
-            "detail": detail(shape.layers, shape.heads, pyramid.tokens),
+            "detail": detail(shape.layers, shape.heads, pyramid.tokens) if len(shapes) == 1 else "",
             "lines": plan.keeps(pyramid),
-            "cache_bytes": shape.scales_bytes(pyramid, plan, sequences),
-            "full_bytes": shape.scales_bytes(pyramid, FULL, sequences),
-            "state_bytes": shape.state_bytes(sequences),
+            "cache_bytes": most(plan),
+            "full_bytes": most(FULL),
+            "state_bytes": most(plan) if all(each.state for each, _ in shapes) else 0,
             "sides": [list(side) for side in pyramid.sides],
         }
 
     def run_bytes(self, plan: CachePlan, shape: CacheShape, sample: SamplePlan, sequences: int, images: int) -> int:
-        pyramid, config = self.pyramid, self.model.image.info.config
-        preview = images_shown(images, 1, pyramid.tokens) * self.model.picture_bytes(*pyramid.sides[-1])
-        return preview + scales_run_bytes(
-            shape, pyramid, plan, sequences, config.logits, config.hidden, host.device_type()
-        )
+        pyramid, needed = self.pyramid, 0
+        for each, scales in self.model.in_turn:
+            shape, config = each.image.decoder.cache_shape(), each.image.info.config
+            device = host.device_type()
+            needed = max(
+                needed,
+                scales_run_bytes(shape, pyramid, plan, sequences, config.logits, config.hidden, device, scales),
+            )
+        return needed + images_shown(images, 1, pyramid.tokens) * self.model.picture_bytes(*pyramid.sides[-1])
 
     def draw(
         self, prompt: Prompt, plan: CachePlan, sample: SamplePlan, given: Tensor | None, stop_after: int, **more: Any
     ) -> Iterator[Any]:
         """Scale after scale; `given` are the tokens of the first ones, B N."""
         image = self.model.image
+        decoder = image.decoder
+        if self.model.drafter is not None:  # not before it is loaded, as that tells a decoder its device
+            drafter, scales = self.model.drafter
+            decoder = with_drafter(decoder, drafter.image.decoder, scales)
         return generate_scales(
-            image.decoder, image.tokenizer.quantize, prompt, plan, sample, given=given, stop_after=stop_after,
+            decoder, image.tokenizer.quantize, prompt, plan, sample, given=given, stop_after=stop_after,
             name=image.info.name,
         )  # fmt: skip
 

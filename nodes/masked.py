@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
@@ -21,6 +20,7 @@ from ..linear_core.loop.graph import CapturedHead
 from ..linear_core.loop.masked import generate_masked
 from ..linear_core.loop.memory import masked_run_bytes, max_batch_size
 from ..linear_core.loop.micro_batches import MicroBatches
+from ..linear_core.pictures.fit import aligned
 from ..linear_core.pictures.heatmap import heatmap
 from ..linear_core.pictures.inpaint import check_mask, known_latents, masked_cells
 from ..linear_core.pictures.preview import LatentPreview, PreviewWorker
@@ -28,7 +28,6 @@ from ..linear_core.plan import MAX_SEED, CachePlan, SamplePlan, parse_seeds
 from ..linear_core.prompts import Prompt
 from ..linear_core.steps import LAST, RULES, SCHEDULES, STEP_CACHES, MaskedPlan, StepCachePlan
 from . import host
-from .encoding import fit
 from .inputs import checked
 from .live import MIB, graphs_wanted, sheet, side_by_side, tiled
 from .sockets import MODEL, PROMPT, TOKENS, Model, Tokens, wants_masked
@@ -305,17 +304,9 @@ def _given(model: Model, image: Tensor | None, mask: Tensor | None, images: int)
         raise UserError(
             f"image: there are {there} images or masks, but {images} are generated; connect one, or one for each."
         )
-    info, notes = model.image.info, []
+    info = model.image.info
     size = info.grid.rows * info.pixels, info.grid.cols * info.pixels
-    image, mask = image.cpu(), mask.cpu()
-    high, wide = image.shape[1:3]
-    if mask.shape[1:] != image.shape[1:3]:
-        notes.append(f"The mask of {mask.shape[2]} x {mask.shape[1]} was stretched to the image's {wide} x {high}.")
-        mask = F.interpolate(mask[:, None], (high, wide), mode="bilinear")[:, 0]
-    if (high, wide) != size:
-        notes.append(f"Image and mask of {wide} x {high} were scaled and cropped to {size[1]} x {size[0]}.")
-        image = fit(image, *size).permute(0, 2, 3, 1)
-        mask = fit(mask[..., None].expand(-1, -1, -1, 3), *size)[:, 0]
+    image, mask, notes = aligned(image.cpu(), mask.cpu(), size)
     check_mask(image, mask, size)
     cells = masked_cells(mask, info.grid.rows, info.grid.cols)
     tokenizer = model.image.tokenizer

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..linear_core.errors import UserError
 from ..linear_core.events import Started, Trace, mark_cells
-from ..linear_core.loop.forced import log_likelihood
+from ..linear_core.loop.forced import following_likelihood
 from ..linear_core.loop.generate import Run
 from ..linear_core.loop.redraw import DRAW, best_of, candidates, following, keep_outside, masked_cells
+from ..linear_core.pictures.fit import fit, stretch
 from ..linear_core.plan import CachePlan, SamplePlan
 from ..linear_core.prompts import Prompt
 from . import host
-from .encoding import fit
 from .live import left, sheet
 from .sockets import Model, Tokens
 
@@ -44,7 +43,7 @@ def kept_codes(model: Model, tokens: Tokens, mask: Tensor, images: int, node_id:
         note = f"the mask of {width} x {height} pixels is stretched to the image's {size[1]} x {size[0]}"
         log.warning("LineAR: %s", note)
         host.tell(node_id, note)
-        mask = F.interpolate(mask[:, None], size, mode="bilinear")[:, 0]  # as ComfyUI does for inpainting
+        mask = stretch(mask, size)
     fitted = fit(mask[..., None], grid.rows * factor, grid.cols * factor)[:, 0]
     kept = keep_outside(tokens.codes, masked_cells(fitted, grid.rows, grid.cols))
     if len(kept) not in (1, images):
@@ -97,8 +96,7 @@ def best_fills(
     chosen = [image * count for image in range(images)]
     if len(run.lines) == model.image.info.grid.rows:
         host.load(model.decoder, memory=begun.cache_bytes)
-        likelihood = log_likelihood(model.image.decoder, prompt, run.tokens, plan, sample, SCORED)
-        scores = likelihood.masked_fill(~following(kept), 0.0).flatten(1).sum(1)
+        scores = following_likelihood(model.image.decoder, prompt, run.tokens, kept, plan, sample, SCORED)
         chosen = best_of(scores, count)
         told = ", ".join(f"{n % count + 1} of {count} ({scores[n]:.1f})" for n in chosen)
         log.info("LineAR: fills kept, by ln likelihood of what follows: %s", told)

@@ -30,6 +30,42 @@ class Model:
     decoder: host.ModelPatcher
     tokenizer: host.ModelPatcher
     sketch: Sketch = field(default_factory=Sketch, repr=False)  # for previews of a model that draws in scales
+    drafter: tuple[Model, int] | None = None  # another model that draws the first scales, and how many
+
+    @property
+    def in_turn(self) -> list[tuple[Model, int]]:
+        """The models that draw a picture, one after the other, and the scale that each ends with; 0: the last."""
+        return [*([] if self.drafter is None else [self.drafter]), (self, 0)]
+
+    def with_drafter(self, drafter: Model, scales: int) -> Model:
+        """The model with its first `scales` scales drawn by another; 0: all but the last two.
+
+        Raises UserError if the two cannot draw one picture.
+        """
+        ours, theirs = self.image.info, drafter.image.info
+        wants_generate(drafter, "drafter")
+        if ours.pyramid is None or theirs.pyramid is None:
+            name = (ours if ours.pyramid is None else theirs).name
+            raise UserError(
+                f"drafter: {name} draws line by line; only VAR, M-VAR and Infinity can share a picture. Disconnect it."
+            )
+        if self.image.codebook != drafter.image.codebook:
+            raise UserError(
+                f"drafter: {theirs.name}'s codes stand for other pieces of images than {ours.name}'s; connect a model "
+                "with the same tokenizer."
+            )
+        if ours.pyramid != theirs.pyramid:
+            raise UserError(
+                f"drafter: {theirs.name} draws scales {theirs.pyramid.text}, {ours.name} {ours.pyramid.text}; connect "
+                "a model of the same image size."
+            )
+        stages = ours.pyramid.stages
+        if not scales < stages:
+            raise UserError(
+                f"drafter_scales: {scales} is out of range, as {ours.name} draws {stages} and has to draw one of them; "
+                f"choose 1 to {stages - 1}, or 0 for all but the last two."
+            )
+        return replace(self, drafter=(drafter, scales or max(1, stages - 2)))
 
     def with_grid(self, grid: Grid | None) -> Model:
         """The model with the grid that a prompt asks for; None: its own."""
@@ -41,8 +77,8 @@ class Model:
         return 12 * rows * cols * config.factor**2 * config.decoder_widths[-1] * 4
 
     def pictures(self, codes: Tensor, sides: tuple[tuple[int, int], ...] = ()) -> Tensor:
-        """Codes B rows cols, or B N of scales with these `sides` (or of the first of them), or latents B Z h w, as an
-        IMAGE, float32 B H W 3: as many at a time as fit into half of the free memory."""
+        """Codes B rows cols, or B N of scales with these `sides` (or of the first of them), or a canvas or latents
+        B Z h w, as an IMAGE, float32 B H W 3: as many at a time as fit into half of the free memory."""
         rows, cols = sides[-1] if sides else codes.shape[-2:]
         each = self.picture_bytes(rows, cols)
         host.load(self.tokenizer, memory=each)
@@ -88,6 +124,7 @@ class Tokens:
     decoded   float32 B H W 3: the finished picture, where it was decoded already; by the tokenizer with this meaning
     pixels    height and width of the image that was encoded, before it was scaled and cropped; None: none was
     latents   float32 B Z h w: the numbers of continuous tokens, drawn in any order; there are no codes and shares then
+    canvas    float32 B Z h w: the running picture, where it is a mixture that the codes alone do not give
     """
 
     codes: Tensor
@@ -104,6 +141,7 @@ class Tokens:
     decoded: Tensor | None = field(default=None, repr=False, compare=False)
     pixels: tuple[int, int] | None = None
     latents: Tensor | None = field(default=None, repr=False, compare=False)
+    canvas: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def way(self) -> str:
@@ -118,9 +156,9 @@ class Tokens:
     def select(self, rows: list[int]) -> Tokens:
         """The pictures with these numbers."""
         names = tuple(self.names[row] for row in rows)
-        latents = None if self.latents is None else self.latents[rows]
+        latents, canvas = (None if each is None else each[rows] for each in (self.latents, self.canvas))
         codes, shares = self.codes[rows], self.shares[rows]
-        return replace(self, codes=codes, shares=shares, names=names, decoded=None, latents=latents)
+        return replace(self, codes=codes, shares=shares, names=names, decoded=None, latents=latents, canvas=canvas)
 
     def check(self, image: ImageModel) -> None:
         """Raise UserError if these are codes of another codebook than the model's, or drawn another way."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ("tests.versions", "tests.quick")  # --record, --quick
+TRACED = 4, 8  # coverage follows so many cases of a test, and of one with very many one in so many
 
 try:
     import torch
@@ -40,7 +41,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("_cov"):
+        trace_few_cases(items)
     # Those that wait for a page go first: where two workers share the tests, the other one computes meanwhile.
     items.sort(key=lambda item: item.get_closest_marker("browser") is None)
     if os.environ.get("COMFYUI_DIR"):
@@ -48,6 +51,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("host"):
             item.add_marker(pytest.mark.skip(reason="COMFYUI_DIR does not say where a ComfyUI is"))
+
+
+def trace_few_cases(items: list[pytest.Item]) -> None:
+    """Let coverage follow a few cases of each test: those that it follows take 1.6 times as long (Python 3.11).
+
+    So the share that it tells may be too small, never too large.
+    """
+    from tests.quick import spread
+
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for several in cases.values():
+        few, one_in = TRACED
+        traced = {id(item) for item in spread(several, max(few, len(several) // one_in))}
+        for item in several:
+            if id(item) not in traced:
+                item.add_marker("no_cover")
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ then, and the commit on which that was tried.
 {rows}
 """
 
-# file under linear_core, text that occurs exactly once, what it becomes, what that breaks
+# file under linear_core, or nodes/…, text that occurs exactly once, what it becomes, what that breaks
 MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- what a token stands for
     (
@@ -240,6 +240,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "tensor.float() if key in scales",
         "files: scales of quantised matrices are left out",
     ),
+    (
+        "checkpoints/weights.py",
+        "if func in (Tensor.normal_, nn.init.normal_):",
+        "if func is None:",
+        "loading: torch's compiler is imported",
+    ),
     ("loop/memory.py", "* passes / BUS_BYTES / images", "* passes / BUS_BYTES", "streaming: a batch does not share it"),
     ("cache/view.py", "**shown, first=first)", "**shown)", "all parts are released in the first rows"),
     # -- storage
@@ -306,8 +312,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/fold.py",
-        "look_ahead.attention_mass(keys)",
-        "look_ahead.attention_mass(upcast(gather_vectors(view.keys, slot)))",
+        "look_ahead.attention_to(keys)",
+        "look_ahead.attention_to(upcast(gather_vectors(view.keys, slot)))",
         "the weight is for the old key",
     ),
     (
@@ -349,8 +355,6 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "every third query looks up",
     ),
     ("cache/view.py", "self.rotate(queries, n) for", "queries for", "queries are not turned ahead"),
-    ("cache/view.py", "return mass + FLOOR * mean * weight", "return mass", "nothing is spared"),
-    ("cache/view.py", "FLOOR * mean * weight", "FLOOR * mean", "spare by slot, not by token"),
     ("plan.py", "PARTS.get(self.budget, 1)", "1", "fold: room is made once a line, however little there is"),
     (
         "cache/fold.py",
@@ -368,6 +372,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "stop = part = end",
         "drafts: no room is made within a line",
     ),
+    ("cache/view.py", "return mass + (SCALES_FLOOR if", "return mass + 0 * (SCALES_FLOOR if", "nothing is spared"),
+    ("cache/view.py", "FLOOR) * mean * weight", "FLOOR) * mean", "spare by slot, not by token"),
     (
         "policies/fold.py",
         ".argsort(dim=-1)",
@@ -695,6 +701,15 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "candidates.sum(-1, keepdim=True)",
         "criticalkv: half of more",
     ),
+    (
+        "policies/dropkv.py",
+        "(attention / (1 - attention + EPSILON)).square()",
+        "attention.square()",
+        "dropkv: what is left does not share out what is gone",
+    ),
+    ("policies/dropkv.py", " - 2 * by_both", "", "dropkv: the angle between value and output is without effect"),
+    ("policies/dropkv.py", ".mean(3)", "[:, :, :, 0]", "dropkv: the first query head for its group"),
+    ("policies/dropkv.py", "return view.by_index(scores, pool)", "return pool(scores)", "dropkv: neighbours by slot"),
     ("policies/vase.py", " + spared * 1e3", "", "vase: long values are not spared"),
     ("policies/vase.py", "LARGEST = 0.01", "LARGEST = 0.005", "vase: half as many spared"),
     ("policies/vase.py", " - torch.log(-torch.log(uniform)).float()", "", "vase: without chance"),
@@ -794,6 +809,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "redraw: kept codes are guessed",
     ),
     ("loop/forced.py", "if sample.guides(number + n)", "if sample.guided", "likelihood: guidance never ends"),
+    ("loop/vqa.py", "(0, 0, pad[-1], 0)", "(0, 0, 0, pad[-1])", "vqa: a short question is padded behind"),
+    ("models/understanding.py", "x = x + self.pos_embed.to(x)", "pass", "vqa: patches have no places"),
+    ("models/understanding.py", "return yes - no", "return no - yes", "vqa: no is yes"),
+    ("checkpoints/families/janus.py", '"qkv".index(part[2])', '"kqv".index(part[2])', "vqa: keys are queries"),
+    ("prompts/janus.py", "tokenizer.id(END), *yes", "tokenizer.id(IMAGE), *yes", "vqa: the picture has no end"),
+    (
+        "pictures/fit.py",
+        "mask = fit(mask[..., None], *size)[:, 0]",
+        "mask = stretch(mask, size)",
+        "fit: uncropped mask",
+    ),
     ("plan.py", "return keeping(fitting)", "return keeping(max(fitting - 1, 1))", "memory: holds less than fits"),
     (
         "plan.py",
@@ -1305,7 +1331,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "loading: ids beyond the words",
     ),
     # -- the decoder
-    ("prompts/__init__.py", ">= self.pad[:, None, None]", ">= 0 * self.pad[:, None, None]", "prefill sees padding"),
+    ("prompts/__init__.py", ">= pad[:, None, None]", ">= 0 * pad[:, None, None]", "prefill sees padding"),
     (
         "models/llamagen.py",
         "mean, count[row, None].float())",
@@ -1326,8 +1352,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("plan.py", "self.ratio(pyramid) * pyramid.kept", "self.ratio(pyramid) * pyramid.tokens", "scales: a share of all"),
     (
         "cache/view.py",
-        "upcast(k), b, i, self.newest)) for",
-        "upcast(k), b, i, self.newest + 1 - count)) for",
+        "keys, first = upcast(keys), self.newest",
+        "keys = upcast(keys)",
         "scales: a query sees its scale up to itself",
     ),
     ("cache/view.py", "return self.newest + 1 - first", "return self.newest + 1 - self.index", "scales: ages by token"),
@@ -1364,6 +1390,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("loop/scales.py", "given=tokens, stop_after=stop_after", "given=given, stop_after=stop_after", "pairs: no drafts"),
     ("loop/calibrate.py", "attention.var(1, correction=0)", "attention.var(1)", "profile: variance of a sample"),
     ("cache/fold.py", "folds = folds & ~none", "pass", "scales: what only fills a list is folded"),
+    ("cache/fold.py", "1 / same_slot.sum(-1))", "torch.ones_like(weight))", "scales: a slot is fitted for each victim"),
+    ("cache/fold.py", "diagonal += RIDGE *", "diagonal += 0 *", "scales: the fit holds to nothing"),
+    ("cache/fold.py", "wanted - own @ values", "wanted", "scales: the fit forgets what is read already"),
+    ("cache/view.py", "values * unit.sqrt()[..., None]", "values * 0", "scales: near is near by key alone"),
+    ("plan.py", "stages.within(self.anchors) if", "stages.whole(self.anchors) if", "scales: folding keeps two scales"),
     (
         "loop/scales.py",
         "state = decoder.select_rows(state, images)",
@@ -1473,11 +1504,52 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("checkpoints/families/nova.py", "!= needed:", "!= found:", "nova: any scheduler"),
     ("checkpoints/library.py", "shapes, _scale(weights)", "shapes", "nova: latents with another VAE's scale"),
     ("tokenizers/latents.py", "[0] * self.config.scale", "[0]", "masked: latents without their scale"),
+    # -- scales on the page
+    (
+        "pictures/preview.py",
+        "old[0].lerp(new[0], 1 - self.recall), old[1].lerp(new[1], 1 - self.recall)",
+        "old",
+        "sketch: learns from no finished picture",
+    ),
+    ("pictures/preview.py", "(0, 1), value=1.0)", "(0, 1), value=0.0)", "sketch: an empty canvas is black"),
+    ("pictures/preview.py", "detail = 2 * self", "detail = self", "preview of scales: with half its rows"),
+    ("pictures/preview.py", "len(canvas) * side * round", "side * round", "preview of scales: the time of one for all"),
+    (
+        "pictures/preview.py",
+        "self.share * elapsed - self.spent",
+        "self.share * elapsed",
+        "preview of scales: time is spent twice",
+    ),
+    ("pictures/heatmap.py", "[:, None] >= scale", "[:, None] > scale", "lifetime of scales: counted from the next one"),
+    ("nodes/loops.py", "sides[:rows] != pyramid.sides[:rows]", "sides != pyramid.sides", "keep scales: all or none"),
+    ("nodes/loops.py", "rows >= pyramid.stages", "rows > pyramid.stages", "keep scales: all of them"),
+    ("nodes/loops.py", "return codes[:, :first]", "return codes", "keep scales: too many"),
+    ("loop/scales.py", "if sample.smooth and paired:", "if False:", "drafter: hands on what is no mixture"),
+    (
+        "loop/memory.py",
+        "pyramid.size((stages or pyramid.stages) - 1)",
+        "pyramid.size(-1)",
+        "drafter: planned as if it drew the last scale",
+    ),
+    (
+        "nodes/loops.py",
+        "for each, scales in self.model.in_turn]",
+        "for each, scales in [(self.model, 0)]]",
+        "drafter: the page is told of the refiner's cache alone",
+    ),
+    ("nodes/sockets.py", "max(1, stages - 2)", "max(1, stages - 1)", "drafter: all scales but one by default"),
+    ("nodes/live.py", "plan = min(plans,", "plan = max(plans,", "drafter: keeps to no budget in MiB"),
+    ("nodes/decode.py", "(tokens.latents, tokens.canvas)", "(tokens.latents,)", "smooth: decoded from codes"),
 ]
 
 
+def place(file: str, root: Path) -> Path:
+    """Where a file of MUTATIONS is."""
+    return root / (file if file.startswith("nodes/") else f"linear_core/{file}")
+
+
 def occurrences(file: str, old: str, root: Path = ROOT) -> int:
-    return (root / "linear_core" / file).read_text(encoding="utf-8").count(old)
+    return place(file, root).read_text(encoding="utf-8").count(old)
 
 
 # One run of pytest, in a process of its own --------------------------------------------------------------------------
@@ -1539,20 +1611,21 @@ def run_tests(told: Connection, tree: Path, run: Run) -> None:
     if run.trace:
         import coverage  # here, as whoever imports MUTATIONS needs none
 
-        cover = coverage.Coverage(None, source=[str(tree / "linear_core")], config_file=False)
+        source = [str(tree / name) for name in ("linear_core", "nodes") if (tree / name).is_dir()]
+        cover = coverage.Coverage(None, source=source, config_file=False)
     options = ["-p", "no:cacheprovider", "--tb=no", "-m", "not host and not browser", *["-x"] * run.stop]
     with cover.collect() if cover else contextlib.nullcontext():
         status = pytest.main([*options, *run.files], [Teller(told, run, cover)])
     if cover:
-        told.send(("lines", lines_of_tests(cover.get_data(), tree / "linear_core")))
+        told.send(("lines", lines_of_tests(cover.get_data(), tree)))
     told.send(("end", int(status)))
 
 
-def lines_of_tests(data: Any, core: Path) -> dict[str, dict[str, list[int]]]:
-    """The lines that each test reaches, by file of the core."""
+def lines_of_tests(data: Any, tree: Path) -> dict[str, dict[str, list[int]]]:
+    """The lines that each test reaches, by file as MUTATIONS names it."""
     found: dict[str, dict[str, list[int]]] = {}
     for path in data.measured_files():
-        file = Path(path).relative_to(core).as_posix()
+        file = Path(path).relative_to(tree).as_posix().removeprefix("linear_core/")
         for line, tests in data.contexts_by_lineno(path).items():
             for test in filter(None, tests):
                 found.setdefault(test, {}).setdefault(file, []).append(line)
@@ -1605,7 +1678,7 @@ def failures(told: list[tuple[str, Any]]) -> list[str]:
 @contextlib.contextmanager
 def broken(file: str, old: str, new: str) -> Iterator[None]:
     """The copy's file changed, and as it was afterwards, to its time."""
-    path = TREE / "linear_core" / file
+    path = place(file, TREE)
     aside = TREE.parent / "unbroken"
     text = path.read_text(encoding="utf-8")
     path.rename(aside)
@@ -1678,7 +1751,7 @@ def shared(lines: dict[str, dict[str, list[int]]], tests: Iterable[str]) -> dict
 
 def changed_lines(file: str, old: str) -> set[int]:
     """Lines of the innermost statement that the change lies in; of the whole file where it lies in none."""
-    text = (ROOT / "linear_core" / file).read_text(encoding="utf-8")
+    text = place(file, ROOT).read_text(encoding="utf-8")
     first = text[: text.index(old) + len(old) - len(old.lstrip())].count("\n") + 1
     last = first + old.strip().count("\n")
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from linear_core import __main__ as cli
 from linear_core.__main__ import main
 from linear_core.checkpoints import library
+from linear_core.loop.generate import generate
 from linear_core.loop.memory import run_bytes
+from linear_core.loop.redraw import DRAW
+from linear_core.pictures.fit import fit
+from linear_core.pictures.sheet import read_image, save, to_image
 from linear_core.plan import PRESETS, CachePlan
 from linear_core.policies import POLICIES
 
@@ -137,6 +143,47 @@ def test_the_best_of_several(small_model: Path, tmp_path: Path) -> None:
     assert Image.open(alone).tobytes() == written[3].tobytes()
 
 
+def test_a_region_is_drawn_anew(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image and a mask of any size; of several fills the one that is written, and a sheet of all."""
+    asked = ["generate", str(small_model), "--class", "desert day", "--image", str(tmp_path / "image.png")]
+    asked += ["--mask", str(tmp_path / "mask.png"), "--size", "0", "--out", str(tmp_path / "new.png")]
+    source = torch.Generator().manual_seed(0)
+    pixels = torch.rand(
+        64, 96, 3, generator=source
+    )  # the model draws 32 x 32: scaled to half, and 8 cropped left, right
+    save(to_image(pixels), tmp_path / "image.png", {})
+    mask = torch.zeros(32, 48, 3)  # half as large
+    mask[12:20, 8:16] = 1  # rows 3 and 4, columns 0 and 1 of the 8 x 8 that are left
+    save(to_image(mask), tmp_path / "mask.png", {})
+    given = []
+
+    def spy(*args: Any, kept: torch.Tensor | None = None, **more: Any) -> Any:
+        given.append(kept)
+        return generate(*args, kept=kept, **more)
+
+    monkeypatch.setattr(cli, "generate", spy)
+    assert main([*asked, "--candidates", "3", "--seed", "5"]) == 0
+    told = capsys.readouterr().err
+    assert "The mask of 48 x 32 was stretched to the image's 96 x 64." in told
+    assert "Image and mask of 96 x 64 were scaled and cropped to 32 x 32." in told
+    (kept,) = given
+    inside = torch.zeros(1, 8, 8, dtype=torch.bool)
+    inside[:, 3:5, :2] = True
+    assert torch.equal(kept == DRAW, inside)
+    tokenizer = library.load_tokenizer(small_model.parent / "landscapes_vq.safetensors")
+    codes = tokenizer.encode(fit(read_image(tmp_path / "image.png", "image")[None], 32, 32) * 2 - 1)
+    assert torch.equal(kept[~inside], codes[~inside])
+    best = Image.open(tmp_path / "new.png")
+    notes = json.loads(best.text["linear"])
+    assert notes["seed"] in {5 + (n << 32) for n in range(3)} and notes["by"] == "what follows"
+    assert notes["mask"] == "mask.png" and Image.open(tmp_path / "new_sheet.png").width > 3 * 32
+    for seed in {5, notes["seed"]}:
+        assert main([*asked, "--seed", str(seed)]) == 0
+        assert (Image.open(tmp_path / "new.png").tobytes() == best.tobytes()) == (seed == notes["seed"])
+
+
 def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     assert main(["models", str(tmp_path)]) == 0
@@ -153,6 +200,11 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--budget", "some"], ["budget", "some", "1/6"]),
         (["--seeds", "1,2", "--class", "ocean dusk"], ["seeds", "there are 2", "1 images"]),
         (["--best", "2"], ["best", "2 of 1 images"]),
+        (["--best", "1", "--by", "vqa"], ["model", "landscapes cannot look at pictures"]),
+        (["--candidates", "2"], ["candidates", "--image and --mask"]),
+        (["--image", "a.png"], ["mask", "give both"]),
+        (["--image", "a.png", "--mask", "b.png"], ["image", "a.png cannot be read"]),
+        (["--model", "landscapes_var", "--image", "a.png", "--mask", "b.png"], ["mask", "draws in scales"]),
         (["--seeds", "1", "--seed", "1"], ["seeds", "--seed is one for all"]),
         (["--grid", "3x3"], ["landscapes.safetensors", "24 x 24"]),
         (["--grid", "three"], ["grid", "24x24"]),

@@ -242,7 +242,8 @@ def test_json_and_size():
     assert json.loads(json.dumps(told.events)) == told.events
     plan, model = CachePlan("line", 4, 4, 2), llamagen(24, 24, layers=12)
     trace_ = Trace(started(model, plan, 1, "heads"))
-    for line in generate(model, class_prompt([1]), plan, SamplePlan(guidance=1)):
+    above = torch.arange(23 * 24).view(1, 23, 24) % model.codes  # given lines are fed at once
+    for line in generate(model, class_prompt([1]), plan, SamplePlan(guidance=1), above=above):
         trace_.add(line)
     size = len(json.dumps(trace_.events))
     assert 12 * 3 * 20 * 24 * 2 < size < 200_000
@@ -469,20 +470,24 @@ def test_the_memory_line_is_the_formula():
     few += [CachePlan("fold", mib=mib) for mib in (1, 9, 400)]
     for pyramid in (Pyramid.square(1, 2, 3, 4, 5, 6, 8, 10, 12), PYRAMIDS[2240], Pyramid.square(3)):
         for plan in [*PRESETS.values(), *few]:
-            for rows, device, shape in product(
+            for rows, device, stages, shape in product(
                 (1, 2, 16),
                 ("cpu", "cuda"),
+                {0, pyramid.stages - 1 or 1},
                 (CacheShape(6, 8, 32, 0, 4), CacheShape(36, 36, 64, 0, 2), CacheShape(16, 16, 64, 0, 2, state=137600)),
             ):
                 model = {**asdict(shape), "logits": 512, "hidden": 1024, "codes": 512, "device": device}
-                sizes = {"scales": [pyramid.size(0), pyramid.kept, pyramid.size(-1)]}
+                if stages and plan.mib:  # resolved for all scales
+                    continue
+                sizes = {"scales": [pyramid.size(0), pyramid.kept, pyramid.size(stages - 1)]}
                 try:
                     part = plan.resolve(shape, pyramid, rows)
                 except UserError:
                     cases.append([model, sizes, asdict(plan), rows, 0])
                     continue
-                needed = scales_run_bytes(shape, pyramid, part, rows, 512, 1024, device)
-                cases.append([model, sizes, asdict(plan), rows, [shape.scales_bytes(pyramid, part, rows), needed]])
+                needed = scales_run_bytes(shape, pyramid, part, rows, 512, 1024, device, stages)
+                held = shape.scales_bytes(pyramid, part, rows, stages)
+                cases.append([model, sizes, asdict(plan), rows, [held, needed]])
     for shape in (
         CacheShape(8, 8, 32, 1, 4),
         CacheShape(36, 20, 64, 1, 2),

@@ -107,7 +107,7 @@ export function draw(ctx, { at, theme, mode, held, done, drawn, running, picture
     }
     const known = held.length >= (image + 1) * rows * cols;
     if (mode !== "image" && known) cells(ctx, box, at, held, image, done, mode === "kept" ? 0 : drawn, mode === "kept" ? 1 : 0.5);
-    if (kept) region(ctx, box, at, kept, image);
+    if (kept) region(ctx, box, at, kept, image, mode !== "image" || running || done < rows);
     if (known) bars(ctx, box, at, held, image, done, theme);
     if (running && done < rows) scan(ctx, box, at, done, theme);
     if (cut >= 0) knife(ctx, box, at, cut, theme);
@@ -147,8 +147,9 @@ function cells(ctx, box, at, held, image, done, drawn, alpha) {
   }
 }
 
-/** What a mask keeps is hatched, and a line goes around the rest. @param {any} ctx @param {Box} box @param {Layout} at @param {boolean[]} kept @param {number} image */
-function region(ctx, box, at, kept, image) {
+/** A line goes around what a mask leaves to draw; what it keeps is hatched, but for a finished picture that is looked at.
+ * @param {any} ctx @param {Box} box @param {Layout} at @param {boolean[]} kept @param {number} image @param {boolean} hatched */
+function region(ctx, box, at, kept, image, hatched) {
   const { rows, cols } = at;
   const of = (/** @type {number} */ row, /** @type {number} */ col) => kept[(image * rows + row) * cols + col];
   const paths = { hatch: /** @type {number[][]} */ ([]), edge: /** @type {number[][]} */ ([]) };
@@ -169,7 +170,10 @@ function region(ctx, box, at, kept, image) {
     }
     ctx.stroke();
   };
-  stroke(paths.hatch, "rgb(255 255 255 / 0.28)", 1);
+  if (hatched) {
+    stroke(paths.hatch, "rgb(0 0 0 / 0.2)", 2.5); // to be seen on snow, too
+    stroke(paths.hatch, "rgb(255 255 255 / 0.35)", 1);
+  }
   stroke(paths.edge, "#000", 3);
   stroke(paths.edge, "#fff", 1.5);
 }

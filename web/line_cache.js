@@ -12,7 +12,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { cellAt, cellOfScales, draw, drawScales, layout, layoutScales, pictureAt, scaleOfCell } from "./draw.js";
-import { EMPTY, budgetText, cacheBytes, canChoose, gridOf, held, heldOfScales, hoverText, inScales, keptCells, keptOf, keptRows, keptRun, keptTextOfRuns, memoryText, mib, ownText, picturesThatFit, reduceRuns, remembered, replayRuns, resolved, runBytes, statusText, unitOf, withBudget } from "./state.js";
+import { EMPTY, budgetText, cacheBytes, canChoose, draftedGrid, gridOf, held, heldOfScales, hoverText, inScales, keptCells, keptOf, keptRows, keptRun, keptTextOfRuns, leastPlan, memoryText, mib, ownText, picturesThatFit, reduceRuns, remembered, replayRuns, resolved, runBytes, statusText, unitOf, withBudget } from "./state.js";
 
 const EVENT = "linear_ar.line";
 /** The view on a node; it lives with its widget. @param {any} node */
@@ -897,9 +897,17 @@ class Memory {
     const chosen = known.presets[preset] ?? { policy: own("policy"), budget: Number(own("budget")), storage: own("storage"), release: own("release"), anchors: Number(own("anchors")), recent: Number(own("recent")) };
     const plan = withBudget(chosen, read(this.node, "budget_in", "lines"), Number(read(this.node, "amount", 0)));
     const pixels = read(prompt, "size.pixels", undefined);
-    const weight_dtype = read(loader, "weight_dtype", "default");
-    const streamed = read(loader, "stream_weights", false) === true;
+    /** What takes memory of a model besides its cache. @param {any} node */
+    const weightsOf = (node, shape = known.models[read(node, "model", "")]) => ({ weights: shape?.weights?.[read(node, "weight_dtype", "default")] ?? 0, streamed: read(node, "stream_weights", false) === true });
     const shape = known.models[model];
+    const drawers = [{ shape, grid: shape && gridOf(shape, pixels), ...weightsOf(loader, shape) }];
+    const drafter = isLinked(user, "drafter") ? origin(user, "drafter")?.node : null; // draws the first scales, and then waits
+    const drafts = drafter?.type === LOADER && !OFF.includes(drafter.mode) ? known.models[read(drafter, "model", "")] : null;
+    if (drafts?.scale_tokens && shape?.scale_tokens) { // else the run refuses it
+      const grid = draftedGrid(drawers[0].grid, drafts.scale_tokens, Number(valueOf(user, "drafter_scales") ?? 0));
+      drawers.push({ shape: drafts, grid, ...weightsOf(drafter) });
+      if (drafter === loader) drawers[1].weights = 0; // the same weights
+    }
     if (missed.length) return { lacking: missed };
     if (shape?.masked) return { masked: true };
     if (!shape || !plan.policy || !plan.budget) return null;
@@ -911,7 +919,7 @@ class Memory {
     const images = Math.max(1, rows) * (Number(read(user, "batch_size", 1)) || 1);
     const guidance = Number(read(user, "guidance", -1));
     const guided = guidance < 0 || guidance > 1; // below 0: the model's own, and every model has some
-    return { shape, grid: gridOf(shape, pixels), plan, weights: shape.weights?.[weight_dtype], streamed, images: missed.length ? 1 : images, each: guided ? 2 : 1, unknown: missed };
+    return { drawers, plan, images: missed.length ? 1 : images, each: guided ? 2 : 1, unknown: missed };
   }
 
   show() {
@@ -925,18 +933,22 @@ class Memory {
     } else if (sizes?.masked) {
       memory.text = "no KV cache: this model draws tokens in any order; use Masked Generate";
     } else if (sizes) {
-      const { shape, grid, weights = 0, streamed, images, each, unknown } = sizes;
-      const plan = resolved(shape, grid, sizes.plan, images * each);
-      const bytes = (/** @type {any} */ plan) => cacheBytes(shape, grid, plan, images * each);
+      const { drawers, images, each, unknown } = sizes;
+      const { grid } = drawers[0];
+      const most = (/** @type {(drawer: any) => number} */ needed) => Math.max(...drawers.map(needed)); // one draws after the other
+      const plan = leastPlan(drawers.map(({ shape }) => resolved(shape, grid, sizes.plan, images * each)));
+      const bytes = (/** @type {any} */ plan) => most(({ shape, grid }) => cacheBytes(shape, grid, plan, images * each));
       // The weights may be among what is taken already; nobody tells, so that what is said is the least there is.
-      const resident = streamed ? Math.min(weights, STREAMED_ROOM) : weights;
+      const weights = drawers.reduce((sum, { weights }) => sum + weights, 0);
+      const resident = drawers.reduce((sum, { weights, streamed }) => sum + (streamed ? Math.min(weights, STREAMED_ROOM) : weights), 0);
       const room = FREE.bytes === null ? null : FREE.bytes * 0.9 - resident;
-      const fitting = room === null ? null : picturesThatFit(room, (sequences) => runBytes(shape, grid, plan, sequences), each);
-      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, !!shape.state);
-      const budget = shape.state ? "" : budgetText(plan, grid);
+      const fitting = room === null ? null : picturesThatFit(room, (sequences) => most(({ shape, grid }) => runBytes(shape, grid, plan, sequences)), each);
+      const state = drawers.every(({ shape }) => shape.state);
+      memory = memoryText(bytes(plan), bytes({ policy: "full", budget: 1 }), weights, fitting, images, unknown, 512, state);
+      const budget = state ? "" : budgetText(plan, grid);
       const [kept, one] = grid.scales ? ["tokens", "one scale"] : ["lines", "one line"];
       if (budget) memory.text = `${budget} · ${memory.text}`;
-      if (!shape.state && sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many ${kept} that is depends on ${unknown.join(" and ")}, unknown until it runs`;
+      if (!state && sizes.plan.mib && unknown.length) memory.text = `KV cache of at most ${sizes.plan.mib} MiB: how many ${kept} that is depends on ${unknown.join(" and ")}, unknown until it runs`;
       if (!plan.budget) memory = { text: `${sizes.plan.mib} MiB are not enough for ${one}, which takes ${mib(bytes({ ...plan, budget: grid.scales ? 1e-9 : 1, share: 0 }))} MiB`, fits: false, share: 0 };
     }
     if (this.status.textContent === memory.text) return;

@@ -484,11 +484,25 @@ const LINES = 24; // of a picture whose budget is stated in lines while it is dr
 /** Rounded as Python does: halves to the even number. @param {number} x */
 const toEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
 
-/** Tokens that each head keeps of a picture drawn in scales: CachePlan.keeps. @param {any} plan @param {[number, number, number]} scales */
-function keepsOf(plan, [first, kept]) {
-  const share = plan.policy === "full" ? 1 : Math.min(plan.share || plan.budget / LINES, 1);
-  return Math.min(Math.max(1, first, toEven(share * kept)), kept);
+/** Share of a picture drawn in scales that is kept: CachePlan.ratio. @param {any} plan @returns {number} */
+const ratioOf = (plan) => (plan.policy === "full" ? 1 : Math.min(plan.share || plan.budget / LINES, 1));
+
+/** Tokens that each head keeps of it: CachePlan.keeps. @param {any} plan @param {[number, number, number]} scales */
+const keepsOf = (plan, [first, kept]) => Math.min(Math.max(1, first, toEven(ratioOf(plan) * kept)), kept);
+
+/**
+ * The size of a picture of which a drafter draws only the first `count` scales; 0: all but the last two.
+ * @param {Grid} grid @param {number[]} [tokens]  of each scale, at the model's own size @param {number} [count] @returns {Grid}
+ */
+export function draftedGrid(grid, tokens = [], count = 0) {
+  if (!grid.scales || tokens[tokens.length - 1] !== grid.scales[2]) return grid; // another size: too much, if anything
+  const [first, kept] = grid.scales;
+  return { ...grid, scales: [first, kept, tokens[(count || Math.max(1, tokens.length - 2)) - 1] ?? grid.scales[2]] };
 }
+
+/** Of the plans that one budget makes for several models that draw in turn, the one that keeps least; it is used for all.
+ * @template P @param {P[]} plans @returns {P} */
+export const leastPlan = (plans) => plans.reduce((least, plan) => (ratioOf(plan) < ratioOf(least) ? plan : least));
 
 /** Slots for each head and the last scale, in the layer that is computed: CachePlan.work_slots. @param {any} plan @param {[number, number, number]} scales */
 function workSlots(plan, scales) {

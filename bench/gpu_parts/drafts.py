@@ -41,7 +41,7 @@ def drawn(ask: Ask, model: Any, images: int, drafts: int, step: str, plain: dict
     sample = replace(model.info.defaults, drafts=drafts)
     graphs = Graphs(model.decoder.step, evict, check) if step == "graph" else None
     draw = partial(generate, model.decoder, prompt, CachePlan("fold", 4, recent=0), sample)
-    above = torch.zeros(1, 21, 24, dtype=torch.int64) if ask.dry else None
+    above = torch.zeros(1, 22, 24, dtype=torch.int64) if ask.dry else None
     for _ in range(1 if ask.dry else 2):
         synchronize(ask.device)
         started = time.perf_counter()

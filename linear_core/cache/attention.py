@@ -98,11 +98,14 @@ def no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor) -> Tensor:
+def attention_weights(
+    queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor, first: int | Tensor, apart: bool = False
+) -> Tensor:
     """Softmax of a line's queries over all slots, causal within the line, for one layer.
 
     queries B Q C D (of the tokens at index `first`, `first` + 1, …), keys B H S D, bias and index B H S
-    -> float32 B H C S, mean over the query heads that share a key head.
+    -> float32 B H C S, mean over the query heads that share a key head; if they are wanted `apart`, B H G C S for G of
+    them.
     """
     group = queries.shape[1] // keys.shape[1]
     products = upcast(stack_groups(queries, group)) @ upcast(keys).transpose(-1, -2)  # which overflow in float16
@@ -110,4 +113,6 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, index: Tensor
     own = first + torch.arange(queries.shape[2], device=index.device, dtype=index.dtype)
     later = index[:, :, None] > own[:, None]
     weights = scores.masked_fill(later[:, :, None], float("-inf")).softmax(-1)
+    if apart:
+        return weights
     return weights.mean(2) if group > 1 else weights[:, :, 0]

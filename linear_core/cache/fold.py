@@ -1,8 +1,9 @@
-"""Folding: a victim is merged into the kept slot with the nearest key instead of being dropped.
+"""Folding: a victim is merged into the nearest kept slot instead of being dropped.
 
 Plain eviction removes a token's share of every later softmax, and image regions that lose all their tokens are
 forgotten. Our own addition, not in the paper. Merging that ignores attention is known to hurt (HACK's comparison with
-LOOK-M and MEDA, arXiv 2504.09261).
+LOOK-M and MEDA, arXiv 2504.09261). Language models merge on eviction without such a weight (CaM, ICML 2024; D2O, arXiv
+2406.13035); ToMe (arXiv 2210.09461) weighs by the number of tokens. `bench/merging.py` compares them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..pyramid import Pyramid
 from .look_ahead import gather_vectors, least_squares, upcast
 from .view import View
 
 SLACK = 1.0  # in ln: how far a folded slot's weight may be from its number of tokens
 TIE = 1e-3  # of a squared distance
+RIDGE = 0.3  # of the mean square of attention: how much a fitted value holds to the mean
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Folded:
 
 
 def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None) -> Folded:
-    """Merge each victim (slots, int64 L B H V) into the kept image slot with the nearest key.
+    """Merge each victim (slots, int64 L B H V) into the nearest kept image slot (`View.points`).
 
     count  L B H S, tokens in each slot now
     none   bool L B H V: entries of `victims` that only fill up a list, and repeat a victim of the same head
@@ -48,6 +51,7 @@ def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None)
     Keys and values become means weighted by importance (`View.importance`): a token that gets no attention must not
     move one that gets much. The slot's weight is chosen so that it draws the attention mass that its tokens would have
     drawn together. That mass is only a prediction, so the weight stays within a factor of e^SLACK of the token count.
+    Over scales, where a whole scale folds at once, the values are then fitted to what the queries foreseen will read.
     Folding equal keys loses nothing: n tokens with key k and values v_i equal one with key k, their mean value and
     weight n. Prompt slots and empty slots are not folded.
     """
@@ -80,21 +84,46 @@ def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None)
         return own
 
     keys, values, tokens = mean(view.keys), mean(view.values), total(count.to(importance.dtype))
-    log_count = tokens.log()
-    weight = (total(look_ahead.mass) / look_ahead.attention_mass(keys)).log()
+    log_count, attention = tokens.log(), look_ahead.attention_to(keys)
+    weight = (total(look_ahead.mass) / attention.mean(-1)).log()
     weight = weight.nan_to_num(0.0).clamp(log_count - SLACK, log_count + SLACK)
+    if isinstance(view.grid, Pyramid):
+        joined, counts = torch.cat([slot, victims], -1), torch.cat([folds, folds], -1).to(importance.dtype)
+        changing = torch.zeros_like(importance).scatter_add_(-1, joined, counts) > 0
+        wanted = (look_ahead.weights * changing[..., None, :]) @ upcast(view.values)
+        attention = (attention * weight.exp()[..., None]).masked_fill(~folds[..., None], 0.0)
+        values += _fit(attention, values, wanted, 1 / same_slot.sum(-1))
     return Folded(slot, keys, values, torch.where(folds, weight, upcast(view.bias).gather(-1, slot)), tokens)
 
 
+def _fit(attention: Tensor, values: Tensor, wanted: Tensor, part: Tensor) -> Tensor:
+    """What to add to values, so that the queries foreseen read from the folded slots what they would have read before.
+
+    attention  L B H V Q, attention that each query will pay to the receiving slot of each victim; 0: nothing to fit
+    values     L B H V D, means
+    wanted     L B H Q D, what the queries are to read
+    part       L B H V, 1 by the number of victims that share the slot
+
+    Ridge regression (A. E. Hoerl and R. W. Kennard, "Ridge regression", 1970) in its dual form: the system to solve has
+    the size of the queries, however many slots there are.
+    """
+    own = (attention * part[..., None]).transpose(-1, -2)
+    gram = own @ attention
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    solved = torch.linalg.solve_ex(gram, wanted - own @ values).result  # which never waits for the device
+    return attention @ solved
+
+
 def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
-    """The slot among `kept` (bool L B H S) with the key nearest to that of each victim, the newest in a tie.
+    """The slot among `kept` (bool L B H S) nearest to each victim, the newest in a tie.
 
     Distances within a thousandth of the least tie. Keys of the same code at the same offset left and right are equally
     far, and the last digit, which changes with the batch size, must not decide between them.
     """
-    keys, squares = view.centred
+    points, squares = view.points
     usable = squares.masked_fill(~kept, float("inf"))[..., None, :]
-    distance = least_squares(gather_vectors(keys, victims), keys, usable)
+    distance = least_squares(gather_vectors(points, victims), points, usable)
     distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0)
     least = distance.amin(-1, keepdim=True)
     return view.index[..., None, :].masked_fill(distance > least * (1 + TIE), -1).argmax(-1)

@@ -65,11 +65,13 @@ class LookAhead:
 
     queries    L B H Q D, rotated to where they will stand and scaled by 1 / sqrt(D)
     logsumexp  L B H Q, of each query's scores: the logarithm of its softmax denominator
-    mass       L B H S, attention that each slot will receive, mean over the queries
+    weights    L B H Q S, attention that each query will pay to each slot
+    mass       L B H S, their mean over the queries
     """
 
     queries: Tensor
     logsumexp: Tensor
+    weights: Tensor
     mass: Tensor
 
     @classmethod
@@ -83,8 +85,8 @@ class LookAhead:
         most = mass.argmax(-1)[..., None, None].expand(*queries.shape[:-1], 1)
         least = torch.finfo(weights.dtype).tiny
         logsumexp = (scores.gather(-1, most) - weights.gather(-1, most).clamp(min=least).log())[..., 0]
-        return cls(queries, logsumexp, mass)
+        return cls(queries, logsumexp, weights, mass)
 
-    def attention_mass(self, keys: Tensor) -> Tensor:
-        """Attention that a token with each of these keys L B H S D would receive, mean over the queries: L B H S."""
-        return (keys @ self.queries.transpose(-1, -2) - self.logsumexp[..., None, :]).exp().mean(-1)
+    def attention_to(self, keys: Tensor) -> Tensor:
+        """Attention that each query would pay to a token with each of these keys L B H S D: L B H S Q."""
+        return (keys @ self.queries.transpose(-1, -2) - self.logsumexp[..., None, :]).exp()

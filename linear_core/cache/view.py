@@ -15,6 +15,7 @@ from .attention import attention_weights, stack_groups
 from .look_ahead import HORIZONS, LookAhead, upcast
 
 FLOOR = 0.1  # of the mean importance of an image token
+SCALES_FLOOR = 1.0  # the same over scales, whose queries are harder to foresee
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,11 @@ class View:
         return self.newest + 1 - first
 
     def attention(
-        self, reduce: Callable[[Tensor], Tensor], last: int | None = None, image_only: bool = False
+        self,
+        reduce: Callable[[Tensor], Tensor],
+        last: int | None = None,
+        image_only: bool = False,
+        apart: bool = False,
     ) -> Tensor:
         """Causal softmax of the finished line's queries, or of its `last` few, over all slots, reduced to L B H S.
 
@@ -154,14 +159,16 @@ class View:
 
         reduce      maps one layer's float32 B H C S to B H S; layers are computed one at a time to bound memory
         image_only  leaves the prompt out of the softmax
+        apart       shows `reduce` each of the G query heads that share a key head, B H G C S, instead of their mean
         """
         assert self.queries is not None, 'the policy does not declare that it reads "queries"'
         count = self.queries.shape[3] if last is None else min(last, self.queries.shape[3])
         bias = self.bias.masked_fill(~self.candidates(), float("-inf")) if image_only else self.bias
-        layers = zip(self.queries[:, :, :, -count:], self.keys, bias, self.index, strict=True)
+        keys, first = self.keys, self.newest + 1 - count
         if isinstance(self.grid, Pyramid):  # a scale's queries see all of it; products of unit keys need float32
-            return torch.stack([reduce(attention_weights(q, upcast(k), b, i, self.newest)) for q, k, b, i in layers])
-        return torch.stack([reduce(attention_weights(q, k, b, i, self.newest + 1 - count)) for q, k, b, i in layers])
+            keys, first = upcast(keys), self.newest
+        layers = zip(self.queries[:, :, :, -count:], keys, bias, self.index, strict=True)
+        return torch.stack([reduce(attention_weights(q, k, b, i, first, apart)) for q, k, b, i in layers])
 
     def look_ahead(self, lines: tuple[int, ...] = ()) -> LookAhead:
         """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike.
@@ -186,19 +193,30 @@ class View:
         return upcast(self.keys)
 
     @cached_property
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """All keys less their mean, L B H S D in float32 or wider, and the squares of their lengths, L B H S.
+    def points(self) -> tuple[Tensor, Tensor]:
+        """What distances are taken between: points L B H S N in float32 or wider, and their squared lengths, L B H S.
 
-        Their distances are those of the keys, and more exact when they come from a matrix product (`least_squares`).
+        The slots' keys; over scales behind each its value, in units in which the values spread as much as the keys, by
+        the attention foreseen. All less their mean: distances stay what they are, and are more exact when they come
+        from a matrix product (`least_squares`).
         """
-        keys = self.upcast_keys - self.upcast_keys.mean(-2, keepdim=True)
-        return keys, torch.linalg.vector_norm(keys, dim=-1).square()  # in one pass
+        if not isinstance(self.grid, Pyramid):
+            keys = self.upcast_keys - self.upcast_keys.mean(-2, keepdim=True)
+            return keys, torch.linalg.vector_norm(keys, dim=-1).square()  # in one pass
+        share = self.look_ahead().mass[..., None, :]
+        share = share / share.sum(-1, keepdim=True)
+        keys, values = (x - share @ x for x in (self.upcast_keys, upcast(self.values)))
+        squares = [torch.linalg.vector_norm(x, dim=-1).square() for x in (keys, values)]
+        key_spread, value_spread = ((share @ x[..., None])[..., 0] for x in squares)
+        unit = (key_spread / value_spread).nan_to_num(0.0, posinf=0.0)  # values that do not spread say nothing
+        return torch.cat([keys, values * unit.sqrt()[..., None]], -1), squares[0] + squares[1] * unit
 
     def importance(self) -> Tensor:
         """Importance of each slot for the coming lines, L B H S; 0 for empty slots. Computed once.
 
         The attention mass that look-ahead predicts, plus a floor for every token in the slot: a tenth of what an image
-        token receives on average. The prediction may be wrong about a token to which it gives nothing.
+        token receives on average, over scales all of it. The prediction may be wrong about a token to which it gives
+        nothing.
         """
         return self._importance
 
@@ -208,7 +226,7 @@ class View:
         weight = upcast(self.bias).exp()
         image = weight * self.candidates()
         mean = (mass * self.candidates()).sum(-1, keepdim=True) / image.sum(-1, keepdim=True).clamp(min=1)
-        return mass + FLOOR * mean * weight
+        return mass + (SCALES_FLOOR if isinstance(self.grid, Pyramid) else FLOOR) * mean * weight
 
     def candidates(self) -> Tensor:
         """Bool L B H S: image tokens, the only ones that can be evicted."""

@@ -15,7 +15,7 @@ from ..models.llamagen import LlamaGen
 from ..tokenizers.tokenizer import KINDS, VQConfig, VQTokenizer
 from . import library
 from .families import llamagen
-from .weights import KeyMap, Weights, check_finite, match_keys
+from .weights import KeyMap, Weights, check_finite, match_keys, unfilled
 
 Metadata = dict[str, str]
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # names in safetensors
@@ -65,7 +65,7 @@ def _decoder(
         raise weights.problem(
             f"belongs to {info.family.name}, whose files describe themselves; only LlamaGen's need converting."
         )
-    with torch.device("meta"):
+    with unfilled():
         network = LlamaGen(info.config, info.grid, nn)
     sampling = {name: getattr(info.defaults, name) for name in llamagen.SAMPLING}  # a seed belongs to a picture
     metadata = {
@@ -88,7 +88,7 @@ def _tokenizer(
     config, key_map = library.describe_tokenizer(weights)
     if not isinstance(config, VQConfig):
         raise weights.problem("is a tokenizer whose files describe themselves; only LlamaGen's need converting.")
-    with torch.device("meta"):
+    with unfilled():
         network = VQTokenizer(config, nn)
     metadata = {
         "family": _tokenizer_family(config),

@@ -41,6 +41,7 @@ from .weights import (
     load_into,
     model_path,
     read_weights,
+    unfilled,
 )
 
 FAMILIES = (
@@ -397,7 +398,7 @@ def name_codebook(tokenizer: Any) -> str:
 def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype = None) -> int:
     """Memory of a decoder's weights when loaded with these dtypes (see `load_model`)."""
     storage_dtype, decoder = _storage_dtype(info, dtype, weight_dtype), _decoder(info, nn)
-    with torch.device("meta"):
+    with unfilled():
         layers = _quantised(decoder, info, weight_dtype)
     return sum(
         layers[name].kind.bytes(*tensor.shape)
@@ -408,7 +409,7 @@ def decoder_bytes(info: ModelInfo, dtype: torch.dtype, weight_dtype: WeightDtype
 
 
 def _decoder(info: ModelInfo, ops: Ops) -> Any:
-    with torch.device("meta"):
+    with unfilled():
         return info.family.build(info.config, info.grid, ops)
 
 
@@ -588,7 +589,7 @@ def load_tokenizer(path: str | Path, *, device: torch.device | str = "cpu", ops:
     weights = read_checkpoint(path)
     config, key_map = describe_tokenizer(weights)
     build: Callable[..., Tokenizer] = OTHERS[config.kind][1] if config.kind in OTHERS else VQTokenizer
-    with torch.device("meta"):
+    with unfilled():
         tokenizer = build(config, ops)
     load_into(tokenizer, weights, torch.float32, key_map)
     return tokenizer.eval().requires_grad_(False).to(device)

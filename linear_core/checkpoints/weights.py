@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError, quoted
 from .untrusted import NotWeightsAlone, check_archive, check_header, inside, read_json, stand_ins
@@ -410,6 +411,23 @@ def match_keys(module: nn.Module, weights: Weights, key_map: KeyMap = Target) ->
         if found != shape:
             raise weights.problem(f"{quoted(key)} is {list(weights.tensors[key].shape)} where {shape} was expected.")
     return targets
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Modules that are made meanwhile have shapes and no numbers: they are on the meta device."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """No normal numbers are drawn: to do so on the meta device, torch would import its compiler, for two seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_into(

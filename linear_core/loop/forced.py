@@ -20,6 +20,7 @@ from ..plan import CachePlan, SamplePlan
 from ..policies import get_policy
 from .generate import Decoder, room_after, scores
 from .memory import split_batch
+from .redraw import following
 from .sampling import apply_guidance
 
 
@@ -86,6 +87,17 @@ def log_likelihood(
         return found.log_softmax(-1)
 
     return _judged(decoder, prompt, codes, plan, judge, sample.guided, at_once)
+
+
+def following_likelihood(
+    decoder: Decoder, prompt: Any, codes: Tensor, kept: Tensor, plan: CachePlan, sample: SamplePlan, at_once: int = 8
+) -> Tensor:
+    """What fills of a region are chosen by: ln of the probability of the kept codes behind it, float32 B, on the CPU.
+
+    kept  B rows cols, as for `generate`; `codes` are the finished pictures
+    """
+    found = log_likelihood(decoder, prompt, codes, plan, sample, at_once)
+    return found.masked_fill(~following(kept), 0.0).flatten(1).sum(1)
 
 
 @torch.inference_mode()

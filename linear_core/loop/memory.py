@@ -52,7 +52,14 @@ def run_bytes(
 
 
 def scales_run_bytes(
-    shape: CacheShape, pyramid: Pyramid, plan: CachePlan, rows: int, logits: int, hidden: int, device: str = "cuda"
+    shape: CacheShape,
+    pyramid: Pyramid,
+    plan: CachePlan,
+    rows: int,
+    logits: int,
+    hidden: int,
+    device: str = "cuda",
+    stages: int = 0,
 ) -> int:
     """Bytes of cache, bookkeeping, the last scale's activations, settling, logits and noise, for `rows` sequences.
 
@@ -60,8 +67,10 @@ def scales_run_bytes(
 
     logits  of a token
     hidden  numbers of a token in the middle of a feed-forward block, where a pass is widest
+    stages  scales that are drawn; 0: all
     """
-    held, slots, size = shape.scales_bytes(pyramid, plan, rows), plan.work_slots(pyramid), pyramid.size(-1)
+    held, slots = shape.scales_bytes(pyramid, plan, rows, stages), plan.work_slots(pyramid, stages)
+    size = pyramid.size((stages or pyramid.stages) - 1)
     cached = not shape.state
     bookkeeping = shape.layers * rows * shape.heads * plan.keeps(pyramid) * (4 + 4 + 4) if cached else 0
     activations = rows * size * hidden * (shape.bytes_per_element * 2 + 4)

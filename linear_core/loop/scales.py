@@ -92,13 +92,12 @@ def generate_scales(
     logits are not finite. Dropping the iterator frees all memory.
     """
     more: dict[str, Any] = {"prune": prune, "name": name}
+    check_sample(decoder, sample, name, paired=decoder.drafter is not None)
     if decoder.drafter is None:
         yield from _draw_scales(decoder, quantizer, prompt, plan, sample, given=given, stop_after=stop_after, **more)
         return
     (drafter, scales), pyramid = decoder.drafter, decoder.with_grid(prompt.grid).pyramid
     check_stop(stop_after, pyramid)
-    if sample.smooth:
-        raise UserError("smooth: two models hand on tokens, and a mixture of codes is none; switch it off.")
     _, done = _check_given(given, prompt.rows, pyramid, decoder.codes)
     tokens, stop = given, stop_after or pyramid.stages
     if done < scales:
@@ -171,10 +170,6 @@ def _draw_scales(
     images, device = prompt.rows, decoder.device
     if images < 1:
         raise UserError("prompt: it is empty; give at least one class or text.")
-    if sample.smooth and decoder.digits > 1:
-        raise UserError(f"smooth: {name} draws single bits, and has no codes to mix; switch it off.")
-    if sample.drafts > 0:
-        raise UserError(f"drafts: {name} draws a whole scale in one pass, and guesses nothing; set drafts to 0.")
     check_stop(stop_after, pyramid)
     pruning = _pruning(decoder, prune, stop_after, name)
     seeds = sample.image_seeds(images)
@@ -365,6 +360,16 @@ def _pruning(decoder: ScaleDecoder, plan: PrunePlan | None, stop_after: int, nam
     stages = stop_after or decoder.pyramid.stages
     plan.check(stages, decoder.cache_shape().layers)
     return Pruning(plan, decoder.pyramid, stages)
+
+
+def check_sample(decoder: ScaleDecoder, sample: SamplePlan, name: str, paired: bool = False) -> None:
+    """Raise UserError if the model, or a pair of a drafter and a refiner, cannot sample like that."""
+    if sample.smooth and paired:
+        raise UserError("smooth: two models hand on tokens, and a mixture of codes is none; switch it off.")
+    if sample.smooth and decoder.digits > 1:
+        raise UserError(f"smooth: {name} draws single bits, and has no codes to mix; switch it off.")
+    if sample.drafts > 0:
+        raise UserError(f"drafts: {name} draws a whole scale in one pass, and guesses nothing; set drafts to 0.")
 
 
 def check_stop(stop_after: int, pyramid: Pyramid) -> None:

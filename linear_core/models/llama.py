@@ -18,7 +18,7 @@ from ..cache.line_cache import LineCache
 from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
-from ..prompts import Prompt
+from ..prompts import Prompt, causal_mask
 from .blocks import Block, Heads, Ops, rope_1d, rotate_halves
 from .raster import Raster
 
@@ -132,10 +132,17 @@ class Llama(Raster):
         visible  bool L B H T+N T+N, which keys the queries of each key head see; None: causal, with padding hidden
         Returns B T+N V; the logits of image token n are at T + n - 1.
         """
-        count = prompt.length + tokens.shape[1]
-        table = self.rope_table(torch.arange(count, device=tokens.device), prompt.pad, self.grid)
-        x = torch.cat([self.embed_tokens(prompt.tokens), self.embed_codes(tokens)], 1).to(self.dtype)
-        masks = [prompt.attention_mask(count)[:, None]] * len(self.layers) if visible is None else list(visible)
+        x = torch.cat([self.embed_tokens(prompt.tokens), self.embed_codes(tokens)], 1)
+        return self.head(self.hidden(x, prompt.pad, visible))
+
+    def hidden(self, x: Tensor, pad: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Hidden states B N W of embedded tokens B N W, of which the first `pad` B are padding, without a cache.
+
+        visible  as in `forward`
+        """
+        x, count = x.to(self.dtype), x.shape[1]
+        table = self.rope_table(torch.arange(count, device=x.device), pad, self.grid)
+        masks = [causal_mask(pad, count)[:, None]] * len(self.layers) if visible is None else list(visible)
         for block, mask in zip(self.layers, masks, strict=True):
 
             def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
@@ -144,7 +151,7 @@ class Llama(Raster):
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
             x = block(x, lambda t: rotate_halves(t, table), attend_all)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
         """RoPE table of the tokens at `index` T or B T, for rows with `pad` B padding tokens: B 1 T 2 D."""

@@ -133,12 +133,15 @@ class Layout:
     """How a matrix lies in memory, for a device's product. `unpack`: back to rows, for products of many rows.
 
     multiple  what the number of input channels must be a multiple of
+    block     output channels, or a multiple of them, that `pack` lays out by themselves, in as many bytes: a matrix is
+              packed where it lies. 0: `pack` takes whole matrices
     """
 
     product: Product
     pack: Callable[[Tensor], Tensor] = lambda stored: stored
     unpack: Callable[[Tensor], Tensor] = lambda packed: packed
     multiple: int = 1
+    block: int = 0
 
 
 def _pack_cpu_4(stored: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ LAYOUTS = {
     PLAIN: Layout(_converted),
     "int8, kernel": Layout(_kernel_8),
     "int8": Layout(_weight_only_8, multiple=64),  # it reads past the end of a row that is no multiple (torch 2.13)
-    "int4 on CPU": Layout(_cpu_4, _pack_cpu_4, _unpack_cpu_4),
+    "int4 on CPU": Layout(_cpu_4, _pack_cpu_4, _unpack_cpu_4, block=64),
     "int4 on CUDA": Layout(_cuda_4, _pack_cuda_4, _unpack_cuda_4),
 }
 
@@ -250,8 +253,14 @@ class QuantisedLinear(nn.Module):
     def arrange(self, device: torch.device) -> None:
         """Lay the filled matrix out for the product of `device`. Afterwards it computes only there."""
         self.layout = layout(self.kind.bits, device, self.in_features)
-        if self.kind.bits == 4:
-            self.weight.data = LAYOUTS[self.layout].pack(self.weight.data.to(device)).to(self.weight.device)
+        if self.kind.bits == 8:
+            return
+        of, stored = LAYOUTS[self.layout], self.weight.data
+        if of.block:  # a second copy of each matrix would stay in the heap, between those that are kept
+            for part in stored.split(max(ROUNDED // self.in_features // of.block, 1) * of.block):
+                part.copy_(of.pack(part))
+        else:
+            self.weight.data = of.pack(stored.to(device)).to(stored.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ... I -> ... O."""

@@ -1,8 +1,10 @@
-"""Contact sheets: rows of pictures with a caption for each row and column."""
+"""Contact sheets: rows of pictures with a caption for each row and column, or groups of pictures with their scores."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from ..errors import UserError
 
-PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (110, 114, 120)
+PAPER, INK, FAINT, CHOSEN = (250, 250, 248), (32, 34, 38), (110, 114, 120), (0, 95, 184)
 GAP = 8
+ABREAST = 4  # pictures of a group in a row, unless it is more of a square with more
 
 
 def to_image(picture: Tensor, size: int | None = None) -> Image.Image:
@@ -54,6 +57,37 @@ def contact_sheet(rows: list[tuple[str, str, Tensor]], columns: list[str], size:
         )
         for i, picture in enumerate(pictures[r]):
             sheet.paste(picture, (GAP + i * (width + GAP), top + bar))
+    return sheet
+
+
+def score_sheet(
+    pictures: Tensor, scores: Sequence[float], chosen: Collection[int], titles: Sequence[str], remark: str, size: int
+) -> Image.Image:
+    """Groups of pictures, B H W 3 next to each other, one group for each title; each picture under its number in the
+    group and its score, and framed if it is one of those chosen.
+    """
+    images = [to_image(picture, size) for picture in pictures]
+    (width, height), each = images[0].size, len(images) // len(titles)
+    title, small = ImageFont.load_default(size=22), ImageFont.load_default(size=16)
+    bar, caption = 40, 26
+    wide = min(each, max(ABREAST, math.ceil(math.sqrt(each))))
+    block = bar + math.ceil(each / wide) * (caption + height + GAP)
+    sheet = Image.new("RGB", (GAP + wide * (width + GAP), len(titles) * block + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for group, name in enumerate(titles):
+        base = group * block + bar - 12
+        draw.text((GAP, base), name, INK, font=title, anchor="ls")
+        draw.text((GAP + (draw.textlength(name, font=title) + 14 if name else 0), base), remark, FAINT, font=small,
+                  anchor="ls")  # fmt: skip
+    for n, image in enumerate(images):
+        group, i = divmod(n, each)
+        x = GAP + i % wide * (width + GAP)
+        y = group * block + bar + i // wide * (caption + height + GAP) + caption
+        if n in chosen:
+            draw.rectangle((x - 4, y - 4, x + width + 3, y + height + 3), fill=CHOSEN)
+        sheet.paste(image, (x, y))
+        colour = CHOSEN if n in chosen else INK
+        draw.text((x + width / 2, y - 8), f"{i + 1}: {scores[n]:.4g}", colour, font=small, anchor="ms")
     return sheet
 
 

@@ -14,6 +14,7 @@ from .attention_distance import attention_distance
 from .cake import cake
 from .choose import choose
 from .criticalkv import criticalkv
+from .dropkv import dropkv
 from .expected import expected
 from .fold import fold
 from .full import full
@@ -57,6 +58,7 @@ POLICIES: dict[str, Policy] = {
     "next": Policy(next_line, AHEAD),
     "expected": Policy(expected, AHEAD),
     "criticalkv": criticalkv(_LINE),
+    "dropkv": Policy(dropkv, QUERIES),
     "vase": vase(_LINE),
     "stratified": stratified(_LINE),
     "ssd": Policy(ssd, QUERIES | MASS, survey=attention_distance),
@@ -69,8 +71,9 @@ POLICIES: dict[str, Policy] = {
 }
 # These weigh scales against each other, and mean nothing where a picture is drawn in lines (plan.ONLY_SCALES).
 SCALE_POLICIES: dict[str, Policy] = {"heatkv": heatkv, "scalekv": scalekv, "amskv": amskv}
-# Over scales, where heads of unequal room cost nothing, those of a layer share one budget: `fold` loses a third of it.
-OVER_SCALES: dict[str, Policy] = {"fold": adakv(POLICIES["fold"])}
+# Over scales, where heads of unequal room cost nothing, those of a layer share one budget. No part of it is sure to a
+# head: what leaves is folded, and a head whose keys are alike needs few slots.
+OVER_SCALES: dict[str, Policy] = {"fold": adakv(POLICIES["fold"], floor=0.0)}
 
 
 def get_policy(name: str) -> Policy:

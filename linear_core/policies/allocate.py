@@ -14,9 +14,12 @@ MIN_WEIGHT = 1e-4  # of the mean weight, so that no weight is zero
 
 
 def bounds(view: View, plan: CachePlan) -> tuple[int, int]:
-    """Image tokens that every head keeps at least, the protected ones, and on average, the budget."""
+    """Image tokens that every head keeps at least, the protected ones, and on average, the budget.
+
+    Over scales at least one: into nothing, nothing folds.
+    """
     if isinstance(view.grid, Pyramid):
-        return plan.protected(view.grid), view.keeps
+        return max(plan.protected(view.grid), 1), view.keeps
     return plan.anchors + plan.recent * view.grid.stride, plan.budget * view.grid.stride
 
 

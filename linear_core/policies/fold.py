@@ -16,7 +16,7 @@ def fold(view: View) -> Tensor:
 
     Our own, not in the paper; near Ward's criterion of hierarchical clustering with importance as mass (J. H. Ward,
     "Hierarchical grouping to optimize an objective function", 1963).
-    Score: the token's importance (`View.importance`) times the least squared distance of its key to that of a more
+    Score: the token's importance (`View.importance`) times the least squared distance (`View.points`) to a more
     important image token. Only to a more important one, because one of two near tokens has to stay; in a tie the older
     counts as more important. Only the less important half is compared, and at least twice as many as are released. The
     others score above all of them, in order of importance. Reads: ahead. Defaults: 4 anchors, 1 recent line, release
@@ -31,15 +31,15 @@ def fold(view: View) -> Tensor:
     # Sorted from the least important token on, so that a token may only fold into those behind it. Slots that hold no
     # image token come last, and nothing folds into them.
     order = sortable(importance.masked_fill(~image, float("inf")), -view.index).argsort(dim=-1)
-    keys, squares = view.centred
-    keys, squares = gather_vectors(keys, order), squares.masked_fill(~image, float("inf")).gather(-1, order)
-    not_behind = torch.full((count, slots), float("inf"), device=keys.device, dtype=keys.dtype).tril()
-    least = least_squares(keys[..., :count, :], keys, squares[..., None, :] + not_behind).amin(-1)
+    points, squares = view.points
+    points, squares = gather_vectors(points, order), squares.masked_fill(~image, float("inf")).gather(-1, order)
+    not_behind = torch.full((count, slots), float("inf"), device=points.device, dtype=points.dtype).tril()
+    least = least_squares(points[..., :count, :], points, squares[..., None, :] + not_behind).amin(-1)
     least = (least + squares[..., :count]).clamp(min=0.0)
     cost = least * importance.gather(-1, order[..., :count]).clamp(min=torch.finfo(least.dtype).tiny)
     if isinstance(view.grid, Pyramid):
         cost = cost * view.look_ahead().queries.square().sum(-1).mean(-1)[..., None]
-    others = torch.arange(count, slots, device=keys.device, dtype=keys.dtype) * (most / slots)
+    others = torch.arange(count, slots, device=points.device, dtype=points.dtype) * (most / slots)
     return torch.empty_like(importance).scatter_(
         -1, order, torch.cat([cost.clamp(max=most), others.expand_as(order[..., count:])], -1)
     )

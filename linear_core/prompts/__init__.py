@@ -99,9 +99,14 @@ class Prompt:
 
         N is `count`, by default the prompt's length.
         """
-        index = torch.arange(count or self.length, device=self.tokens.device)
-        causal = index[None, :] <= index[:, None]
-        return causal & (index[None, None, :] >= self.pad[:, None, None]) | (index[None, :] == index[:, None])
+        return causal_mask(self.pad, count or self.length)
+
+
+def causal_mask(pad: Tensor, count: int) -> Tensor:
+    """`Prompt.attention_mask` for rows with `pad` B padding tokens."""
+    index = torch.arange(count, device=pad.device)
+    causal = index[None, :] <= index[:, None]
+    return causal & (index[None, None, :] >= pad[:, None, None]) | (index[None, :] == index[:, None])
 
 
 def class_prompt(labels: list[int], names: tuple[str, ...] = (), origin: Origin | None = None) -> Prompt:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 
 import pytest
 
-from bench import fold_ablation, paper_table, quality, scan, soak, speed
+from bench import fold_ablation, paper_table, quality, scan, soak, speed, widget
 from bench.shapes import SHAPES, ModelShape
 from linear_core.grid import Grid
 from linear_core.models.llamagen import LlamaGen, LlamaGenConfig
+from linear_core.models.var import VARConfig
 from linear_core.plan import CachePlan, SamplePlan
+from linear_core.pyramid import Pyramid
+from linear_core.tokenizers.pyramid import PyramidConfig
 from tests.bench.command import last_line
 
 
@@ -73,6 +77,20 @@ def test_scans_that_carry_and_that_go_back_say_the_same(monkeypatch, capsys):
     assert 0 < result["largest_relative_difference"] < 1e-4
     assert result["bytes"] == {"carried": 2 * 2 * 4 * (3 * 256 + 128 * 64), "var": 2 * 2 * 64 * 4 * (2 * 424 + 680)}
     assert all(len(times) == 10 and min(times) > 0 for times in result["seconds"].values())
+
+
+def test_the_cost_of_previews_over_scales(monkeypatch, capsys):
+    """Every scale is told and drawn; whether it is little is for the real sizes to say."""
+    pyramid = Pyramid.square(1, 2, 3, 4, 5, 6)
+    monkeypatch.setattr(widget, "PYRAMID", pyramid)
+    monkeypatch.setattr(widget, "D16", VARConfig(2, 32, 2, 48, 64, 10, 8, pyramid))
+    monkeypatch.setattr(widget, "ITS_TOKENIZER", PyramidConfig(64, 8, (8, 8), 1))
+    monkeypatch.setattr("sys.argv", ["widget.py", "--scales"])
+    assert widget.main() in (0, 1)
+    first, without, events, previews, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("scales 1 2 3 4 5 6, 2 layers of 2 heads") and "without: " in without
+    assert re.search(r"events: \d+\.\d+% of the time, [1-9]\d* kB in total", events)
+    assert re.search(r"previews: \d+\.\d+% of the time, [1-6] of them; together ", previews) and "once" not in last
 
 
 SHORT = ["--device", "cpu", "--models", "tiny", "--plans", "line:2"]

@@ -155,14 +155,14 @@ def call(monkeypatch, *arguments) -> None:
 def test_one_command_and_once_more(files, tmp_path, monkeypatch, capsys):
     """A run leaves rows, table and sheet; the next one computes nothing again, and only what is new."""
     monkeypatch.setattr(quality, "SCRATCH", tmp_path / "scratch")
-    command = ("--model", files.decoder, "--out", tmp_path / "results", "--images", 5, "--choose-images", 3,
-               "--samples", 3, "--seeds", 20011, 77)  # fmt: skip
+    command = ("--model", files.decoder, "--out", tmp_path / "results", "--images", 3, "--choose-images", 2,
+               "--samples", 2, "--seeds", 20011, 77)  # fmt: skip
     call(monkeypatch, *command, "--policies", "line", "random", "--shares", 6, 4)
     results = tmp_path / "results" / "quality-tiny.json"
     data = json.loads(results.read_text(encoding="utf-8"))
     assert {r["split"] for r in data["rows"]} == {"choose", "report"}
     for row in data["rows"]:
-        assert row["images"] == len(row["each"]["kl"]) == {"choose": 3, "report": 5}[row["split"]]
+        assert row["images"] == len(row["each"]["kl"]) == {"choose": 2, "report": 3}[row["split"]]
         assert row["kl"] == pytest.approx(np.mean(row["each"]["kl"]), rel=1e-3) and row["kl"] > 0
         assert {"policy", "budget_lines", "budget_ratio", "kl_ci", "dnll", "dnll_ci", "seed", "bytes"} <= set(row)
         assert row["bytes"] == 2 * 2 * 3 * 8 * 4 * (1 + 4 * (row["budget"] + 1)), "layers, heads, numbers, bytes, slots"

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_core.cache.fold import SLACK, fold
+from linear_core.cache.fold import RIDGE, SLACK, fold
 from linear_core.cache.line_cache import LineCache
 from linear_core.cache.look_ahead import HORIZONS
-from linear_core.cache.view import FLOOR, View
+from linear_core.cache.view import FLOOR, SCALES_FLOOR, View
 from linear_core.grid import Grid
 from linear_core.models.blocks import rope_2d, rotate_pairs
 from linear_core.models.llamagen import ROPE_BASE
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.policies import POLICIES
 from linear_core.prompts import class_prompt
+from linear_core.pyramid import Pyramid
 from tests.tiny import Toy, caption_prompt, decode, llamagen
 
 DOUBLE = torch.float64
@@ -258,6 +259,53 @@ def test_fold_is_what_its_words_say(seed, empty):
                 assert folded.bias[at][s].item() == pytest.approx(expected_bias)
                 assert folded.count[at][s].item() == pytest.approx(sum(ns[g] for g in group))
                 assert folded.changed[at][s].item() == (len(group) > 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_over_scales_a_fold_keeps_what_is_read(seed):
+    """Nearest by key and value; and values by the normal equations of ridge regression, one unknown for each slot."""
+    source = torch.Generator().manual_seed(seed)
+    keys, values, queries = (torch.randn(1, 1, 1, n, DIM, generator=source, dtype=DOUBLE) for n in (14, 14, 9))
+    index = torch.randperm(14, generator=source).int().view(1, 1, 1, -1)
+    view = View(
+        keys, values * 3, torch.zeros(1, 1, 1, 14, dtype=DOUBLE), index, queries, None, Pyramid.square(1, 2, 3, 4), 2,
+        rotate=lambda queries, scales: queries, keeps=6,
+    )  # fmt: skip
+    victims = torch.stack([(index == t).int().argmax(-1) for t in (1, 5, 6, 7, 8, 9, 10, 12)], -1)
+    folded = fold(view, victims, ones(view))
+    keys, values, chosen = view.keys[0, 0, 0], view.values[0, 0, 0], victims[0, 0, 0].tolist()
+    weights = (queries[0, 0, 0] @ keys.T / DIM**0.5).softmax(-1)
+    mass = weights.mean(0)
+    spreads = [(mass * (x - mass @ x).square().sum(1)).sum() for x in (keys, values)]
+    importance = mass + SCALES_FLOOR * mass.mean()
+    groups: dict[int, list[int]] = {}
+    for victim in chosen:
+        far = (keys - keys[victim]).square().sum(1) + (values - values[victim]).square().sum(1) * spreads[0] / spreads[
+            1
+        ]
+        groups.setdefault(min(set(range(14)) - set(chosen), key=far.tolist().__getitem__), []).append(victim)
+    order = list(groups)
+    members = [[slot, *groups[slot]] for slot in order]
+    new_keys, means = (
+        torch.stack([importance[m] @ x[m] / importance[m].sum() for m in members]) for x in (keys, values)
+    )
+    pull = (
+        queries[0, 0, 0] @ new_keys.T / DIM**0.5 - (queries[0, 0, 0] @ keys.T / DIM**0.5).logsumexp(1)[:, None]
+    ).exp()
+    counts = torch.tensor([float(len(m)) for m in members], dtype=DOUBLE)
+    fitting = torch.stack([mass[m].sum() for m in members]) / pull.mean(0)
+    drawn = pull * fitting.clamp(counts * math.exp(-SLACK), counts * math.exp(SLACK))
+    involved = [one for m in members for one in m]
+    missing = weights[:, involved] @ values[involved] - drawn @ means
+    ridge = RIDGE * drawn.square().sum(1).mean()
+    fitted = means + torch.linalg.solve(drawn.T @ drawn + ridge * torch.eye(len(order)), drawn.T @ missing)
+    for entry, victim in enumerate(chosen):
+        slot = int(folded.slot[0, 0, 0, entry])
+        assert victim in groups[slot]
+        torch.testing.assert_close(folded.keys[0, 0, 0, entry], new_keys[order.index(slot)])
+        torch.testing.assert_close(folded.values[0, 0, 0, entry], fitted[order.index(slot)])
+    after = missing - drawn @ (fitted - means)
+    assert len(order) > 2 and after.square().sum() < 0.8 * missing.square().sum(), "what is read comes nearer"
 
 
 def test_rows_heads_and_layers_fold_apart():

@@ -56,7 +56,7 @@ def test_policies_see_what_the_group_asks() -> None:
         lambda view: view.attention(lambda p: p.mean(2)),
         lambda view: view.attention(lambda p: p.mean(2), last=2, image_only=True),
         lambda view: view.look_ahead().mass,
-        lambda view: view.look_ahead().attention_mass(view.keys / 2),
+        lambda view: view.look_ahead().attention_to(view.keys / 2).mean(-1),
         lambda view: POLICIES["line"].score(view),
         lambda view: POLICIES["next"].score(view),
     ):

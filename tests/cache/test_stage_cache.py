@@ -113,7 +113,8 @@ def test_the_cache_holds_what_was_chosen(name: str, release: str) -> None:
     """Sets alone predict it: victims of least score leave, the oldest first among equals, and the first scales stay."""
     found = run(name, release)
     pyramid, plan = found.pyramid, found.plan
-    keeps, protected = plan.keeps(pyramid), 5  # 4 anchors lie in the first two scales
+    # 4 anchors lie in the first two scales; where folding loses nothing, the first alone stays: it lies within them.
+    keeps, protected = plan.keeps(pyramid), 5 if release == "strict" else 1
     layers, heads = found.held[0].shape[1:3]
     overflows = [n for n in range(pyramid.stages - 1) if pyramid.index(n + 1) > keeps]
     assert list(found.scores) == overflows, "a policy is asked where a scale does not fit, and not after the last"
@@ -148,7 +149,9 @@ def test_heads_and_layers_differ() -> None:
 
 @pytest.mark.parametrize("storage", ["full", "int8", "int4"])
 @pytest.mark.parametrize("name", ["full", "fold", "adakv", "hack"])  # even, uneven within and across layers
-def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_as_planned(
+    name: str, storage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All living keys and values, whoever holds them, at every attention: never more than planned, and that much."""
     decoder, quantizer = model()
     plan, rows = CachePlan(name, share=SHARE, storage=storage), 4
@@ -156,13 +159,16 @@ def test_memory_is_as_planned(name: str, storage: str, monkeypatch: pytest.Monke
     most, size = 0, decoder.config.head_dim
     kinds = {(torch.float32, size), (torch.int8, size), (torch.uint8, decoder.cache_shape().slot_bytes("int4", 0))}
     before = [x for x in gc.get_objects() if type(x) is Tensor]  # what other tests left, such as RoPE tables
+    theirs = {x.untyped_storage().data_ptr() for x in before}
+    request.addfinalizer(gc.unfreeze)
+    gc.freeze()  # what there is already is left out below, which takes a tenth of the time
     policy = scale_policy(plan, decoder.pyramid)
     found = scale_cache(decoder, rows, plan, policy)
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def watch(q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         nonlocal most
-        own = {x.untyped_storage().data_ptr() for x in (q, *passed, *before)}
+        own = theirs | {x.untyped_storage().data_ptr() for x in (q, *passed)}
         living = {}
         for x in gc.get_objects():
             if type(x) is Tensor and x.ndim >= 3 and x.untyped_storage().nbytes() > 512:
@@ -290,3 +296,4 @@ def test_lines_of_a_preset_are_a_share() -> None:
     assert CachePlan("fold", budget=4, recent=0).keeps(pyramid) == CachePlan("fold", share=1 / 6).keeps(pyramid) == 71
     assert CachePlan("full").keeps(pyramid) == 424
     assert [CachePlan(share=1 / 6, anchors=n).protected(pyramid) for n in (0, 1, 4, 5, 6)] == [0, 1, 5, 5, 14]
+    assert [CachePlan("fold", anchors=n).protected(pyramid) for n in (0, 1, 4, 5, 6)] == [0, 1, 1, 5, 5]

@@ -174,10 +174,13 @@ def test_pictures_on_the_command_line(folder: Path, tmp_path: Path, capsys: pyte
         "kept": ("--step-cache", "Balanced", "--full-first", "1", "--full-every", "0"),
         "less": ("--denoising-last", "2"),
         "given": ("--image", folder / "image.png", "--mask", folder / "mask.png"),
+        "fitted": ("--image", folder / "small.png", "--mask", folder / "mask.png"),
         "map": ("--step-cache", "LazyMAR", "--full-first", "1", "--refresh", "3", "--heatmap"),
     }.items():
         status, said, wrong = run(capsys, "generate", *model, "--out", tmp_path / f"{name}.png", *more)
         assert status == 0, wrong
+        assert ("12 x 12 was stretched to the image's 8 x 8" in wrong) == (name == "fitted")
+        assert ("of 8 x 8 were scaled and cropped to 12 x 12" in wrong) == (name == "fitted")
         assert re.search(r"tokens in \d steps, \d+ of 39 slots computed in a step on average", said), said
         assert ("no keys and values are kept" in said) == (name not in ("kept", "map")), said
         with Image.open(tmp_path / f"{name}_02.png") as image:
@@ -185,7 +188,7 @@ def test_pictures_on_the_command_line(folder: Path, tmp_path: Path, capsys: pyte
             notes = json.loads(image.info["linear"])
         assert notes["seed"] == 5 and notes["steps"] == 6 and "refresh" in notes and "budget" not in notes
     assert pictures["whole"] == pictures["parts"]
-    assert len(set(pictures.values())) == 5
+    assert len(set(pictures.values())) == 6
 
 
 def test_planning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,8 +217,7 @@ def test_planning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--class", "6"), "has no class '6'"),
         (("--text", "a fox"), "draws classes, not texts"),
         (("--image", "image.png"), "--image says what is kept and --mask what is drawn anew; give both"),
-        (("--image", "image.png", "--mask", "small.png"), "mask: it has 8 x 8 pixels, but the image 12 x 12"),
-        (("--image", "small.png", "--mask", "small.png"), "image: it has 8 x 8 pixels, but the model draws 12 x 12"),
+        (("--image", "image.png", "--mask", "mask.png", "--candidates", "2"), "candidates: little sees all around"),
         (("--image", "image.png", "--mask", "black.png"), "mask: it covers nothing"),
         (("--image", "image.png", "--mask", "white.png"), "mask: it covers everything"),
         (("--image", "image.png", "--mask", "little.safetensors"), "cannot be read as a picture"),
@@ -233,7 +235,7 @@ def test_one_sentence(
 def test_other_models_take_no_masked_options_and_the_reverse(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in (("--steps", "8"), ("--step-cache", "Balanced"), ("--image", "a.png")):
+    for words in (("--steps", "8"), ("--step-cache", "Balanced"), ("--rule", "oldest")):
         status, _, wrong = run(capsys, "generate", *words)
         assert status == 2 and "landscapes does not draw masked tokens" in wrong
     status, _, wrong = run(

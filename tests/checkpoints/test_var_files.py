@@ -155,6 +155,23 @@ def test_comparing_and_planning(folder: Path, tmp_path: Path, capsys: pytest.Cap
         assert status == 2 and complaint in wrong
 
 
+def test_a_budget_in_mib_holds_for_the_drafter_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep, out = tmp_path / "deep.safetensors", tmp_path / "x.png"
+    save_file(var(*SIDES, layers=5)[0].state_dict(), deep, NOTES)
+    info = read_info(deep)
+    mib = info.cache_shape(torch.float32).scales_bytes(info.pyramid, CachePlan("fold", share=0.5), 2) / 2**20
+    model = ("--model", folder / "little.safetensors", "--tokenizer", folder / "little_vq.safetensors")
+    for more, kept in (((), 14), (("--drafter", deep), 7)):
+        status, _, wrong = run(
+            capsys, "generate", *model, "--class", "1", "--budget", f"{mib + 1e-4}MiB", "--out", out, *more
+        )
+        assert status == 0, wrong
+        with Image.open(out) as image:
+            assert json.loads(image.info["linear"])["share"] * 14 == pytest.approx(kept)
+
+
 def test_methods_on_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A profile is made next to the model and ends the note about a survey; pruning changes the picture."""
     model, profile = ("--model", folder / "little.safetensors"), folder / "little.profile.json"

@@ -48,8 +48,18 @@ MODELS: dict[str, Callable[[], tuple[Any, Callable[[int], Prompt]]]] = {
     "janus": lambda: (tiny.janus(ROWS, COLS), lambda images: tiny.words([5, 3, 7, 5, 4][:images])),
     "lumina": lambda: (tiny.lumina(ROWS, COLS), lambda images: tiny.lumina_words([5, 3, 7, 5, 4][:images])),
 }
-every_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.policy}-{p.release}-{p.storage}")
-every_model = pytest.mark.parametrize("kind", MODELS)
+
+
+def name_of(value: Any) -> str | None:
+    return f"{value.policy}-{value.release}-{value.storage}" if isinstance(value, CachePlan) else None
+
+
+# Every model with every plan. Seeds take turns, so that each of them meets every plan and every model.
+every_run = pytest.mark.parametrize(
+    ("kind", "plan", "seed"),
+    [(kind, plan, SEEDS[(m + p) % 2]) for m, kind in enumerate(MODELS) for p, plan in enumerate(PLANS)],
+    ids=name_of,
+)
 
 
 def draw(
@@ -79,9 +89,7 @@ def close(plan: CachePlan, ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=0.1 if plan.storage == "int8" else ROUNDING, rtol=0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@every_plan
-@every_model
+@every_run
 def test_batches_of_any_size(kind, plan, seed):
     """The same codes; the same logits but for rounding."""
     model, prompt, codes, logits = reference(kind, plan, seed)
@@ -94,9 +102,15 @@ def test_batches_of_any_size(kind, plan, seed):
 @pytest.mark.skipif(
     not packed.available() or platform.machine() not in ("x86_64", "AMD64"), reason="known of oneDNN on x86 alone"
 )
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-@every_plan
-@pytest.mark.parametrize("kind", ["llamagen", "janus"])
+@pytest.mark.parametrize(
+    ("kind", "plan", "guidance"),
+    [
+        (kind, plan, (1.0, 2.5)[(m + p) % 2])
+        for m, kind in enumerate(("llamagen", "janus"))
+        for p, plan in enumerate(PLANS)
+    ],
+    ids=name_of,
+)
 def test_batches_of_any_size_to_the_bit_where_matrices_are_packed(kind, plan, guidance):
     """oneDNN adds up a row in the same order however many there are; prompts are equally long, or more would differ."""
     model = MODELS[kind]()[0]
@@ -133,8 +147,7 @@ def test_seeds_of_their_own_make_a_split_over_processes_invisible():
     assert whole[1] != whole[3], "the same seed, but another class"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@every_plan
+@pytest.mark.parametrize(("plan", "seed"), [(plan, SEEDS[p % 2]) for p, plan in enumerate(PLANS)], ids=name_of)
 def test_micro_batches(plan, seed):
     """However many at once."""
     model, prompt, codes, _ = reference("llamagen", plan, seed)
@@ -147,9 +160,7 @@ def test_micro_batches(plan, seed):
         assert torch.equal(micro_batches.runs[0].tokens, codes)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@every_plan
-@every_model
+@every_run
 def test_again_to_the_bit(kind, plan, seed):
     """A second run, and two that take turns line by line, with a model made anew."""
     _, _, codes, logits = reference(kind, plan, seed)
@@ -171,9 +182,7 @@ def test_again_to_the_bit(kind, plan, seed):
         assert torch.equal(torch.stack(seen[number], 1), logits)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@every_plan
-@every_model
+@every_run
 def test_a_static_step(kind, plan, seed):
     """Slots that are read and empty weigh nothing."""
     model, prompt, codes, logits = reference(kind, plan, seed)
@@ -182,9 +191,7 @@ def test_a_static_step(kind, plan, seed):
     close(plan, theirs, logits)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@every_plan
-@every_model
+@every_run
 def test_lines_that_are_fed_again(kind, plan, seed):
     """And what is drawn below them."""
     model, prompt, codes, logits = reference(kind, plan, seed)

@@ -117,6 +117,13 @@ def draw(model, **inputs):
     return run("Generate", model=model, prompt=prompt, **(settings | inputs))[0]
 
 
+@pytest.fixture(scope="module")
+def whole(small):  # noqa: F811
+    """What `draw` draws where nothing goes wrong."""
+    with torch.inference_mode():
+        return draw(small)
+
+
 def same(tokens, others) -> None:
     assert torch.equal(tokens.codes, others.codes) and torch.equal(tokens.shares, others.shares)
 
@@ -218,9 +225,8 @@ DRAFTED_STAGES = [
 
 
 @pytest.mark.parametrize(("path", "after"), DRAFTED_STAGES, ids=lambda value: str(value).rpartition(":")[2])
-def test_an_error_in_every_stage_with_drafts(small, path, after):  # noqa: F811
+def test_an_error_in_every_stage_with_drafts(small, whole, path, after):  # noqa: F811
     """It comes out as it is, nothing is left, and the next run draws the same as without drafts."""
-    whole = draw(small)
     kept = Kept()
     with pytest.MonkeyPatch.context() as patch:
         failing(patch, path, Fault("a cable was pulled"), after)
@@ -231,9 +237,8 @@ def test_an_error_in_every_stage_with_drafts(small, path, after):  # noqa: F811
 
 
 @pytest.mark.parametrize(("path", "after"), STAGES, ids=lambda value: str(value).rpartition(":")[2])
-def test_an_error_in_every_stage(small, path, after):  # noqa: F811
+def test_an_error_in_every_stage(small, whole, path, after):  # noqa: F811
     """It comes out as it is, and nothing else does."""
-    whole = draw(small)
     kept = Kept()
     with pytest.MonkeyPatch.context() as patch:
         failing(patch, path, Fault("a cable was pulled"), after)
@@ -253,9 +258,8 @@ def test_an_error_in_every_stage(small, path, after):  # noqa: F811
         ("nodes.host:Layers.GroupNorm.forward", 3),
     ],
 )
-def test_a_run_is_worth_more_than_its_pictures(small, path, after, caplog):  # noqa: F811
+def test_a_run_is_worth_more_than_its_pictures(small, whole, path, after, caplog):  # noqa: F811
     """The preview's thread or the last picture: the codes come out whole, and the log says what was wrong."""
-    whole = draw(small)
     kept = Kept()
     with pytest.MonkeyPatch.context() as patch:
         failing(patch, path, Fault("a pixel was lost"), after)
@@ -301,13 +305,12 @@ def test_stop_in_the_last_picture_is_heard():
         ("Compare", "nodes.sockets:decode"),
     ],
 )
-def test_an_error_in_every_other_node(small, one, node, path):  # noqa: F811
-    codes = draw(small)
+def test_an_error_in_every_other_node(small, one, whole, node, path):  # noqa: F811
     inputs = {
         "LoadModel": {"model": "landscapes (bundled)", "tokenizer": "automatic"},
         "ClassPrompt": {"model": small, "class_name": "ocean dusk"},
-        "Decode": {"model": small, "tokens": codes},
-        "RetentionHeatmap": {"tokens": codes, "show": {"show": "lifetime"}},
+        "Decode": {"model": small, "tokens": whole},
+        "RetentionHeatmap": {"tokens": whole, "show": {"show": "lifetime"}},
         "EncodeImage": {"model": small, "image": torch.rand(1, 40, 40, 3)},
         "Compare": {**one, "cache": CachePlan("fold", 2, recent=1)},
     }[node]

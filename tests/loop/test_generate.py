@@ -175,8 +175,11 @@ class OneByOne(Toy):
         return logits
 
 
-@pytest.mark.parametrize("interval", [-1, 12, 13, 14])  # 13: guidance ends between a line's last code and its end
-@every_way
+@pytest.mark.parametrize(
+    ("name", "release", "interval"),
+    # 13: guidance ends between a line's last code and its end
+    [(*way, (-1, 12, 13, 14)[n % 4]) for n, way in enumerate(EVERY_WAY)],
+)
 def test_a_lines_end_is_fed_with_its_last_code(name, release, interval):
     """Together they give what they give one after the other, in one call, and the last line's are fed to nobody."""
     sample = SamplePlan(seed=5, guidance=2.5, guidance_interval=interval)

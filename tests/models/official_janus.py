@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linear_core.grid import Grid
 from linear_core.models.janus import Janus, JanusConfig
+from linear_core.models.understanding import Understanding, UnderstandingConfig
 from linear_core.prompts.janus import BEGIN, IMAGE, PAD, ROLES
 from tests.models.official import CODES, _random, tokenizer
 
@@ -65,6 +66,23 @@ def official(ours: dict[str, Tensor], vq: dict[str, Tensor]) -> dict[str, Tensor
     }
 
 
+def looking(width: int) -> dict[str, Tensor]:
+    """A small part that looks at pictures, under official names, with the head that writes text."""
+    sizes = UnderstandingConfig(layers=1, width=64, heads=1, hidden=32, side=2, patch=4, out=width)
+    named = {}
+    for name, tensor in _random(Understanding(sizes)).items():
+        for mine, theirs in (
+            ("vision_tower.", "vision_model.vision_tower."),
+            ("aligner.fc1", "aligner.layers.0"),
+            ("aligner.fc2", "aligner.layers.2"),
+        ):
+            name = name.replace(mine, theirs)
+        named[name] = tensor
+    del named["answers.weight"]
+    head = torch.randn(config().vocabulary, width, generator=torch.Generator().manual_seed(5))
+    return named | {"language_model.lm_head.weight": head}
+
+
 def to_official(converted: dict[str, Tensor]) -> dict[str, Tensor]:
     """A conversion's weights (deepseek-community) under the names they had before."""
     named = {}
@@ -76,7 +94,13 @@ def to_official(converted: dict[str, Tensor]) -> dict[str, Tensor]:
             ("model.generation_aligner.hidden_layers.0.", "gen_aligner.layers.2."),
             ("model.generation_head.proj_out.", "gen_head.output_mlp_projector."),
             ("model.generation_head.vision_head.", "gen_head.vision_head."),
-            ("model.vision_model.", "vision_model.vision_tower."),
+            ("model.vision_model.embeddings.patch_embedding.", "vision_model.vision_tower.patch_embed.proj."),
+            ("model.vision_model.embeddings.position_embedding.weight", "vision_model.vision_tower.pos_embed"),
+            ("model.vision_model.encoder.layers.", "vision_model.vision_tower.blocks."),
+            ("model.vision_model.post_layernorm.", "vision_model.vision_tower.norm."),
+            (".layer_norm1.", ".norm1."),
+            (".layer_norm2.", ".norm2."),
+            (".self_attn.projection_layer.", ".attn.proj."),
             ("model.aligner.fc1.", "aligner.layers.0."),
             ("model.aligner.hidden_layers.0.", "aligner.layers.2."),
             ("model.vqmodel.", "gen_vision_model."),
@@ -90,7 +114,12 @@ def to_official(converted: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".conv_blocks." in name:
             name = name.replace(".block.", ".res.")
         named["language_model.lm_head.weight" if name == "lm_head.weight" else name] = tensor
-    return named
+    tower = "vision_model.vision_tower."
+    named[f"{tower}pos_embed"] = named[f"{tower}pos_embed"][None]
+    for name in [name for name in named if name.startswith(tower) and ".self_attn.q_proj." in name]:
+        parts = [named.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        named[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(parts)
+    return named | {f"{tower}attn_pool.latent": torch.zeros(1, 1, 4)}
 
 
 def text_tokenizer(path: Path, words: list[str] = WORDS, first: int = 0) -> None:
@@ -122,7 +151,7 @@ def write(folder: Path, sizes: JanusConfig | None = None, shards: int = 2, suffi
     """A folder as deepseek-ai's: pickled shards with an index, or (`suffix`) safetensors; in bf16, as published."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = sizes or config()
-    weights = official(decoder(sizes), tokenizer(channels=16, codes=sizes.codes))
+    weights = official(decoder(sizes), tokenizer(channels=16, codes=sizes.codes)) | looking(sizes.width)
     weights = {name: tensor.detach().bfloat16().contiguous() for name, tensor in weights.items()}
     stem = "pytorch_model" if suffix == ".bin" else "model"
     names = sorted(weights)

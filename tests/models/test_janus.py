@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from linear_core.__main__ import main
 from linear_core.cache.line_cache import LineCache
@@ -196,6 +197,7 @@ PEAK = """
     done.set(); thread.join()
     held = sum(p.nbytes for network in (model.decoder, model.tokenizer) for p in network.parameters())
     largest = max(p.nbytes for p in model.decoder.parameters())
+    assert "sympy" not in sys.modules, "torch's compiler was imported, which takes seconds"
     print(max(peak, resident()) - before, held, largest)
 """
 
@@ -240,7 +242,10 @@ def test_the_plan_of_the_7b_is_what_it_takes() -> None:
     assert full / 2**30 == pytest.approx(9.02, abs=0.01) and few / full == pytest.approx(160 / 616)
 
 
-def test_the_command_line_draws_texts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_draws_texts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(janus, "SIDE", 8)  # a picture of 24 x 24 takes seconds
     asked = ["generate", str(folder), "--text", "a fox", "--images", "2", "--size", "0", "--dtype", "float32"]
     for name, more in (("whole", []), ("parts", ["--at-once", "1"]), ("away", ["--negative", "rain"])):
         assert main([*asked, *more, "--out", str(tmp_path / f"{name}.png")]) == 0
@@ -248,6 +253,12 @@ def test_the_command_line_draws_texts(folder: Path, tmp_path: Path, capsys: pyte
         [(tmp_path / f"{n}_0{i}.png").read_bytes() for i in (1, 2)] for n in ("whole", "parts", "away")
     )
     assert whole == parts != away
+    best = tmp_path / "best.png"
+    assert main([*asked, "--best", "1", "--by", "vqa", "--out", str(best)]) == 0
+    assert best.read_bytes() != (tmp_path / "best_sheet.png").read_bytes()
+    notes = json.loads(Image.open(best).text["linear"])
+    same = [Image.open(tmp_path / f"whole_0{n}.png").tobytes() for n in (1, 2)]
+    assert notes["by"] == "vqa" and Image.open(best).tobytes() == same[notes["seed"]]
     capsys.readouterr()
     assert main(["plan", str(folder), "--images", "16"]) == 0
     said = capsys.readouterr().out

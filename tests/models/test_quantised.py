@@ -208,6 +208,17 @@ def test_what_cannot_be_divided_is_kept_in_8_bits(tmp_path):
         load_model(bundled_files(), weight_dtype="int3")
 
 
+def test_a_matrix_is_packed_where_it_lies_a_few_rows_at_a_time(monkeypatch):
+    """As all at once; and a second copy would stay in the heap."""
+    whole, parts = layer(INT4, outputs=320), layer(INT4, outputs=320)
+    whole.arrange(torch.device("cpu"))
+    monkeypatch.setattr("linear_core.models.quantised.ROUNDED", 130 * parts.in_features)
+    place = parts.weight.data_ptr()
+    parts.arrange(torch.device("cpu"))
+    assert torch.equal(parts.weight, whole.weight)
+    assert parts.layout == PLAIN or parts.weight.data_ptr() == place
+
+
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("of_rows", [True, False])
 def test_files_that_comfyui_quantised(kind, of_rows, tmp_path):

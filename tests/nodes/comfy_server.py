@@ -253,6 +253,8 @@ def thumbnail(server: Server, prompt_id: str) -> Image.Image:
             draw.text((at, 8), text, "white", font_size=22, anchor=anchor, stroke_width=2, stroke_fill="black")
         return small
     pictures = [Image.open(files[0]).convert("RGB") for files in server.pictures(prompt_id)]
+    height = max(picture.height for picture in pictures)
+    pictures = [picture.resize((picture.width * height // picture.height, height)) for picture in pictures]
     small = Image.new("RGB", (sum(p.width + 8 for p in pictures) - 8, pictures[0].height), "white")
     for i, picture in enumerate(pictures):
         small.paste(picture, (sum(p.width + 8 for p in pictures[:i]), 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,16 +23,26 @@ UserError = importlib.import_module(f"{PACK}.linear_core.errors").UserError
 CachePlan = importlib.import_module(f"{PACK}.linear_core.plan").CachePlan
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(EXTENSION().get_node_list())}
 TEXTS = "a red fox\n---\nan old lighthouse"
+SIDE = 8  # tokens, for which these models pass for published: 24 would take seconds
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One Janus where other packs have it, one where ours lie."""
+    folder = tmp_path_factory.mktemp("models")
+    official_janus.write(folder / "Janus-Pro" / "Janus-Pro-1B")
+    official_janus.write(folder / "ar_image" / "chat" / "Janus-1.3B", shards=1, suffix=".safetensors")
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def comfy(tmp_path: Path) -> Iterator[Host]:
-    """One Janus where other packs have it, one where ours lie; no text encoder anywhere."""
+def comfy(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """A copy of these models; no text encoder anywhere."""
+    monkeypatch.setattr(importlib.import_module(f"{PACK}.linear_core.checkpoints.families.janus"), "SIDE", SIDE)
     host.reset(tmp_path)
+    shutil.copytree(models, tmp_path / "models", dirs_exist_ok=True)
     comfy_double.folder_names_and_paths["text_encoders"] = ([str(tmp_path / "models" / "text_encoders")], set())
     asyncio.run(EXTENSION().on_load())
-    official_janus.write(tmp_path / "models" / "Janus-Pro" / "Janus-Pro-1B")
-    official_janus.write(tmp_path / "models" / "ar_image" / "chat" / "Janus-1.3B", shards=1, suffix=".safetensors")
     (tmp_path / "models" / "ar_image" / "notes.bin").write_bytes(b"of another program")
     with torch.inference_mode():
         yield host
@@ -92,7 +103,7 @@ def test_texts_for_a_model_that_reads_them(comfy: Host) -> None:
         run("Generate", model=model, cache=CachePlan(), prompt=p, seed=1, stop_after=2).result[0].codes
         for p in (prompt, away)
     ]
-    assert codes[0].shape == (2, 2, 24) and not torch.equal(*codes)
+    assert codes[0].shape == (2, 2, SIDE) and not torch.equal(*codes)
 
 
 def test_mistakes_with_texts(comfy: Host) -> None:
@@ -128,7 +139,7 @@ def test_a_batch_that_does_not_fit_is_drawn_in_parts(comfy: Host) -> None:
     """As many at a time as fit: the same pictures, a run of its own on the page for each part, all of it at the end."""
     model, live = load(), importlib.import_module(f"{PACK}.nodes.live")
     (prompt,) = run("TextPrompt", text_encoder="none", text=TEXTS, model=model).result
-    settings = {"model": model, "cache": CachePlan(), "prompt": prompt, "seed": 5, "batch_size": 3, "stop_after": 8}
+    settings = {"model": model, "cache": CachePlan(), "prompt": prompt, "seed": 5, "batch_size": 3, "stop_after": 6}
     whole = run("Generate", **settings)
     (_, asked), *_ = comfy.loaded
     sample = importlib.import_module(f"{PACK}.linear_core.plan").SamplePlan(guidance=5.0)
@@ -149,7 +160,7 @@ def test_a_batch_that_does_not_fit_is_drawn_in_parts(comfy: Host) -> None:
     assert [(event["images"], event["seed"]) for event in starts] == [(2, 5), (2, 7), (2, 9)]
     texts = [data for event, data in comfy.sent if event == "text"]
     assert "part 2 of 3, 2 pictures at a time" in texts
-    assert comfy.progress[-1] == (2 * 24 + 8, 3 * 24), "one bar for all parts"
+    assert comfy.progress[-1] == (2 * SIDE + 6, 3 * SIDE), "one bar for all parts"
     left, right = whole.ui["linear_ar"], parts.ui["linear_ar"]
     assert right[0]["images"] == 6 and right[0]["cache_bytes"] == left[0]["cache_bytes"] // 3
     for mine, theirs in zip(left[1:-1], right[1:-1], strict=True):
@@ -163,13 +174,43 @@ def test_a_picture_becomes_codes_and_is_continued(comfy: Host) -> None:
     """Encode Image with the tokenizer that Janus brings."""
     model = load()
     (tokens,) = run("EncodeImage", model=model, image=torch.rand(1, 40, 30, 3)).result
-    assert tokens.codes.shape == (1, 24, 24) and tokens.codebook == 16384
+    assert tokens.codes.shape == (1, SIDE, SIDE) and tokens.codebook == 16384
     (prompt,) = run("TextPrompt", text_encoder="none", text="a fox", model=model).result
-    settings = {"model": model, "cache": CachePlan(), "prompt": prompt, "tokens": tokens, "keep_rows": 22}
+    settings = {"model": model, "cache": CachePlan(), "prompt": prompt, "tokens": tokens, "keep_rows": 6}
     (drawn,) = run("Generate", **settings).result
-    assert torch.equal(drawn.codes[:, :22], tokens.codes[:, :22])
+    assert torch.equal(drawn.codes[:, :6], tokens.codes[:, :6])
     (image,) = run("Decode", model=model, tokens=drawn).result
-    assert image.shape == (1, 384, 384, 3)
+    assert image.shape == (1, 16 * SIDE, 16 * SIDE, 3)
+
+
+def test_the_best_by_asking_the_model(comfy: Host) -> None:
+    """Its own eyes, loaded for that and unloaded; the text is the prompt's, or another."""
+    model = load()
+    vqa = importlib.import_module(f"{PACK}.linear_core.loop.vqa")
+    looking = importlib.import_module(f"{PACK}.linear_core.checkpoints.understanding")
+    eyes = looking.load_understanding(model.image, dtype=model.image.decoder.dtype)
+    (prompt,) = run("TextPrompt", text_encoder="none", text=TEXTS, model=model).result
+    images = torch.rand(4, 20, 30, 3, generator=torch.Generator().manual_seed(1))
+    asked = {"images": images, "each": 2, "keep": 1, "by": "VQA score", "model": model}
+    for more, texts in (
+        ({"prompt": prompt}, ["a red fox"] * 2 + ["an old lighthouse"] * 2),
+        ({"prompt": prompt, "text": "snow"}, ["snow"] * 4),
+    ):
+        best, sheet, told, _ = run("PickBest", **asked, **more).result
+        scores = vqa.vqa_scores(model.image.decoder, eyes, looking.questions(model.image, texts), images)
+        found = [float(line.split()[1].rstrip(",")) for line in told.splitlines()]
+        torch.testing.assert_close(torch.tensor(found), scores, atol=1e-4, rtol=1e-4)
+        chosen = [2 * g + int(scores[2 * g : 2 * g + 2].argmax()) for g in (0, 1)]
+        assert torch.equal(best, images[chosen]) and sheet.shape[2] > 2 * 180
+    (bundled,) = run("LoadModel", model="landscapes (bundled)", tokenizer="automatic").result
+    for more, word in (
+        ({"model": None}, "model: 'VQA score' asks a Janus"),
+        ({}, "text: 'VQA score' needs what the images should show"),
+        ({"model": bundled, "text": "snow"}, "landscapes cannot look at pictures"),
+        ({"text": "a\n---\nb\n---\nc"}, "text: there are 3 texts for 2 groups"),
+    ):
+        with pytest.raises(UserError, match=word):
+            run("PickBest", **asked | more)
 
 
 def test_room_beside_the_models(monkeypatch: pytest.MonkeyPatch, comfy: Host) -> None:

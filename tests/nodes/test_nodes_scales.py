@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,18 +29,20 @@ from tests.tiny import CODES, _filled
 
 SIDES = (1, 2, 3, 4, 6)  # 66 tokens, 30 without the last scale
 LANDSCAPES = ("alpine dawn", "ocean day", "desert day")
+SIDES_OF = tuple((side, side) for side in SIDES)
 FEW = CachePlan("fold", share=0.5)
 
 
-def write_var(folder) -> None:
+def write_var(folder, layers: int = 2, name: str = "tiny", sides: tuple[int, ...] = SIDES) -> None:
     """A VAR of 3 classes and its tokenizer with an encoder, /4, under the published key names."""
     from linear_core.models.var import VAR, VARConfig
     from linear_core.pyramid import Pyramid
     from linear_core.tokenizers.pyramid import PyramidConfig, PyramidTokenizer
 
-    pyramid = Pyramid.square(*SIDES)
+    folder.mkdir(parents=True, exist_ok=True)
+    pyramid = Pyramid.square(*sides)
     decoder = _filled(
-        VAR(VARConfig(2, 24, 3, 32, CODES, len(LANDSCAPES), 6, pyramid)).requires_grad_(False),
+        VAR(VARConfig(layers, 24, 3, 32, CODES, len(LANDSCAPES), 6, pyramid)).requires_grad_(False),
         {"mat_qkv": 0.4, "fc2": 0.1, "scale_mul": 0.7, "ada": 0.4, "head": 0.1, "class_emb": 1.0},
         0,
     )
@@ -56,7 +59,7 @@ def write_var(folder) -> None:
         "tokenizer": "tiny_vq.safetensors",
         "sampling": json.dumps({"guidance": 2.0, "top_k": 0, "top_p": 1.0, "temperature": 1.0}),
     }
-    save_file(decoder.state_dict(), folder / "tiny.safetensors", notes)
+    save_file(decoder.state_dict(), folder / f"{name}.safetensors", notes)
     save_file(tokenizer.state_dict(), folder / "tiny_vq.safetensors")
 
 
@@ -64,11 +67,18 @@ def write_var(folder) -> None:
 def tiny(tmp_path_factory):
     host.reset(tmp_path_factory.mktemp("tiny"))
     asyncio.run(EXTENSION().on_load())
-    folder = host.models / "ar_image"
-    folder.mkdir(parents=True)
-    write_var(folder)
+    write_var(host.models / "ar_image")
     with torch.inference_mode():
         (model,) = run("LoadModel", model="tiny.safetensors", tokenizer="automatic")
+    return model
+
+
+@pytest.fixture(scope="module")
+def drafter(tiny):
+    """A deeper one with the same tokenizer."""
+    write_var(host.models / "ar_image", 5, "large")
+    with torch.inference_mode():
+        (model,) = run("LoadModel", model="large.safetensors", tokenizer="automatic")
     return model
 
 
@@ -125,6 +135,11 @@ def test_the_same_scales_again_and_a_new_rest(tiny, one_tiny):
     assert torch.equal(run("Decode", model=tiny, tokens=top)[0], tiny.pictures(top.codes, top.sides))
     (kept,) = run("Generate", seed=9, stop_after=3, keep_rows=3, view=view, **settings)
     assert torch.equal(kept.codes, top.codes)
+    longer = replace(whole, sides=(*SIDES_OF[:4], (7, 7)))
+    (same,) = run("Generate", seed=5, tokens=longer, keep_rows=3, **settings)
+    assert torch.equal(same.codes, whole.codes), "of another pyramid with the same first scales"
+    with pytest.raises(UserError, match="tokens: their scales have other sizes than those of tiny's picture"):
+        run("Generate", seed=5, tokens=replace(whole, sides=((1, 1), (2, 2), (2, 4))), keep_rows=3, **settings)
 
 
 def test_heatmaps_of_scales(tiny, one_tiny):
@@ -157,6 +172,59 @@ def test_comparing_scales(one_tiny):
         run("Compare", cache=CachePlan("fold", share=1.0), seed=5, **one_tiny)
 
 
+@pytest.mark.parametrize("plan", [FEW, CachePlan("full")])
+def test_a_drafter_draws_the_first_scales(tiny, drafter, one_tiny, comfy, plan):  # noqa: F811
+    """One node with a drafter draws what two nodes draw one after the other. The page is told of every scale once, and
+    of the larger of both caches; ComfyUI loads both decoders."""
+    settings = {"cache": plan, "prompt": one_tiny["prompt"], "seed": 5, "batch_size": 2}
+    (coarse,) = run("Generate", model=drafter, stop_after=3, **settings)
+    (apart,) = run("Generate", model=tiny, tokens=coarse, keep_rows=3, **settings)
+    (alone,) = run("Generate", model=tiny, **settings)
+    comfy.sent.clear()
+    comfy.loaded.clear()
+    (both,) = run("Generate", model=tiny, drafter=drafter, **settings)  # 0: all but the last two
+    assert torch.equal(both.codes, apart.codes) and not torch.equal(both.codes, alone.codes)
+    assert torch.equal(both.shares[:, 3:], apart.shares[:, 3:]) and torch.equal(both.shares[:, :3], coarse.shares)
+    begun, *rows = [event for event in told(comfy) if event["kind"] in ("started", "row")]
+    assert [row["row"] for row in rows] == list(range(5)) and not any(row["replayed"] for row in rows)
+    shapes = [model.image.decoder.cache_shape() for model in (drafter, tiny)]
+    pyramid = tiny.image.info.pyramid
+    needed = [shape.scales_bytes(pyramid, plan, 4, scales) for shape, scales in zip(shapes, (3, 0), strict=True)]
+    assert begun["cache_bytes"] == max(needed) == needed[0] == max(row["cache_bytes"] for row in rows)
+    assert both.cache_bytes == needed[0] and begun["detail"] == "" and begun["state_bytes"] == 0
+    models, memory = comfy.loaded[0]
+    assert set(models) == {drafter.decoder, tiny.decoder, tiny.tokenizer} and memory > needed[0]
+    view = f"{pack_codes(both.codes[:, : ends()[1]])}:{tiny.image.codebook}"
+    (again,) = run("Generate", model=tiny, drafter=drafter, keep_rows=2, view=view, **settings)
+    assert torch.equal(again.codes, both.codes), "drawn again from a scale of the drafter's"
+    (top,) = run("Generate", model=tiny, drafter=drafter, stop_after=4, **settings)
+    assert torch.equal(top.codes, both.codes[:, : ends()[3]])
+
+
+def test_a_budget_in_mib_holds_for_drafter_and_refiner(tiny, drafter, one_tiny, comfy):  # noqa: F811
+    plan, settings = CachePlan("fold", mib=0.03), {"prompt": one_tiny["prompt"], "seed": 5}
+    run("Generate", model=tiny, drafter=drafter, cache=plan, **settings)
+    begun, *rows = [event for event in told(comfy) if event["kind"] in ("started", "row")]
+    assert begun["cache_bytes"] <= plan.mib * 2**20 and begun["lines"] < 30
+    assert max(row["cache_bytes"] for row in rows) == begun["cache_bytes"]
+
+
+def test_smooth_pictures_are_more_than_their_codes(tiny, one_tiny):
+    """Decode shows the mixture, of all pictures and of those chosen; the codes are those drawn without."""
+    settings = {"cache": FEW, "seed": 5, **one_tiny}
+    (plain,) = run("Generate", batch_size=5, **settings)
+    (mixed,) = run("Generate", batch_size=5, smooth=True, **settings)
+    assert torch.equal(mixed.codes[:, :1], plain.codes[:, :1]) and plain.canvas is None and mixed.decoded is None
+    image = run("Decode", model=tiny, tokens=mixed)[0]
+    assert torch.equal(image, tiny.pictures(mixed.canvas)) and image.shape == (5, 24, 24, 3)
+    assert not torch.equal(image, tiny.pictures(mixed.codes, mixed.sides))
+    chosen = run("Decode", model=tiny, tokens=mixed.select([3]))[0]
+    torch.testing.assert_close(chosen, image[3:4], atol=1e-5, rtol=1e-5)
+    (one_mixed,) = run("Generate", smooth=True, **settings)
+    assert torch.equal(one_mixed.decoded, run("Decode", model=tiny, tokens=one_mixed)[0])
+    torch.testing.assert_close(one_mixed.decoded[0], image[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -171,9 +239,21 @@ def test_comparing_scales(one_tiny):
         ({"cache": CachePlan("fold", share=0.02)}, "share: 0.02 of 30 tokens are 1, but the first scales hold 5"),
         ({"cache": CachePlan("streaming")}, "policy: streaming"),
         ({"cache": CachePlan("line", release="lazy")}, "release: lazy"),
+        ({"drafter_scales": 5, "drafter": "large"}, "5 is out of range, as tiny draws 5 .* choose 1 to 4, or 0"),
+        ({"smooth": True, "drafter": "large"}, "smooth: two models hand on tokens"),
+        ({"drafter": "short"}, "drafter: short draws scales 1 2 3, tiny 1 2 3 4 6; connect a model of the same"),
+        ({"drafter": "landscapes"}, "drafter: landscapes draws line by line; only VAR"),
+        ({"drafter": "landscapes_var"}, "drafter: landscapes_var's codes stand for other pieces of images than tiny's"),
     ],
 )  # fmt: skip
-def test_what_is_refused(one_tiny, more, words):
+def test_what_is_refused(one_tiny, drafter, more, words):
+    if name := more.get("drafter"):
+        names = {"landscapes": BUNDLED, "landscapes_var": "landscapes in scales (bundled)"}
+        if name == "short":
+            write_var(host.models / "ar_image", name="short", sides=(1, 2, 3))
+        if name != "large":
+            (drafter,) = run("LoadModel", model=names.get(name, f"{name}.safetensors"), tokenizer="automatic")
+        more = {**more, "drafter": drafter}
     with pytest.raises(UserError, match=words):
         run("Generate", **{"cache": FEW, "seed": 5, **one_tiny, **more})
 
@@ -181,12 +261,14 @@ def test_what_is_refused(one_tiny, more, words):
 def test_lines_and_scales_are_not_mixed(tiny, small, one_tiny, one):  # noqa: F811
     (scales,) = run("Generate", cache=FEW, seed=5, **one_tiny)
     (lines,) = run("Generate", cache=CachePlan(), seed=5, stop_after=1, **one)
+    for more, words in (({"drafter": tiny}, "drafter: small draws line by line"), ({"smooth": True}, "smooth: small")):
+        with pytest.raises(UserError, match=words):
+            run("Generate", cache=CachePlan(), seed=5, **one, **more)
     for model, tokens in ((small, scales), (tiny, lines)):
         with pytest.raises(UserError, match=r"tokens: they come from \w+, which draws in "):
             run("Decode", model=model, tokens=tokens)
     with pytest.raises(UserError, match="tokens: they come from small, which draws in lines, but tiny draws in scales"):
         run("Generate", cache=FEW, seed=5, tokens=lines, keep_rows=1, **one_tiny)
-    (host.models / "ar_image").mkdir(parents=True, exist_ok=True)
     write_var(host.models / "ar_image")
     with pytest.raises(UserError, match="choose the tokenizer that belongs to the model"):
         run("LoadModel", model=BUNDLED, tokenizer="tiny_vq.safetensors")

@@ -41,7 +41,7 @@ GRAPH: dict[str, dict[str, Any]] = {
         "model": "LineAR_LoadModel", "cache": "LineAR_LineCache", "prompt": "LineAR_ClassPrompt", "seed": 5,
         "guidance": 1.0, "temperature": -1.0, "top_k": -1, "top_p": -1.0, "batch_size": 1, "guidance_interval": -1,
         "keep_rows": 0, "stop_after": 1, "view": "", "drafts": 0, "seeds": "",
-        "candidates": 1,
+        "candidates": 1, "drafter_scales": 0, "smooth": False,
     },
     "LineAR_MaskedGenerate": {
         "model": "LineAR_LoadModel", "prompt": "LineAR_ClassPrompt", "seed": 5, "guidance": 1.0, "steps": 8,

@@ -12,7 +12,7 @@ from PIL import Image
 from linear_core.events import Line
 from linear_core.pictures.heatmap import colormap, heatmap, lifetime
 from linear_core.pictures.preview import UNDRAWN, Preview, decode
-from linear_core.pictures.sheet import contact_sheet, save, to_image
+from linear_core.pictures.sheet import CHOSEN, GAP, contact_sheet, save, score_sheet, to_image
 from linear_core.tokenizers.tokenizer import VQConfig, VQTokenizer
 
 
@@ -82,3 +82,16 @@ def test_sheet_and_its_notes(tmp_path: Path) -> None:
     assert json.loads(Image.open(tmp_path / "deep" / "sheet.png").text["linear"]) == {"seed": 3}
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["sheet.png"]
     assert to_image(pictures[0], 17).size == (16, 16)  # whole pixels only
+
+
+def test_a_sheet_of_scores_frames_what_is_chosen() -> None:
+    """Two groups of six, more of a square than a row; the frame goes around the picture and not over it."""
+    pictures = torch.rand(12, 8, 8, 3, generator=torch.Generator().manual_seed(4))
+    sheet = score_sheet(pictures, [-1.5] * 12, [1, 10], ["hills", "sea"], "by match", 16)
+    assert sheet.width == GAP + 4 * (16 + GAP) and sheet.height == 2 * (40 + 2 * (26 + 16 + GAP)) + GAP
+    for n in range(12):
+        group, i = divmod(n, 6)
+        x, y = GAP + i % 4 * 24, group * (40 + 100) + 40 + i // 4 * 50 + 26
+        crop = sheet.crop((x, y, x + 16, y + 16))
+        assert crop.tobytes() == to_image(pictures[n], 16).tobytes(), n
+        assert (sheet.getpixel((x - 2, y - 2)) == CHOSEN) == (n in (1, 10))

@@ -156,9 +156,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         TENSORS,
     ),
     "loop.forced": (
-        {"plan", "cache.line_cache", "policies", "loop.generate", "loop.memory", "loop.sampling"},
+        {"plan", "cache.line_cache", "policies", "loop.generate", "loop.memory", "loop.redraw", "loop.sampling"},
         TENSORS,
     ),
+    "loop.vqa": ({"models.janus", "models.understanding", "prompts.janus"}, TENSORS),
     "loop.micro_batches": ({"errors", "events", "plan", "loop.generate", "loop.memory"}, TENSORS),
     "hf": (
         {"errors", "grid", "plan", "cache.attention", "cache.line_cache", "cache.storage", "policies", "loop.generate"},
@@ -166,6 +167,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     # pictures
     "pictures.__init__": (set(), set()),
+    "pictures.fit": (set(), TENSORS),
     "pictures.sheet": ({"errors"}, TENSORS | {"numpy", "PIL"}),
     "pictures.inpaint": ({"errors", "tokenizers.latents"}, TENSORS),
     "pictures.heatmap": ({"events", "grid", "pyramid"}, TENSORS | {"numpy", "PIL"}),

@@ -132,15 +132,19 @@ test("what a mask keeps is hatched, and a line goes around the rest", () => {
     moveTo(x, y) { this.from = [x, y]; }
     lineTo(x, y) { strokes.push([...this.from, x, y]); }
   }
-  const paper = new Pen();
   const at = layout(200, 220, run);
-  draw(paper, { at, theme, mode: "image", held: new Uint8Array(0), done: 4, drawn: 4, running: false, picture: null, kept });
+  const drawn = (done) => draw(new Pen(), { at, theme, mode: "image", held: new Uint8Array(0), done, drawn: 4, running: false, picture: null, kept });
+  drawn(3);
   const [{ x, y, cell }] = at.boxes;
   const has = (...line) => strokes.some((each) => each.every((n, i) => Math.abs(n - line[i]) < 1e-9));
   assert.ok(has(x, y + cell, x + cell, y), "the first cell is hatched");
   assert.ok(!has(x + cell, y + 2 * cell, x + 2 * cell, y + cell), "the region is not");
   for (const edge of [[1, 1, 1, 2], [3, 1, 3, 2], [1, 1, 2, 1], [2, 2, 3, 2]]) assert.ok(has(...edge.map((n, i) => (i % 2 ? y : x) + n * cell)), String(edge));
   assert.ok(!has(x + 2 * cell, y + cell, x + 2 * cell, y + 2 * cell), "nothing within it");
+  strokes.length = 0;
+  drawn(4);
+  assert.ok(!has(x, y + cell, x + cell, y), "a finished picture is not hatched");
+  assert.ok(has(x + cell, y + cell, x + cell, y + 2 * cell), "but the region has its line");
 });
 
 test("hover and the cut are drawn on top", () => {

@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as web from "../../web/state.js";
 
-const { EMPTY, FIELDS, cacheBytes, canChoose, eta, evictedAfter, gridOf, held, heldOfScales, hoverText, keptCells, keptRows, keptRun, keptText, keptTextOfRuns, memoryText, ownText, picturesThatFit, reduce, reduceRuns, remembered, replay, replayRuns, statusText } = web;
+const { EMPTY, FIELDS, cacheBytes, canChoose, draftedGrid, eta, evictedAfter, gridOf, held, heldOfScales, hoverText, keptCells, keptRows, keptRun, keptText, keptTextOfRuns, leastPlan, memoryText, ownText, picturesThatFit, reduce, reduceRuns, remembered, replay, replayRuns, statusText } = web;
 const MIB = 2 ** 20;
 
 const b64 = (...numbers) => Buffer.from(Uint8Array.from(numbers)).toString("base64");
@@ -238,6 +238,16 @@ test("cells that a mask keeps are known, and named", () => {
   assert.deepEqual(keptCells(state).flatMap((kept, cell) => (kept ? [] : [cell])), [5]);
   assert.match(hoverText(state, 0), /outside the mask/);
   assert.equal(keptCells(replay([started, first])), null);
+});
+
+test("two models that draw one picture in turn", () => {
+  const grid = { rows: 5, cols: 6, stride: 6, scales: [1, 30, 36] };
+  const tokens = [1, 4, 9, 16, 36];
+  assert.deepEqual([0, 1, 4, 9].map((count) => draftedGrid(grid, tokens, count).scales), [[1, 30, 9], [1, 30, 1], [1, 30, 16], [1, 30, 36]]);
+  assert.deepEqual(draftedGrid(grid, [1, 4, 9], 1), grid, "of another size nothing is known");
+  const [full, half, few] = [{ policy: "full", budget: 4 }, { policy: "fold", budget: 4, share: 0.5 }, { policy: "fold", budget: 2 }];
+  assert.equal(leastPlan([full, half, few]), few);
+  assert.equal(leastPlan([half, full]), half);
 });
 
 test("memory before anything runs", () => {

@@ -36,7 +36,8 @@ def chromium():
 @pytest.mark.parametrize("renderer", ["legacy", "vue"])
 @pytest.mark.parametrize("version", dev.frontends())
 def test_the_widgets_in_the_page(version, renderer, chromium):
-    """tests/web/browser/widget.mjs, each of its checks; pictures are kept when LINEAR_SHOTS names a folder."""
+    """tests/web/browser/widget.mjs and scales.mjs, each of their checks, each in a page of its own; pictures are kept
+    when LINEAR_SHOTS names a folder."""
     if not (page_of(version) / "index.html").is_file():
         pytest.skip(f"there is no page {version}: {page_of(version)}")
     shots = []
@@ -44,13 +45,13 @@ def test_the_widgets_in_the_page(version, renderer, chromium):
         shots = ["--shots", Path(folder) / version]
         shots[1].mkdir(parents=True, exist_ok=True)
     with replaying(page_of(version)) as url:
-        run = ("widget.mjs", url, renderer, *shots)
-        status, lines, console = script(*run, chromium=chromium, seconds=SECONDS)
-    checks = [json.loads(line) for line in lines]
-    last = checks[-1] if checks else "nothing"
-    assert status != 124, f"ended after {SECONDS} s in {last}; the page said: {console[-3000:]}"
-    passed = [check for check in checks if check.get("ok")]
-    assert status == 0 and len(passed) >= 15, f"{last}; the page said: {console[-3000:]}"
+        for name, least in (("widget.mjs", 15), ("scales.mjs", 6)):
+            status, lines, console = script(name, url, renderer, *shots, chromium=chromium, seconds=SECONDS)
+            checks = [json.loads(line) for line in lines]
+            last = checks[-1] if checks else "nothing"
+            assert status != 124, f"{name} ended after {SECONDS} s in {last}; the page said: {console[-3000:]}"
+            passed = [check for check in checks if check.get("ok")]
+            assert status == 0 and len(passed) >= least, f"{name}: {last}; the page said: {console[-3000:]}"
 
 
 @needs_aiohttp

@@ -1,7 +1,7 @@
 """Janus checkpoints: the official ones (deepseek-ai) and transformers' conversions (deepseek-community).
 
-Both hold everything in one folder: decoder, VQ tokenizer and text tokenizer. The parts that only read images or write
-text are not read (`vision_model`, `aligner`, `lm_head`).
+Both hold everything in one folder: decoder, VQ tokenizer and text tokenizer. The parts that only look at pictures or
+write text (`vision_model`, `aligner`, `lm_head`) are read when pictures are judged (checkpoints/understanding.py).
 """
 
 from __future__ import annotations
@@ -37,6 +37,30 @@ RENAMED = {
 }
 VQ_NOT_WEIGHTS = ("quantize.codebook_used", "loss.")
 
+# Of the part that looks at pictures. Official names are timm's, and ours; converted ones are transformers'.
+LOOKS = re.compile(r"(?:vision_model\.vision_tower|model\.vision_model)\.(.+)")
+POOLING = "attn_pool."  # SigLIP's own, which Janus does not use
+CONVERTED = {
+    "embeddings.patch_embedding.": "patch_embed.proj.",
+    "embeddings.position_embedding.weight": "pos_embed",
+    "encoder.layers.": "blocks.",
+    "self_attn.projection_layer.": "attn.proj.",
+    "self_attn.": "attn.",
+    "layer_norm1.": "norm1.",
+    "layer_norm2.": "norm2.",
+    "post_layernorm.": "norm.",
+}
+ALIGNER = {
+    "aligner.layers.0": "aligner.fc1",
+    "aligner.layers.2": "aligner.fc2",
+    "model.aligner.fc1": "aligner.fc1",
+    "model.aligner.hidden_layers.0": "aligner.fc2",
+}
+HEADS = (  # that write text; where a conversion has none, it is the table of tokens
+    "language_model.lm_head.weight", "lm_head.weight", "language_model.model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+)  # fmt: skip
+
 
 def target(key: str, config: JanusConfig | None) -> Target | None:
     """Target of a decoder weight. Queries, keys and values share one matrix here."""
@@ -57,6 +81,23 @@ def vq(key: str) -> str | None:
     if found is None or found[1].startswith(VQ_NOT_WEIGHTS):
         return None
     return found[1]
+
+
+def understanding(key: str) -> Target | None:
+    """Target of a weight of the part that looks at pictures (models/understanding.py), without its head."""
+    name, _, kind = key.rpartition(".")
+    if name in ALIGNER:
+        return Target(f"{ALIGNER[name]}.{kind}")
+    if (found := LOOKS.fullmatch(key)) is None or found[1].startswith(POOLING):
+        return None
+    inner = found[1]
+    for theirs, ours in CONVERTED.items():
+        inner = inner.replace(theirs, ours)
+    if part := re.fullmatch(r"(blocks\.\d+\.attn)\.([qkv])_proj\.(weight|bias)", inner):
+        return Target(f"vision_tower.{part[1]}.qkv.{part[3]}", "qkv".index(part[2]), (1, 1, 1))
+    if inner == "pos_embed":  # one row for each patch; official files have one more dimension in front
+        return Target("vision_tower.pos_embed", transform=lambda table: table.view(1, *table.shape[-2:]))
+    return Target(f"vision_tower.{inner}")
 
 
 def recognises(weights: Weights) -> bool:

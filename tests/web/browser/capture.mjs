@@ -1,9 +1,9 @@
-// Pictures of the Generate node, one after every row, for pictures.py.
+// Pictures of the Generate node, one after every row, and one while it draws in scales, for pictures.py.
 //   node capture.mjs URL FOLDER      PLAYWRIGHT, ENDPOINT: see page.mjs
-import { openPage } from "./page.mjs";
+import { openPage, until } from "./page.mjs";
 
 const [url, folder] = process.argv.slice(2);
-const { page, post, load, clear, painted, placed, says, queue, end, close } = await openPage(url, { width: 1180, height: 940 });
+const { page, post, load, clear, colours, painted, placed, says, queue, end, close } = await openPage(url, { width: 1180, height: 940 });
 await load();
 await clear();
 await page.evaluate(() => {
@@ -16,7 +16,7 @@ await page.evaluate(() => {
     return node;
   };
   const slot = (node, name) => node.inputs.findIndex((i) => i.name === name);
-  const load = make("LineAR_LoadModel", 20, 20, [290, 150]);
+  const load = (window.loader = make("LineAR_LoadModel", 20, 20, [290, 150]));
   const cache = make("LineAR_LineCache", 20, 250, [290, 150]);
   const prompt = make("LineAR_ClassPrompt", 20, 460, [290, 190]);
   const node = make("LineAR_Generate", 370, 20, [470, 760]);
@@ -55,5 +55,13 @@ for (const [i, mode] of ["Kept", "Image", "Both"].entries()) {
   await painted();
   await page.screenshot({ path: `${folder}/row-9${i}.png`, clip: box });
 }
+await page.evaluate(() => { window.loader.widgets.find((w) => w.name === "model").value = "landscapes in scales (bundled)"; });
+await post("/test/hold", { row: 7 });
+await queue();
+await says("^scale 7/9");
+await until(colours, ({ seen }) => seen > 60, "a picture is shown");
+await page.screenshot({ path: `${folder}/scales.png`, clip: { ...box, height: box.height - 70 } }); // without the place for buttons
+await post("/test/go", {});
+await end();
 await close();
 process.exit(0);

@@ -1,11 +1,21 @@
 // ComfyUI's real page in a Chromium that runs already (chromium.py), and what every script does there.
 //   PLAYWRIGHT: the folder with node_modules/playwright-core      ENDPOINT: where that Chromium listens
+import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 
 const WAIT = 90000; // for what has to come; the machine may be busy with other things
 
 const { chromium } = createRequire(pathToFileURL(`${process.env.PLAYWRIGHT}/x.js`))("playwright-core");
+
+/** What a script was started with: URL legacy|vue [--shots FOLDER] [--theme light]. `file` is where a picture goes.
+ * @param {string} [prefix] of the pictures' names */
+export function options(prefix = "") {
+  const [url, renderer, ...more] = process.argv.slice(2);
+  const option = (name, otherwise) => (more.includes(name) ? more[more.indexOf(name) + 1] : otherwise);
+  const shots = option("--shots", "");
+  return { url, renderer, theme: option("--theme", "dark"), file: shots && ((name) => `${shots}/${prefix}${name}-${renderer}.png`) };
+}
 
 /** A page of `url` with nothing of earlier ones. Its console goes to stderr; `problems` are those that name this pack.
  * @param {string} url @param {{ vue?: boolean, theme?: string, width?: number, height?: number }} [how] */
@@ -176,6 +186,9 @@ export async function openPage(url, { vue = true, theme = "dark", width = 1280, 
     return { seen: seen.size, mean: sum / count };
   });
 
+  /** What the memory line says. */
+  const memory = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean));
+
   /** Queue the graph; `end` then waits for how it ends. */
   const listen = () => page.evaluate(() => {
     window.ended = "";
@@ -187,7 +200,7 @@ export async function openPage(url, { vue = true, theme = "dark", width = 1280, 
   }
   const end = async () => (await page.waitForFunction(() => window.ended)).jsonValue();
 
-  return { page, problems, post, load, clear, build, widen, faults, colours, painted, placed, says, listen, queue, end, close: () => context.close() };
+  return { page, problems, post, load, clear, build, widen, faults, colours, painted, placed, says, memory, listen, queue, end, close: () => context.close() };
 }
 
 /** Read again and again until `good` says yes of what was read; returns that.
@@ -200,6 +213,22 @@ export async function until(read, good, what, pause = () => new Promise((done) =
     if (Date.now() > last) throw new Error(`waited ${WAIT / 1000} s: ${what}; last was ${JSON.stringify(value)}`);
     await pause();
   }
+}
+
+/** At several widths of a node nothing of our widgets may be cut off or covered. Nodes 2.0 makes 225 of 220.
+ * @param {Awaited<ReturnType<typeof openPage>>} opened @param {string} renderer @param {(name: string) => Promise<void>} shot */
+export function fitting({ page, widen, faults, painted }, renderer, shot) {
+  const WIDTHS = renderer === "vue" ? [220, 300, 340, 440] : [210, 220, 300, 340, 440];
+  async function fits(name, nodes = ["node"], widths = [WIDTHS[0], 300]) {
+    for (const width of widths) {
+      for (const node of nodes) await widen(width, node);
+      const wide = await page.evaluate(() => window.node.size[0]);
+      assert.ok(Math.abs(wide - width) <= 10 || width < 225, `${name}: the node is ${wide} pixels wide, not ${width}`);
+      await until(async () => (await painted(), await faults()), (found) => !found.length, `${name}: all is to be seen at ${width} pixels`);
+      await shot(`${name}-${width}`);
+    }
+  }
+  return { fits, WIDTHS };
 }
 
 /** What the tests print and keep: a line of JSON as each check begins and as it ends, the first that fails being the last; pictures.

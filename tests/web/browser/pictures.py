@@ -1,4 +1,4 @@
-"""Make docs/widget.png and docs/run.webp from the recording: the widget in the real page, row by row.
+"""Make docs/widget.png, docs/scales.png and docs/run.webp from the recording: the widget in the real page, row by row.
 
 python tests/web/browser/pictures.py     (after `python3 dev.py test`, which fetches the page; needs Chromium and Node.js)
 """
@@ -26,8 +26,9 @@ def main() -> None:
                 raise SystemExit(console)
             docs = ROOT / "docs"
             docs.mkdir(exist_ok=True)
-            with Image.open(Path(folder) / "widget.png") as still:
-                still.convert("RGB").quantize(200, dither=Image.Dither.NONE).save(docs / "widget.png", optimize=True)
+            for name in ("widget.png", "scales.png"):
+                with Image.open(Path(folder) / name) as still:
+                    still.convert("RGB").quantize(200, dither=Image.Dither.NONE).save(docs / name, optimize=True)
             frames = [Image.open(path).convert("RGB") for path in sorted(Path(folder).glob("row-*.png"))]
             times = [170] * 23 + [900] + [1400] * (len(frames) - 24)
             frames[0].save(
@@ -35,7 +36,7 @@ def main() -> None:
             )
     finally:
         chromium.close()
-    for name in ("widget.png", "run.webp"):
+    for name in ("widget.png", "scales.png", "run.webp"):
         print(f"docs/{name}: {(docs / name).stat().st_size / 1e3:.0f} kB")
 
 

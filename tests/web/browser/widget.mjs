@@ -1,31 +1,18 @@
 // The widgets in the real page, over host.py. A line of JSON as each check begins and as it ends; the first that fails is the last.
 //   node widget.mjs URL legacy|vue [--shots FOLDER] [--theme light]      PLAYWRIGHT, ENDPOINT: see page.mjs
 import assert from "node:assert/strict";
-import { checks, openPage, until } from "./page.mjs";
+import { checks, fitting, openPage, options, until } from "./page.mjs";
 
-const [url, renderer, ...more] = process.argv.slice(2);
-const option = (name, otherwise) => (more.includes(name) ? more[more.indexOf(name) + 1] : otherwise);
-const shots = option("--shots", "");
-const { page, problems, post, load, build, widen, faults, colours, painted, placed, says, listen, queue, end, close } = await openPage(url, { vue: renderer === "vue", theme: option("--theme", "dark"), height: 1000 });
-const { check, shot } = checks(page, painted, shots && ((name) => `${shots}/${name}-${renderer}.png`));
+const { url, renderer, theme, file } = options();
+const opened = await openPage(url, { vue: renderer === "vue", theme, height: 1000 });
+const { page, problems, post, load, build, colours, painted, placed, says, memory: read, listen, queue, end, close } = opened;
+const { check, shot } = checks(page, painted, file);
+const { fits, WIDTHS } = fitting(opened, renderer, shot);
 
 const text = (selector) => page.locator(selector).first().innerText();
 const canvas = page.locator("canvas[role=img]");
 const status = page.locator(".status[role=status]").first();
 
-/** At each of these widths of a node nothing of our widgets may be cut off or covered. Nodes 2.0 makes 225 of 220. */
-const WIDTHS = renderer === "vue" ? [220, 300, 340, 440] : [210, 220, 300, 340, 440];
-async function fits(name, nodes = ["node"], widths = [WIDTHS[0], 300]) {
-  for (const width of widths) {
-    for (const node of nodes) await widen(width, node);
-    const wide = await page.evaluate(() => window.node.size[0]);
-    assert.ok(Math.abs(wide - width) <= 10 || width < 225, `${name}: the node is ${wide} pixels wide, not ${width}`);
-    await until(async () => (await painted(), await faults()), (found) => !found.length, `${name}: all is to be seen at ${width} pixels`);
-    await shot(`${name}-${width}`);
-  }
-}
-
-const read = () => page.evaluate(() => [...document.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelector(".memory")?.textContent).find(Boolean)); // the memory line
 const size = (text) => Number(/cache ([\d.]+)/.exec(text)[1]);
 
 /** Connect a node that is made on the spot. */
