@@ -1340,10 +1340,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "models/llamagen.py",
-        "index_select(0, index - grid.prompt)",
-        "index_select(0, index)",
+        "heads, index - grid.prompt",
+        "heads, index",
         "RoPE turned by the index",
     ),
+    ("models/llamagen.py", "(1,), lines * grid.stride", "(1,), lines", "1-D RoPE: a line ahead is one token ahead"),
+    ("models/blocks.py", "(2, -1)).transpose(-1, -2)", "(2, -1))", "1-D RoPE: pairs turn by another pair's angle"),
     # scales
     ("pyramid.py", "if end >= tokens", "if end > tokens", "scales: one scale too many is protected"),
     ("plan.py", "stages.whole(self.anchors)", "self.anchors", "scales: anchors end within a scale"),
