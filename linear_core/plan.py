@@ -46,7 +46,7 @@ class CachePlan:
     policy   name of a policy in `linear_core.policies`
     budget   lines of image tokens that are kept when a line has ended. A picture drawn in scales has no lines: there
              it counts as that many of 24
-    anchors  number of first image tokens that are never evicted
+    anchors  number of first image tokens that are never evicted; of a pyramid, whole scales (`protected`)
     recent   number of newest whole lines that are never evicted; without effect on a picture drawn in scales
     release  "strict": victims become invisible at once, as published. "lazy": a victim stays visible until the next
              line overwrites it, least useful first. "fold": a victim is merged into the kept slot with the nearest key,

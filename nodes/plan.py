@@ -43,8 +43,8 @@ def _custom() -> list[io.Input]:
             default=plan.anchors,
             min=0,
             max=4096,
-            tooltip="First tokens of the image, which are never evicted. Typical: 4. Of VAR and Infinity, the first "
-            "scales that hold as many.",
+            tooltip="First tokens of the image, which are never evicted. Typical: 4. Of VAR and Infinity, whole first "
+            "scales.",
         ),
         io.Int.Input(
             "recent",

@@ -71,7 +71,8 @@ POLICIES: dict[str, Policy] = {
 }
 # These weigh scales against each other, and mean nothing where a picture is drawn in lines (plan.ONLY_SCALES).
 SCALE_POLICIES: dict[str, Policy] = {"heatkv": heatkv, "scalekv": scalekv, "amskv": amskv}
-# Over scales, where heads of unequal room cost nothing, those of a layer share one budget: `fold` loses a third of it.
+# Over scales, where heads of unequal room cost nothing, those of a layer share one budget. No part of it is sure to a
+# head: what leaves is folded, and a head whose keys are alike needs few slots.
 OVER_SCALES: dict[str, Policy] = {"fold": adakv(POLICIES["fold"], floor=0.0)}
 
 
