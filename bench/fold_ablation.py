@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[str, dict[str, list[tuple[Any, str, Any]]]]] = {
     ),
     "SLACK, ln of how far a weight may be from the number of tokens": (
         str(folding.SLACK),
-        {str(x): [(folding, "SLACK", x)] for x in (0.0, 2.0)},
+        {str(x): [(folding, "SLACK", x)] for x in (0.0, 2.0, 3.0)},
     ),
     "what counts in means of keys and values": (
         "attention foreseen",

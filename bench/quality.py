@@ -14,7 +14,7 @@
    bytes held. The number of recent lines that a policy protects is chosen on one set of pictures (`choose`), and the
    results are reported on another (`report`). The most important ones are repeated on further sets (--seeds).
 2. Drawn: the same classes and noise under a few caches. Measured are the agreement of tokens with the full cache, the
-   accuracy of the class and the Fréchet distance in the features of a small classifier (bundled model only).
+   accuracy of the class and the Fréchet distance in the features of a small classifier (bundled classes only).
 3. Written to --out: quality-MODEL.json (with the values of each picture, for paired differences), .md, .png,
    -sheet.png.
 
@@ -163,8 +163,9 @@ class Lab:
     # -- pictures ----------------------------------------------------------------------------------------------------
 
     @property
-    def bundled(self) -> bool:
-        return self.files == bundled_files()
+    def scenic(self) -> bool:
+        """Whether the classes are those of the bundled model, whose scenes can be painted."""
+        return self.model.info.classes == read_info(bundled_files().decoder).classes
 
     def prompt(self, kinds: list[int]) -> Prompt:
         """One picture for each class or text, by number."""
@@ -180,7 +181,7 @@ class Lab:
         if split not in self.codes:
             path = self.scratch / f"codes-{self.weights}-{split.seed}-{split.images}.safetensors"
             if not path.exists():
-                labels, codes = self.scenes(split) if self.bundled else self.own(split)
+                labels, codes = self.scenes(split) if self.scenic else self.own(split)
                 save_file({"labels": labels, "codes": codes.contiguous()}, path)
             stored = load_file(path)
             self.codes[split] = self.prompt(stored["labels"].tolist()), stored["codes"]
@@ -390,7 +391,7 @@ def circumstances(lab: Lab) -> dict[str, Any]:
         "grid": [lab.grid.rows, lab.grid.cols],
         "dtype": str(lab.model.decoder.dtype).removeprefix("torch."),
         "guidance": "none when teacher-forced; the model's own when drawn",
-        "pictures": "scenes" if lab.bundled else "drawn by the model with the full cache",
+        "pictures": "scenes" if lab.scenic else "drawn by the model with the full cache",
         **machine.circumstances(str(lab.model.decoder.device)),
     }
 
@@ -420,7 +421,7 @@ def draw_all(lab: Lab, budgets: list[int], choose: Split, report: Split, policie
         for contender in key_contenders(lab, budget, policies, report.seed):
             wanted.append((contender.name, lab.chosen(contender, budget, choose), DRAWN_SEED))
     first = lab.sample(full, count, DRAWN_SEED)
-    judge = Judge(lab, report, first) if lab.bundled else None
+    judge = Judge(lab, report, first) if lab.scenic else None
     for name, plan, seed in wanted:
         codes = lab.sample(plan, count, seed)
         same = (codes == first).flatten(1).double().mean(1).numpy()

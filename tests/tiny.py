@@ -47,12 +47,19 @@ WORDS = 13  # tokens that Janus' prompts are made of
 
 
 def llamagen(
-    rows: int, cols: int, *, text: bool = False, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32
+    rows: int,
+    cols: int,
+    *,
+    text: bool = False,
+    seed: int = 0,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    rope: str = "2d",
 ) -> LlamaGen:
     """Three heads of 8 numbers; class-conditional, or text-conditional with CAPTION slots."""
     width, heads, hidden = 24, 3, 32
     kind = {"caption_dim": CAPTION_DIM, "caption_slots": CAPTION} if text else {"classes": CLASSES}
-    config = LlamaGenConfig(layers, width, heads, hidden, CODES, **kind)
+    config = LlamaGenConfig(layers, width, heads, hidden, CODES, **kind, rope=rope)
     model = LlamaGen(config, Grid(rows, cols)).requires_grad_(False).eval()
     deviation = {"wqkv": 0.3, "w2": 0.1, "output": 0.4, "tok_embeddings": 1.0, "cls_embedding": 1.0}
     return _filled(model, deviation, seed).to(dtype)

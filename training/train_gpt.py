@@ -1,6 +1,11 @@
 """Train the class-conditional decoder of the bundled model on the codes of drawn scenes.
 
     python training/train_gpt.py --tokenizer training/runs/vq/checkpoint.pt --out training/runs/gpt --steps 2600
+    python training/train_gpt.py --rope 1d --tokenizer linear_core/assets/landscapes_vq.safetensors \
+        --shards 3 --batch 8 --steps 800 --out out/landscapes-1d
+
+The second makes a smaller model with 1-D RoPE. It is not shipped: bench/quality.py measures on it, too, what was chosen
+on the bundled one.
 
 Three stages, each resumable by rerunning the same command: paint scenes, encode them and their mirror images, train.
 Muon for the matrices inside the blocks, AdamW for the rest, bf16 autocast, moving average of the weights.
@@ -11,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import scenes
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from train_vq import CONFIG as VQ_CONFIG
 from train_vq import pictures
@@ -28,12 +35,17 @@ from linear_core.tokenizers.tokenizer import VQTokenizer
 
 GRID = Grid(24, 24)
 CONFIG = LlamaGenConfig(layers=6, width=256, heads=8, hidden=768, codes=VQ_CONFIG.codes, classes=len(scenes.CLASSES))
+CONFIGS = {"2d": CONFIG, "1d": replace(CONFIG, layers=4, width=192, heads=3, hidden=512, rope="1d")}
 SHARD = 1000  # scenes a file
 NOTHING = CONFIG.classes  # the unconditional class
 
 
 def load_tokenizer(path: Path) -> VQTokenizer:
-    """The averaged weights of a `train_vq.py` checkpoint."""
+    """The averaged weights of a `train_vq.py` checkpoint, or those that `export.py` made of them."""
+    if path.suffix == ".safetensors":
+        model = VQTokenizer(VQ_CONFIG)
+        model.load_state_dict(load_file(path))
+        return model.eval()
     state = torch.load(path, map_location="cpu", weights_only=True)
     model = VQTokenizer(VQ_CONFIG)
     model.load_state_dict(state["average"])
@@ -88,6 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("training/runs/gpt"), help="folder for data, checkpoints and log"
     )
+    parser.add_argument("--rope", choices=CONFIGS, default="2d", help="2d: the bundled model's; 1d: a smaller one")
     parser.add_argument("--shards", type=int, default=12, help="thousands of scenes")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=16)
@@ -106,7 +119,8 @@ def main() -> None:
     codes, labels = codes[:-64], labels[:-64]
 
     torch.manual_seed(0)
-    model = LlamaGen(CONFIG, GRID).to(args.device)
+    config = CONFIGS[args.rope]
+    model = LlamaGen(config, GRID).to(args.device)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02 if name != "output.weight" else 1e-4)
@@ -157,7 +171,7 @@ def main() -> None:
                      "adam": adam.state_dict(), "step": step + 1}  # fmt: skip
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
-            smooth = LlamaGen(CONFIG, GRID).to(args.device)
+            smooth = LlamaGen(config, GRID).to(args.device)
             smooth.load_state_dict(average)
             with torch.inference_mode():
                 parts = zip(held_codes.split(16), held_labels.split(16), strict=True)

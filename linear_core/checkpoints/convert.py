@@ -76,7 +76,7 @@ def _decoder(
         "tokenizer": tokenizer or f"{info.tokenizer}.safetensors",
         "sampling": json.dumps(sampling),
     }
-    kept = {k: weights.metadata[k] for k in ("classes", "licence") if k in weights.metadata}
+    kept = {k: weights.metadata[k] for k in ("classes", "licence", "rope") if k in weights.metadata}
     return _matching(network, weights, llamagen.key_map), metadata | kept
 
 

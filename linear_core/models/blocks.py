@@ -45,6 +45,11 @@ def rope_1d(position: Tensor, dim: int, base: float) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], -2)
 
 
+def for_pairs(table: Tensor) -> Tensor:
+    """A table for `rotate_halves` as one for `rotate_pairs`: the same rotations, of neighbouring pairs."""
+    return table.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
 def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
     """Rotate neighbouring pairs (x0 x1), (x2 x3), … of x ... T D by `table` T 2 D, in float32."""
     x32 = x.float()

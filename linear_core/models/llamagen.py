@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
-from .blocks import Block, Heads, Ops, rope_2d, rotate_pairs
+from .blocks import Block, Heads, Ops, for_pairs, rope_1d, rope_2d, rotate_pairs
 from .raster import Raster
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # by published width
@@ -27,6 +27,8 @@ ROPE_BASE = 10000.0
 
 @dataclass(frozen=True)
 class LlamaGenConfig:
+    """Sizes. `rope`: "2d", by row and column, as published; "1d", by the place in the sequence, as Janus has it."""
+
     layers: int
     width: int
     heads: int
@@ -36,6 +38,7 @@ class LlamaGenConfig:
     caption_dim: int = 0  # text-conditional
     caption_slots: int = 0
     eps: float = 1e-5
+    rope: str = "2d"
 
     def cache_shape(self, prompt: int, bytes_per_element: int) -> CacheShape:
         """One slot for the whole prompt: see LlamaGen."""
@@ -97,10 +100,13 @@ class LlamaGen(Raster):
 
     def rope_table(self, index: Tensor, pad: Tensor, grid: Grid) -> Tensor:
         """RoPE table T 2 D. `pad` has no effect: LlamaGen rotates by the position in the picture alone."""
-        table = rope_2d(grid.rows, grid.cols, self.config.width // self.config.heads, ROPE_BASE, index.device)
-        if index.ndim == 1:
-            return table.index_select(0, index - grid.prompt)
-        return table.index_select(0, (index - grid.prompt).flatten()).unflatten(0, index.shape)[:, None]
+        dim, place = self.config.width // self.config.heads, index - grid.prompt
+        if self.config.rope == "1d":
+            table = for_pairs(rope_1d(place, dim, ROPE_BASE))
+        else:
+            table = rope_2d(grid.rows, grid.cols, dim, ROPE_BASE, index.device)
+            table = table.index_select(0, place.flatten()).unflatten(0, place.shape)
+        return table if index.ndim == 1 else table[:, None]
 
     def with_unconditional(self, prompt: Prompt) -> Prompt:
         """The rows of `prompt`, then its negative rows, or unconditional rows with the same padding."""
@@ -162,7 +168,11 @@ class LlamaGen(Raster):
 
     def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
         """Rotate the rotated queries ... T D to the same column `lines` lines further down."""
-        return rotate_pairs(queries, rope_2d(lines + 1, 1, queries.shape[-1], ROPE_BASE, queries.device)[lines:])
+        dim, device = queries.shape[-1], queries.device
+        if self.config.rope == "1d":
+            offset = torch.full((1,), lines * grid.stride, device=device)
+            return rotate_pairs(queries, for_pairs(rope_1d(offset, dim, ROPE_BASE)))
+        return rotate_pairs(queries, rope_2d(lines + 1, 1, dim, ROPE_BASE, device)[lines:])
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """Logits of every image token in one pass without a cache: for training, and the reference for tests.
@@ -172,10 +182,8 @@ class LlamaGen(Raster):
         Returns B T+N V; the logits of image token n are at T + n - 1.
         """
         length, count = prompt.length, prompt.length + tokens.shape[1]
-        table = rope_2d(
-            self.grid.rows, self.grid.cols, self.config.width // self.config.heads, ROPE_BASE, tokens.device
-        )
-        table = torch.cat([table.new_zeros(length, *table.shape[1:]), table[: tokens.shape[1]]])
+        table = self.rope_table(torch.arange(tokens.shape[1], device=tokens.device), prompt.pad, self.grid)
+        table = torch.cat([table.new_zeros(length, *table.shape[1:]), table])
         x = torch.cat([self._embed(prompt), self.tok_embeddings(tokens).to(self.dtype)], 1)
         if visible is None and not bool(prompt.pad.any()):
             masks: list[Tensor | None] = [None] * len(self.layers)

@@ -59,6 +59,7 @@ GRIDS = [
     Case("class", 4, 4, 2, 0, 0),  # square, nothing protected
     Case("class", 1, 6, 1, 0, 0),  # a single line
     Case("class", 6, 1, 2, 1, 1),  # a single column
+    Case("class 1d", 6, 5, 2, 3, 1),  # 1-D RoPE
     Case("text", 6, 5, 2, 3, 1),  # captions of 7 and 4 tokens, left-padded to 7
     Case("janus", 6, 5, 2, 3, 1),  # prompts of 6 and 4 tokens, a slot for each, positions that leave out padding
     Case("janus qk", 5, 4, 2, 2, 1),  # and queries and keys normalised
@@ -92,8 +93,9 @@ def name_of(run: tuple[str, str, Case]) -> str:
 @cache
 def run(name: str, release: str, case: Case) -> Recorder:
     """One run of the loop with a batch of two and guidance, shared by both oracles."""
-    if case.model == "class":
-        decoder, prompt = llamagen(case.rows, case.cols), class_prompt([1, 3])
+    if case.model.startswith("class"):
+        rope = "1d" if case.model == "class 1d" else "2d"
+        decoder, prompt = llamagen(case.rows, case.cols, rope=rope), class_prompt([1, 3])
     elif case.model == "text":
         decoder, prompt = llamagen(case.rows, case.cols, text=True), caption_prompt([7, 4])
     elif case.model.startswith("janus"):

@@ -740,6 +740,7 @@ NOTED: dict[str, tuple[str, list[str]]] = {
                  ["[]", "null", "x", "", "[" * 100_000, '{"seed": 1}', '{"guidance": "high"}', '{"guidance": NaN}',
                   '{"guidance": 1e400}', '{"temperature": -1}', '{"temperature": NaN}', '{"top_k": 2.5}',
                   '{"top_k": -1}', '{"top_p": 0}', '{"top_p": 2}', '{"top_p": null}', '{"__class__": 1}']),
+    "rope": ("metadata 'rope'", ["", "3d", "2D"]),
     "tokenizer": ("leads out|not a file name|too long|no such file",
                   ["../../vq_ds16_c2i.pt", "/etc/passwd", "..\\vq.pt", "C:vq.pt", "", "x" * 5000, "a\0b", "gone.pt"]),
 }  # fmt: skip

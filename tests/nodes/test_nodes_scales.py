@@ -236,7 +236,7 @@ def test_smooth_pictures_are_more_than_their_codes(tiny, one_tiny):
         ({"keep_rows": 1, "view": "1x1x6:AAAAAAAAAAAAAAAA"}, "they are lines of a picture, but tiny draws in scales"),
         ({"keep_rows": 1, "view": "1x6"}, "view: the scales kept on the node cannot be read"),
         ({"keep_rows": 1, "view": "1x1:AAA=:0123456789abcdef"}, "view: the scales kept on the node are not of tiny"),
-        ({"cache": CachePlan("fold", share=0.02)}, "share: 0.02 of 30 tokens are 1, but the first scales hold 5"),
+        ({"cache": CachePlan("line", share=0.02)}, "share: 0.02 of 30 tokens are 1, but the first scales hold 5"),
         ({"cache": CachePlan("streaming")}, "policy: streaming"),
         ({"cache": CachePlan("line", release="lazy")}, "release: lazy"),
         ({"drafter_scales": 5, "drafter": "large"}, "5 is out of range, as tiny draws 5 .* choose 1 to 4, or 0"),

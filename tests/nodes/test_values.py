@@ -221,7 +221,7 @@ def test_fingerprints_of_what_comes_through_a_link(comfy):  # noqa: F811
 @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1), (1, 1), (3, 500)])
 def test_a_strip_is_scaled_no_further_than_what_is_seen_of_it(size, monkeypatch):
     """1 x 40000 pixels at 96 rows would be 4 GB; of the middle nothing changes."""
-    encode = importlib.import_module(f"{PACK}.nodes.encoding")
+    encode = importlib.import_module(f"{PACK}.linear_core.pictures.fit")
     made = []
     scale = encode.F.interpolate
     monkeypatch.setattr(

@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
     "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
-    "cache.fold": ({"cache.look_ahead", "cache.view"}, TENSORS),
+    "cache.fold": ({"pyramid", "cache.look_ahead", "cache.view"}, TENSORS),
     "cache.line_cache": (
         {"grid", "plan", "cache.attention", "cache.fold", "cache.storage", "cache.view"},
         TENSORS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from math import isqrt
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..weights import Weights, all_except
 SIDES = {pixels: pixels // published.FACTOR for sides in published.PIXELS.values() for pixels in sides}
 CLASS_NAMES = Path(__file__).parents[2] / "assets" / "imagenet_classes.json"
 NUMBER = (int, float)
+ROPES = ("1d", "2d")
 SAMPLING: dict[str, Any] = {  # types of the settings in our metadata
     "guidance": NUMBER,
     "guidance_interval": int,
@@ -53,7 +55,7 @@ def describe(weights: Weights, grid: tuple[int, int] | None = None) -> ModelInfo
         settings = section(weights.config, "config") or weights.config
         heads = int(metadata["heads"]) if "heads" in metadata else number(settings, "n_head", 0) or None
         tokens = number(settings, "block_size", 0)
-        config = read_config(weights.shapes, heads)
+        config = replace(read_config(weights.shapes, heads), rope=read_rope(metadata.get("rope", "2d")))
         classes = read_classes(metadata["classes"], config.classes) if "classes" in metadata else _class_names(config)
         defaults = read_sampling(metadata["sampling"]) if "sampling" in metadata else _defaults(config)
         kind = "c2i" if config.classes else "t2i"
@@ -75,6 +77,13 @@ def read_classes(text: str, count: int) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != count:
         raise ValueError(f"its metadata 'classes' is not a list of {count} names")
     return tuple(names)
+
+
+def read_rope(text: str) -> str:
+    """The kind of RoPE from our metadata; published files have none. Raises ValueError for any other text."""
+    if text not in ROPES:
+        raise ValueError(f"its metadata 'rope' is not {' or '.join(ROPES)}")
+    return text
 
 
 def read_sampling(text: str) -> SamplePlan:
