@@ -425,8 +425,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "models/llamagen.py",
-        "ROPE_BASE, queries.device)[lines:])",
-        "ROPE_BASE, queries.device)[:1])",
+        "ROPE_BASE, device)[lines:])",
+        "ROPE_BASE, device)[:1])",
         "LlamaGen: nothing turns",
     ),
     # -- the cache

@@ -145,7 +145,7 @@ def test_comparing_and_planning(folder: Path, tmp_path: Path, capsys: pytest.Cap
     status, said, _ = run(capsys, "models", folder)
     assert status == 0 and "4 x 4 tokens in scales 1 2 3 4, 5 classes" in said
     for words, complaint in (
-        (("--share", "0.1"), "the first scales hold 5"),
+        (("--share", "0.1", "--policy", "line"), "the first scales hold 5"),
         (("--share", "half"), "'half' is not a share"),
         (("--share", "2"), "share: 2.0 is out of range"),
         (("--stop-after", "9"), "stop after: 9 is out of range; the model draws 4 scales"),
