@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -257,8 +258,9 @@ def test_the_command_line_draws_texts(
     assert main([*asked, "--best", "1", "--by", "vqa", "--out", str(best)]) == 0
     assert best.read_bytes() != (tmp_path / "best_sheet.png").read_bytes()
     notes = json.loads(Image.open(best).text["linear"])
-    same = [Image.open(tmp_path / f"whole_0{n}.png").tobytes() for n in (1, 2)]
-    assert notes["by"] == "vqa" and Image.open(best).tobytes() == same[notes["seed"]]
+    chosen, *drawn = (np.array(Image.open(path)).astype(int) for path in (best, *sorted(tmp_path.glob("whole_*.png"))))
+    apart = [int(abs(chosen - each).max()) for each in drawn]  # rounding: it is decoded by itself
+    assert notes["by"] == "vqa" and apart[notes["seed"]] <= 1 < apart[1 - notes["seed"]]
     capsys.readouterr()
     assert main(["plan", str(folder), "--images", "16"]) == 0
     said = capsys.readouterr().out

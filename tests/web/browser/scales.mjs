@@ -25,7 +25,7 @@ await check("the page loads, and the memory line knows scales", async () => {
 
 await check("a drafter: the weights of both models count, and the larger of their caches", async () => {
   const weights = (text) => Number(/ weights ([\d.]+) GB/.exec(text)[1]);
-  const one = await memory();
+  const one = await until(memory, (now) => now.includes(" · room for "), "all of the line is there");
   const connect = (from) => page.evaluate((from) => window[from].connect(0, window.node, window.node.inputs.findIndex((i) => i.name === "drafter")), from);
   await page.evaluate(() => {
     const { app, LiteGraph } = window;
