@@ -24,6 +24,20 @@ from tests.models.official import CODES, _random, tokenizer
 WORDS = [PAD, BEGIN, "<|end|>", *ROLES, "<image_placeholder>", IMAGE, "<end_of_image>"]
 
 
+def randomise(model: torch.nn.Module, embedding: float) -> torch.nn.Module:
+    """Random weights in `model`, large enough that attention is peaky and codes differ; `embedding`: of its tables."""
+    source = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=source)
+        if "norm" in name:
+            weight.data.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
+        elif weight.ndim > 1:
+            weight.data.copy_(noise * (embedding if "embed" in name else 1.5 / weight[0].numel() ** 0.5))
+        else:
+            weight.data.copy_(0.1 * noise)
+    return model
+
+
 def config(layers: int = 2, width: int = 64, heads: int = 2, codes: int = CODES, vocabulary: int = 300) -> JanusConfig:
     return JanusConfig(layers, width, heads, 2 * width, codes, vocabulary, code_dim=8, head_hidden=width)
 

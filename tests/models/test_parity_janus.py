@@ -22,7 +22,7 @@ from linear_core.loop.generate import Run, generate
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, token_prompt
 from linear_core.prompts.janus import BEGIN, IMAGE, PAD, ROLES
-from tests.models.official_janus import text_tokenizer, to_official
+from tests.models.official_janus import randomise, text_tokenizer, to_official
 from tests.tiny import decode
 
 transformers = pytest.importorskip("transformers")
@@ -57,16 +57,7 @@ def theirs() -> torch.nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.JanusForConditionalGeneration(config).eval()
-    source = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():  # large enough that attention is peaky and codes differ
-        noise = torch.randn(weight.shape, generator=source)
-        if "norm" in name:
-            weight.data.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
-        elif weight.ndim > 1:
-            weight.data.copy_(noise * (1.5 if "embed" in name else 1.5 / weight[0].numel() ** 0.5))
-        else:
-            weight.data.copy_(0.1 * noise)
-    return model
+    return randomise(model, embedding=1.5)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from linear_core.errors import UserError
 from linear_core.loop.vqa import squared, vqa_scores
 from linear_core.prompts.janus import BEGIN, END, IMAGE, PICTURE, question
 from linear_core.prompts.tokenizer import TextTokenizer
-from tests.models.official_janus import text_tokenizer, to_official
+from tests.models.official_janus import randomise, text_tokenizer, to_official
 
 transformers = pytest.importorskip("transformers")
 if not hasattr(transformers, "JanusForConditionalGeneration"):
@@ -52,16 +52,7 @@ def theirs() -> torch.nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.JanusForConditionalGeneration(config).eval()
-    source = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=source)
-        if "norm" in name:
-            weight.data.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
-        elif weight.ndim > 1:
-            weight.data.copy_(noise * (1.0 if "embed" in name else 1.5 / weight[0].numel() ** 0.5))
-        else:
-            weight.data.copy_(0.1 * noise)
-    return model
+    return randomise(model, embedding=1.0)
 
 
 @pytest.fixture(scope="module")
