@@ -511,10 +511,10 @@ class LineCache(Cache):
             out = attention.attend(q, *slots.feed(layer, self._column, k, v, q))
         return out.transpose(1, 2).contiguous()
 
-    def _rotate(self, queries: Tensor, lines: int) -> Tensor:
-        """Rotated queries L B H C D as they would be so many lines further down."""
+    def _rotate(self, queries: Tensor, lines: int, columns: int) -> Tensor:
+        """Rotated queries L B H C D as they would be so many lines further down and columns to the right."""
         assert self._decoder is not None
-        return _rotated(self._decoder, queries, lines * self.grid.stride)
+        return _rotated(self._decoder, queries, lines * self.grid.stride + columns)
 
     def _end(self) -> None:
         """Finish the forward pass: every layer has its tokens."""

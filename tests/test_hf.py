@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers", minversion="4.57", reason="tr
 from transformers import AttentionInterface, DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
 from linear_core.checkpoints.families.janus import target  # noqa: E402
 from linear_core.errors import UserError  # noqa: E402
@@ -615,6 +616,16 @@ def test_a_rotation_that_is_not_known(plan, monkeypatch):
     with pytest.raises(UserError, match="how LlamaModel rotates them is not known; choose another policy"):
         LineCache(llama(4), (SIDE, SIDE), plan)
     LineCache(llama(4), (SIDE, SIDE), CachePlan("line", 2, 2, 1, "lazy"))
+
+
+@pytest.mark.parametrize("columns", [0, 1, -1])
+def test_queries_turned_to_another_place(columns):
+    """As if transformers had rotated them for a token three lines further down, and perhaps a column aside."""
+    cache, rotary = LineCache(model := llama(4), (SIDE, SIDE), CachePlan("fold", 2, 2, 1)), model.model.rotary_emb
+    raw, place = torch.randn(1, 2, 4, SIDE, rotary.inv_freq.numel() * 2), torch.arange(9, 9 + SIDE)[None]
+    there = place + 3 * SIDE + columns
+    (here, _), (expected, _) = (apply_rotary_pos_emb(raw[0], raw[0], *rotary(raw, at)) for at in (place, there))
+    torch.testing.assert_close(cache._rotate(here[None], 3, columns)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_that_does_more():

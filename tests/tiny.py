@@ -262,7 +262,7 @@ class Toy:
             seen.append(attend(q[layer], *cache.read(layer)))
         return self.say(torch.stack(seen))[:, 0]
 
-    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int, columns: int) -> Tensor:
         """Places are looked up and added, so there is nothing to turn; each line ahead asks a little louder."""
         return queries * (1 + lines / 16)
 

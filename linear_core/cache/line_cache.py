@@ -6,7 +6,6 @@ slots of the next line. Every buffer is allocated before the first token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..grid import Grid
 from ..plan import CachePlan, CacheShape
 from .attention import attend, attention_weights, kernel
 from .fold import fold
+from .look_ahead import Rotate
 from .storage import STORAGE
 from .view import View
 
@@ -210,7 +210,7 @@ class LineCache:
         self,
         row: int | Tensor,
         layer: int,
-        rotate: Callable[[Tensor, int], Tensor] | None = None,
+        rotate: Rotate | None = None,
         part: tuple[int, int] | None = None,
     ) -> View:
         """The contents of one layer once line `row` is complete: a view with L = 1. `rotate` is passed on to it.

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Rotate = Callable[[Tensor, int, int], Tensor]  # queries ... T D to so many lines further down and columns to the right
+
 HORIZONS = (1, 2, 4, 8)  # lines ahead; the next line counts most, but what a later line needs must survive until then
 
 
@@ -41,19 +43,19 @@ def least_squares(a: Tensor, b: Tensor, squares: Tensor) -> Tensor:
     return start
 
 
-def by_matrices(rotate: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+def by_matrices(rotate: Rotate) -> Rotate:
     """`rotate` as products of matrices, which take a fraction of the time; the result is float32 or wider.
 
     All queries of a line are rotated alike. So a matrix says it: what becomes of each unit vector.
     """
-    matrices: dict[int, Tensor] = {}
+    matrices: dict[tuple[int, int], Tensor] = {}
 
-    def product(queries: Tensor, lines: int) -> Tensor:
+    def product(queries: Tensor, lines: int, columns: int) -> Tensor:
         queries = upcast(queries)
-        if lines not in matrices:
+        if (lines, columns) not in matrices:
             unit = torch.eye(queries.shape[-1], device=queries.device, dtype=queries.dtype)
-            matrices[lines] = rotate(unit[None, None, None], lines)[0, 0, 0]
-        return queries @ matrices[lines]
+            matrices[lines, columns] = rotate(unit[None, None, None], lines, columns)[0, 0, 0]
+        return queries @ matrices[lines, columns]
 
     return product
 

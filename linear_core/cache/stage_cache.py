@@ -289,7 +289,7 @@ class StageCache:
         return View(
             kv[0][None], kv[1][None], group.bias[None], group.index[None],
             None if queries is None else upcast(queries)[None], mass, self.pyramid, self.stage, number,
-            lambda queries, stages: self.rotate(self.stage, queries), self.survey, keeps=self.keeps, rows=group.rows,
+            lambda queries, *_: self.rotate(self.stage, queries), self.survey, keeps=self.keeps, rows=group.rows,
             heads=group.heads, protected=self.protected,
         )  # fmt: skip
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..pyramid import Pyramid, Stages
 from .attention import attention_weights, stack_groups
-from .look_ahead import HORIZONS, LookAhead, upcast
+from .look_ahead import HORIZONS, LookAhead, Rotate, upcast
 
 FLOOR = 0.1  # of the mean importance of an image token
 SCALES_FLOOR = 1.0  # the same over scales, whose queries are harder to foresee
+VALUES = 0.3  # how much values count in distances between slots, where little is kept; keys count 1. Over scales both do
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class View:
     row           the line that has just finished. When a line's end is captured as a CUDA graph (`loop/graph.py`), this
                   is a tensor of one element: use it only in arithmetic and in comparisons with tensors
     layer         number of the first layer in the view
-    rotate        rotates queries to so many lines further down, with the model's RoPE; for policies that read "ahead"
+    rotate        rotates queries to so many lines further down and columns to the right, with the model's RoPE; for
+                  policies that read "ahead"
     first         number of the first row of the batch in the view
     survey        all layers B ..., result of the policy's survey at the first eviction; None unless it has one
     keeps         image tokens that each head will keep, on average; 0: all but a line
@@ -59,7 +61,7 @@ class View:
     grid: Stages
     row: int | Tensor
     layer: int = 0
-    rotate: Callable[[Tensor, int], Tensor] | None = None
+    rotate: Rotate | None = None
     survey: Tensor | None = None
     first: int = 0
     keeps: int = 0
@@ -137,6 +139,11 @@ class View:
             return self.index.shape[-1] - self.keeps
         return self.coming or self.grid.stride
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether room is made in parts of a line, so little is kept: then what folds is looked at more closely."""
+        return not isinstance(self.grid, Pyramid) and 0 < self.coming < self.grid.stride
+
     def age(self) -> Tensor:
         """How many queries have seen each slot's token: L B H S, at least 1."""
         if not isinstance(self.grid, Pyramid):
@@ -174,15 +181,19 @@ class View:
         """Predicted attention of the lines `lines` further down. Computed once, for scoring and folding alike.
 
         By default of several, HORIZONS: all queries are rotated to the first of them, because a query looks right above
-        itself, and to each of the others every third one is. Of a pyramid only of the next scale.
+        itself, and to each of the others every third one is. Where little is kept (`in_parts`), all are also rotated to
+        the next line and one column aside, right and left in turn, because content moves from column to column. Of a
+        pyramid only of the next scale.
         """
         lines = (1,) if isinstance(self.grid, Pyramid) else lines
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
             first, *further = HORIZONS
-            some = [(n, self.queries[:, :, :, start :: len(further)]) for start, n in enumerate(further)]
-            some = [(n, self.queries) for n in lines] or [(first, self.queries), *some]
-            queries = torch.cat([self.rotate(queries, n) for n, queries in some], 3)
+            some = [(first, 0, slice(None))] + [(n, 0, slice(start, None, 3)) for start, n in enumerate(further)]
+            if self.in_parts:
+                some += [(first, 1, slice(0, None, 2)), (first, -1, slice(1, None, 2))]
+            some = [(n, 0, slice(None)) for n in lines] or some
+            queries = torch.cat([self.rotate(self.queries[:, :, :, some], n, aside) for n, aside, some in some], 3)
             queries = stack_groups(queries, queries.shape[2] // self.keys.shape[2])
             self._look_aheads[lines] = LookAhead.of(queries, self.upcast_keys, self.bias)
         return self._look_aheads[lines]
@@ -197,10 +208,10 @@ class View:
         """What distances are taken between: points L B H S N in float32 or wider, and their squared lengths, L B H S.
 
         The slots' keys; over scales behind each its value, in units in which the values spread as much as the keys, by
-        the attention foreseen. All less their mean: distances stay what they are, and are more exact when they come
-        from a matrix product (`least_squares`).
+        the attention foreseen, and where little is kept (`in_parts`) VALUES of that. All less their mean: distances
+        stay what they are, and are more exact when they come from a matrix product (`least_squares`).
         """
-        if not isinstance(self.grid, Pyramid):
+        if not isinstance(self.grid, Pyramid) and not self.in_parts:
             keys = self.upcast_keys - self.upcast_keys.mean(-2, keepdim=True)
             return keys, torch.linalg.vector_norm(keys, dim=-1).square()  # in one pass
         share = self.look_ahead().mass[..., None, :]
@@ -209,6 +220,7 @@ class View:
         squares = [torch.linalg.vector_norm(x, dim=-1).square() for x in (keys, values)]
         key_spread, value_spread = ((share @ x[..., None])[..., 0] for x in squares)
         unit = (key_spread / value_spread).nan_to_num(0.0, posinf=0.0)  # values that do not spread say nothing
+        unit = unit * (VALUES if self.in_parts else 1.0)
         return torch.cat([keys, values * unit.sqrt()[..., None]], -1), squares[0] + squares[1] * unit
 
     def importance(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.line_cache import LineCache, Window
-from ..cache.look_ahead import by_matrices
+from ..cache.look_ahead import Rotate, by_matrices
 from ..cache.view import View
 from ..errors import UserError
 from ..events import Line, Stage, Step, totals
@@ -44,11 +44,10 @@ class Decoder(Protocol):
     def peek(  # with drafts only
         self, tokens: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache
     ) -> tuple[Tensor, Window]: ...
-    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor: ...
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int, columns: int) -> Tensor: ...
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, LineCache], Tensor]
-Rotate = Callable[[Tensor, int], Tensor]
 Evict = Callable[[LineCache, Policy, int, Rotate], None]
 
 

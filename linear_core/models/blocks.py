@@ -19,15 +19,19 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q B Q T D, k and v B H T 
 
 @lru_cache(maxsize=64)  # captured graphs read the tensors kept here
 def rope_2d(rows: int, cols: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """LlamaGen's 2-D RoPE table for `rotate_pairs`: float32 rows*cols 2 dim, cosines and signed sines.
+    """LlamaGen's 2-D RoPE table for `rotate_pairs` of a whole grid: float32 rows*cols 2 dim. See `rope_2d_at`."""
+    row, col = (torch.arange(n, device=device) for n in (rows, cols))
+    return rope_2d_at(row.repeat_interleave(cols), col.repeat(rows), dim, base)
+
+
+def rope_2d_at(row: Tensor, col: Tensor, dim: int, base: float) -> Tensor:
+    """The same table at places `row`, `col` T, which may be negative: float32 T 2 dim, cosines and signed sines.
 
     The first half of the pairs rotates by the row, the second by the column.
     """
     half = dim // 2
-    inverse = base ** -(torch.arange(0, half, 2, device=device)[: half // 2].float() / half)
-    row = (torch.arange(rows, device=device)[:, None] * inverse)[:, None].expand(-1, cols, -1)
-    col = (torch.arange(cols, device=device)[:, None] * inverse)[None].expand(rows, -1, -1)
-    angle = torch.cat([row, col], -1).flatten(0, 1)
+    inverse = _inverse_frequencies(half, base, row.device)[: half // 2]
+    angle = torch.cat([row[:, None] * inverse, col[:, None] * inverse], -1)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)], -2)
 

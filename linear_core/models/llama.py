@@ -120,9 +120,9 @@ class Llama(Raster):
             x = block(x, lambda t: rotate_halves(t, table), attend_prompt)
         return self.head(self.norm(x[:, -1])).float()[row]
 
-    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
-        """Rotate the rotated queries ... T D to the same column `lines` lines further down."""
-        offset = torch.full((1,), lines * grid.stride, device=queries.device)
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int, columns: int) -> Tensor:
+        """Rotate the rotated queries ... T D to `lines` lines further down and `columns` to the right."""
+        offset = torch.full((1,), lines * grid.stride + columns, device=queries.device)
         return rotate_halves(queries, rope_1d(offset, self.config.head_dim, self.config.rope_base))
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..grid import Grid
 from ..plan import CacheShape
 from ..prompts import Prompt
-from .blocks import Block, Heads, Ops, for_pairs, rope_1d, rope_2d, rotate_pairs
+from .blocks import Block, Heads, Ops, for_pairs, rope_1d, rope_2d, rope_2d_at, rotate_pairs
 from .raster import Raster
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2560: 40, 2048: 32, 4096: 32}  # by published width
@@ -166,13 +166,14 @@ class LlamaGen(Raster):
             x = block(x, torch.zeros_like, attend_prompt)
         return self.head(self.norm(x[:, -1])).float()[row]
 
-    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
-        """Rotate the rotated queries ... T D to the same column `lines` lines further down."""
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int, columns: int) -> Tensor:
+        """Rotate the rotated queries ... T D to `lines` lines further down and `columns` to the right."""
         dim, device = queries.shape[-1], queries.device
         if self.config.rope == "1d":
-            offset = torch.full((1,), lines * grid.stride, device=device)
+            offset = torch.full((1,), lines * grid.stride + columns, device=device)
             return rotate_pairs(queries, for_pairs(rope_1d(offset, dim, ROPE_BASE)))
-        return rotate_pairs(queries, rope_2d(lines + 1, 1, dim, ROPE_BASE, device)[lines:])
+        row, col = (torch.full((1,), n, device=device) for n in (lines, columns))
+        return rotate_pairs(queries, rope_2d_at(row, col, dim, ROPE_BASE))
 
     def forward(self, prompt: Prompt, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """Logits of every image token in one pass without a cache: for training, and the reference for tests.

@@ -12,7 +12,7 @@ from torch import Tensor
 from linear_core.cache.fold import RIDGE, SLACK, fold
 from linear_core.cache.line_cache import LineCache
 from linear_core.cache.look_ahead import HORIZONS
-from linear_core.cache.view import FLOOR, SCALES_FLOOR, View
+from linear_core.cache.view import FLOOR, SCALES_FLOOR, VALUES, View
 from linear_core.grid import Grid
 from linear_core.models.blocks import rope_2d, rotate_pairs
 from linear_core.models.llamagen import ROPE_BASE
@@ -41,7 +41,7 @@ def make(layers: int = 1, batch: int = 2, heads: int = 3, rows: int = 3, seed: i
     bias = (noise(slots) * 0.5).masked_fill(index < 0, -math.inf)
     return View(
         noise(slots, DIM), noise(slots, DIM), bias, index, noise(COLS, DIM) * 2, None,
-        Grid(9, COLS, prompt=PROMPT), rows - 1, 0, lambda queries, lines: queries * (1 - 0.05 * lines),
+        Grid(9, COLS, prompt=PROMPT), rows - 1, 0, lambda queries, lines, columns: queries * (1 - 0.05 * lines + 0.02 * columns),
     )  # fmt: skip
 
 
@@ -204,11 +204,11 @@ def test_attention_foreseen_is_kept():
 # -- by a plain computation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("empty", [0, 2])
+@pytest.mark.parametrize(("empty", "coming"), [(0, 0), (2, 0), (0, 3)], ids=["full", "empty slots", "in parts"])
 @pytest.mark.parametrize("seed", range(4))
-def test_fold_is_what_its_words_say(seed, empty):
+def test_fold_is_what_its_words_say(seed, empty, coming):
     """One head at a time, one number at a time, in plain Python."""
-    view = make(seed=seed, empty=empty)
+    view = replace(make(seed=seed, empty=empty), coming=coming)
     victims = slots_of(view, 0, 1, 4, 7) if not empty else torch.cat(
         [(view.index < 0).int().argmax(-1, keepdim=True), slots_of(view, 4, 7)], -1)  # fmt: skip
     count = 1 + torch.rand(view.bias.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).round()
@@ -224,6 +224,9 @@ def test_fold_is_what_its_words_say(seed, empty):
             asked = (view.queries[at] * (1 - 0.05 * first)).tolist()
             for turn, n in enumerate(further):
                 asked += (view.queries[at][turn :: len(further)] * (1 - 0.05 * n)).tolist()
+            if coming:  # room for less than a line: also from one column to the right and to the left
+                for turn, aside in enumerate((1, -1)):
+                    asked += (view.queries[at][turn::2] * (1 - 0.05 * first + 0.02 * aside)).tolist()
 
             def dot(a, b):
                 return sum(x * y for x, y in zip(a, b, strict=True)) / DIM**0.5
@@ -237,11 +240,20 @@ def test_fold_is_what_its_words_say(seed, empty):
             image = [s for s in slots if index[s] >= PROMPT]
             spare = FLOOR * sum(mass[s] for s in image) / max(sum(math.exp(bias[s]) for s in image), 1)
             importance = [mass[s] + spare * math.exp(bias[s]) for s in slots]
+            spreads = []
+            for x in (view.keys[at], view.values[at]):
+                middle = sum(m * x[s] for s, m in enumerate(mass)) / sum(mass)
+                spreads.append(sum(m * math.dist(x[s], middle) ** 2 for s, m in enumerate(mass)))
+            unit = VALUES * spreads[0] / spreads[1] if coming else 0.0
             chosen = victims[at].tolist()
             given: dict[int, list[int]] = {}
             for victim in chosen:
                 if index[victim] >= 0:
-                    near = min((s for s in image if s not in chosen), key=lambda s: math.dist(keys[s], keys[victim]))
+
+                    def far(s, v=victim, unit=unit, keys=keys, values=values):
+                        return math.dist(keys[s], keys[v]) ** 2 + unit * math.dist(values[s], values[v]) ** 2
+
+                    near = min((s for s in image if s not in chosen), key=far)
                     given.setdefault(near, []).append(victim)
             for s in slots:
                 group = [s, *given.get(s, [])]
@@ -269,7 +281,7 @@ def test_over_scales_a_fold_keeps_what_is_read(seed):
     index = torch.randperm(14, generator=source).int().view(1, 1, 1, -1)
     view = View(
         keys, values * 3, torch.zeros(1, 1, 1, 14, dtype=DOUBLE), index, queries, None, Pyramid.square(1, 2, 3, 4), 2,
-        rotate=lambda queries, scales: queries, keeps=6,
+        rotate=lambda queries, scales, columns: queries, keeps=6,
     )  # fmt: skip
     victims = torch.stack([(index == t).int().argmax(-1) for t in (1, 5, 6, 7, 8, 9, 10, 12)], -1)
     folded = fold(view, victims, ones(view))
@@ -350,15 +362,15 @@ def test_a_run_folds_what_was_chosen():
 # -- what is foreseen --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lines", HORIZONS)
-def test_llamagen_turns_its_queries_to_a_later_line(lines):
-    """A rotated query turned ahead is the same query rotated further down in its own column."""
-    model = llamagen(10, 3)
+@pytest.mark.parametrize(("lines", "columns"), [*((n, 0) for n in HORIZONS), (1, 1), (1, -1)])
+def test_llamagen_turns_its_queries_to_a_later_place(lines, columns):
+    """A rotated query turned ahead is the same query rotated for a later line, and perhaps for another column."""
+    model = llamagen(10, 5)
     grid = model.grid.after(1)
     raw = torch.randn(2, 1, 3, 3, 8, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
-    table = rope_2d(20, 3, 8, ROPE_BASE, raw.device)
-    here, there = table[3:6], table[3 * (1 + lines) : 3 * (1 + lines) + 3]
-    turned = model.rotate_ahead(grid, rotate_pairs(raw.float(), here), lines)
+    table = rope_2d(20, 5, 8, ROPE_BASE, raw.device).unflatten(0, (20, 5))
+    here, there = table[1, 1:4], table[1 + lines, 1 + columns : 4 + columns]
+    turned = model.rotate_ahead(grid, rotate_pairs(raw.float(), here), lines, columns)
     torch.testing.assert_close(turned, rotate_pairs(raw.float(), there), atol=1e-5, rtol=1e-5)
     assert (turned - rotate_pairs(raw.float(), here)).abs().max() > 0.1
 

@@ -22,7 +22,7 @@ from linear_core.models.llama import Llama
 from linear_core.models.raster import Raster
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt, token_prompt
-from tests.tiny import WORDS, decode, grouped, janus, llamagen, words
+from tests.tiny import WORDS, decode, grouped, janus, llamagen, lumina, words
 
 FULL = CachePlan("full")
 GUIDED = SamplePlan(seed=3, guidance=2.5)
@@ -97,16 +97,20 @@ def test_weights_of_a_group_go_to_their_rows(tmp_path: Path) -> None:
         load_into(layer, weights, torch.float32, lambda key: layer_target("x", f"self_attn.{key[:6]}", "weight"))
 
 
-@pytest.mark.parametrize("make", [janus, partial(llamagen, rope="1d")], ids=["janus", "llamagen"])
-def test_queries_turned_to_the_next_line(make: Callable[..., Raster]) -> None:
-    """As if the same queries, not yet rotated, had been rotated for a token one line further down."""
+@pytest.mark.parametrize("columns", [0, 1, -1])
+@pytest.mark.parametrize(
+    "make", [janus, lumina, grouped, partial(llamagen, rope="1d")], ids=["janus", "lumina", "grouped", "llamagen"]
+)
+def test_queries_turned_to_another_place(make: Callable[..., Raster], columns: int) -> None:
+    """As if the same queries, not yet rotated, had been rotated for a token further down, and perhaps aside."""
     model, grid = make(6, 5), Grid(6, 5, eol=9)  # six tokens a line
     source = torch.Generator().manual_seed(1)
     queries = torch.randn(2, 4, 3, grid.stride, 8, generator=source)  # L B H C D
     place = torch.arange(20, 20 + grid.stride)
     index, pad = place + grid.prompt, torch.zeros(1, dtype=torch.int64)
-    here, below = (model.rotate(queries, model.rope_table(i, pad, grid)) for i in (index, index + 3 * grid.stride))
-    torch.testing.assert_close(model.rotate_ahead(grid, here, 3), below, atol=1e-5, rtol=1e-5)
+    later = index + 3 * grid.stride + columns
+    here, below = (model.rotate(queries, model.rope_table(i, pad, grid)) for i in (index, later))
+    torch.testing.assert_close(model.rotate_ahead(grid, here, 3, columns), below, atol=1e-5, rtol=1e-5)
     assert (here - below).abs().max() > 0.5
 
 

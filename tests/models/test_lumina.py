@@ -79,7 +79,7 @@ class Stub:
     def step(self, token: Tensor, index: Tensor, pad: Tensor, column: Tensor, cache: LineCache) -> Tensor:
         return self.feed(token[:, None], index, pad, column, cache)
 
-    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int) -> Tensor:
+    def rotate_ahead(self, grid: Grid, queries: Tensor, lines: int, columns: int) -> Tensor:
         return queries
 
     def feed(self, tokens: Tensor, index: Tensor, pad: Tensor, columns: Tensor, cache: LineCache) -> Tensor:

@@ -27,7 +27,7 @@ from tests.tiny import decode, llamagen, policy
 INF = float("inf")
 
 
-def louder(queries: Tensor, lines: int) -> Tensor:
+def louder(queries: Tensor, lines: int, columns: int = 0) -> Tensor:
     """Stands for a model's rotation."""
     return queries * (1 + lines / 16)
 
@@ -479,7 +479,7 @@ def test_expected_attention_is_that_of_a_gaussian():
 
 def test_next_looks_from_the_next_line():
     """The line looks at token 5; turned a line on, its queries look at token 6."""
-    view = replace(looking(5, 5, 5, 5), rotate=lambda queries, lines: queries.roll(lines, -1))
+    view = replace(looking(5, 5, 5, 5), rotate=lambda queries, lines, columns: queries.roll(lines, -1))
     assert score("line", view).index(max(score("line", view))) == 5
     assert score("next", view).index(max(score("next", view))) == 6
     assert score("next", view)[6] == pytest.approx(1)
