@@ -119,6 +119,19 @@ def test_integers_multiply_as_exactly_as_numbers(dtype):
 
 
 @needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_norm_is_the_norm(dtype):
+    """Of vectors whose mean is not 0, some of them small beside eps."""
+    norm = nn.RMSNorm(24, eps=1e-3).to(dtype)
+    norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    x = (rows(3, inputs=24) * torch.tensor([1, 1e-2, 1e2])[:, None] + 0.3).to(dtype)
+    expected, model = norm(x), nn.Sequential(norm)
+    packed.pack(model)
+    assert type(model[0]) is packed.PackedNorm
+    torch.testing.assert_close(model(x), expected)
+
+
+@needs_packing
 def test_matrices_that_read_the_same_are_one():
     """A packed feed-forward block computes what its layers compute; all five linears of a layer are counted."""
     model = quantise_model(llamagen(2, 2), INT8, is_large)
