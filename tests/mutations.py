@@ -231,6 +231,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "alpha=255).mul_(largest)",
         "quantised: digits of the wrong worth",
     ),
+    ("models/blocks.py", "table[..., 1, 1::2])", "table[..., 1, ::2])", "RoPE: turned the other way on a CPU"),
     ("models/packed.py", "torch.cat([x, -x], -1)", "torch.cat([x, x], -1)", "packed norms take the mean off"),
     (
         "cache/line_cache.py",
