@@ -42,7 +42,9 @@ from tests.tiny import cut_down, llamagen, var
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 devices = pytest.mark.parametrize("device", ["cpu", GPU])
-needs_packing = pytest.mark.skipif(not packs(), reason="this CPU has no product of 8-bit integers")
+# A CPU that has the instructions must pass, so that a wrong product is not taken for a missing one.
+HAS_INTEGERS = getattr(torch.cpu, "_is_vnni_supported", bool)() or packs()
+needs_packing = pytest.mark.skipif(not HAS_INTEGERS, reason="this CPU has no product of 8-bit integers")
 
 
 def layer(kind: Quantisation, device: str = "cpu", outputs: int = 192, inputs: int = 320) -> QuantisedLinear:
@@ -116,6 +118,19 @@ def test_integers_multiply_as_exactly_as_numbers(dtype):
     assert torch.equal(found[2], made.bias.to(dtype))
     for row in range(5):
         assert torch.equal(PackedInt8(made)(x[row : row + 1]), found[row : row + 1])
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_norm_is_the_norm(dtype):
+    """Of vectors whose mean is not 0, some of them small beside eps."""
+    norm = nn.RMSNorm(24, eps=1e-3).to(dtype)
+    norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    x = (rows(3, inputs=24) * torch.tensor([1, 1e-2, 1e2])[:, None] + 0.3).to(dtype)
+    expected, model = norm(x), nn.Sequential(norm)
+    packed.pack(model)
+    assert type(model[0]) is packed.PackedNorm
+    torch.testing.assert_close(model(x), expected)
 
 
 @needs_packing
