@@ -50,7 +50,7 @@ def scene() -> tuple[list[Disc], list[Disc], list[Disc], int]:
     keys, queries = (torch.tensor(x, dtype=torch.float64)[None, None, None] for x in (KEYS, QUERIES))
     index = torch.arange(len(KEYS), dtype=torch.int32)[None, None, None]
     bias, grid = torch.zeros_like(keys[..., 0]), Grid(len(KEYS) + 2, 1, prompt=0)
-    view = View(keys, keys, bias, index, queries, None, grid, len(KEYS) - 1, rotate=lambda queries, lines, columns: queries)
+    view = View(keys, keys, bias, index, queries, None, grid, len(KEYS) - 1, rotate=lambda q, *_: q)
     victim = POLICIES["fold"].score(view).argmin(-1, keepdim=True)
     folded = fold(view, victim, torch.ones_like(bias))
 

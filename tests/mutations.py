@@ -357,11 +357,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/look_ahead.py", "- self.logsumexp[..., None, :]", "", "pull is no share of attention"),
     (
         "cache/view.py",
-        "[(n, 0, slice(start, None, 3)) for start, n in enumerate(further)]",
+        "[(n, 0, slice(start, None, len(further))) for start, n in enumerate(further)]",
         "[]",
         "only the next line is foreseen",
     ),
-    ("cache/view.py", "[(first, 0, slice(None))] +", "[(first, 0, slice(0, None, 3))] +", "every third query looks up"),
+    ("cache/view.py", "[(first, 0, every)] +", "[(first, 0, slice(0, None, 3))] +", "every third query looks up"),
     ("cache/view.py", "(first, -1, slice(1", "(first, 0, slice(1", "no query is turned to the left"),
     ("cache/view.py", "VALUES if self.in_parts else", "0.0 if self.in_parts else", "in parts: values do not count"),
     ("models/llama.py", "lines * grid.stride + columns", "lines * grid.stride", "Llama: columns do not turn"),

@@ -16,7 +16,7 @@ from .look_ahead import HORIZONS, LookAhead, Rotate, upcast
 
 FLOOR = 0.1  # of the mean importance of an image token
 SCALES_FLOOR = 1.0  # the same over scales, whose queries are harder to foresee
-VALUES = 0.3  # how much values count in distances between slots, where little is kept; keys count 1. Over scales both do
+VALUES = 0.3  # spread of values by that of keys in distances, where little is kept; over scales they are equal
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,12 @@ class View:
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
             first, *further = HORIZONS
-            some = [(first, 0, slice(None))] + [(n, 0, slice(start, None, 3)) for start, n in enumerate(further)]
+            every = slice(None)
+            places = [(first, 0, every)] + [(n, 0, slice(start, None, len(further))) for start, n in enumerate(further)]
             if self.in_parts:
-                some += [(first, 1, slice(0, None, 2)), (first, -1, slice(1, None, 2))]
-            some = [(n, 0, slice(None)) for n in lines] or some
-            queries = torch.cat([self.rotate(self.queries[:, :, :, some], n, aside) for n, aside, some in some], 3)
+                places += [(first, 1, slice(0, None, 2)), (first, -1, slice(1, None, 2))]
+            places = [(n, 0, every) for n in lines] or places
+            queries = torch.cat([self.rotate(self.queries[:, :, :, some], n, aside) for n, aside, some in places], 3)
             queries = stack_groups(queries, queries.shape[2] // self.keys.shape[2])
             self._look_aheads[lines] = LookAhead.of(queries, self.upcast_keys, self.bias)
         return self._look_aheads[lines]

@@ -41,7 +41,8 @@ def make(layers: int = 1, batch: int = 2, heads: int = 3, rows: int = 3, seed: i
     bias = (noise(slots) * 0.5).masked_fill(index < 0, -math.inf)
     return View(
         noise(slots, DIM), noise(slots, DIM), bias, index, noise(COLS, DIM) * 2, None,
-        Grid(9, COLS, prompt=PROMPT), rows - 1, 0, lambda queries, lines, columns: queries * (1 - 0.05 * lines + 0.02 * columns),
+        Grid(9, COLS, prompt=PROMPT), rows - 1, 0,
+        lambda queries, lines, columns: queries * (1 - 0.05 * lines + 0.02 * columns),
     )  # fmt: skip
 
 
