@@ -362,6 +362,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "only the next line is foreseen",
     ),
     ("cache/view.py", "[(first, 0, every)] +", "[(first, 0, slice(0, None, 3))] +", "every third query looks up"),
+    (
+        "cache/view.py",
+        "self.rotate(self.queries[:, :, :, some], n, aside) for",
+        "self.queries[:, :, :, some] for",
+        "queries are not turned ahead",
+    ),
     ("cache/view.py", "(first, -1, slice(1", "(first, 0, slice(1", "no query is turned to the left"),
     ("cache/view.py", "VALUES if self.in_parts else", "0.0 if self.in_parts else", "in parts: values do not count"),
     ("models/llama.py", "lines * grid.stride + columns", "lines * grid.stride", "Llama: columns do not turn"),
@@ -436,8 +442,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "models/llamagen.py",
-        "ROPE_BASE, device)[lines:])",
-        "ROPE_BASE, device)[:1])",
+        "for n in (lines, columns))",
+        "for n in (0, columns))",
         "LlamaGen: nothing turns",
     ),
     # -- the cache

@@ -364,7 +364,7 @@ def test_a_run_folds_what_was_chosen():
 
 
 @pytest.mark.parametrize(("lines", "columns"), [*((n, 0) for n in HORIZONS), (1, 1), (1, -1)])
-def test_llamagen_turns_its_queries_to_a_later_place(lines, columns):
+def test_llamagen_turns_its_queries_to_a_later_line(lines, columns):
     """A rotated query turned ahead is the same query rotated for a later line, and perhaps for another column."""
     model = llamagen(10, 5)
     grid = model.grid.after(1)

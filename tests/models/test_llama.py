@@ -114,7 +114,7 @@ def test_weights_of_a_group_go_to_their_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make", [janus, lumina, grouped, partial(llamagen, rope="1d")], ids=["janus", "lumina", "grouped", "llamagen"]
 )
-def test_queries_turned_to_another_place(make: Callable[..., Raster], columns: int) -> None:
+def test_queries_turned_to_the_next_line(make: Callable[..., Raster], columns: int) -> None:
     """As if the same queries, not yet rotated, had been rotated for a token further down, and perhaps aside."""
     model, grid = make(6, 5), Grid(6, 5, eol=9)  # six tokens a line
     source = torch.Generator().manual_seed(1)

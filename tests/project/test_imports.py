@@ -45,7 +45,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
     "cache.fold": ({"pyramid", "cache.look_ahead", "cache.view"}, TENSORS),
     "cache.line_cache": (
-        {"grid", "plan", "cache.attention", "cache.fold", "cache.storage", "cache.view"},
+        {"grid", "plan", "cache.attention", "cache.fold", "cache.look_ahead", "cache.storage", "cache.view"},
         TENSORS,
     ),
     "cache.stage_cache": (
