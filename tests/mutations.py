@@ -239,6 +239,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "slot + self.first",
         "folding writes elsewhere",
     ),
+    ("checkpoints/library.py", "            return INT8\n", "            return None\n", "quantised: all but the head"),
     ("models/quantised.py", "128 * 257 + 0.5", "128 * 256 + 0.5", "quantised: the lower digit is half a step off"),
     (
         "models/quantised.py",

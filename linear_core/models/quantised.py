@@ -326,26 +326,24 @@ def packs() -> bool:
     return bool((found - _converted(x, linear.weight, linear.scale)).abs().max() < 0.1)
 
 
-def quantised(
-    model: nn.Module, kind: Quantisation, wanted: Callable[[str, Tensor], bool], ops: Ops = nn
-) -> dict[str, Any]:
-    """New layers to take the place of those Linears of `model` whose matrix is `wanted`, by the matrix's name.
+def quantised(model: nn.Module, stored: Callable[[str, Tensor], Quantisation | None], ops: Ops = nn) -> dict[str, Any]:
+    """New layers to take the place of those Linears of `model` that are quantised, by the matrix's name.
 
-    wanted  asked with a matrix's name and the matrix
+    stored  asked with a matrix's name and the matrix: how to store it; None: as it is
     ops     whose QuantisedLinear is made, if it has one
     """
     make = getattr(ops, "QuantisedLinear", QuantisedLinear)
     layers = {}
     for name, linear in model.named_modules():
-        if isinstance(linear, nn.Linear) and wanted(f"{name}.weight", linear.weight):
+        if isinstance(linear, nn.Linear) and (kind := stored(f"{name}.weight", linear.weight)):
             outputs, inputs = linear.weight.shape
             layers[f"{name}.weight"] = make(inputs, outputs, linear.bias is not None, chosen(kind, outputs, inputs))
     return layers
 
 
-def quantise_model(model: nn.Module, kind: Quantisation, wanted: Callable[[str, Tensor], bool]) -> nn.Module:
-    """`model` with those Linears quantised whose matrix is `wanted`, in place. Files are quantised as they are read."""
-    for name, layer in quantised(model, kind, wanted).items():
+def quantise_model(model: nn.Module, stored: Callable[[str, Tensor], Quantisation | None]) -> nn.Module:
+    """`model` with the Linears quantised that are to be `stored` so, in place. Files are quantised as they are read."""
+    for name, layer in quantised(model, stored).items():
         linear: Any = model.get_submodule(where := name.removesuffix(".weight"))
         layer.to(linear.weight.device).fill(slice(0, layer.out_features), linear.weight.data)
         layer.bias = linear.bias
