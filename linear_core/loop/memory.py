@@ -19,7 +19,7 @@ BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0
 
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
-    return 2**21 if device == "cpu" else 2**25
+    return 3 * 2**20 if device == "cpu" else 2**25
 
 
 def run_bytes(
