@@ -116,7 +116,7 @@ def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
     far, and the last digit, which changes with the batch size, must not decide between them.
     """
     points, squares = view.points
-    usable = squares.masked_fill(~kept, float("inf"))[..., None]
+    usable = squares.masked_fill(~kept, float("inf"))
     distance = least_squares(points, gather_vectors(points, victims), usable)
     least, own = minimum_in_place(distance.clone()), squares.gather(-1, victims)
     # All distances lack the victim's own square. It goes into the limit, which is one number instead of S.

@@ -37,20 +37,22 @@ def gather_vectors(x: Tensor, slots: Tensor) -> Tensor:
 def least_squares(a: Tensor, b: Tensor, squares: Tensor) -> Tensor:
     """Squared distances of a ... N D to b ... M D, less the squared lengths of b: ... N M.
 
-    squares  ... N M or ... N 1, the squared lengths of a, or infinity where a distance does not count
+    squares  ... N, the squared lengths of a, or infinity where a distance does not count
 
     A matrix product: |a|^2 - 2 a b. On CPUs it is fastest with the longer of the two lists as `a`.
     """
-    start = squares.expand(*a.shape[:-1], b.shape[-2]).contiguous()
-    start.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3).transpose(1, 2), alpha=-2)
-    return start
+    products = a.new_empty(*a.shape[:-1], b.shape[-2])
+    products.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3).transpose(1, 2), beta=0, alpha=-2)
+    return products.add_(squares[..., None])
 
 
 def minimum_in_place(x: Tensor) -> Tensor:
     """The least of x ... N M over N: ... M. Overwrites x.
 
-    On CPUs in a fraction of the time of amin: one half is compared with the other, in long vectors, and so on.
+    On a CPU it takes a fraction of the time of amin: one half is compared with the other, in long vectors, and so on.
     """
+    if x.device.type != "cpu":
+        return x.amin(-2)
     while (size := x.shape[-2]) > 1:
         front, back = x[..., : size // 2, :], x[..., size - size // 2 :, :]
         torch.minimum(front, back, out=front)
@@ -93,11 +95,10 @@ class LookAhead:
 
     @classmethod
     def of(cls, queries: Tensor, keys: Tensor, bias: Tensor) -> LookAhead:
-        """Rotated queries L B H Q D over everything held: keys L B H S D, bias L B H S.
+        """Queries L B H Q D as below over everything held: keys L B H S D, bias L B H S.
 
         Products are taken in the keys' dtype, as the model's own attention takes them; all else is float32 or wider.
         """
-        queries = upcast(queries) * queries.shape[-1] ** -0.5
         # Slots by queries, because a product of this shape takes a CPU half of the time of the other.
         scores = upcast(keys @ queries.to(keys.dtype).transpose(-1, -2)).add_(bias[..., None])
         weights = scores.softmax(-2)

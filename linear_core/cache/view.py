@@ -182,8 +182,9 @@ class View:
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
             first, *further = HORIZONS
-            some = [(n, self.queries[:, :, :, start :: len(further)]) for start, n in enumerate(further)]
-            some = [(n, self.queries) for n in lines] or [(first, self.queries), *some]
+            queries = upcast(self.queries) * self.queries.shape[-1] ** -0.5
+            some = [(n, queries[:, :, :, start :: len(further)]) for start, n in enumerate(further)]
+            some = [(n, queries) for n in lines] or [(first, queries), *some]
             queries = torch.cat([self.rotate(queries, n) for n, queries in some], 3)
             queries = stack_groups(queries, queries.shape[2] // self.keys.shape[2])
             # Not float16, where products overflow; nor over scales, whose models may have keys of length 1 and few

@@ -33,8 +33,8 @@ def fold(view: View) -> Tensor:
     order = sortable(importance.masked_fill(~image, float("inf")), -view.index).argsort(dim=-1)
     points, squares = view.points
     points, squares = gather_vectors(points, order), squares.masked_fill(~image, float("inf")).gather(-1, order)
-    not_behind = torch.full((slots, count), float("inf"), device=points.device, dtype=points.dtype).triu()
-    distance = least_squares(points, points[..., :count, :], squares[..., None] + not_behind)
+    distance = least_squares(points, points[..., :count, :], squares)
+    distance[..., :count, :] += torch.full((count, count), float("inf"), device=points.device).triu().to(points.dtype)
     least = minimum_in_place(distance)
     least = (least + squares[..., :count]).clamp(min=0.0)
     cost = least * importance.gather(-1, order[..., :count]).clamp(min=torch.finfo(least.dtype).tiny)
