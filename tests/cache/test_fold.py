@@ -384,6 +384,18 @@ def test_the_score_is_the_least_cost_of_a_merge():
     assert (few[:-least] > few[-least:].max()).all() and (few[:-least].diff() < 0).all(), "the others by importance"
 
 
+@pytest.mark.parametrize(("near", "far"), [(4, 9), (9, 4)])
+def test_of_two_that_are_equally_near_the_newer_takes_the_victim(near, far):
+    """One to the left and one to the right of it; rounding, which makes one of them the nearer, does not decide."""
+    view = make(batch=1, heads=1)
+    keys = torch.full_like(view.keys, 50)
+    victim, left, right = slots_of(view, 6, near, far).view(3)
+    for off, taker in ((1e-6, max(near, far)), (1e-2, near)):
+        keys[..., victim, :], keys[..., left, :], keys[..., right, :] = 0, 1, -1 - off
+        folded = fold(replace(view, keys=keys), victim.view(1, 1, 1, 1), ones(view))
+        assert folded.slot.item() == slots_of(view, taker).item()
+
+
 # -- what makes it cheap -----------------------------------------------------------------------------------------------
 
 
