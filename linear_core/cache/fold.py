@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..pyramid import Pyramid
-from .look_ahead import gather_vectors, least_squares, upcast
+from .look_ahead import gather_vectors, least_squares, minimum_in_place, upcast
 from .view import View
 
 SLACK = 1.0  # in ln: how far a folded slot's weight may be from its number of tokens
@@ -63,19 +63,13 @@ def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None)
     # Victims V x V, 1 where two share a slot. A matrix product always adds in the same order; a scatter does not.
     same_slot = (slot[..., :, None] == slot[..., None, :]).to(importance.dtype)
 
-    def pair(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x L B H S at the receiving slots, and what the victims bring: L B H V each."""
-        return x.gather(-1, slot), x.gather(-1, victims) * folds
-
-    def total(x: Tensor) -> Tensor:
-        """Sum of x L B H S over all that ends up in each receiving slot: L B H V."""
-        own, added = pair(x)
-        return own + (same_slot @ added[..., None])[..., 0]
-
-    own, added = pair(importance)
-    whole = total(importance).clamp(min=torch.finfo(importance.dtype).tiny)
-    share = torch.where(folds, own / whole, 1.0)[..., None]
-    shares = same_slot * added[..., None, :] / whole[..., None]
+    told = torch.stack([importance, look_ahead.mass, count.to(importance.dtype)], -1)
+    own, added = gather_vectors(told, slot), gather_vectors(told, victims) * folds[..., None]
+    # Sums over all that ends up in each receiving slot, L B H V each.
+    whole, mass, tokens = (own + same_slot @ added).unbind(-1)
+    whole = whole.clamp(min=torch.finfo(whole.dtype).tiny)
+    share = torch.where(folds, own[..., 0] / whole, 1.0)[..., None]
+    shares = same_slot * added[..., None, :, 0] / whole[..., None]
 
     def mean(x: Tensor) -> Tensor:
         """Means of vectors x L B H S D over all that ends up in each receiving slot: L B H V D."""
@@ -83,14 +77,14 @@ def fold(view: View, victims: Tensor, count: Tensor, none: Tensor | None = None)
         own.mul_(share).flatten(0, 2).baddbmm_(shares.flatten(0, 2), added.flatten(0, 2))
         return own
 
-    keys, values, tokens = mean(view.keys), mean(view.values), total(count.to(importance.dtype))
+    keys, values = mean(view.keys), mean(view.values)
     log_count, attention = tokens.log(), look_ahead.attention_to(keys)
-    weight = (total(look_ahead.mass) / attention.mean(-1)).log()
+    weight = (mass / attention.mean(-1)).log()
     weight = weight.nan_to_num(0.0).clamp(log_count - SLACK, log_count + SLACK)
     if isinstance(view.grid, Pyramid):
         joined, counts = torch.cat([slot, victims], -1), torch.cat([folds, folds], -1).to(importance.dtype)
         changing = torch.zeros_like(importance).scatter_add_(-1, joined, counts) > 0
-        wanted = (look_ahead.weights * changing[..., None, :]) @ upcast(view.values)
+        wanted = (look_ahead.weights * changing[..., None]).transpose(-1, -2) @ upcast(view.values)
         attention = (attention * weight.exp()[..., None]).masked_fill(~folds[..., None], 0.0)
         values += _fit(attention, values, wanted, 1 / same_slot.sum(-1))
     return Folded(slot, keys, values, torch.where(folds, weight, upcast(view.bias).gather(-1, slot)), tokens)
@@ -122,8 +116,13 @@ def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
     far, and the last digit, which changes with the batch size, must not decide between them.
     """
     points, squares = view.points
-    usable = squares.masked_fill(~kept, float("inf"))[..., None, :]
-    distance = least_squares(gather_vectors(points, victims), points, usable)
-    distance = distance.add_(squares.gather(-1, victims)[..., None]).clamp_(min=0.0)
-    least = distance.amin(-1, keepdim=True)
-    return view.index[..., None, :].masked_fill(distance > least * (1 + TIE), -1).argmax(-1)
+    usable = squares.masked_fill(~kept, float("inf"))
+    distance = least_squares(points, gather_vectors(points, victims), usable)
+    least, own = minimum_in_place(distance.clone()), squares.gather(-1, victims)
+    # All distances lack the victim's own square. It goes into the limit, which is one number instead of S.
+    limit = torch.maximum((least + own).clamp(min=0.0) * (1 + TIE) - own, least)
+    # One number, the less the newer, says which slot it is, too: a least number is found much faster than its place.
+    slots = points.shape[-2]
+    number = -(view.index * slots + torch.arange(slots, dtype=torch.int32, device=points.device))
+    near = distance.le_(limit[..., None, :]).int().mul_(number[..., None])
+    return minimum_in_place(near).neg().remainder(slots).long()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pyramid import Pyramid, Stages
 from .attention import attention_weights, stack_groups
-from .look_ahead import HORIZONS, LookAhead, Rotate, upcast
+from .look_ahead import HORIZONS, LookAhead, Rotate, has_fast_bfloat16, upcast
 
 FLOOR = 0.1  # of the mean importance of an image token
 SCALES_FLOOR = 1.0  # the same over scales, whose queries are harder to foresee
@@ -83,7 +83,9 @@ class View:
         if isinstance(self.grid, Pyramid):
             yield from self._parts_of_rows_and_heads(count, max(1, pairs // self.index.shape[3] ** 2))
             return
-        for first in range(0, self.index.shape[1], count):
+        total = self.index.shape[1]
+        count = -(-total // -(-total // count))  # parts of nearly equal size
+        for first in range(0, total, count):
             rows = slice(first, first + count)
             shown: dict[str, Any] = {
                 name: None if (tensor := getattr(self, name)) is None else tensor[:, rows]
@@ -189,14 +191,18 @@ class View:
         assert self.queries is not None and self.rotate is not None, 'the policy does not declare that it reads "ahead"'
         if lines not in self._look_aheads:
             first, *further = HORIZONS
-            every = slice(None)
+            queries, every = upcast(self.queries) * self.queries.shape[-1] ** -0.5, slice(None)
             places = [(first, 0, every)] + [(n, 0, slice(start, None, len(further))) for start, n in enumerate(further)]
             if self.in_parts:
                 places += [(first, 1, slice(0, None, 2)), (first, -1, slice(1, None, 2))]
             places = [(n, 0, every) for n in lines] or places
-            queries = torch.cat([self.rotate(self.queries[:, :, :, some], n, aside) for n, aside, some in places], 3)
+            queries = torch.cat([self.rotate(queries[:, :, :, some], n, aside) for n, aside, some in places], 3)
             queries = stack_groups(queries, queries.shape[2] // self.keys.shape[2])
-            self._look_aheads[lines] = LookAhead.of(queries, self.upcast_keys, self.bias)
+            # Not float16, where products overflow; nor over scales, whose models may have keys of length 1 and few
+            # differences between scores.
+            half = self.keys.dtype == torch.bfloat16 and not isinstance(self.grid, Pyramid)
+            keys = self.keys if half and has_fast_bfloat16(self.keys.device) else self.upcast_keys
+            self._look_aheads[lines] = LookAhead.of(queries, keys, self.bias)
         return self._look_aheads[lines]
 
     @cached_property
@@ -208,12 +214,13 @@ class View:
     def points(self) -> tuple[Tensor, Tensor]:
         """What distances are taken between: points L B H S N in float32 or wider, and their squared lengths, L B H S.
 
-        The slots' keys; over scales behind each its value, in units in which the values spread as much as the keys, by
-        the attention foreseen, and where little is kept (`in_parts`) VALUES of that. All less their mean: distances
-        stay what they are, and are more exact when they come from a matrix product (`least_squares`).
+        The slots' keys as they are, of which no copy is made; a matrix product (`least_squares`) gives their distances
+        to about a millionth of a squared key. Over scales behind each its value, in units in which the values spread as
+        much as the keys, by the attention foreseen, and where little is kept (`in_parts`) VALUES of that, all less
+        their mean.
         """
         if not isinstance(self.grid, Pyramid) and not self.in_parts:
-            keys = self.upcast_keys - self.upcast_keys.mean(-2, keepdim=True)
+            keys = self.upcast_keys
             return keys, torch.linalg.vector_norm(keys, dim=-1).square()  # in one pass
         share = self.look_ahead().mass[..., None, :]
         share = share / share.sum(-1, keepdim=True)
@@ -242,7 +249,11 @@ class View:
         return mass + (SCALES_FLOOR if isinstance(self.grid, Pyramid) else FLOOR) * mean * weight
 
     def candidates(self) -> Tensor:
-        """Bool L B H S: image tokens, the only ones that can be evicted."""
+        """Bool L B H S: image tokens, the only ones that can be evicted. Computed once."""
+        return self._candidates
+
+    @cached_property
+    def _candidates(self) -> Tensor:
         return self.index >= self.grid.prompt
 
     def by_index(self, scores: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:

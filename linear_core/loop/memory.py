@@ -19,7 +19,7 @@ BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0
 
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
-    return 2**21 if device == "cpu" else 2**25
+    return 3 * 2**20 if device == "cpu" else 2**25
 
 
 def run_bytes(
@@ -37,7 +37,7 @@ def run_bytes(
     head_slots = shape.prompt + plan.lines(grid) * grid.stride
     attention = rows * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
     if plan.evicts(grid) and plan.release == "fold":
-        # Keys as float32, centred and sorted; distances to candidates; scores and weights of the look-ahead's queries.
+        # Keys as float32 and sorted, vectors gathered from them; distances to candidates; scores and weights of the look-ahead's queries.
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
         near = min(max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots // 2), head_slots)
         each = 3 * shape.head_dim + 2 * near + 2 * 2 * shape.group * grid.stride

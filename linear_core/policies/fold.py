@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.look_ahead import gather_vectors, least_squares
+from ..cache.look_ahead import gather_vectors, least_squares, minimum_in_place
 from ..cache.view import View
 from ..pyramid import Pyramid
 from .rank import sortable
@@ -33,8 +33,9 @@ def fold(view: View) -> Tensor:
     order = sortable(importance.masked_fill(~image, float("inf")), -view.index).argsort(dim=-1)
     points, squares = view.points
     points, squares = gather_vectors(points, order), squares.masked_fill(~image, float("inf")).gather(-1, order)
-    not_behind = torch.full((count, slots), float("inf"), device=points.device, dtype=points.dtype).tril()
-    least = least_squares(points[..., :count, :], points, squares[..., None, :] + not_behind).amin(-1)
+    distance = least_squares(points, points[..., :count, :], squares)
+    distance[..., :count, :] += torch.full((count, count), float("inf"), device=points.device).triu().to(points.dtype)
+    least = minimum_in_place(distance)
     least = (least + squares[..., :count]).clamp(min=0.0)
     cost = least * importance.gather(-1, order[..., :count]).clamp(min=torch.finfo(least.dtype).tiny)
     if isinstance(view.grid, Pyramid):

@@ -157,7 +157,7 @@ def filled(release: str) -> tuple[LineCache, Tensor]:
 def let_go(cache: LineCache, victims: Tensor) -> None:
     """Release layer by layer, as the loop does. Queries stay as they are, however many lines ahead."""
     for layer in range(LAYERS):
-        cache.release(cache.view(1, layer, lambda queries, lines: queries), victims[layer : layer + 1])
+        cache.release(cache.view(1, layer, lambda queries, *_: queries), victims[layer : layer + 1])
 
 
 @pytest.mark.parametrize("release", RELEASES)

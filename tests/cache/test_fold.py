@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linear_core.cache.fold import RIDGE, SLACK, fold
 from linear_core.cache.line_cache import LineCache
-from linear_core.cache.look_ahead import HORIZONS
+from linear_core.cache.look_ahead import HORIZONS, minimum_in_place
 from linear_core.cache.view import FLOOR, SCALES_FLOOR, VALUES, View
 from linear_core.grid import Grid
 from linear_core.models.blocks import rope_2d, rotate_pairs
@@ -395,3 +395,52 @@ def test_the_score_is_the_least_cost_of_a_merge():
     least = 2 * COLS  # of equals the newest are the least important
     assert few[-least:].tolist() == pytest.approx(scores[-least:])
     assert (few[:-least] > few[-least:].max()).all() and (few[:-least].diff() < 0).all(), "the others by importance"
+
+
+@pytest.mark.parametrize(("near", "far"), [(4, 9), (9, 4)])
+def test_of_two_that_are_equally_near_the_newer_takes_the_victim(near, far):
+    """One to the left and one to the right of it; rounding, which makes one of them the nearer, does not decide."""
+    view = make(batch=1, heads=1)
+    keys = torch.full_like(view.keys, 50)
+    victim, left, right = slots_of(view, 6, near, far).view(3)
+    for off, taker in ((1e-6, max(near, far)), (1e-2, near)):
+        keys[..., victim, :], keys[..., left, :], keys[..., right, :] = 0, 1, -1 - off
+        folded = fold(replace(view, keys=keys), victim.view(1, 1, 1, 1), ones(view))
+        assert folded.slot.item() == slots_of(view, taker).item()
+
+
+# -- what makes it cheap -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 11])
+def test_a_minimum_by_halves_sees_every_row(size):
+    """The least row comes first, in the middle, last; and a column may hold nothing that counts."""
+    for least in range(size):
+        x = torch.rand(2, 3, size, 5, generator=torch.Generator().manual_seed(least))
+        x[:, :, least, :4] -= 1
+        x[..., 4] = math.inf
+        expected = x.amin(-2)
+        assert torch.equal(minimum_in_place(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_foresees_the_same(dtype):
+    """Products in bfloat16 are as exact as those of the model's own attention; those of float16 would overflow."""
+    view = make(seed=5)
+    if dtype == torch.float16:  # what all keys have in common changes no share of attention
+        view.keys[..., 0], view.queries[..., 0] = 30000, 10
+    half = replace(view, **{n: getattr(view, n).to(dtype) for n in ("keys", "values", "queries", "bias")})
+    double = replace(half, **{n: getattr(half, n).double() for n in ("keys", "values", "queries", "bias")})
+    found, expected = half.look_ahead(), double.look_ahead()
+    assert found.mass.dtype == found.logsumexp.dtype == torch.float32
+    torch.testing.assert_close(found.mass.double(), expected.mass, atol=0.01, rtol=0)
+    torch.testing.assert_close(found.logsumexp.double(), expected.logsumexp, atol=0.05, rtol=1e-6)
+
+
+def test_parts_are_nearly_equal():
+    """Of five rows, three at a time: three and two, and no row twice."""
+    view = make(batch=5)
+    parts = list(view.parts(3 * 3 * view.index.shape[-1] ** 2))
+    assert [len(part.index[0]) for part in parts] == [3, 2] and [part.first for part in parts] == [0, 3]
+    four = make(batch=4)
+    assert [len(part.index[0]) for part in four.parts(3 * 3 * four.index.shape[-1] ** 2)] == [2, 2]

@@ -47,7 +47,7 @@ def views() -> tuple[View, View]:
     bias = torch.zeros(1, ROWS, KEYS, SLOTS, dtype=torch.float64)
     kept = [*(noise(1, ROWS, KEYS, SLOTS, DIM, seed=n) for n in (1, 2)), bias, index]
     queries = 3 * noise(1, ROWS, KEYS * GROUP, grid.stride, DIM)
-    rest = queries, None, grid, 2, 0, lambda x, lines: x * (1 + lines / 8)
+    rest = queries, None, grid, 2, 0, lambda x, lines, columns: x * (1 + lines / 8)
     return View(*kept, *rest), View(*(x.repeat_interleave(GROUP, 2) for x in kept), *rest)
 
 
