@@ -37,7 +37,7 @@ def run_bytes(
     head_slots = shape.prompt + plan.lines(grid) * grid.stride
     attention = rows * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
     if plan.evicts(grid) and plan.release == "fold":
-        # Keys as float32 and sorted, vectors gathered from them; distances to candidates; scores and weights of the look-ahead's queries.
+        # Keys as float32 and sorted; distances to candidates; scores and weights of the look-ahead's queries.
         at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
         near = min(max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots // 2), head_slots)
         each = 3 * shape.head_dim + 2 * near + 2 * 2 * shape.group * grid.stride
