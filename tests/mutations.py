@@ -387,8 +387,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/look_ahead.py",
-        "x[..., : size - size // 2, :]",
-        "x[..., : size // 2, :]",
+        "x[..., size // 2 :, :])",
+        "x[..., : size - size // 2, :])",
         "a minimum leaves out the middle of an odd number",
     ),
     ("policies/fold.py", ".triu()", ".triu(1)", "fold: a token may stand in for itself"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..pyramid import Pyramid
-from .look_ahead import gather_vectors, least_squares, minimum_in_place, upcast
+from .look_ahead import extreme, gather_vectors, least_squares, upcast
 from .view import View
 
 SLACK = 1.0  # in ln: how far a folded slot's weight may be from its number of tokens
@@ -118,11 +118,11 @@ def _nearest(view: View, victims: Tensor, kept: Tensor) -> Tensor:
     points, squares = view.points
     usable = squares.masked_fill(~kept, float("inf"))
     distance = least_squares(points, gather_vectors(points, victims), usable)
-    least, own = minimum_in_place(distance.clone()), squares.gather(-1, victims)
+    least, own = extreme(distance), squares.gather(-1, victims)
     # All distances lack the victim's own square. It goes into the limit, which is one number instead of S.
     limit = torch.maximum((least + own).clamp(min=0.0) * (1 + TIE) - own, least)
     # One number, the less the newer, says which slot it is, too: a least number is found much faster than its place.
     slots = points.shape[-2]
     number = -(view.index * slots + torch.arange(slots, dtype=torch.int32, device=points.device))
     near = distance.le_(limit[..., None, :]).int().mul_(number[..., None])
-    return minimum_in_place(near).neg().remainder(slots).long()
+    return extreme(near).neg().remainder(slots).long()

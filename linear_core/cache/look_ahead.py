@@ -48,17 +48,16 @@ def least_squares(a: Tensor, b: Tensor, squares: Tensor) -> Tensor:
     return products.add_(squares[..., None])
 
 
-def minimum_in_place(x: Tensor) -> Tensor:
-    """The least of x ... N M over N: ... M. Overwrites x.
+def extreme(x: Tensor, greater: bool = False) -> Tensor:
+    """The least, or greatest, of x ... N M over N: ... M.
 
     On a CPU it takes a fraction of the time of amin: one half is compared with the other, in long vectors, and so on.
     """
     if x.device.type != "cpu":
-        return x.amin(-2)
+        return x.amax(-2) if greater else x.amin(-2)
+    pick = torch.maximum if greater else torch.minimum
     while (size := x.shape[-2]) > 1:
-        front, back = x[..., : size // 2, :], x[..., size - size // 2 :, :]
-        torch.minimum(front, back, out=front)
-        x = x[..., : size - size // 2, :]
+        x = pick(x[..., : size - size // 2, :], x[..., size // 2 :, :])  # of an odd number, the middle one twice
     return x[..., 0, :]
 
 
@@ -85,14 +84,16 @@ class LookAhead:
     D head size, Q estimated queries, those of all query heads that share the key head; all in float32 or wider.
 
     queries    L B H Q D, rotated to where they will stand and scaled by 1 / sqrt(D)
-    logsumexp  L B H Q, of each query's scores: the logarithm of its softmax denominator
-    weights    L B H S Q, attention that each query will pay to each slot
-    mass       L B H S, their mean over the queries
+    powers     L B H S Q, e to the power of each score less the query's greatest
+    total      L B H Q, their sum over the slots: the query's softmax denominator
+    logsumexp  L B H Q, of each query's scores
+    mass       L B H S, attention that each slot will receive, mean over the queries
     """
 
     queries: Tensor
+    powers: Tensor
+    total: Tensor
     logsumexp: Tensor
-    weights: Tensor
     mass: Tensor
 
     @classmethod
@@ -103,13 +104,17 @@ class LookAhead:
         """
         # Slots by queries, because a product of this shape takes a CPU half of the time of the other.
         scores = upcast(keys @ queries.to(keys.dtype).transpose(-1, -2)).add_(bias[..., None])
-        weights = scores.softmax(-2)
-        mass = weights.mean(-1)
-        # From one slot's score and weight, because a pass over all scores costs more.
-        most = mass.argmax(-1)[..., None, None].expand(*mass.shape[:-1], 1, queries.shape[-2])
-        least = torch.finfo(weights.dtype).tiny
-        logsumexp = (scores.gather(-2, most) - weights.gather(-2, most).clamp(min=least).log())[..., 0, :]
-        return cls(queries, logsumexp, weights, mass)
+        # Not by softmax, which over this dimension depends on the number of threads, and is not needed as a whole.
+        greatest = extreme(scores, greater=True)
+        powers = scores.sub_(greatest[..., None, :]).exp_()
+        total = powers.new_ones(powers.shape[-2]) @ powers
+        mass = (powers @ (1 / total)[..., None])[..., 0] / total.shape[-1]
+        return cls(queries, powers, total, greatest + total.log(), mass)
+
+    @property
+    def weights(self) -> Tensor:
+        """Attention that each query will pay to each slot, L B H S Q."""
+        return self.powers / self.total[..., None, :]
 
     def attention_to(self, keys: Tensor) -> Tensor:
         """Attention that each query would pay to a token with each of these keys L B H S D: L B H S Q."""

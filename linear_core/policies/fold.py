@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.look_ahead import gather_vectors, least_squares, minimum_in_place
+from ..cache.look_ahead import extreme, gather_vectors, least_squares
 from ..cache.view import View
 from ..pyramid import Pyramid
 from .rank import sortable
@@ -35,7 +35,7 @@ def fold(view: View) -> Tensor:
     points, squares = gather_vectors(points, order), squares.masked_fill(~image, float("inf")).gather(-1, order)
     distance = least_squares(points, points[..., :count, :], squares)
     distance[..., :count, :] += torch.full((count, count), float("inf"), device=points.device).triu().to(points.dtype)
-    least = minimum_in_place(distance)
+    least = extreme(distance)
     least = (least + squares[..., :count]).clamp(min=0.0)
     cost = least * importance.gather(-1, order[..., :count]).clamp(min=torch.finfo(least.dtype).tiny)
     if isinstance(view.grid, Pyramid):

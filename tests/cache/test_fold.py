@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linear_core.cache.fold import RIDGE, SLACK, fold
 from linear_core.cache.line_cache import LineCache
-from linear_core.cache.look_ahead import HORIZONS, minimum_in_place
+from linear_core.cache.look_ahead import HORIZONS, extreme
 from linear_core.cache.view import FLOOR, SCALES_FLOOR, VALUES, View
 from linear_core.grid import Grid
 from linear_core.models.blocks import rope_2d, rotate_pairs
@@ -420,7 +420,7 @@ def test_a_minimum_by_halves_sees_every_row(size):
         x[:, :, least, :4] -= 1
         x[..., 4] = math.inf
         expected = x.amin(-2)
-        assert torch.equal(minimum_in_place(x), expected)
+        assert torch.equal(extreme(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
