@@ -17,8 +17,8 @@ await page.evaluate(() => {
   };
   const slot = (node, name) => node.inputs.findIndex((i) => i.name === name);
   const load = (window.loader = make("LineAR_LoadModel", 20, 20, [290, 150]));
-  const cache = make("LineAR_LineCache", 20, 250, [290, 150]);
-  const prompt = make("LineAR_ClassPrompt", 20, 460, [290, 190]);
+  const cache = make("LineAR_LineCache", 20, 230, [290, 290]);
+  const prompt = make("LineAR_ClassPrompt", 20, 570, [290, 190]);
   const node = make("LineAR_Generate", 370, 20, [470, 760]);
   const decode = make("LineAR_Decode", 900, 20, [200, 90]);
   load.connect(0, node, slot(node, "model"));
