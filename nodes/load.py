@@ -80,7 +80,7 @@ class LoadModel(io.ComfyNode):
                     "int8, at some cost in quality. Both are multiplied as they are stored, which saves time where "
                     "reading the weights takes most of it: for few pictures at once. fp8: one byte per weight too, but "
                     "slower, as every use converts it. Line Cache shows the result: Janus-Pro-7B takes 13.2 GB, or "
-                    "7.1 GB in fp8 or int8.",
+                    "7.0 GB in int8.",
                 ),
                 io.Boolean.Input(
                     "stream_weights",
