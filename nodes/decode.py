@@ -25,8 +25,8 @@ class Decode(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="image",
-                    tooltip="One image per token grid. A token is 4 x 4 pixels with the bundled model, 16 x 16 with "
-                    "the published ones.",
+                    tooltip="One image per token grid. A token is 4 x 4 pixels with the bundled model, 16 x 16 or "
+                    "8 x 8 with the published ones.",
                 )
             ],
         )

@@ -43,10 +43,10 @@ class DownloadModel(io.ComfyNode):
                 io.Combo.Input(
                     "release",
                     options=list(RELEASES),
-                    tooltip=f"What to download. {sizes}. c2i, var and mvar models take classes, the other models text; "
-                    "vq and vae files are tokenizers. Licences: Lumina-mGPT-7B, Anole and vqgan are not for commercial "
-                    "use (Chameleon Research License); Janus: DeepSeek Model License; movqgan_270M, which Lumina-mGPT "
-                    "2.0 needs: none stated; the rest: MIT or Apache-2.0.",
+                    tooltip=f"What to download. {sizes}. c2i, var, mvar and mar models take classes, the others text; "
+                    "vq, vae and kl16 files are tokenizers. Licences: Lumina-mGPT-7B, Anole and vqgan are not for "
+                    "commercial use (Chameleon Research License); Janus: DeepSeek Model License; movqgan_270M, which "
+                    "Lumina-mGPT 2.0 needs: none stated; the rest: MIT or Apache-2.0.",
                 ),
                 io.Boolean.Input(
                     "with_needed",

@@ -18,8 +18,8 @@ class EncodeImage(io.ComfyNode):
             node_id="LineAR_EncodeImage",
             display_name="Encode Image",
             category="LineAR",
-            description="Encodes images as the tokens of a model, so that Generate can keep their upper rows, or for "
-            "a model that draws in scales the coarse ones, and generate the rest.",
+            description="Encodes images as the tokens of a model, so that Generate can keep their upper rows, all that "
+            "a mask does not cover, or the coarse scales, and generate the rest.",
             search_aliases=["vq encode", "image to tokens", "tokenize", "outpaint", "continue", "linear"],
             inputs=[
                 MODEL.Input("model", tooltip="The model that will continue the image. Its tokenizer must include an "
@@ -27,9 +27,9 @@ class EncodeImage(io.ComfyNode):
                 io.Image.Input("image", tooltip="Images of any size. They are scaled and center-cropped to the size of "
                                "the model, or to the closest of its sizes."),
                 PROMPT.Input("prompt", optional=True, tooltip="Crops to the size set in this Text Prompt, for models "
-                             "with several sizes (Lumina-mGPT). Connect the one that Generate uses."),
+                             "with several sizes. Connect the one that Generate uses."),
             ],
-            outputs=[TOKENS.Output(display_name="tokens", tooltip="For Generate (with keep_rows) and Decode.")],
+            outputs=[TOKENS.Output(display_name="tokens", tooltip="For Generate (with keep_rows or mask) and Decode.")],
         )  # fmt: skip
 
     @classmethod

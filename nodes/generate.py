@@ -115,8 +115,8 @@ class Generate(io.ComfyNode):
                 TOKENS.Input(
                     "tokens",
                     optional=True,
-                    tooltip="Images whose upper rows, or coarse scales, to keep (see keep_rows), from Encode Image or "
-                    "another Generate: one for the whole batch, or one per image.",
+                    tooltip="Images to keep the upper rows or coarse scales of (see keep_rows), or all that the mask "
+                    "does not cover. From Encode Image or another Generate: one for the whole batch, or one per image.",
                 ),
                 io.Int.Input(
                     "keep_rows",
@@ -150,7 +150,7 @@ class Generate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Tokens that one pass through the model guesses ahead and checks. The image is the same, "
-                    "except where two codes are equal but for rounding. Can make one to four images faster; try 8 to "
+                    "except where two codes are equal but for rounding. Can make one or two images faster; try 8 to "
                     "24. 0: none. -1: 8 for a single float32 image on the CPU, none otherwise. None with VAR and "
                     "Infinity, which draw a whole scale in one pass.",
                 ),
@@ -176,9 +176,9 @@ class Generate(io.ComfyNode):
                     max=64,
                     optional=True,
                     advanced=True,
-                    tooltip="With a mask: fills to generate for each image. The one that fits best to what is kept "
-                    "behind it stays: the one under which the model finds those tokens the most likely. Takes as much "
-                    "time and memory as so many images.",
+                    tooltip="With a mask: how many fills to generate for each image. The best one stays: the one that "
+                    "makes the kept tokens behind the region most likely to the model. Takes the time and memory of "
+                    "that many images.",
                 ),
                 MODEL.Input(
                     "drafter",

@@ -33,11 +33,12 @@ class LoadModel(io.ComfyNode):
                     extra_dict={"linear_ar": files.model_facts()},
                     tooltip="The decoder. Bundled ones come with the pack; others go into models/ar_image: "
                     "LlamaGen, VAR, M-VAR, Infinity and MAR files (.safetensors, .pt or .pth) and folders of "
-                    "Infinity 8B, Janus (also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5 or "
-                    "Xiaomi-Robotics-U0. "
+                    "Infinity 8B, Janus (also found in models/Janus-Pro), Lumina-mGPT, Anole, Emu3, Emu3.5, "
+                    "Xiaomi-Robotics-U0 or NOVA. "
                     "Licences: LlamaGen, VAR, Infinity and MAR MIT; M-VAR Apache-2.0 (its code: none stated); Janus "
                     "DeepSeek Model License; Lumina-mGPT 2.0 Apache-2.0 (its VQ tokenizer: none stated); Lumina-mGPT "
-                    "7B and Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5 and U0 Apache-2.0.",
+                    "7B and Anole not for commercial use (Chameleon Research License); Emu3, Emu3.5, U0 and NOVA "
+                    "Apache-2.0.",
                 ),
                 io.Combo.Input(
                     "tokenizer",
@@ -79,7 +80,7 @@ class LoadModel(io.ComfyNode):
                     "int8, at some cost in quality. Both are multiplied as they are stored, which saves time where "
                     "reading the weights takes most of it: for few pictures at once. fp8: one byte per weight too, but "
                     "slower, as every use converts it. Line Cache shows the result: Janus-Pro-7B takes 13.2 GB, or "
-                    "7.1 GB in fp8 or int8.",
+                    "7.0 GB in int8.",
                 ),
                 io.Boolean.Input(
                     "stream_weights",

@@ -113,8 +113,9 @@ class MaskedGenerate(io.ComfyNode):
                     min=OWN,
                     max=30.0,
                     step=0.1,
-                    tooltip="Classifier-free guidance scale: how closely the image follows the class. Typical: 2 to 4. "
-                    "1 or less: none, which halves compute. -1: the model's own value (MAR-B 2.9, L 3.0, H 3.2).",
+                    tooltip="Classifier-free guidance scale: how closely the image follows the prompt. Typical: 2 to "
+                    "5. 1 or less: none, which halves compute. -1: the model's own value (MAR-B 2.9, L 3.0, H 3.2; "
+                    "NOVA 5).",
                 ),
                 io.Int.Input(
                     "steps",
@@ -122,15 +123,16 @@ class MaskedGenerate(io.ComfyNode):
                     min=1,
                     max=1024,
                     tooltip="Steps in which the tokens are drawn, more of them towards the end. Typical: 64, as "
-                    "published; 32 takes half the time of the transformer. At most as many as there are tokens (256).",
+                    "published; 32 takes half the time of the transformer. At most as many as there are tokens (MAR: "
+                    "256).",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Images per class, generated together. A batch that does not fit into free memory is "
-                    "generated in parts; the images are the same.",
+                    tooltip="Images per class or text, generated together. A batch that does not fit into free memory "
+                    "is generated in parts; the images are the same.",
                 ),
                 io.DynamicCombo.Input(
                     "step_cache",
@@ -148,7 +150,7 @@ class MaskedGenerate(io.ComfyNode):
                     "image",
                     optional=True,
                     tooltip="An image of which to keep everything outside the mask: one for all, or one per image. Any "
-                    "size: it is scaled and center-cropped to the model's (256 x 256).",
+                    "size: it is scaled and center-cropped to the model's (MAR: 256 x 256).",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -164,8 +166,8 @@ class MaskedGenerate(io.ComfyNode):
                     max=LAST + 1,
                     optional=True,
                     advanced=True,
-                    tooltip="Denoising steps of a token. Typical: 25 to 100. The time of the diffusion head grows with "
-                    "it, and the head takes most of the time on a CPU.",
+                    tooltip="Denoising steps of a token. Typical: 100 for MAR, 25 for NOVA. The time of the diffusion "
+                    "head grows with it, and the head takes most of the time on a CPU.",
                 ),
                 io.Int.Input(
                     "denoising_last",
@@ -193,8 +195,8 @@ class MaskedGenerate(io.ComfyNode):
                     default=MaskedPlan.schedule,
                     optional=True,
                     advanced=True,
-                    tooltip="linear: guidance grows with the share of the picture that is known, as published. "
-                    "constant: it is the same in all steps.",
+                    tooltip="linear: guidance grows with the share of the image that is known, as MAR was "
+                    "published. constant: it is the same in all steps, as NOVA was published.",
                 ),
                 io.Float.Input(
                     "temperature",

@@ -27,8 +27,8 @@ class TextPrompt(io.ComfyNode):
             node_id="LineAR_TextPrompt",
             display_name="Text Prompt",
             category="LineAR",
-            description="Sets what to generate, for text-to-image models: one image per text. Janus, Lumina-mGPT "
-            "and Emu3 read the text themselves: connect them. LlamaGen and Infinity need a text encoder, which is "
+            description="Sets what to generate, for text-to-image models: one image per text. Janus, Lumina-mGPT, "
+            "Emu3 and NOVA read the text themselves: connect them. LlamaGen and Infinity need a text encoder, which is "
             "loaded only for new texts and unloaded afterwards; connect Infinity too, which reads longer texts.",
             search_aliases=[
                 "text encode",
@@ -50,7 +50,8 @@ class TextPrompt(io.ComfyNode):
                     options=files.text_encoder_names(),
                     tooltip="For LlamaGen and Infinity: FLAN-T5-XL, as the google/flan-t5-xl folder or a single "
                     "encoder file, in models/text_encoders or models/ar_image. Download AR Model fetches it. Ignored "
-                    "when a model that reads text itself (Janus, Lumina-mGPT, Emu3) is connected; 'none' will do.",
+                    "when a model that reads text itself (Janus, Lumina-mGPT, Emu3, NOVA) is connected; 'none' will "
+                    "do.",
                 ),
                 io.String.Input(
                     "text",
@@ -64,7 +65,7 @@ class TextPrompt(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip="The model that will generate the image, from Load AR Model. Required for Janus, "
-                    "Lumina-mGPT and Emu3, whose own tokenizers read the text, and for Infinity; optional for "
+                    "Lumina-mGPT, Emu3 and NOVA, which read the text themselves, and for Infinity; optional for "
                     "LlamaGen.",
                 ),
                 io.String.Input(
@@ -75,12 +76,15 @@ class TextPrompt(io.ComfyNode):
                     placeholder="what to avoid (empty: the model's default)",
                     tooltip="What guidance steers away from, for all images. Empty: as the model was published (Janus: "
                     "the prompt with its text masked out; Lumina-mGPT, Emu3.5 and U0: no text; Emu3: its authors' list "
-                    "of flaws; LlamaGen and Infinity: a learned embedding). No effect without guidance.",
+                    "of flaws; LlamaGen, Infinity and NOVA: a learned embedding). No effect without guidance.",
                 ),
                 size_input(),
             ],
             outputs=[
-                PROMPT.Output(display_name="prompt", tooltip="For Generate and Compare: one row per text, in order.")
+                PROMPT.Output(
+                    display_name="prompt",
+                    tooltip="For Generate, Compare and, with NOVA, Masked Generate: one row per text, in order.",
+                )
             ],
             hidden=[io.Hidden.unique_id],
         )

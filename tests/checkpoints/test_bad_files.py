@@ -70,8 +70,9 @@ def test_the_good_files_load(made: dict[str, Path]) -> None:
 
 
 def test_there_are_more_than_a_thousand_cases() -> None:
-    """As many as the README says; each has a name of its own, and each layout is damaged in many ways."""
-    assert f"{len(CASES)} bad files" in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    """As many as the pages say; each has a name of its own, and each layout is damaged in many ways."""
+    for page in ("README.md", "SECURITY.md"):
+        assert f"{len(CASES)} bad files" in (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     assert len(CASES) == len(list(bad_files.cases())) == 1201
     assert all(sum(case.layout == layout for case in CASES.values()) >= 60 for layout in LAYOUTS)
 

@@ -17,8 +17,8 @@ await page.evaluate(() => {
   };
   const slot = (node, name) => node.inputs.findIndex((i) => i.name === name);
   const load = (window.loader = make("LineAR_LoadModel", 20, 20, [290, 150]));
-  const cache = make("LineAR_LineCache", 20, 250, [290, 150]);
-  const prompt = make("LineAR_ClassPrompt", 20, 460, [290, 190]);
+  const cache = make("LineAR_LineCache", 20, 230, [290, 240]);
+  const prompt = make("LineAR_ClassPrompt", 20, 530, [290, 190]);
   const node = make("LineAR_Generate", 370, 20, [470, 760]);
   const decode = make("LineAR_Decode", 900, 20, [200, 90]);
   load.connect(0, node, slot(node, "model"));
@@ -28,7 +28,7 @@ await page.evaluate(() => {
   load.connect(0, decode, slot(decode, "model"));
   node.connect(0, decode, slot(decode, "tokens"));
   app.canvas.ds.scale = 1;
-  app.canvas.ds.offset = [70, 120];
+  app.canvas.ds.offset = [70, 140];
   app.canvas.setDirty(true, true);
 });
 await placed();
@@ -43,7 +43,7 @@ for (let row = 1; row <= 24; row++) {
   await says(`^row ${row}/24`);
   await painted();
   await page.screenshot({ path: `${folder}/row-${String(row).padStart(2, "0")}.png`, clip: box });
-  if (row === 15) await page.screenshot({ path: `${folder}/widget.png`, clip: { x: 76, y: 84, width: 850, height: 830 } });
+  if (row === 15) await page.screenshot({ path: `${folder}/widget.png`, clip: { x: 76, y: 112, width: 840, height: 826 } }); // without the host's own progress, above
   await post("/test/hold", { row: row + 1 });
 }
 const kept = page.waitForResponse(/\/view\?filename=linear_/);
