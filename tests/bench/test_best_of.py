@@ -11,18 +11,21 @@ import torch
 
 from bench import best_of
 from linear_core.loop.forced import log_likelihood, prompt_match
+from linear_core.loop.generate import Run, generate
 from linear_core.plan import CachePlan, SamplePlan
 from tests.loop.test_replay import setting
 
 
-def test_both_scores_of_one_pass_are_those_of_the_core():
+def test_scores_while_drawing_are_those_of_the_core():
     decoder, prompt = setting("class")
     plan, sample = CachePlan("fold", 2, 2, 1), SamplePlan(guidance=3.0)
-    grid = decoder.grid
-    codes = torch.randint(0, decoder.codes, (prompt.rows, grid.rows, grid.cols), generator=torch.manual_seed(1))
-    guided, match = best_of.likelihoods(decoder, prompt, codes, plan, sample)
-    torch.testing.assert_close(guided, log_likelihood(decoder, prompt, codes, plan, sample).sum((1, 2)).float())
-    torch.testing.assert_close(match, prompt_match(decoder, prompt, codes, plan).sum((1, 2)).float())
+    scored, run = best_of.Scored(decoder, sample, prompt.rows), Run()
+    for line in generate(scored, prompt, plan, sample):
+        run.add(line)
+    scored.count(run.tokens[:, -1, -1])
+    theirs = log_likelihood(decoder, prompt, run.tokens, plan, sample), prompt_match(decoder, prompt, run.tokens, plan)
+    for ours, each in zip((scored.likelihood, scored.match), theirs, strict=True):
+        torch.testing.assert_close(ours.float(), each.sum((1, 2)).float())
 
 
 def made(count: int) -> tuple[list[dict], np.ndarray]:
@@ -74,20 +77,19 @@ def test_a_run_goes_on_where_it_stopped_and_not_under_other_settings(tmp_path, m
         __exit__ = lambda self, *how: None  # noqa: E731
 
         def submit(self, work, number):
-            return type("Done", (), {"result": lambda self: groups[number]})()
+            return type("Done", (), {"result": lambda self: groups[number : number + best_of.TOGETHER]})()
 
     monkeypatch.setattr(best_of, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(best_of.Lab, "__init__", lambda self: None)
     monkeypatch.setattr(best_of.Lab, "real", lambda self: np.random.default_rng(1).normal(size=(480, 4)))
     run = ["best_of", "--out", str(out), "--groups"]
-    monkeypatch.setattr(sys, "argv", [*run, "5"])
-    with pytest.raises(SystemExit):
-        best_of.main()  # no figures yet
-    assert len(json.loads(out.read_text())["groups"]) == 5
-    monkeypatch.setattr(sys, "argv", [*run, "26"])
+    monkeypatch.setattr(sys, "argv", [*run, "6"])
+    assert best_of.main() == 0 and "no figures yet" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["groups"]) == 6
+    monkeypatch.setattr(sys, "argv", [*run, "27"])
     assert best_of.main() == 0
     data = json.loads(out.read_text())
-    assert data["groups"] == groups[:26] and [r["from"] for r in data["runs"]] == [0, 5]
+    assert data["groups"] == groups[:27] and [r["from"] for r in data["runs"]] == [0, 6]
     assert {row["groups"] for row in data["figures"]} == {24}
     assert "| match | 16 | 24 |" in capsys.readouterr().out
     monkeypatch.setitem(best_of.SETTINGS, "seed", 1)
