@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,13 @@ def draw_over_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the run has its own
         items = [{"batch": number, "pictures": _written(batch)} for number, batch in enumerate(batches)]
-        drawn = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        data = ray.data.from_items(items, override_num_blocks=len(items))
+        known = signature(data.map_batches).parameters
+        # From Ray 2.64 on there is no such limit, and a worker is started again however often it dies.
+        limit = {"ray_remote_args_fn": _restarts} if "ray_remote_args_fn" in known else {}
+        drawn = data.map_batches(
             Worker, fn_constructor_args=(job,), batch_size=1, num_gpus=gpus, num_cpus=cpus,
-            compute=ray.data.ActorPoolStrategy(size=count), ray_remote_args_fn=_restarts,
+            compute=ray.data.ActorPoolStrategy(size=count), **limit,
         )  # fmt: skip
         seen = set()
         try:
@@ -154,8 +159,8 @@ def _started(ray: Any, workers: Workers) -> Iterator[None]:
 
 @contextmanager
 def _package_on_path() -> Iterator[None]:
-    """Processes that are started here find the package. Ray's `runtime_env` would see to it, too, but could then not use
-    the workers that it has started ahead.
+    """Processes that are started here find the package. A `runtime_env` would see to it, too, but the workers that Ray
+    has started ahead would then be of no use.
     """
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *filter(None, [before])])
