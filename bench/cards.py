@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.shapes import SHAPES, ModelShape
-from linear_core.checkpoints.library import is_large
+from linear_core.checkpoints.library import stored_in
 from linear_core.loop.memory import CONTEXT_BYTES, run_bytes
 from linear_core.models.quantised import QUANTISATIONS, chosen
 from linear_core.plan import PRESETS, CachePlan
@@ -41,10 +41,11 @@ def weight_bytes(shape: ModelShape) -> dict[str, int]:
     with torch.device("meta"):
         tensors = shape.network(shape.config, shape.grid).state_dict()
     sizes = {"bfloat16": sum(2 * t.numel() for t in tensors.values())}
-    for name, kind in QUANTISATIONS.items():
-        large = [t for of, t in tensors.items() if is_large(of, t)]
-        saved = sum(2 * t.numel() - chosen(kind, *t.shape).bytes(*t.shape) for t in large)
-        sizes[name] = sizes["bfloat16"] - saved
+    for called, kind in QUANTISATIONS.items():
+        stored = stored_in(kind)
+        large = [(t, own) for name, t in tensors.items() if (own := stored(name, t))]
+        saved = sum(2 * t.numel() - chosen(own, *t.shape).bytes(*t.shape) for t, own in large)
+        sizes[called] = sizes["bfloat16"] - saved
     return sizes
 
 

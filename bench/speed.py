@@ -59,7 +59,7 @@ from bench.peer import WHICH, Peer, chosen, problem
 from bench.shapes import SHAPES, ModelShape
 from linear_core.cache.attention import ATTENTIONS, SWITCH, no_kernel
 from linear_core.cache.line_cache import LineCache
-from linear_core.checkpoints.library import is_large
+from linear_core.checkpoints.library import stored_in
 from linear_core.grid import Grid
 from linear_core.loop.drafts import Drafts, check
 from linear_core.loop.generate import Run, draw, evict, generate, room_after
@@ -357,7 +357,7 @@ def measure(
         if args.against:  # before packing, which changes the matrices
             published = dict(model.state_dict())
         if weights != "default":
-            quantise_model(model, QUANTISATIONS[weights], is_large)
+            quantise_model(model, stored_in(QUANTISATIONS[weights]))
         tables = sum(p.nbytes for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
         size = sum(p.nbytes for p in model.parameters())
         if args.device == "cpu" and not args.unpacked and pack(model) and args.against:

@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.forced import FULL, forced_logits
 from bench.shapes import ModelShape
 from bench.uncertainty import half_width
-from linear_core.checkpoints.library import is_large
+from linear_core.checkpoints.library import stored_in
 from linear_core.grid import Grid
 from linear_core.loop.generate import Run, generate
 from linear_core.models.janus import Janus, JanusConfig
@@ -43,7 +43,7 @@ def rows(decoder: Any, prompt: Any, codes: Tensor, kinds: list[str], cache: Cach
     found = []
     models = {"default": decoder}
     for kind in kinds:
-        models[kind] = quantise_model(deepcopy(decoder), QUANTISATIONS[kind], is_large)
+        models[kind] = quantise_model(deepcopy(decoder), stored_in(QUANTISATIONS[kind]))
     for plan in (FULL, cache):
         for kind, model in models.items():
             if plan is FULL and kind == "default":

@@ -160,7 +160,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "keys are copied",
     ),
     ("loop/generate.py", "reads=reads, static=static)", "reads=reads)", "a static step still grows"),
-    ("cache/storage.py", "(first + slot)", "slot", "all heads write to the first one's slots"),
+    ("cache/line_cache.py", ".add_(self.first).view(-1)", ".view(-1)", "all heads write to the first one's slots"),
     ("loop/graph.py", "else result.clone()", "else result", "the next token writes over the logits"),
     ("loop/graph.py", " and self.cache() is cache", "", "a graph outlives its cache"),
     ("loop/graph.py", "self.rows == cache.rows and ", "", "a graph outlives its rows"),
@@ -225,7 +225,21 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     ("models/packed.py", "= linear.bias, linear.out", "= None, linear.out", "packed layers lose their bias"),
     # -- weights in few bits
-    ("models/quantised.py", "alpha=256).mul_(step)", "alpha=255).mul_(step)", "quantised: digits of the wrong worth"),
+    (
+        "models/quantised.py",
+        "alpha=256).mul_(largest)",
+        "alpha=255).mul_(largest)",
+        "quantised: digits of the wrong worth",
+    ),
+    ("models/blocks.py", "table[..., 1, 1::2])", "table[..., 1, ::2])", "RoPE: turned the other way on a CPU"),
+    ("models/packed.py", "torch.cat([x, -x], -1)", "torch.cat([x, x], -1)", "packed norms take the mean off"),
+    (
+        "cache/line_cache.py",
+        "slot + self.first[rows]",
+        "slot + self.first",
+        "folding writes elsewhere",
+    ),
+    ("checkpoints/library.py", "            return INT8\n", "            return None\n", "quantised: all but the head"),
     ("models/quantised.py", "128 * 257 + 0.5", "128 * 256 + 0.5", "quantised: the lower digit is half a step off"),
     (
         "models/quantised.py",
@@ -251,7 +265,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # -- storage
     (
         "cache/storage.py",
-        "_write_slots(self.scale[layer, rows], slot, scale)",
+        "_write_vectors(self.scale[layer], place, scale)",
         "pass",
         "few bits: scales are not written",
     ),
@@ -413,7 +427,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "cache/line_cache.py",
-        "self.values.write(view.layer, slot, folded.values[0], rows)",
+        "self.values.write(view.layer, place, folded.values[0])",
         "pass",
         "folded values are lost",
     ),
@@ -439,8 +453,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("cache/line_cache.py", "self.bias.scatter_(3, slot, 0.0)", "pass", "a new token stays invisible"),
     (
         "cache/line_cache.py",
-        "self.values.write(layer, slot, v)",
-        "self.values.write(layer, slot, k)",
+        "self.values.write(layer, place, v)",
+        "self.values.write(layer, place, k)",
         "values are keys",
     ),
     (

@@ -11,7 +11,7 @@ import torch
 from bench.gpu import Ask
 from bench.gpu_parts.common import DTYPE, Result, attempts, bandwidth_of, drawing, release, seconds_of, shape_of
 from bench.shapes import ModelShape
-from linear_core.checkpoints.library import is_large
+from linear_core.checkpoints.library import stored_in
 from linear_core.models.quantised import LAYOUTS, PLAIN, QUANTISATIONS, layout, quantise, quantise_model, works
 from linear_core.plan import CachePlan
 
@@ -41,7 +41,7 @@ def run(ask: Ask) -> Iterator[Result]:
             release(ask)
             model = shape.make(DTYPE, ask.device)
             if weights != "default":
-                quantise_model(model, QUANTISATIONS[weights], is_large)
+                quantise_model(model, stored_in(QUANTISATIONS[weights]))
             for step in ("eager",) if ask.dry else ("graph", "eager"):
                 called = {"what": "drawing", "model": name, "images": 1, "weights": weights, "step": step}
                 yield from attempts(ask, [(called, partial(whole, ask, model, shape, step, bandwidth))])

@@ -20,6 +20,9 @@ from .storage import RawSlots
 
 ATTENTIONS = ("sdpa", "kernel")
 SWITCH = "LINEAR_ATTENTION"
+# Whether a single query is two matrix products on a CPU. Where a CPU has AMX, PyTorch's own kernel is a quarter faster;
+# where not, it was a fifth slower, in bfloat16 over twice as slow (bench/NOTES.md).
+PRODUCTS = not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 Kernel = Callable[[Tensor, RawSlots, RawSlots, Tensor], Tensor]
 
 
@@ -34,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         q = stack_groups(q, group)
         bias = bias if bias.ndim == 3 else bias.repeat(1, 1, group, 1)
     # Not float16: products overflow there, up to where sdpa, which keeps them in float32, is finite.
-    if q.shape[2] == group and bias.ndim == 3 and q.device.type == "cpu" and q.dtype != torch.float16:
+    if PRODUCTS and q.shape[2] == group and bias.ndim == 3 and q.device.type == "cpu" and q.dtype != torch.float16:
         out = _attend_one(q, k, v, bias)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None] if bias.ndim == 3 else bias)
@@ -47,10 +50,7 @@ def stack_groups(queries: Tensor, group: int) -> Tensor:
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attend` for one token, and few queries of a group, as two matrix products that read keys and values in place.
-
-    PyTorch's CPU kernel is built for many queries: one query takes it a fifth longer, in bfloat16 over twice as long.
-    """
+    """`attend` for one token, and few queries of a group, as two matrix products that read keys and values in place."""
     scores = (k @ q.transpose(-1, -2)).transpose(-1, -2) * q.shape[-1] ** -0.5 + bias[:, :, None]
     weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
     return weights.to(v.dtype) @ v

@@ -16,7 +16,7 @@ from ..grid import Grid
 from ..plan import CachePlan, CacheShape
 from .attention import attend, attention_weights, kernel
 from .fold import fold
-from .storage import STORAGE
+from .storage import STORAGE, first_places
 from .view import View
 
 Window = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of tokens that were not written: L B H T D
@@ -69,6 +69,7 @@ class LineCache:
             self.count = torch.ones(slots, dtype=torch.float32, device=device)  # tokens in a slot
         # The slot that the line's token at a column is written to, for every layer, row and head.
         self.target = torch.zeros(layers, rows, heads, stride, dtype=torch.int64, device=device)
+        self.first = first_places((rows, heads, self.slots), device)
         self.extent = shape.prompt  # slots from here on were never used; a number on the host, constant within a line
         self.part = (0, stride)  # columns of the line that `target` has slots for; numbers on the host
 
@@ -110,9 +111,9 @@ class LineCache:
 
     def write(self, layer: int, column: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
         """Write k, v B H T D and q B Q T D of the tokens at `column` (int64 T)."""
-        slot = self.target[layer].index_select(2, column)
-        self.keys.write(layer, slot, k)
-        self.values.write(layer, slot, v)
+        place = self.target[layer].index_select(2, column).add_(self.first).view(-1)
+        self.keys.write(layer, place, k)
+        self.values.write(layer, place, v)
         if self.queries is not None:
             self.queries[layer].index_copy_(2, column, q)
 
@@ -247,8 +248,9 @@ class LineCache:
         if self.count is not None:
             folded = fold(view, victims.clamp(min=0), self.count[one][..., :end])
             slot = folded.slot[0]
-            self.keys.write(view.layer, slot, folded.keys[0], rows)
-            self.values.write(view.layer, slot, folded.values[0], rows)
+            place = (slot + self.first[rows]).view(-1)
+            self.keys.write(view.layer, place, folded.keys[0])
+            self.values.write(view.layer, place, folded.values[0])
             self.bias[view.layer, rows].scatter_(2, slot, folded.bias[0].to(self.bias.dtype))
             self.count[view.layer, rows].scatter_(2, slot, folded.count[0].to(self.count.dtype))
             self.count[one][..., :end].masked_fill_(released, 1.0)  # for the token that is written there next
@@ -266,6 +268,7 @@ class LineCache:
         self.rows = rows
         self.keys.keep_rows(rows)
         self.values.keep_rows(rows)
+        self.first = self.first[:rows]
         for name in ("bias", "index", "queries", "mass", "count", "survey", "target"):
             if (buffer := getattr(self, name)) is not None:
                 setattr(self, name, buffer[:, :rows])

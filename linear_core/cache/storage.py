@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Device = torch.device | str
-ALL = slice(None)
 GROUP = 16  # elements of a vector that share a floor and a step in 4 bits
 
 
@@ -51,9 +50,9 @@ class Full:
         """x ... D as it is read once it has been written."""
         return x
 
-    def write(self, layer: int, slot: Tensor, x: Tensor, rows: slice = ALL) -> None:
-        """Write x B H T D to slots `slot` B H T of these rows."""
-        _write_slots(self.data[layer, rows], slot, x.to(self.data.dtype))
+    def write(self, layer: int, place: Tensor, x: Tensor) -> None:
+        """Write x B H T D to rows `place` (int64 B*H*T, see `first_places`) of the layer's table of vectors."""
+        _write_vectors(self.data[layer], place, x.to(self.data.dtype))
 
     def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
         """Write x L B H C D, a whole line in all layers, to slots `slot` L B H C where `chosen` B 1 C 1.
@@ -107,10 +106,10 @@ class Packed(Full):
     def stored(self, x: Tensor) -> Tensor:
         return self.unpack(*self.pack(x), self.size)
 
-    def write(self, layer: int, slot: Tensor, x: Tensor, rows: slice = ALL) -> None:
+    def write(self, layer: int, place: Tensor, x: Tensor) -> None:
         data, scale = self.pack(x.to(self.scale.dtype))
-        _write_slots(self.data[layer, rows], slot, data)
-        _write_slots(self.scale[layer, rows], slot, scale)
+        _write_vectors(self.data[layer], place, data)
+        _write_vectors(self.scale[layer], place, scale)
 
     def write_some(self, slot: Tensor, x: Tensor, chosen: Tensor) -> None:
         data, scale = self.pack(x)
@@ -174,13 +173,20 @@ class Int4(Packed):
         )[..., :size]
 
 
-def _write_slots(stored: Tensor, slot: Tensor, x: Tensor) -> None:
-    """Write x B H T N to slots `slot` B H T of `stored` B H S N.
+def first_places(shape: tuple[int, int, int], device: Device) -> Tensor:
+    """Where each row's and head's slots begin in a layer's table of vectors: int64 B H 1, for a `shape` of B H S.
 
-    Written as rows of one long table: on CPUs, scattering into half precision copies all of `stored`, twice.
+    A slot's place in the table is its head's first place plus its own number. On CPUs, scattering into half precision
+    copies all that is stored, twice; writing rows of a table does not.
     """
-    first = torch.arange(0, stored[..., 0].numel(), stored.shape[2], device=stored.device).view(*stored.shape[:2], 1)
-    stored.view(-1, stored.shape[-1]).index_copy_(0, (first + slot).view(-1), x.reshape(-1, x.shape[-1]))
+    rows, heads, slots = shape
+    return torch.arange(0, rows * heads * slots, slots, device=device).view(rows, heads, 1)
+
+
+def _write_vectors(stored: Tensor, place: Tensor, x: Tensor) -> None:
+    """Write x B H T N to `place` int64 B*H*T of `stored` B H S N."""
+    size = stored.shape[-1]
+    stored.view(-1, size).index_copy_(0, place, x.reshape(-1, size))
 
 
 def _write_chosen(stored: Tensor, slot: Tensor, x: Tensor, chosen: Tensor) -> None:

@@ -290,24 +290,23 @@ class PackedInt8(nn.Module):
     def __init__(self, linear: QuantisedLinear):
         super().__init__()
         self.matrix = torch.ops.onednn.qlinear_prepack(linear.weight.data, None)
-        self.scale = linear.scale.data.float()
+        self.scale = linear.scale.data.float() / self.STEPS
         self.zero = torch.zeros(len(self.scale), dtype=torch.int64)
         self.bias, self.size = linear.bias, linear.out_features
         self.middle = torch.full((1,), 128 * 257 + 0.5)
-        self.tiny = torch.full((1,), 1e-30)
+        self.places = torch.tensor([1, 1 / 256])[:, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """x ... I -> ... O."""
-        x_rows = x.reshape(-1, x.shape[-1])
-        rows, inputs = x_rows.shape
-        step = torch.add(self.tiny, torch.linalg.vector_norm(x_rows, float("inf"), -1, True), alpha=1 / self.STEPS)
-        digits = torch.addcdiv(self.middle, x_rows, step).to(torch.int32).view(torch.uint8)  # little end first
-        pair = digits.as_strided((2, rows, inputs), (1, 4 * inputs, 4)).reshape(2 * rows, inputs)
+        rows = x.reshape(-1, x.shape[-1])
+        largest = rows.abs().amax(-1, True)  # if it is 0, the digits are whatever NaN becomes, and count 0 times
+        numbers = torch.addcdiv(self.middle, rows, largest, value=self.STEPS)
+        digits = (numbers * self.places).to(torch.int32).to(torch.uint8).flatten(0, 1)  # which keeps the last 8 bits
         product = torch.ops.onednn.qlinear_pointwise.default
         low, high = product(
-            pair, 1.0, 128, self.matrix, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+            digits, 1.0, 128, self.matrix, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
         ).chunk(2)  # fmt: skip
-        out = torch.add(low, high, alpha=256).mul_(step)
+        out = torch.add(low, high, alpha=256).mul_(largest)
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.size)
@@ -327,26 +326,24 @@ def packs() -> bool:
     return bool((found - _converted(x, linear.weight, linear.scale)).abs().max() < 0.1)
 
 
-def quantised(
-    model: nn.Module, kind: Quantisation, wanted: Callable[[str, Tensor], bool], ops: Ops = nn
-) -> dict[str, Any]:
-    """New layers to take the place of those Linears of `model` whose matrix is `wanted`, by the matrix's name.
+def quantised(model: nn.Module, stored: Callable[[str, Tensor], Quantisation | None], ops: Ops = nn) -> dict[str, Any]:
+    """New layers to take the place of those Linears of `model` that are quantised, by the matrix's name.
 
-    wanted  asked with a matrix's name and the matrix
+    stored  asked with a matrix's name and the matrix: how to store it; None: as it is
     ops     whose QuantisedLinear is made, if it has one
     """
     make = getattr(ops, "QuantisedLinear", QuantisedLinear)
     layers = {}
     for name, linear in model.named_modules():
-        if isinstance(linear, nn.Linear) and wanted(f"{name}.weight", linear.weight):
+        if isinstance(linear, nn.Linear) and (kind := stored(f"{name}.weight", linear.weight)):
             outputs, inputs = linear.weight.shape
             layers[f"{name}.weight"] = make(inputs, outputs, linear.bias is not None, chosen(kind, outputs, inputs))
     return layers
 
 
-def quantise_model(model: nn.Module, kind: Quantisation, wanted: Callable[[str, Tensor], bool]) -> nn.Module:
-    """`model` with those Linears quantised whose matrix is `wanted`, in place. Files are quantised as they are read."""
-    for name, layer in quantised(model, kind, wanted).items():
+def quantise_model(model: nn.Module, stored: Callable[[str, Tensor], Quantisation | None]) -> nn.Module:
+    """`model` with the Linears quantised that are to be `stored` so, in place. Files are quantised as they are read."""
+    for name, layer in quantised(model, stored).items():
         linear: Any = model.get_submodule(where := name.removesuffix(".weight"))
         layer.to(linear.weight.device).fill(slice(0, layer.out_features), linear.weight.data)
         layer.bias = linear.bias

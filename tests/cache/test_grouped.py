@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_core.cache import attention
 from linear_core.cache.attention import attend
 from linear_core.cache.line_cache import LineCache
 from linear_core.cache.view import View
@@ -27,9 +28,10 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("tokens", "products"), [(1, True), (1, False), (3, True)])
 @pytest.mark.parametrize("each", [False, True], ids=["one bias", "a bias for each token"])
-def test_attention_is_that_of_copies(tokens: int, each: bool) -> None:
+def test_attention_is_that_of_copies(tokens: int, products: bool, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PRODUCTS", products)  # or PyTorch's kernel, whatever the CPU
     q, k, v = noise(ROWS, KEYS * GROUP, tokens, DIM), *(noise(ROWS, KEYS, SLOTS, DIM, seed=n) for n in (1, 2))
     bias = noise(ROWS, KEYS, tokens, SLOTS, seed=3) if each else noise(ROWS, KEYS, SLOTS, seed=3)
     bias[..., 4] = float("-inf")

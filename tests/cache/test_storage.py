@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linear_core.cache.line_cache import LineCache
-from linear_core.cache.storage import STORAGE, Full, Int4, Int8, Packed
+from linear_core.cache.storage import STORAGE, Full, Int4, Int8, Packed, first_places
 from linear_core.grid import Grid
 from linear_core.loop.generate import generate
 from linear_core.plan import RELEASES, CachePlan, CacheShape, SamplePlan
@@ -66,6 +66,11 @@ def test_rounding_is_to_the_nearest_step(kind: type[Packed], worst: float, dtype
     assert (off <= reach * worst + rounding + 1e-7).all() and off.max() > 0
 
 
+def places(slot: Tensor, row: int = 0) -> Tensor:
+    """Of slots B H T, the first of them in this row of the batch."""
+    return (slot + first_places((3, 2, SLOTS), "cpu")[row : row + len(slot)]).flatten()
+
+
 @pytest.mark.parametrize("storage", PACKED)
 def test_what_is_written_is_read_rounded_once(storage):
     """Token by token beside the plain storage; other slots, rows and layers are left alone."""
@@ -78,7 +83,7 @@ def test_what_is_written_is_read_rounded_once(storage):
     for n in range(4):
         x, slot = noise(3, 2, 1, DIM, seed=10 + n), target[..., n : n + 1]
         for kind in (plain, packed):
-            kind.write(0, slot, x)
+            kind.write(0, places(slot), x)
         assert torch.equal(packed.read(0, SLOTS), packed.stored(plain.read(0, SLOTS)))
     assert not packed.read(1, SLOTS).any()
 
@@ -101,7 +106,7 @@ def test_a_line_of_which_some_is_written(storage, rows):
             for column in range(4):
                 if chosen[row, 0, column, 0]:
                     part = slice(row, row + 1), slice(None), slice(column, column + 1)
-                    again.write(layer, slot[layer][part], x[layer][part], slice(row, row + 1))
+                    again.write(layer, places(slot[layer][part], row), x[layer][part])
         assert torch.equal(kind.read(layer, SLOTS), again.read(layer, SLOTS))
 
 
@@ -112,7 +117,7 @@ def test_only_what_is_folded_is_rounded_again(storage):
     before, slot = packed.read(0, SLOTS).clone(), torch.tensor([1, 4, 1]).expand(1, 2, 3)
     where = torch.zeros(3, 2, SLOTS, dtype=torch.bool)
     where[1:2, :, [1, 4]] = True
-    packed.write(0, slot, before[1:2].gather(2, slot[..., None].expand(-1, -1, -1, DIM)) + 1, slice(1, 2))
+    packed.write(0, places(slot, 1), before[1:2].gather(2, slot[..., None].expand(-1, -1, -1, DIM)) + 1)
     got = packed.read(0, SLOTS)
     assert torch.equal(got[~where], before[~where])
     torch.testing.assert_close(got[where], before[where] + 1, atol=0.06 if storage == "int8" else 0.7, rtol=0)
@@ -141,8 +146,8 @@ def test_it_is_the_plain_cache_of_rounded_numbers(policy, release, storage, monk
     """Victims, folds, masses and logits to the end, with guidance and its end."""
 
     class Rounded(Full):
-        def write(self, layer: int, slot: Tensor, x: Tensor, rows: slice = slice(None)) -> None:
-            super().write(layer, slot, self.stored(x), rows)
+        def write(self, layer: int, place: Tensor, x: Tensor) -> None:
+            super().write(layer, place, self.stored(x))
 
         def write_prompt(self, layer: int, x: Tensor) -> None:
             super().write_prompt(layer, self.stored(x))

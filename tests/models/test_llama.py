@@ -17,7 +17,7 @@ from linear_core.checkpoints.families.llama import layer_target
 from linear_core.checkpoints.weights import load_into, read_weights
 from linear_core.errors import UserError
 from linear_core.grid import Grid
-from linear_core.models.blocks import HeadNorm, rope_1d, rotate_halves
+from linear_core.models.blocks import HeadNorm, for_pairs, rope_1d, rope_2d, rotate_halves, rotate_pairs
 from linear_core.models.llama import Llama
 from linear_core.models.raster import Raster
 from linear_core.plan import CachePlan, SamplePlan
@@ -39,6 +39,19 @@ def test_turning_halves_by_hand() -> None:
         torch.testing.assert_close(turned[..., i + 4], x[..., i + 4] * angle.cos() + x[..., i] * angle.sin())
     again = rotate_halves(turned, rope_1d(place, 8, 100.0))
     torch.testing.assert_close(again, rotate_halves(x, rope_1d(2 * place, 8, 100.0)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "table", [rope_2d(3, 2, 8, 100.0, torch.device("cpu")), for_pairs(rope_1d(torch.arange(6), 8, 100.0))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pairs_are_rotated_alike_by_complex_and_by_real_numbers(table, dtype, monkeypatch):
+    """The CPU's way and that of other devices; a part of the heads of a projection, as layers have them."""
+    x = torch.randn(2, 6, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(1, 2)[:, 1:4]
+    by_complex = rotate_pairs(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(by_complex, rotate_pairs(x, table))
+    assert by_complex.dtype == dtype and not torch.equal(by_complex, x)
 
 
 def test_head_norm_by_hand() -> None:

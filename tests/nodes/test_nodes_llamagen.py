@@ -225,7 +225,7 @@ def test_matrices_in_few_bits(kept: str, tokenizer: None, comfy: comfy_double.Ho
     """Multiplied as they are stored, and the same where ComfyUI has them fetched for every use. Odd sizes: 8 bits."""
     (model,) = run("LoadModel", model="small.safetensors", tokenizer="automatic", weight_dtype=kept).result
     few = [m for m in model.image.decoder.modules() if hasattr(m, "kind")]
-    assert [m.kind.bits for m in few] == ([8] * 5 if kept == "int8" else [4, 4, 8, 8, 8])
+    assert [m.kind.bits for m in few] == ([8] * 6 if kept == "int8" else [4, 4, 8, 8, 8, 8])
     assert type(model.decoder) is comfy_double.Patcher
     assert all(m.weight.dtype in (torch.int8, torch.uint8) and not m.comfy_cast_weights for m in few)
     (prompt,) = run("TextPrompt", text_encoder="flan-t5-xl", text="a castle").result
