@@ -342,7 +342,7 @@ def test_a_ray_that_is_not_there_is_one_sentence(job: Job) -> None:
 def test_a_ray_that_is_started_here_finds_the_package_and_leaves_no_trace(
     before: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its processes inherit the path; a `runtime_env`, which would make the workers started ahead useless, is not used."""
+    """Its processes inherit the path; a `runtime_env` would make the workers that are started ahead useless."""
     if before is None:
         monkeypatch.delenv("PYTHONPATH", raising=False)
     else:
