@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -89,12 +90,14 @@ def draw_over_ray(
         items = [{"batch": number, "pictures": _written(batch)} for number, batch in enumerate(batches)]
         data = ray.data.from_items(items, override_num_blocks=len(items))
         known = signature(data.map_batches).parameters
-        # From Ray 2.64 on there is no such limit, and a worker is started again however often it dies.
+        # Ray 2.60 warns that 2.64 takes this limit away; a worker is then started again however often it dies.
         limit = {"ray_remote_args_fn": _restarts} if "ray_remote_args_fn" in known else {}
-        drawn = data.map_batches(
-            Worker, fn_constructor_args=(job,), batch_size=1, num_gpus=gpus, num_cpus=cpus,
-            compute=ray.data.ActorPoolStrategy(size=count), **limit,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            drawn = data.map_batches(
+                Worker, fn_constructor_args=(job,), batch_size=1, num_gpus=gpus, num_cpus=cpus,
+                compute=ray.data.ActorPoolStrategy(size=count), **limit,
+            )  # fmt: skip
         seen = set()
         try:
             for found in drawn.iter_rows():
