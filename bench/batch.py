@@ -115,29 +115,48 @@ class Watched:
     """
 
     def __init__(self, processes: list[subprocess.Popen[str]]):
-        self.processes, self.begun, self.spent = processes, time.perf_counter(), dict[int, float]()
+        self.processes, self.begun, self.looked = processes, time.perf_counter(), 0.0
+        self.spent, self.titles = dict[int, float](), dict[int, str]()
 
     def look(self) -> bool:
-        """Whether any still runs."""
-        for process in self.processes:
-            if process.poll() is None:
-                for pid in below(process.pid):
-                    with contextlib.suppress(OSError):
-                        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                        ticks = int(fields[11]) + int(fields[12])
-                        self.spent[pid] = ticks / os.sysconf("SC_CLK_TCK")
-        return any(process.poll() is None for process in self.processes)
+        """Whether any still runs. The processes are counted once a second, as that takes time, too."""
+        running = [process for process in self.processes if process.poll() is None]
+        if time.perf_counter() > self.looked + 1:
+            self.looked = time.perf_counter()
+            for pid in below(*[process.pid for process in running]):
+                with contextlib.suppress(OSError):
+                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    self.spent[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                    self.titles[pid] = title(pid) or self.titles.get(pid, "ended")
+        return bool(running)
 
     def result(self) -> dict[str, Any]:
         """Exits with what a command said if it failed."""
         while self.look():
-            time.sleep(0.5)
+            time.sleep(0.1)
         seconds = time.perf_counter() - self.begun
         for process in self.processes:
             told, _ = process.communicate()
             if process.returncode:
                 sys.exit(told)
-        return {"seconds": round(seconds, 1), "cpu_seconds": round(sum(self.spent.values()), 1)}
+        by_title: dict[str, float] = {}
+        for pid, spent in self.spent.items():
+            by_title[self.titles[pid]] = round(by_title.get(self.titles[pid], 0.0) + spent, 1)
+        return {
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(sum(self.spent.values()), 1),
+            "cpu_seconds_of": dict(sorted(by_title.items(), key=lambda item: -item[1])),
+        }
+
+
+def title(pid: int) -> str:
+    """What a process is, in a word: Ray's title of a worker, a script, or a program; "" once it has ended."""
+    words = [word for word in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0") if word]
+    if words and words[0].startswith("ray::"):
+        return words[0].split(".")[0].split("(")[0]
+    if "-m" in words:
+        return words[words.index("-m") + 1]
+    return Path(next((word for word in words if word.endswith(".py")), words[0] if words else "")).name
 
 
 def plain(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -156,7 +175,7 @@ def over_ray(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     asked = [*command(args, scratch, range(args.pictures), out), "--ray", "--workers", str(args.workers)]
     watched = Watched([start(asked, 1)])
     while watched.look():
-        time.sleep(0.5)
+        time.sleep(0.1)
         drawn = len(os.listdir(out / "pictures")) if (out / "pictures").exists() else 0
         if drawn and not first:
             first = time.perf_counter() - watched.begun
@@ -166,13 +185,13 @@ def over_ray(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {**watched.result(), "until_first_batch": round(first, 1), "workers_killed": int(bool(killed))}
 
 
-def below(pid: int) -> list[int]:
-    """This process and all below it (Linux)."""
+def below(*pids: int) -> list[int]:
+    """These processes and all below them (Linux)."""
     parents = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {pid}
+    found = set(pids)
     for _ in range(5):
         found |= {child for child, parent in parents.items() if parent in found}
     return sorted(found)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Of a Ray that is started here, which ends with the run: nobody would read what these collect, and on a machine of few
+# cores the workers lack the time that collecting takes.
+UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",  # 0: none, for `ray list tasks` and the dashboard
+    "RAY_event_stats": "0",
 }
 PACKAGE = Path(__file__).parents[1]
 RESTARTS = 100  # of a worker, and of a batch whose worker died; more often, something is wrong
@@ -52,9 +61,9 @@ class Workers:
             raise UserError(f"gpus: {self.gpus:g} is neither a share of a GPU nor a whole number; choose 0.5, say.")
 
 
-def import_ray() -> Any:
+def import_ray(address: str = LOCAL) -> Any:
     """The module ray. Raises UserError if it, or what Ray Data needs, is missing."""
-    for name, value in SETTINGS.items():
+    for name, value in (SETTINGS | (UNWATCHED if address == LOCAL else {})).items():
         os.environ.setdefault(name, value)
     try:
         import ray
@@ -72,17 +81,23 @@ def draw_over_ray(
 
     Raises UserError for what concerns all pictures, and if a worker dies again and again.
     """
-    ray = import_ray()
+    ray = import_ray(workers.address)
     with _started(ray, workers):
         count, gpus, cpus = _layout(ray, workers, len(batches))
         tell(f"{count} workers{f' with {gpus:g} GPU each' if gpus else ''}")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the run has its own
         items = [{"batch": number, "pictures": _written(batch)} for number, batch in enumerate(batches)]
-        drawn = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Worker, fn_constructor_args=(job,), batch_size=1, num_gpus=gpus, num_cpus=cpus,
-            compute=ray.data.ActorPoolStrategy(size=count), ray_remote_args_fn=_restarts,
-        )  # fmt: skip
+        data = ray.data.from_items(items, override_num_blocks=len(items))
+        known = signature(data.map_batches).parameters
+        # Ray 2.60 warns that 2.64 takes this limit away; a worker is then started again however often it dies.
+        limit = {"ray_remote_args_fn": _restarts} if "ray_remote_args_fn" in known else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            drawn = data.map_batches(
+                Worker, fn_constructor_args=(job,), batch_size=1, num_gpus=gpus, num_cpus=cpus,
+                compute=ray.data.ActorPoolStrategy(size=count), **limit,
+            )  # fmt: skip
         seen = set()
         try:
             for found in drawn.iter_rows():
@@ -127,14 +142,13 @@ def _started(ray: Any, workers: Workers) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if local:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
-        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     else:
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")  # tries, or nobody there takes many minutes
         # The code travels, the model's files do not.
         options["runtime_env"] = {"py_modules": [str(PACKAGE)], "excludes": ["assets/*.safetensors"]}
     try:
-        ray.init(address=workers.address, **options)
+        with _package_on_path() if local else nullcontext():
+            ray.init(address=workers.address, **options)
     except Exception as error:  # Ray has many
         raise UserError(
             f"ray: it cannot be started at {quoted(workers.address)} ({_reason(error)}); give the address of a running "
@@ -144,6 +158,22 @@ def _started(ray: Any, workers: Workers) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _package_on_path() -> Iterator[None]:
+    """Processes that are started here find the package. A `runtime_env` would see to it, too, but the workers that Ray
+    has started ahead would then be of no use.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *filter(None, [before])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _layout(ray: Any, workers: Workers, batches: int) -> tuple[int, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -335,3 +336,23 @@ def test_a_ray_that_is_not_there_is_one_sentence(job: Job) -> None:
         over_ray._started(ray, Workers("10.0.0.1:6379")),
     ):
         pass
+
+
+@pytest.mark.parametrize("before", [None, "/elsewhere"])
+def test_a_ray_that_is_started_here_finds_the_package_and_leaves_no_trace(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes inherit the path; a `runtime_env` would make the workers that are started ahead useless."""
+    if before is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", before)
+    told: dict[str, Any] = {}
+    ray = SimpleNamespace(
+        init=lambda **options: told.update(options, path=os.environ["PYTHONPATH"]),
+        shutdown=lambda: told.update(ended=True),
+    )
+    with over_ray._started(ray, Workers()):
+        assert os.environ.get("PYTHONPATH") == before
+    assert told["path"].split(os.pathsep) == [str(over_ray.PACKAGE.parent), *([before] if before else [])]
+    assert told["address"] == "local" and "runtime_env" not in told and told["ended"]

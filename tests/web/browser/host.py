@@ -46,6 +46,7 @@ class Replay:
         self.hold = asyncio.Event()  # POST /test/hold: wait after that row, until the next or POST /test/go
         self.hold_after = 10**9
         self.entries = 1  # POST /test/list: entries of the list that the node gets, for each of which it runs
+        self.kept = ""  # POST /test/mask: what the node says of its mask, as in linear_core/events.py
         self.playing: set[asyncio.Task] = set()
         self.files = {name: data for run in self.fixture["runs"].values() for name, data in run["files"].items()}
 
@@ -82,6 +83,7 @@ class Replay:
                 "/test/hold": self.post_hold,
                 "/test/go": self.post_go,
                 "/test/list": self.post_list,
+                "/test/mask": self.post_mask,
             },
         }
         for method, table in routes.items():
@@ -195,6 +197,10 @@ class Replay:
         self.entries = (await request.json())["entries"]
         return web.json_response({})
 
+    async def post_mask(self, request: web.Request) -> web.Response:
+        self.kept = (await request.json())["kept"]
+        return web.json_response({})
+
     async def interrupt(self, _: web.Request) -> web.Response:
         self.hold_after = 10**9
         self.stop.set()
@@ -238,7 +244,7 @@ class Replay:
                     client, renamed_binary(base64.b64decode(data["binary"]), ids, run["prompt_id"], prompt_id)
                 )
                 continue
-            message = renamed(data, ids, run["prompt_id"], prompt_id)
+            message = with_mask(renamed(data, ids, run["prompt_id"], prompt_id), self.kept)
             if message["type"] == "executed":
                 outputs[message["data"]["node"]] = message["data"]["output"]
             await self.say(client, message)
@@ -299,6 +305,16 @@ def of_entry(data: Any, entry: int) -> Any:
         codes = array("H", base64.b64decode(data["tokens"]))
         data["tokens"] = base64.b64encode(array("H", ((code + entry) % 1024 for code in codes))).decode()
     return data
+
+
+def with_mask(data: Any, kept: str) -> Any:
+    """A message of a run as if it had been given a mask that keeps these cells."""
+    if isinstance(data, list):
+        return [with_mask(item, kept) for item in data]
+    if not isinstance(data, dict):
+        return data
+    more = {"kept": kept} if data.get("kind") == "started" else {}
+    return {key: with_mask(value, kept) for key, value in data.items()} | more
 
 
 IDS = {"node", "display_node", "node_id", "display_node_id", "real_node_id", "parent_node_id"}

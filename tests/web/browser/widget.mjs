@@ -295,6 +295,58 @@ await check("a node that runs for each entry of a list: one run is shown, any ca
   assert.equal(await which.count(), 0);
 });
 
+await check("a mask: what it keeps is hatched while the rest is drawn, a line stays around the rest, and the pointer names it", async () => {
+  const [rows, cols, hole] = [24, 24, { top: 10, bottom: 18, left: 6, right: 18 }]; // bottom and right: the first beyond
+  const inside = (cell) => { const [row, col] = [Math.floor(cell / cols), cell % cols]; return row >= hole.top && row < hole.bottom && col >= hole.left && col < hole.right; };
+  const bits = new Uint8Array((rows * cols) / 8);
+  for (let cell = 0; cell < rows * cols; cell++) if (!inside(cell)) bits[cell >> 3] |= 1 << (cell & 7);
+  const kept = (text) => post("/test/mask", { kept: text });
+  /** How far colours differ along the edge above the hole, and along a line between cells further up. */
+  const spreads = async () => {
+    const { boxes: [box] } = await page.evaluate(() => window.node.widgets.find((w) => w.linearView).linearView.place);
+    return canvas.evaluate((c, { box, hole: { top, left, right } }) => {
+      const scale = c.width / c.clientWidth;
+      const spread = (row) => {
+        const [x, y] = [box.x + (left + 0.5) * box.cell, box.y + row * box.cell].map((v) => Math.round(v * scale));
+        const { data } = c.getContext("2d").getImageData(x, y, Math.round((right - left - 1) * box.cell * scale), 1);
+        const green = data.filter((_, i) => i % 4 === 1);
+        return Math.max(...green) - Math.min(...green);
+      };
+      return { edge: spread(top), above: spread(top - 3) };
+    }, { box, hole });
+  };
+  const look = async (name) => { await page.getByRole("radio", { name, exact: true }).click(); await painted(); return colours(); };
+  await build("LineAR_Generate");
+  await queue();
+  assert.equal(await end(), "execution_success");
+  await says("^row 24/24 · ");
+  const [image, both] = [await look("Image"), await look("Both")];
+  await kept(Buffer.from(bits).toString("base64"));
+  await post("/test/hold", { row: 14 });
+  await queue();
+  await says(String.raw`^row 1[4-9]/24 · `);
+  await until(colours, ({ seen }) => seen > 60, "a picture is shown");
+  await shot("mask-mid");
+  await post("/test/go", {});
+  assert.equal(await end(), "execution_success");
+  await says("^row 24/24 · ");
+  const hatched = await until(() => look("Both"), (now) => now.mean !== both.mean, "what is kept is hatched");
+  assert.notEqual(hatched.mean.toFixed(1), both.mean.toFixed(1));
+  await shot("mask-both");
+  const plain = await look("Image");
+  assert.ok(Math.abs(plain.mean - image.mean) < 2, `a finished picture is seen as it is: ${plain.mean}, without a mask ${image.mean}`);
+  const { edge, above } = await spreads();
+  assert.ok(edge < 5 && above > 20, `a line around the region, in one colour: ${edge}, and ${above} in the picture`);
+  await shot("mask-image");
+  const box = await canvas.boundingBox();
+  const at = await page.evaluate(() => { const { place } = window.node.widgets.find((w) => w.linearView).linearView; return place.boxes[0]; });
+  const tip = async (row, col) => { await page.mouse.move(box.x + at.x + (col + 0.5) * at.cell, box.y + at.y + (row + 0.5) * at.cell); return text(".tip"); };
+  assert.match(await tip(2, 3), /^row 3, column 4 · outside the mask/);
+  assert.doesNotMatch(await tip(12, 12), /outside the mask/);
+  await fits("fits-mask");
+  await kept("");
+});
+
 await check("Compare: both grow under one slider, then each pair of the batch", async () => {
   await build("LineAR_Compare");
   const slide = page.locator("canvas[role=slider]");
