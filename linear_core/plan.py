@@ -39,6 +39,17 @@ PARTS = {1: 4, 2: 4, 3: 2}  # by lines of budget: how often a line `fold` makes 
 LINES = 24  # of a picture whose budget is stated in lines while it is drawn in scales: 4 lines are then 1/6
 
 
+def pairs_of_head(slots: int, head_dim: int, in_parts: bool = False) -> int:
+    """Numbers that folding computes at once for a head of so many slots: their pairs, or some vectors of each.
+
+    in_parts  room is made in parts of a line, for which values are compared as well as keys
+
+    At a line's end, as many heads are taken at a time as memory is kept for. What takes more is given back to the
+    system and comes back page by page, which may take as long as folding itself.
+    """
+    return slots * max(slots, (4 if in_parts else 2) * head_dim)
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """What the line cache keeps. Raises UserError naming the setting that is out of range.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan import pairs_of_head
 from ..pyramid import Pyramid, Stages
 from .attention import attention_weights, stack_groups
 from .look_ahead import HORIZONS, LookAhead, Rotate, has_fast_bfloat16, upcast
@@ -77,9 +78,12 @@ class View:
     def parts(self, pairs: int) -> Iterator[View]:
         """The view split by rows: each part has at most `pairs` pairs of slots, but at least one row.
 
-        Over scales, where a head may have thousands of slots, also by heads: then it has at least one head.
+        Where slots are few, their vectors count instead (`pairs_of_head`). Over scales, where a head may have thousands
+        of slots, the view is also split by heads: a part then has at least one head.
         """
-        count = max(1, pairs // (self.index.shape[2] * self.index.shape[3] ** 2))
+        heads, slots = self.index.shape[2:]
+        each = slots**2 if isinstance(self.grid, Pyramid) else pairs_of_head(slots, self.keys.shape[-1], self.in_parts)
+        count = max(1, pairs // (heads * each))
         if isinstance(self.grid, Pyramid):
             yield from self._parts_of_rows_and_heads(count, max(1, pairs // self.index.shape[3] ** 2))
             return

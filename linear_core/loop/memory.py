@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..grid import Grid
-from ..plan import CachePlan, CacheShape
+from ..plan import CachePlan, CacheShape, pairs_of_head
 from ..pyramid import Pyramid
 from ..steps import StepCachePlan, StepCacheShape
 
@@ -19,7 +19,7 @@ BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0
 
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
-    return 3 * 2**20 if device == "cpu" else 2**25
+    return 2**21 if device == "cpu" else 2**25
 
 
 def run_bytes(
@@ -38,9 +38,12 @@ def run_bytes(
     attention = rows * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
     if plan.evicts(grid) and plan.release == "fold":
         # Keys as float32 and sorted; distances to candidates; scores and weights of the look-ahead's queries.
-        at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * head_slots**2)))
+        in_parts = len(plan.ends(grid, grid.rows - 1)) > 1  # then values count as well, and queries look aside
+        pairs = pairs_of_head(head_slots, shape.head_dim, in_parts)
+        at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * pairs)))
         near = min(max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots // 2), head_slots)
-        each = 3 * shape.head_dim + 2 * near + 2 * 2 * shape.group * grid.stride
+        vectors, horizons = (6, 3) if in_parts else (3, 2)
+        each = vectors * shape.head_dim + 2 * near + 2 * horizons * shape.group * grid.stride
         attention = at_once * shape.heads * head_slots * each * 4
     if window:  # what a window's queries see, their scores, and queries, keys and values of all layers, twice
         seen = head_slots + window

@@ -42,7 +42,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cache.refresh": ({"steps", "cache.step_cache"}, TENSORS),
     "cache.kernel": ({"cache.storage"}, TENSORS | {"triton"}),  # attention imports it when it is asked for
     "cache.attention": ({"defaults", "errors", "cache.kernel", "cache.look_ahead", "cache.storage"}, TENSORS),
-    "cache.view": ({"pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
+    "cache.view": ({"plan", "pyramid", "cache.attention", "cache.look_ahead"}, TENSORS),
     "cache.fold": ({"pyramid", "cache.look_ahead", "cache.view"}, TENSORS),
     "cache.line_cache": (
         {"grid", "plan", "cache.attention", "cache.fold", "cache.look_ahead", "cache.storage", "cache.view"},
