@@ -268,7 +268,7 @@ class QuantisedLinear(nn.Module):
 
     def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` with weights that a host may have moved."""
-        flat, of = x.reshape(-1, x.shape[-1]), LAYOUTS[self.layout]
+        flat, of = x.reshape(-1, x.shape[-1]).contiguous(), LAYOUTS[self.layout]  # some products want it so
         out = _converted(flat, of.unpack(weight), scale) if len(flat) > FEW else of.product(flat, weight, scale)
         out = out if bias is None else out + bias.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)
