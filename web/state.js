@@ -626,9 +626,12 @@ export function runBytes(model, grid, plan, sequences) {
   const each = model.prompt + linesOf(plan, grid) * grid.stride;
   let attention = sequences * heads * group * grid.stride * each * 8;
   if (folds(plan) && plan.policy !== "full" && plan.budget + 1 < grid.rows) {
-    const together = Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / (heads * each ** 2))));
+    const parts = plan.policy === "fold" && plan.budget <= 3; // room is made within a line: values are compared, too
+    const pairs = each * Math.max(each, (parts ? 4 : 2) * dim);
+    const together = Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / (heads * pairs))));
     const near = Math.min(Math.max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, Math.floor(each / 2)), each);
-    attention = together * heads * each * (3 * dim + 2 * near + 4 * group * grid.stride) * 4;
+    const queries = (parts ? 6 : 4) * group * grid.stride;
+    attention = together * heads * each * ((parts ? 6 : 3) * dim + 2 * near + queries) * 4;
   }
   return held + beside + attention + sequences * model.codes * 32;
 }
