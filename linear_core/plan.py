@@ -152,8 +152,8 @@ class CachePlan:
 
         Slots of the line that is being written stand empty until their token comes. With a budget of 1 line that is a
         quarter of all slots at any time, and half of them when a line begins. So `fold` makes room in parts there: for
-        the next quarter of a line with 1 or 2 lines, half of one with 3. That takes no more memory, and two
-        to four times the time of 4 lines' one end. Other policies read the queries of a whole line.
+        the next quarter of a line with 1 or 2 lines, half of one with 3. That takes no more memory, and up to five
+        times the time of 4 lines' one end (docs/speed.md). Other policies read the queries of a whole line.
         """
         parts = 1
         if self.policy == self.release == "fold" and row > self.budget:  # before that, there are unused slots
