@@ -302,14 +302,30 @@ class PackedInt8(nn.Module):
         largest = rows.abs().amax(-1, True)  # if it is 0, the digits are whatever NaN becomes, and count 0 times
         numbers = torch.addcdiv(self.middle, rows, largest, value=self.STEPS)
         digits = (numbers * self.places).to(torch.int32).to(torch.uint8).flatten(0, 1)  # which keeps the last 8 bits
-        product = torch.ops.onednn.qlinear_pointwise.default
-        low, high = product(
-            digits, 1.0, 128, self.matrix, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
-        ).chunk(2)  # fmt: skip
+        product = torch.ops.linear_ar.product_8 if torch.compiler.is_compiling() else _product_8
+        low, high = product(digits, self.matrix, self.scale, self.zero, self.size).chunk(2)
         out = torch.add(low, high, alpha=256).mul_(largest)
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.size)
+
+
+def _product_8(digits: Tensor, matrix: Tensor, scale: Tensor, zero: Tensor, size: int) -> Tensor:
+    """Digits uint8 M I, each plus 128, times a packed matrix -> float32 M O, O = `size`."""
+    out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        digits, 1.0, 128, matrix, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return out
+
+
+# The compiler only takes a packed matrix that it has frozen into its program; it calls a custom operation as it is.
+_opaque = torch.library.custom_op(
+    "linear_ar::product_8",
+    _product_8,
+    mutates_args=(),
+    schema="(Tensor digits, Tensor matrix, Tensor scale, Tensor zero, int size) -> Tensor",
+)
+_opaque.register_fake(lambda digits, matrix, scale, zero, size: scale.new_empty(len(digits), size))
 
 
 @lru_cache

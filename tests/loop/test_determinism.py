@@ -25,6 +25,7 @@ from torch import Tensor
 from linear_core.loop.generate import generate
 from linear_core.loop.micro_batches import MicroBatches
 from linear_core.models import packed
+from linear_core.models.quantised import INT8, quantise_model
 from linear_core.plan import CachePlan, SamplePlan
 from linear_core.prompts import Prompt, class_prompt
 from tests import tiny
@@ -206,9 +207,10 @@ def test_lines_that_are_fed_again(kind, plan, seed):
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_compiled_step():
-    """By the real compiler, with packed matrices and 8 bits: the eager step's codes, and its own again to the bit."""
+    """By the real compiler, with matrices and cache in 8 bits: the eager step's codes, and its own again to the bit."""
     torch._dynamo.reset()
     model, prompt, plan = tiny.llamagen(ROWS, COLS, layers=1), class_prompt(LABELS), PLANS[-1]
+    quantise_model(model, lambda name, matrix: INT8 if "feed_forward" in name else None)
     assert not packed.available() or packed.pack(model)
     compiled = torch.compile(model.step, dynamic=False)
     for seed in SEEDS:
