@@ -809,7 +809,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
         "logits[images:], logits[:images]",
         "guidance: halves swapped",
     ),
-    ("loop/sampling.py", "logits.topk(top_k, dim=-1", "logits.topk(top_k + 1, dim=-1", "top-k: one too many"),
+    ("loop/sampling.py", "logits.shape[-1] - top\n", "logits.shape[-1] - top - 1\n", "top-k: one too many"),
     (
         "loop/sampling.py",
         ".cumsum(-1).roll(1, dims=-1)",

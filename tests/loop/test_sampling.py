@@ -147,7 +147,7 @@ def by_hand(seed: int, token: int, code: int) -> float:
 
 @pytest.mark.parametrize("seed", [0, 12345, 2**32 - 1, 2**63, 2**64 - 1])
 def test_noise_is_the_same_everywhere(seed):
-    """64-bit tensors give what Python's integers give, at the largest tokens and codes too."""
+    """32-bit tensors give what Python's integers give, at the largest tokens and codes too."""
     for token in (0, 1, 575, 16383):
         row = Noise(seed, 1, 16384, "cpu").exponential(token)[0]
         for code in (0, 1, 1023, 16383):
@@ -200,7 +200,7 @@ def test_neighbours_are_uncorrelated(apart):
 @pytest.mark.parametrize("bits", [0, 1, 0xFFFFFF7F, 0xFFFFFFFF])
 def test_noise_is_finite_and_positive_for_every_hash(bits, monkeypatch):
     """The ends of the 32-bit range too: an infinite number would rule a code out, even the only one left."""
-    monkeypatch.setattr(sampling, "_mix", lambda x: torch.full_like(x, bits))
+    monkeypatch.setattr(sampling, "_mix", lambda x: torch.full_like(x, sampling._signed(bits)))
     x = Noise(0, 1, 3, "cpu").exponential(0)
     assert x.isfinite().all() and (x > 0).all()
 
