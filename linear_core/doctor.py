@@ -47,7 +47,7 @@ from .prompts import Prompt, class_prompt
 
 MIB, GIB = 2**20, 2**30
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "tqdm", "transformers", "sentencepiece", "tokenizers",
-            "requests", "triton", "triton-windows", "ray", "pyarrow")  # fmt: skip
+            "requests", "triton", "triton-windows", "comfy-kitchen", "ray", "pyarrow")  # fmt: skip
 SETTINGS = (SWITCH, "LINEAR_STEP", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF",
             "CUDA_VISIBLE_DEVICES", "PYTORCH_ENABLE_MPS_FALLBACK")  # fmt: skip
 SECONDS = 10.0  # that the self-test takes at most, but for what it is doing then

@@ -10,7 +10,7 @@ and one that is missing or computes something else is passed over; the last reso
     CPU   int8  oneDNN's for 8-bit integers, for packed models (see `PackedInt8`), else PyTorch's weight-only product
           int4  PyTorch's weight-only product, which has a layout of its own
     CUDA  int8  our Triton kernel, else PyTorch's weight-only product
-          int4  PyTorch's tinygemm, which has a layout of its own
+          int4  PyTorch's tinygemm, which has a layout of its own, else comfy-kitchen's, which ComfyUI brings
 
 I, O input and output channels, G = I / group.
 """
@@ -128,6 +128,14 @@ def _cuda_4(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm(x.to(HALF), matrix, x.shape[1] // len(scale), scale).to(x.dtype)
 
 
+def _kitchen_4(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    from comfy_kitchen import gemv_awq_w4a16
+
+    scales, zeros = (part.contiguous() for part in scale.unbind(-1))
+    out: Tensor = gemv_awq_w4a16(x.to(HALF), matrix.view(torch.int8), scales, zeros, None, x.shape[1] // len(scale))
+    return out.to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a matrix lies in memory, for a device's product. `unpack`: back to rows, for products of many rows.
@@ -177,6 +185,11 @@ def _unpack_cuda_4(packed: Tensor) -> Tensor:
     return numbers[..., 0] << 4 | numbers[..., 1]
 
 
+def _swap_halves(stored: Tensor) -> Tensor:
+    """Of each byte: comfy-kitchen has the first of two weights in the lower half."""
+    return stored << 4 | stored >> 4
+
+
 PLAIN = "rows"
 LAYOUTS = {
     PLAIN: Layout(_converted),
@@ -184,6 +197,7 @@ LAYOUTS = {
     "int8": Layout(_weight_only_8, multiple=64),  # it reads past the end of a row that is no multiple (torch 2.13)
     "int4 on CPU": Layout(_cpu_4, _pack_cpu_4, _unpack_cpu_4, block=64),
     "int4 on CUDA": Layout(_cuda_4, _pack_cuda_4, _unpack_cuda_4),
+    "int4, kitchen": Layout(_kitchen_4, _swap_halves, _swap_halves, block=1),
 }
 
 
@@ -193,7 +207,7 @@ def layout(bits: int, device: torch.device, inputs: int) -> str:
         (8, "cpu"): ("int8",),
         (8, "cuda"): ("int8, kernel", "int8"),
         (4, "cpu"): ("int4 on CPU",),
-        (4, "cuda"): ("int4 on CUDA",),
+        (4, "cuda"): ("int4 on CUDA", "int4, kitchen"),
     }.get((bits, device.type), ())
     fitting = (name for name in names if inputs % LAYOUTS[name].multiple == 0)
     return next((name for name in fitting if works(name, str(device))), PLAIN)
@@ -204,7 +218,10 @@ def layout(bits: int, device: torch.device, inputs: int) -> str:
 def works(name: str, device: str) -> bool:
     """Whether a layout's product can be called on `device`, and computes what it should."""
     if name == "int8, kernel" and (
-        find_spec("triton") is None or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)
+        find_spec("triton") is None
+        or torch.device(device).type != "cuda"
+        or torch.version.hip
+        or torch.cuda.get_device_capability(device) < (8, 0)
     ):
         return False
     kind, of = INT4 if name.startswith("int4") else INT8, LAYOUTS[name]
