@@ -538,8 +538,10 @@ function scalesRunBytes(model, scales, plan, sequences) {
   return scalesBytes(model, scales, plan, sequences) + (model.state ? 0 : model.layers * sequences * heads * keeps * 12) + Math.max(activations, settling, sampling);
 }
 
+const PAIRS = 2 ** 21; // of slots, for which a CPU has a cache
+
 /** Pairs of slots that folding compares at once. @param {{ device: string }} model */
-const pairsAtOnce = (model) => (model.device === "cpu" ? 2 ** 21 : 2 ** 25);
+const pairsAtOnce = (model) => (model.device === "cpu" ? PAIRS : 2 ** 25);
 
 /** @param {{ policy: string, release?: string }} plan */
 const folds = (plan) => plan.release === "fold" || (plan.release === "auto" && plan.policy === "fold");
@@ -624,14 +626,16 @@ export function runBytes(model, grid, plan, sequences) {
   const line = cacheBytes({ ...model, prompt: 0 }, { rows: 1, stride: grid.stride }, { policy: "full", budget: 1 }, sequences);
   const beside = Math.floor(held / (2 * dim * wide)) * (wide + 16) + Math.floor((line * group) / 2);
   const each = model.prompt + linesOf(plan, grid) * grid.stride;
-  let attention = sequences * heads * group * grid.stride * each * 8;
-  if (folds(plan) && plan.policy !== "full" && plan.budget + 1 < grid.rows) {
-    const parts = plan.policy === "fold" && plan.budget <= 3; // room is made within a line: values are compared, too
-    const pairs = each * Math.max(each, (parts ? 4 : 2) * dim);
-    const together = Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / (heads * pairs))));
+  const evicts = plan.policy !== "full" && plan.budget + 1 < grid.rows;
+  const parts = evicts && plan.policy === "fold" && folds(plan) && plan.budget <= 3; // room is made within a line: values are compared, too
+  const pairs = heads * each * Math.max(each, (parts ? 4 : 2) * dim); // of a sequence in one layer
+  const together = evicts ? Math.min(model.layers * sequences, Math.floor(PAIRS / pairs)) : 0; // of several layers, at most
+  let attention = Math.max(sequences, together) * heads * group * grid.stride * each * 8;
+  if (evicts && folds(plan)) {
+    const atOnce = Math.max(Math.min(sequences, Math.max(1, Math.floor(pairsAtOnce(model) / pairs))), together);
     const near = Math.min(Math.max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, Math.floor(each / 2)), each);
     const queries = (parts ? 6 : 4) * group * grid.stride;
-    attention = together * heads * each * ((parts ? 6 : 3) * dim + 2 * near + queries) * 4;
+    attention = atOnce * heads * each * ((parts ? 6 : 3) * dim + 2 * near + queries) * 4;
   }
   return held + beside + attention + sequences * model.codes * 32;
 }

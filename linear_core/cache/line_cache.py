@@ -210,56 +210,59 @@ class LineCache:
     def view(
         self,
         row: int | Tensor,
-        layer: int,
+        layers: slice,
         rotate: Rotate | None = None,
         part: tuple[int, int] | None = None,
     ) -> View:
-        """The contents of one layer once line `row` is complete: a view with L = 1. `rotate` is passed on to it.
+        """The contents of some layers once line `row` is complete. `rotate` is passed on to the view.
 
         part  columns that room is made for, of the next line if they begin at 0, else of this one. None: all
 
         Also adds the line's attention to `mass`, so call it once per line.
         """
         first, last = part or (0, self.grid.stride)
-        end, one = self.extent, slice(layer, layer + 1)
-        keys, values = self.keys.read(layer, end)[None], self.values.read(layer, end)[None]
-        bias, index = self.bias[one, ..., :end], self.index[one, ..., :end]
-        queries = None if self.queries is None else self.queries[one]
+        end = self.extent
+        keys, values = self.keys.read(layers, end), self.values.read(layers, end)
+        bias, index = self.bias[layers, ..., :end], self.index[layers, ..., :end]
+        queries = None if self.queries is None else self.queries[layers]
         mass = None
         if self.mass is not None and queries is not None:
-            mass = self.mass[one, ..., :end]
-            mass += attention_weights(queries[0], keys[0], bias[0], index[0], self.grid.index(row)).sum(2)
+            mass = self.mass[layers, ..., :end]
+            for sums, q, k, b, i in zip(mass, queries, keys, bias, index, strict=True):
+                sums += attention_weights(q, k, b, i, self.grid.index(row)).sum(2)
         protected = self.plan.anchors + self.plan.recent * self.grid.stride + (first if self.plan.recent else 0)
         return View(
-            keys, values, bias, index, queries, mass, self.grid, row, layer, rotate, self.survey, protected=protected,
-            prompt_slots=self.shape.prompt, coming=last - first, missing=self.grid.stride - first if first else 0,
+            keys, values, bias, index, queries, mass, self.grid, row, layers.start, rotate, self.survey,
+            protected=protected, prompt_slots=self.shape.prompt, coming=last - first,
+            missing=self.grid.stride - first if first else 0,
         )  # fmt: skip
 
     def release(self, view: View, victims: Tensor) -> None:
-        """Release `victims` (slots, int64 1 B H V, least useful first; -1: none) in the layer and rows of `view`.
+        """Release `victims` (slots, int64 L B H V, least useful first; -1: none) in the layers and rows of `view`.
 
         The last of them are the slots of the columns of `part`, which come next. "strict": all are invisible from now
         on. "lazy": those of the next line stay visible until they are overwritten. "fold": each is merged into the kept
         slot with the nearest key.
         """
-        end, count, rows = self.extent, view.released, slice(view.first, view.first + view.index.shape[1])
-        one = slice(view.layer, view.layer + 1), rows
+        end, count, (layers, batch) = self.extent, view.released, view.index.shape[:2]
+        rows = slice(view.first, view.first + batch)
+        some = slice(view.layer, view.layer + layers), rows
         released = _mark(victims, end)
         if self.count is not None:
-            folded = fold(view, victims.clamp(min=0), self.count[one][..., :end])
-            slot = folded.slot[0]
-            place = (slot + self.first[rows]).view(-1)
-            self.keys.write(view.layer, place, folded.keys[0])
-            self.values.write(view.layer, place, folded.values[0])
-            self.bias[view.layer, rows].scatter_(2, slot, folded.bias[0].to(self.bias.dtype))
-            self.count[view.layer, rows].scatter_(2, slot, folded.count[0].to(self.count.dtype))
-            self.count[one][..., :end].masked_fill_(released, 1.0)  # for the token that is written there next
-        self.target[one][..., slice(*self.part)] = victims[..., -count:]
+            folded = fold(view, victims.clamp(min=0), self.count[some][..., :end])
+            places = (folded.slot + self.first[rows]).flatten(1)
+            for layer, place in enumerate(places):
+                self.keys.write(view.layer + layer, place, folded.keys[layer])
+                self.values.write(view.layer + layer, place, folded.values[layer])
+            self.bias[some].scatter_(3, folded.slot, folded.bias.to(self.bias.dtype))
+            self.count[some].scatter_(3, folded.slot, folded.count.to(self.count.dtype))
+            self.count[some][..., :end].masked_fill_(released, 1.0)  # for the token that is written there next
+        self.target[some][..., slice(*self.part)] = victims[..., -count:]
         if self.mass is not None:
-            self.mass[one][..., :end].masked_fill_(released, 0.0)
+            self.mass[some][..., :end].masked_fill_(released, 0.0)
         hidden = _mark(victims[..., :-count], end) if self.plan.release == "lazy" else released
-        self.bias[one][..., :end].masked_fill_(hidden, float("-inf"))
-        self.index[one][..., :end].masked_fill_(hidden, -1)
+        self.bias[some][..., :end].masked_fill_(hidden, float("-inf"))
+        self.index[some][..., :end].masked_fill_(hidden, -1)
 
     # -- the batch ---------------------------------------------------------------------------------------------------
 

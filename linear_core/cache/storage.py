@@ -38,9 +38,9 @@ class Full:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def read(self, layer: int, end: int) -> Tensor:
-        """The first `end` slots, B H S D."""
-        return self.data[layer, :, :, :end]
+    def read(self, layers: int | slice, end: int) -> Tensor:
+        """The first `end` slots of a layer, B H S D, or of several, L B H S D."""
+        return self.data[layers, ..., :end, :]
 
     def raw(self, layer: int, end: int) -> RawSlots:
         """The first `end` slots in their storage format."""
@@ -97,8 +97,8 @@ class Packed(Full):
     def nbytes(self) -> int:
         return self.data.nbytes + self.scale.nbytes
 
-    def read(self, layer: int, end: int) -> Tensor:
-        return self.unpack(self.data[layer, :, :, :end], self.scale[layer, :, :, :end], self.size)
+    def read(self, layers: int | slice, end: int) -> Tensor:
+        return self.unpack(self.data[layers, ..., :end, :], self.scale[layers, ..., :end, :], self.size)
 
     def raw(self, layer: int, end: int) -> RawSlots:
         return RawSlots(self.data[layer, :, :, :end], self.scale[layer, :, :, :end])

@@ -24,7 +24,7 @@ VALUES = 0.3  # spread of values by that of keys in distances, where little is k
 class View:
     """The cache at a line's end, read only. L layers, B rows of the batch, H key heads, S slots, C tokens a line.
 
-    The loop passes one layer at a time, each as a view with L = 1, which keeps a policy's temporaries small.
+    The loop passes a few layers at a time, one if it draws many images, which keeps a policy's temporaries small.
 
     keys, values  L B H S D, keys rotated to their true positions
     bias          L B H S, ln of the slot's weight; -inf: empty

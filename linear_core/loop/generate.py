@@ -21,7 +21,7 @@ from ..grid import Grid
 from ..plan import CachePlan, CacheShape, SamplePlan
 from ..policies import Policy, choose, get_policy
 from .drafts import Check, Drafts, Passes, check, window_size
-from .memory import fold_pairs
+from .memory import fold_pairs, layers_at_once
 from .redraw import DRAW, check_kept, merged, pieces
 from .sampling import Noise, apply_guidance, filter_logits, not_finite, sample_codes
 
@@ -206,8 +206,12 @@ def evict(cache: LineCache, policy: Policy, row: int | Tensor, rotate: Rotate) -
     The work is the same for every line, so it can be captured in a CUDA graph (`graph.py`); `row` is then a tensor of
     one element on the device. The first eviction of a cache also runs the policy's survey and cannot be captured.
     """
-    plan, rotate = cache.plan, by_matrices(rotate)
-    views: Iterable[View] = (cache.view(row, layer, rotate, cache.part) for layer in range(cache.shape.layers))
+    plan, rotate, (first, last) = cache.plan, by_matrices(rotate), cache.part
+    layers = layers_at_once(cache.shape, cache.extent, cache.rows, last - first < cache.grid.stride)
+    views: Iterable[View] = (
+        cache.view(row, slice(layer, layer + layers), rotate, cache.part)
+        for layer in range(0, cache.shape.layers, layers)
+    )
     if policy.survey is not None and cache.survey is None:
         views = list(views)
         cache.survey = torch.cat([policy.survey(view) for view in views])
@@ -241,7 +245,7 @@ def room_after(cache: LineCache, policy: Policy, rotate: Rotate, row: int, colum
         return
     if cache.mass is not None:
         for layer in range(cache.shape.layers):
-            cache.view(row, layer)  # adds the line's attention to mass
+            cache.view(row, slice(layer, layer + 1))  # adds the line's attention to mass
     cache.extend()
 
 

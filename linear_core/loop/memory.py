@@ -17,9 +17,22 @@ STREAMED_ROOM = 2**30  # of a card's memory, for weights that pass through it
 BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0 slot of 16 lanes
 
 
+PAIRS = 2**21  # of slots, for which a CPU has a cache
+
+
 def fold_pairs(device: str) -> int:
     """Pairs of slots that folding compares at once: what fits a CPU's cache, or enough to keep a GPU busy."""
-    return 2**21 if device == "cpu" else 2**25
+    return PAIRS if device == "cpu" else 2**25
+
+
+def layers_at_once(shape: CacheShape, slots: int, rows: int, in_parts: bool) -> int:
+    """Layers whose lines end together, for `rows` sequences whose heads have so many slots.
+
+    Of few images, one layer is hardly more work than to launch its operations. On a GPU, too, no more than fit a CPU's
+    cache: launches are then few enough, and memory is scarce.
+    """
+    pairs = rows * shape.heads * pairs_of_head(slots, shape.head_dim, in_parts)
+    return min(shape.layers, max(1, PAIRS // pairs))
 
 
 def run_bytes(
@@ -35,12 +48,14 @@ def run_bytes(
     slots = held // (2 * shape.head_dim * shape.bytes_per_element)
     bookkeeping = slots * (shape.bytes_per_element + 4 + 4 + 8) + shape.line_bytes(grid, rows) * shape.group // 2
     head_slots = shape.prompt + plan.lines(grid) * grid.stride
-    attention = rows * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
+    # Of a sequence in one layer. Where room is made within lines, values count as well, and queries look aside.
+    in_parts = len(plan.ends(grid, grid.rows - 1)) > 1
+    pairs = shape.heads * pairs_of_head(head_slots, shape.head_dim, in_parts)
+    together = min(shape.layers * rows, PAIRS // pairs) if plan.evicts(grid) else 0  # of several layers, at most
+    attention = max(rows, together) * shape.heads * shape.group * grid.stride * head_slots * 4 * 2
     if plan.evicts(grid) and plan.release == "fold":
         # Keys as float32 and sorted; distances to candidates; scores and weights of the look-ahead's queries.
-        in_parts = len(plan.ends(grid, grid.rows - 1)) > 1  # then values count as well, and queries look aside
-        pairs = pairs_of_head(head_slots, shape.head_dim, in_parts)
-        at_once = min(rows, max(1, fold_pairs(device) // (shape.heads * pairs)))
+        at_once = max(min(rows, max(1, fold_pairs(device) // pairs)), together)
         near = min(max(2 * grid.stride + plan.anchors + plan.recent * grid.stride, head_slots // 2), head_slots)
         vectors, horizons = (6, 3) if in_parts else (3, 2)
         each = vectors * shape.head_dim + 2 * near + 2 * horizons * shape.group * grid.stride

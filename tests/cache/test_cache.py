@@ -157,7 +157,7 @@ def filled(release: str) -> tuple[LineCache, Tensor]:
 def let_go(cache: LineCache, victims: Tensor) -> None:
     """Release layer by layer, as the loop does. Queries stay as they are, however many lines ahead."""
     for layer in range(LAYERS):
-        cache.release(cache.view(1, layer, lambda queries, *_: queries), victims[layer : layer + 1])
+        cache.release(cache.view(1, slice(layer, layer + 1), lambda queries, *_: queries), victims[layer : layer + 1])
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -183,7 +183,7 @@ def test_victims_slots_are_the_next_lines(release):
 def test_release_forgets_the_attention_of_victims():
     """A slot's next token starts with no attention received; what stays keeps its own."""
     cache, victims = filled("lazy")
-    views = [cache.view(1, layer) for layer in range(LAYERS)]
+    views = [cache.view(1, slice(layer, layer + 1)) for layer in range(LAYERS)]
     cache.mass.fill_(5.0)
     for layer, view in enumerate(views):
         cache.release(view, victims[layer : layer + 1])

@@ -79,9 +79,9 @@ def test_mass_is_what_the_group_gives() -> None:
     with tiny.policy("watch", replace(POLICIES["h2o"], score=score)):
         tiny.decode(decoder, prompt, CachePlan("watch", 2, 2, 1), SamplePlan(seed=1, guidance=2.0))
     mass, queries = seen[2]
-    assert queries.shape == (1, 4, 4, 5, 8) and mass.shape[:3] == (1, 4, 2)
+    assert queries.shape == (2, 4, 4, 5, 8) and mass.shape[:3] == (2, 4, 2)
     # Every token gives 1 in all to what it sees: three lines of five tokens, whatever has been evicted since.
-    torch.testing.assert_close(mass.sum(-1), torch.full((1, 4, 2), 15.0))
+    torch.testing.assert_close(mass.sum(-1), torch.full((2, 4, 2), 15.0))
 
 
 def ungrouped(model: Lumina) -> Lumina:
@@ -117,5 +117,6 @@ def test_memory() -> None:
     assert shape.bytes(grid, plan, 2) == plain.bytes(grid, plan, 2)
     cache = LineCache(shape, 2, grid, plan, dtype=torch.bfloat16, device="meta", reads=frozenset({"queries"}))
     assert cache.queries is not None and cache.queries.nbytes == 3 * shape.line_bytes(grid, 2) // 2
-    queries, scores = plain.line_bytes(grid, 2), 2 * 2 * 2 * 20 * (8 + 5 * 20) * 4 * 2  # of two more query heads a key
+    # Of two more query heads a key, in four layers at once.
+    queries, scores = plain.line_bytes(grid, 2), 4 * 2 * 2 * 2 * 20 * (8 + 5 * 20) * 4 * 2
     assert run_bytes(shape, grid, plan, 2, 10) == run_bytes(plain, grid, plan, 2, 10) + queries + scores

@@ -10,7 +10,7 @@ import torch
 
 from linear_core.grid import Grid
 from linear_core.loop.generate import Run, generate
-from linear_core.loop.memory import max_batch_size, run_bytes, split_batch
+from linear_core.loop.memory import layers_at_once, max_batch_size, run_bytes, split_batch
 from linear_core.loop.micro_batches import MicroBatches
 from linear_core.plan import CachePlan, CacheShape, SamplePlan
 from linear_core.prompts import class_prompt
@@ -71,16 +71,32 @@ def test_parts_of_a_batch_are_the_batch(at_once: int) -> None:
 
 
 @pytest.mark.parametrize("storage", ["full", "int8"])
-@pytest.mark.parametrize("policy", ["fold", "h2o", "random"])
-def test_rows_folded_one_by_one_are_folded_as_all_at_once(policy: str, storage: str, monkeypatch) -> None:
+@pytest.mark.parametrize("policy", ["fold", "h2o", "random", "pyramidkv"])
+def test_rows_and_layers_end_a_line_one_by_one_as_all_at_once(policy: str, storage: str, monkeypatch) -> None:
     """To the bit: the same tokens, keys, values, weights and indices."""
-    decoder, sample = tiny.llamagen(7, 5), SamplePlan(seed=2, guidance=3.0)
+    decoder, sample = tiny.llamagen(7, 5, layers=3), SamplePlan(seed=2, guidance=3.0)
     plan, caches = CachePlan(policy, 3, 2, 1, "fold", storage), []
-    for pairs in (1, 3 * 2 * 21**2, 10**9):
+    for pairs, layers in ((1, 1), (3 * 2 * 21**2, 1), (10**9, 1), (10**9, 2), (10**9, 3), (1, 3)):
         monkeypatch.setattr("linear_core.loop.generate.fold_pairs", lambda device, pairs=pairs: pairs)
+        monkeypatch.setattr("linear_core.loop.generate.layers_at_once", lambda *_, layers=layers: layers)
         recorder = tiny.Recorder(decoder)
         recorder.lines.extend(generate(recorder, class_prompt([1, 3, 0]), plan, sample))
-        keys, values, bias = recorder.cache.read(0)
-        caches.append((recorder.tokens, keys, values, bias, recorder.cache.index))
+        cache = recorder.cache
+        held = (torch.stack(each) for each in zip(*map(cache.read, range(3)), strict=True))
+        caches.append((recorder.tokens, *held, cache.index))
     for other in caches[1:]:
         assert all(torch.equal(a, b) for a, b in zip(caches[0], other, strict=True))
+
+
+def test_layers_that_end_a_line_together() -> None:
+    """Of a single picture several layers, of many one; and what they need is counted."""
+    shape, grid, plan = CacheShape(36, 20, 64, 1, 2), Grid(24, 24), CachePlan("fold", 4, recent=0)
+    assert [layers_at_once(shape, 121, rows, False) for rows in (1, 2, 8, 32)] == [6, 3, 1, 1]
+    assert layers_at_once(shape, 49, 2, True) == 4 and layers_at_once(shape, 1, 1, False) == 36
+
+    def beside_the_cache(layers: int) -> int:
+        few = replace(shape, layers=layers)
+        return run_bytes(few, grid, plan, 2, 16384) - run_bytes(few, grid, CachePlan("random", 4), 2, 16384)
+
+    assert beside_the_cache(3) > 2.9 * beside_the_cache(1)
+    assert beside_the_cache(36) == beside_the_cache(3)

@@ -71,7 +71,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "models.__init__": (set(), set()),
     "models.blocks": (set(), TENSORS),
     "models.packed": ({"models.blocks", "models.quantised"}, TENSORS),
-    "models.quantised": ({"models.blocks", "models.quantised_kernel"}, TENSORS),
+    "models.quantised": ({"models.blocks", "models.quantised_kernel"}, TENSORS | {"comfy_kitchen"}),  # if it is there
     "models.quantised_kernel": (set(), TENSORS | {"triton"}),
     "models.*": (
         {
@@ -97,7 +97,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     # the loop
     "loop.__init__": (set(), set()),
     "loop.memory": ({"grid", "plan", "pyramid", "steps"}, set()),
-    "loop.sampling": (set(), TENSORS),
+    "loop.sampling": (set(), TENSORS | {"numpy"}),
     "loop.threads": (set(), TENSORS),
     "loop.graph": ({"defaults", "cache.attention"}, TENSORS),
     "loop.redraw": ({"errors", "grid", "plan"}, TENSORS),
