@@ -71,11 +71,16 @@ def test_parts_of_a_batch_are_the_batch(at_once: int) -> None:
 
 
 @pytest.mark.parametrize("storage", ["full", "int8"])
-@pytest.mark.parametrize("policy", ["fold", "h2o", "random", "pyramidkv"])
-def test_rows_and_layers_end_a_line_one_by_one_as_all_at_once(policy: str, storage: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("policy", "release"),
+    [("fold", "fold"), ("h2o", "fold"), ("random", "fold"), ("h2o", "lazy"), ("pyramidkv", "strict")],
+)
+def test_rows_and_layers_end_a_line_one_by_one_as_all_at_once(
+    policy: str, release: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit: the same tokens, keys, values, weights and indices."""
     decoder, sample = tiny.llamagen(7, 5, layers=3), SamplePlan(seed=2, guidance=3.0)
-    plan, caches = CachePlan(policy, 3, 2, 1, "fold", storage), []
+    plan, caches = CachePlan(policy, 3, 2, 1, release, storage), []
     for pairs, layers in ((1, 1), (3 * 2 * 21**2, 1), (10**9, 1), (10**9, 2), (10**9, 3), (1, 3)):
         monkeypatch.setattr("linear_core.loop.generate.fold_pairs", lambda device, pairs=pairs: pairs)
         monkeypatch.setattr("linear_core.loop.generate.layers_at_once", lambda *_, layers=layers: layers)
