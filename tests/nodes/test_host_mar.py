@@ -6,6 +6,7 @@ Runs as test_host.py does: COMFYUI_DIR=path/to/ComfyUI python3 dev.py test -m ho
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,8 +21,7 @@ pytestmark = pytest.mark.host
 QUICK = {"steps": 16, "denoising": 4, "start": 950, "step_cache": "Balanced"}
 
 
-@pytest.fixture(scope="module")
-def server():
+def write(folder: Path) -> None:
     """Two and two layers of a 24th of the width, 256 tokens of 16 numbers; a VAE of 16 pixels a latent."""
     config = MARConfig(2, 2, 32, 1, 64, 1000, 256, 64, 16, 32, 1)
     deviation = {"qkv": 0.5, "fc2": 0.3, "class_emb": 1.0, "pos_embed": 0.7, "final_layer.linear": 0.05}
@@ -29,11 +29,15 @@ def server():
     widths = (16, 16, 8, 8, 8)
     tokenizer = LatentTokenizer(LatentConfig(16, widths, 1, False, widths[::-1], 1)).requires_grad_(False)
     _filled(tokenizer, {}, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(decoder.state_dict(), folder / "mar-base.safetensors", {"heads": "1"})
+    save_file(tokenizer.state_dict(), folder / "kl16.safetensors")
+
+
+@pytest.fixture(scope="module")
+def server():
     with comfyui() as running:
-        folder = running.base / "models" / "ar_image"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(decoder.state_dict(), folder / "mar-base.safetensors", {"heads": "1"})
-        save_file(tokenizer.state_dict(), folder / "kl16.safetensors")
+        write(running.base / "models" / "ar_image")
         yield running
 
 

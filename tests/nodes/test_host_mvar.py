@@ -6,6 +6,7 @@ Runs as test_host.py does: COMFYUI_DIR=path/to/ComfyUI python3 dev.py test -m ho
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +22,7 @@ pytestmark = pytest.mark.host
 DEPTH, WIDTH = 16, 64
 
 
-@pytest.fixture(scope="module")
-def server():
+def write(folder: Path) -> None:
     """Sixteen layers, as the name says, of a 16th of the width."""
     config = MVARConfig(
         DEPTH, WIDTH, 1, 64, 4096, 1000, 32, PYRAMIDS[680], inner=2 * WIDTH, scan_heads=2, scan_size=64, span=4
@@ -30,11 +30,15 @@ def server():
     decoder = _filled(MVAR(config).requires_grad_(False), {"class_emb": 1.0, "head": 0.5}, 0)
     tokenizer = PyramidTokenizer(PyramidConfig(4096, 32, (16, 16, 8, 8, 8), 1)).requires_grad_(False)
     _filled(tokenizer, {"embedding": 1.0}, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(decoder.state_dict(), folder / "mvar_d16.pth")
+    torch.save(tokenizer.state_dict(), folder / "vae_ch160v4096z32.pth")
+
+
+@pytest.fixture(scope="module")
+def server():
     with comfyui() as running:
-        folder = running.base / "models" / "ar_image"
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(decoder.state_dict(), folder / "mvar_d16.pth")
-        torch.save(tokenizer.state_dict(), folder / "vae_ch160v4096z32.pth")
+        write(running.base / "models" / "ar_image")
         yield running
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests import archive
 from tests.models import emu_official, lumina_official, official, official_janus
+from tests.nodes import test_host_mar, test_host_mvar, test_host_scales
 from tests.nodes.comfy_server import GOLDEN, PACK, WORKFLOWS, comfyui, finish, twin
 
 pytestmark = pytest.mark.host
@@ -26,6 +27,8 @@ def server(tmp_path_factory):
         lumina_official.write(models)
         lumina_official.write_2(models)
         emu_official.write(models)
+        for family in (test_host_mar, test_host_mvar, test_host_scales):
+            family.write(models / "ar_image")
         yield running
 
 
@@ -44,7 +47,7 @@ def test_it_is_whole_where_the_registry_puts_it(server):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))
 def test_a_workflow_runs(name, server):
-    _, end = finish(server, twin(name))
+    _, end = finish(server, twin(name, **test_host_mar.QUICK))
     assert end["type"] == "execution_success", end
     saved = server.pictures(end["data"]["prompt_id"])
     assert saved and all(path.stat().st_size > 1000 for paths in saved for path in paths)
