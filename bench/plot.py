@@ -35,8 +35,9 @@ def plot(field: Field, model: str, path: Path, of: str = "the lines") -> None:
         style[name] = look
     figure, axes = plt.subplots(figsize=(10, 7.2), dpi=120)
     ends = []
-    # `line` coincides with the published rule, and a full cache in 8 bits is a single point far below.
-    shown = [n for n in field.names if n != "line" and n.split()[0] != "full"]
+    # `line` coincides with the published rule, a full cache in 8 bits is a single point far below, and other ways to
+    # merge what `fold` evicts have a table of their own.
+    shown = [n for n in field.names if n != "line" and n.split()[0] != "full" and " merged as " not in n]
     budgets = sorted({b for n, b in field.rows if n in shown}, reverse=True)
     for name in sorted(shown, key=lambda n: n in style):  # highlighted lines on top
         rows = [field.rows[name, b] for b in budgets if (name, b) in field.rows]
@@ -58,7 +59,7 @@ def plot(field: Field, model: str, path: Path, of: str = "the lines") -> None:
     axes.set_yscale("log")
     usual = [mode(memory_percent(r) for (_, b), r in field.rows.items() if b == budget) for budget in budgets]
     names = [f"{percent:.0f} %\n{field.share(b)}" for percent, b in zip(usual, budgets, strict=True)]
-    axes.set_xticks(usual, names)
+    axes.set_xticks(usual, names, fontsize=9)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
@@ -85,15 +86,16 @@ def _label(axes, ends: list[tuple[str, float, float, str, bool]]) -> None:
     """Write the names in a column at the left, each joined to the left end of its line."""
     if not ends:
         return
-    left = min(x for _, x, *_ in ends)
-    axes.set_xlim(left / 1.7, None)
+    left, right = min(x for _, x, *_ in ends), axes.get_xlim()[1]
+    room = (right / left) ** 0.22  # on a logarithmic axis, so much of the width for the names
+    axes.set_xlim(left / room, right)
     low, high = np.log(axes.get_ylim())
     ends = sorted(ends, key=lambda end: end[2])
     positions = _spread_apart(np.log([y for _, _, y, *_ in ends]), low, high, (high - low) / max(38, len(ends)))
     for (name, x, y, colour, strong), at in zip(ends, np.exp(positions), strict=True):
         axes.annotate(
-            name, (x, y), (left / 1.15, at), color=colour, fontsize=10 if strong else 8.5, ha="right", va="center",
-            fontweight="bold" if strong else "normal", zorder=4,
+            name, (x, y), (left / room**0.12, at), color=colour, ha="right", va="center", zorder=4,
+            fontsize=10 if strong else 8.5, fontweight="bold" if strong else "normal",
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 1 if strong else 0.5, "relpos": (1, 0.5)},
         )  # fmt: skip
 
