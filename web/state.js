@@ -538,7 +538,7 @@ function scalesRunBytes(model, scales, plan, sequences) {
   return scalesBytes(model, scales, plan, sequences) + (model.state ? 0 : model.layers * sequences * heads * keeps * 12) + Math.max(activations, settling, sampling);
 }
 
-const PAIRS = 2 ** 21; // of slots, for which a CPU has a cache
+const PAIRS = 2 ** 21; // of slots, whose distances and vectors fit a CPU's cache
 
 /** Pairs of slots that folding compares at once. @param {{ device: string }} model */
 const pairsAtOnce = (model) => (model.device === "cpu" ? PAIRS : 2 ** 25);

@@ -15,9 +15,7 @@ from ..steps import StepCachePlan, StepCacheShape
 CONTEXT_BYTES = 2**30  # of a card's memory, that CUDA and PyTorch take for themselves
 STREAMED_ROOM = 2**30  # of a card's memory, for weights that pass through it
 BUS_BYTES = 25e9  # a second, from the computer's memory to a card in a PCIe 4.0 slot of 16 lanes
-
-
-PAIRS = 2**21  # of slots, for which a CPU has a cache
+PAIRS = 2**21  # of slots, whose distances and vectors fit a CPU's cache
 
 
 def fold_pairs(device: str) -> int:
